@@ -1,0 +1,30 @@
+"""Make the weights of neural networks small, measure what it costs, and run the result.
+
+Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
+compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from featherweight.integrations.hooks import install
+
+if TYPE_CHECKING:
+    from featherweight.api import compress, evaluate, load
+
+__all__ = ["__version__", "compress", "evaluate", "load"]
+__version__ = "0.1.0"
+
+install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("compress", "evaluate", "load"):
+        return getattr(import_module("featherweight.api"), name)
+    raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,37 @@
+"""What an anatomy is read from: names, shapes and a configuration; a Checkpoint, or another view of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Described(Protocol):
+    """One tensor; `dtype` as safetensors names it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def elements(self) -> int: ...
+
+
+class Located(Protocol):
+    """The file of a tensor, for error texts."""
+
+    @property
+    def path(self) -> Path: ...
+
+
+class Source(Protocol):
+    """Tensors by name, and the content of config.json."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    def entry(self, name: str) -> Described: ...
+    def file_of(self, name: str) -> Located: ...

@@ -1,0 +1,94 @@
+"""Checking a folder: headers, names, shapes against the config, and every tensor's bytes against its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.format import HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.codes import code_layout
+from featherweight.errors import CheckpointError
+
+
+@dataclass
+class Verification:
+    """problems : one sentence each; empty means the folder is whole
+    tensors, hashed : how many there are, and how many of them had a hash to compare with
+    modules : compressed modules whose tensors were checked against their spec
+    """
+
+    tensors: int = 0
+    hashed: int = 0
+    modules: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not self.problems
+
+
+def verify(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
+    """Check a folder, compressed or not. CheckpointError where it cannot even be opened (truncated shard, bad header)."""
+    result = Verification()
+    with Checkpoint.open(folder) as checkpoint:
+        total = checkpoint.total_bytes
+        for file in checkpoint.files:
+            _verify_file(file, result, lambda: progress and progress(result.bytes, total))
+        config = checkpoint.quantization_config
+        if config is not None and config.get("quant_method") == METHOD:
+            _verify_modules(checkpoint, module_specs(config), result)
+    return result
+
+
+def _verify_file(file: SafetensorsFile, result: Verification, told: Callable[[], object]) -> None:
+    try:
+        hashes: dict[str, Any] = json.loads(file.metadata.get(HASHES_KEY, "{}"))
+        assert isinstance(hashes, dict)
+    except (ValueError, AssertionError):
+        result.problems.append(f"{file.path}: the table of hashes in its header cannot be read")
+        hashes = {}
+    if VERSION_KEY in file.metadata and not file.metadata[VERSION_KEY].isdigit():
+        result.problems.append(f"{file.path}: the format version in its header is not a number")
+    for name in hashes.keys() - file.entries.keys():
+        result.problems.append(f"{file.path}: tensor {name} has a hash but is missing")
+    for name, entry in file.entries.items():
+        result.tensors += 1
+        result.bytes += entry.nbytes
+        if name in hashes:
+            digest = hashlib.sha256()
+            for window in file.raw_windows(name):
+                digest.update(window)
+            result.hashed += 1
+            if digest.hexdigest() != hashes[name]:
+                result.problems.append(f"{file.path}: the bytes of tensor {name} do not match their hash")
+        elif hashes:
+            result.problems.append(f"{file.path}: tensor {name} has no hash while others have")
+        told()
+
+
+def _verify_modules(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], result: Verification) -> None:
+    for module, spec in specs.items():
+        result.modules += 1
+        try:
+            layout = code_layout(spec)
+        except (ValueError, KeyError, TypeError) as error:
+            result.problems.append(f"config.json: the code of {module} is malformed ({error})")
+            continue
+        for name, (shape, dtype) in layout.items():
+            full = f"{module}.{name}"
+            try:
+                entry = checkpoint.entry(full)
+            except CheckpointError:
+                result.problems.append(f"tensor {full} is missing")
+                continue
+            if tuple(entry.shape) != tuple(shape) or entry.torch_dtype != dtype:
+                result.problems.append(
+                    f"tensor {full} is {entry.dtype} {list(entry.shape)}, its code needs {dtype} {list(shape)}"
+                )

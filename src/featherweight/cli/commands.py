@@ -1,0 +1,292 @@
+"""What the commands do: call the library, show the result as tables, write JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from featherweight.cli.progress import Watcher, count_text, size_text, time_text
+
+
+def out_console() -> Console:
+    """Results go to standard output, at a width that does not cut tables when it is no terminal."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=160)
+
+
+def error_console() -> Console:
+    """Progress goes to standard error, so that standard output can be piped."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a result if asked for; folders are made as needed, the file appears complete."""
+    if path is None:
+        return
+    from featherweight.checkpoint.writer import disk_errors, to_json, write_text
+
+    with disk_errors(path):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_text(path.absolute(), to_json(value))
+
+
+def facts(rows: list[tuple[str, str]]) -> Table:
+    """A two-column table of facts."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+@contextmanager
+def steps(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of something that reports (done, total): a bar on a terminal, a line for each tenth elsewhere."""
+    console = error_console()
+    if not console.is_terminal:
+        spoken = -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal spoken
+            tenth = 10 * done // max(1, total)
+            if tenth > spoken:
+                spoken = tenth
+                print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def run_compress(
+    model: str,
+    recipe: str,
+    out: Path,
+    changes: list[str],
+    calibration: Path | None,
+    threads: int | None,
+    seed: int,
+    max_memory: str | None,
+    overwrite: bool,
+    json: Path | None,
+) -> None:
+    from featherweight.compress.engine import compress
+
+    with Watcher(error_console()) as watcher:
+        result = compress(
+            model,
+            recipe,
+            out,
+            changes=changes,
+            calibration=calibration,
+            threads=threads,
+            seed=seed,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            observer=watcher,
+        )
+    write_json(json, result.to_json())
+    worst = max(result.layers, key=lambda record: record["relative_error"])
+    tensors = result.tensors
+    console = out_console()
+    if result.already_complete:
+        console.print(f"{result.out} is complete already; nothing to do")
+    console.print(
+        facts(
+            [
+                ("output", str(result.out)),
+                ("recipe", result.recipe["name"]),
+                ("bits per weight, compressed layers", f"{result.bits_per_weight:.3f}"),
+                ("bits per weight, all linear layers", f"{result.bits_per_weight_linear:.3f}"),
+                ("bits per weight, whole model", f"{result.bits_per_weight_model:.3f}"),
+                ("size", size_text(result.bytes)),
+                (
+                    "source tensors",
+                    f"{tensors['source']}: {tensors['replaced']} replaced, {tensors['copied']} copied, "
+                    f"{len(tensors['dropped'])} dropped",
+                ),
+                ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
+                ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
+                ("time", f"{result.seconds:.1f} s"),
+                ("peak memory", size_text(result.peak_memory_bytes)),
+            ]
+        )
+    )
+
+
+def run_plan(
+    model: str, recipe: str, changes: list[str], threads: int | None, max_memory: str | None, json: Path | None
+) -> None:
+    from featherweight.checkpoint.checkpoint import Checkpoint
+    from featherweight.compress.engine import estimate_seconds
+    from featherweight.compress.plan import make_plan, parse_size
+    from featherweight.quantize.recipe import load_recipe
+
+    chosen = load_recipe(recipe, changes)
+    with Checkpoint.open(model) as checkpoint:
+        made = make_plan(checkpoint, chosen, threads, parse_size(max_memory) if max_memory else None)
+    summary = {**made.summary(), "seconds": estimate_seconds(made)}
+    write_json(json, summary)
+    console = out_console()
+    tensors = summary["tensors"]
+    console.print(
+        facts(
+            [
+                ("recipe", summary["recipe"]),
+                ("family", f"{summary['family']}, {summary['blocks']} blocks"),
+                ("parameters", f"{summary['parameters']:,}"),
+                ("source tensors", f"{tensors['replaced']} replaced, {tensors['copied']} copied, 0 dropped"),
+                ("weights compressed", f"{summary['weights']:,} in {summary['layers']} layers"),
+                ("bits per weight", f"{summary['bits_per_weight']:.3f} ({summary['bits_per_weight_model']:.3f} whole model)"),
+                ("size", f"{size_text(summary['source_bytes'])} become {size_text(summary['output_bytes'])}"),
+                ("disk while working", size_text(summary["disk_bytes"])),
+                ("memory", f"about {size_text(summary['memory_bytes'])}"),
+                ("time", f"about {time_text(summary['seconds'])} (measured on a sample, disk not included)"),
+                ("needs", ", ".join(summary["needs"]) or "no data"),
+            ]
+        )
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "code", "count", "weights", "bits", "size"):
+        table.add_column(name, justify="left" if name in ("layer", "code") else "right")
+    for row in summary["roles"]:
+        table.add_row(
+            row["role"],
+            row["code"],
+            str(row["layers"]),
+            count_text(row["weights"]),
+            f"{row['bits_per_weight']:.3f}",
+            size_text(row["bytes"]),
+        )
+    console.print(table)
+
+
+def run_eval(
+    model: str,
+    against: str | None,
+    text: Path | None,
+    protocol: str,
+    context: int | None,
+    dtype: str,
+    limit: int | None,
+    threads: int | None,
+    json: Path | None,
+) -> None:
+    from featherweight.evaluate.evaluation import evaluate
+
+    with steps("evaluating") as tell:
+        result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads)
+    report = result.to_json()
+    write_json(json, report)
+    bits = report["bits_per_weight"]
+    rows = [("perplexity", f"{result.perplexity:.4f}")]
+    if result.perplexity_against is not None:
+        excess = 100 * (result.perplexity / result.perplexity_against - 1)
+        rows += [
+            ("perplexity of the original", f"{result.perplexity_against:.4f}"),
+            ("excess", f"{excess:+.2f} %"),
+            ("KL divergence from the original", f"{report['kl']:.5f} nats a token"),
+            ("top-1 agreement", f"{100 * report['top1_agreement']:.2f} %"),
+        ]
+    known = [value for value in bits.values() if value is not None]
+    if known:
+        rows.append(("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in bits.items() if v is not None)))
+    if report["bytes"] is not None:
+        rows.append(("size", size_text(report["bytes"])))
+    rows += [("time", f"{result.seconds:.1f} s"), ("peak memory", size_text(result.peak_memory_bytes))]
+    console = out_console()
+    console.print(facts(rows))
+    console.print(f"protocol: {result.description}", soft_wrap=True)
+
+
+def run_inspect(model: str, json: Path | None) -> None:
+    from featherweight.compress.inspect import inspect_folder
+
+    report = inspect_folder(model)
+    write_json(json, report)
+    console = out_console()
+    rows = [
+        ("architecture", f"{report['architecture']} ({report['family']}, {report['blocks']} blocks)"),
+        ("parameters", f"{report['parameters']:,}"),
+        ("size", f"{size_text(report['bytes'])}, {report['tensors']} tensors in {report['files']} file(s)"),
+        ("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in report["bits_per_weight"].items() if v is not None)),
+        ("tied", ", ".join(f"{head} to {table}" for head, table in report["tied"]) or "nothing"),
+    ]
+    if report["recipe"]:
+        rows.insert(1, ("recipe", f"{report['recipe']['name']}, format version {report['format_version']}"))
+    console.print(facts(rows))
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "shape", "code", "bits", "error"):
+        table.add_column(name, justify="right" if name in ("bits", "error") else "left")
+    for layer in report["layers"]:
+        error = layer["relative_error"]
+        table.add_row(
+            layer["name"],
+            "x".join(str(n) for n in layer["shape"]),
+            layer["code"],
+            f"{layer['bits_per_weight']:.3f}",
+            "-" if error is None else f"{error:.4f}",
+        )
+    console.print(table)
+
+
+def run_verify(model: str) -> None:
+    from featherweight.checkpoint.verify import verify
+    from featherweight.errors import CheckpointError
+
+    with steps("verifying") as tell:
+        result = verify(model, tell)
+    for problem in result.problems:
+        print(problem, file=sys.stderr)
+    if not result.whole:
+        raise CheckpointError(f"{model} is damaged: {len(result.problems)} problem(s); fetch or make it again")
+    unhashed = result.tensors - result.hashed
+    note = f"; {unhashed} tensors carry no hash, only their headers were checked" if unhashed else ""
+    print(
+        f"{model} is whole: {result.hashed} of {result.tensors} tensors match their hashes, "
+        f"{result.modules} compressed layers match their specs{note}"
+    )
+
+
+def run_methods(json: Path | None) -> None:
+    from featherweight.compress.methods import method_table
+
+    table_rows = method_table()
+    write_json(json, table_rows)
+    table = Table(box=None, pad_edge=False)
+    names = ("preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "paper")
+    for name in names:
+        table.add_column(name, justify="right" if name == "bits" else "left")
+    for row in table_rows:
+        table.add_row(*(str(row[name]) for name in names))
+    out_console().print(table)
+
+
+def run_bench(model: str, threads: int | None, json: Path | None) -> None:
+    from featherweight.evaluate.speed import measure_speed
+
+    report = measure_speed(model, threads=threads)
+    write_json(json, report)
+    out_console().print(
+        facts(
+            [
+                ("prompt", f"{report['prefill_tokens_per_second']:.1f} tokens/s"),
+                ("generation", f"{report['decode_tokens_per_second']:.1f} tokens/s"),
+                ("bytes read for a token", size_text(report["bytes_per_token"])),
+                ("read bandwidth of this machine", f"{report['bandwidth_gb_s']:.1f} GB/s"),
+                ("share of it", f"{100 * report['bandwidth_share']:.1f} %"),
+                ("peak memory", size_text(report["peak_memory_bytes"])),
+            ]
+        )
+    )

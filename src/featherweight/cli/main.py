@@ -1,0 +1,211 @@
+"""The command `feather`. Commands import what they need when they run, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="feather",
+    help="Make the weights of language models small, measure what it costs, and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Optional[...] instead of X | None: typer evaluates these annotations, also on Python 3.10.
+JsonFile = Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="Threads; all processors by default.")]
+Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
+Changes = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
+DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A model folder, compressed or not.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from featherweight import __version__
+
+        print(f"featherweight {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    changes: Changes = None,
+    calibration: Annotated[
+        Optional[Path], typer.Option("--calibration", metavar="FILE", help="Text for recipes that need statistics.")
+    ] = None,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option("--seed", help="For recipes with random choices.")] = 0,
+    max_memory: Annotated[
+        Optional[str], typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Compress a model. Interrupted, the same command goes on where it stopped."""
+    from featherweight.cli.commands import run_compress
+
+    run_compress(model, recipe, out, changes or [], calibration, threads, seed, max_memory, overwrite, json)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    recipe: Recipe,
+    changes: Changes = None,
+    threads: Threads = None,
+    max_memory: Annotated[Optional[str], typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Say what compressing a model would do and need, without doing it."""
+    from featherweight.cli.commands import run_plan
+
+    run_plan(model, recipe, changes or [], threads, max_memory, json)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    against: Annotated[
+        Optional[str], typer.Option("--against", metavar="MODEL", help="The original: adds KL divergence, agreement.")
+    ] = None,
+    text: Annotated[
+        Optional[Path], typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="own, 2048, 4096, strided or llama.cpp.")
+    ] = "own",
+    context: Annotated[Optional[int], typer.Option("--context", min=2, help="Window length in tokens.")] = None,
+    dtype: Dtype = "auto",
+    limit: Annotated[Optional[int], typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
+    threads: Threads = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure perplexity by a named protocol, true size, and the distance from the original."""
+    from featherweight.cli.commands import run_eval
+
+    run_eval(model, against, text, protocol, context, dtype, limit, threads, json)
+
+
+@app.command()
+def generate(
+    model: DirArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Continue a text."""
+    from featherweight.cli.talk import run_generate
+
+    run_generate(model, prompt, max_tokens, temperature, top_k, top_p, seed, dtype, threads)
+
+
+@app.command()
+def chat(
+    model: DirArgument,
+    system: Annotated[Optional[str], typer.Option("--system", help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends."""
+    from featherweight.cli.talk import run_chat
+
+    run_chat(model, system, max_tokens, temperature, top_k, top_p, seed, dtype, threads)
+
+
+@app.command()
+def inspect(model: DirArgument, json: JsonFile = None) -> None:
+    """Show what a folder holds: layers, codes, bits, errors."""
+    from featherweight.cli.commands import run_inspect
+
+    run_inspect(model, json)
+
+
+@app.command()
+def verify(model: DirArgument) -> None:
+    """Check every tensor of a folder against its hash and its spec. Exit code 1 if anything is wrong."""
+    from featherweight.cli.commands import run_verify
+
+    run_verify(model)
+
+
+@app.command()
+def methods(json: JsonFile = None) -> None:
+    """List the presets as points in the recipe space."""
+    from featherweight.cli.commands import run_methods
+
+    run_methods(json)
+
+
+@app.command()
+def bench(
+    model: DirArgument,
+    threads: Threads = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
+    from featherweight.cli.commands import run_bench
+
+    run_bench(model, threads, json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for models and report.")] = Path("demo-out"),
+    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 40960,
+    threads: Threads = None,
+) -> None:
+    """Compress the bundled model in every way there is, measure, and write a report."""
+    from featherweight.cli.demo import run_demo
+
+    run_demo(out, tokens, threads)
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    """Entry point: errors made on purpose become one sentence and exit code 1."""
+    from featherweight.errors import FeatherError
+
+    try:
+        app(args=arguments, prog_name="feather")
+    except FeatherError as error:
+        _stop(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on where it stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except MemoryError:
+        _stop("error: out of memory; set --max-memory or use a machine with more", 1)
+
+
+def _stop(text: str, code: int) -> Any:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Progress of a compression: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+SHOWN = 8  # finished layers kept in view
+PLAIN_SECONDS = 2.0  # between plain lines
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def count_text(count: float) -> str:
+    """A number for people: 1.1 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def time_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    whole = int(seconds + 0.5)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02d}"
+
+
+class Watcher:
+    """Shows the events of `compress`; use as its observer inside a `with`."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live: Live | None = None
+        self.rows: deque[dict[str, Any]] = deque(maxlen=SHOWN)
+        self.bar = Progress(
+            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[left]}"), console=console
+        )
+        self.task = self.bar.add_task("", total=1, what="reading", left="")
+        self.spoken = 0.0
+
+    def __enter__(self) -> Watcher:
+        if self.console.is_terminal:
+            self.live = Live(self._view(), console=self.console, refresh_per_second=8, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        show: dict[str, Callable[[dict[str, Any]], None]] = {
+            "plan": self._plan,
+            "layer": self._layer,
+            "shard": self._shard,
+        }
+        if event["event"] in show:
+            show[event["event"]](event)
+        if self.live is not None:
+            self.live.update(self._view())
+
+    def _plan(self, event: dict[str, Any]) -> None:
+        tensors = event["tensors"]
+        self._say(
+            f"{event['recipe']} on {event['family']}, {event['blocks']} blocks, {count_text(event['parameters'])} "
+            f"parameters: {event['layers']} layers ({count_text(event['weights'])} weights) to "
+            f"{event['bits_per_weight']:.3f} bits; {tensors['copied']} tensors copied, {tensors['dropped']} dropped; "
+            f"{size_text(event['source_bytes'])} become {size_text(event['output_bytes'])}"
+        )
+        self.bar.update(self.task, total=event["weights"], what="compressing")
+
+    def _layer(self, event: dict[str, Any]) -> None:
+        self.rows.append(event)
+        left = f"{time_text(event['seconds_left'])} left"
+        rate = f"{count_text(event['weights_per_second'])}/s" if event["weights_per_second"] else "found finished"
+        peak = size_text(event["peak_memory_bytes"])
+        self.bar.update(self.task, advance=event["weights"], left=f"{rate}  {left}  peak {peak}")
+        last = event["number"] == event["of"]
+        if self.live is None and (last or time.monotonic() - self.spoken >= PLAIN_SECONDS):
+            self.spoken = time.monotonic()
+            self._say(
+                f"[{event['number']}/{event['of']}] {event['name']}: {event['code']}, "
+                f"{event['bits_per_weight']:.3f} bits, error {event['relative_error']:.4f}, {rate}, {left}, peak {peak}"
+            )
+
+    def _shard(self, event: dict[str, Any]) -> None:
+        self.bar.update(self.task, what=f"writing {event['number']} of {event['of']}", left="")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _view(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for name, justify in (("layer", "left"), ("code", "left"), ("bits", "right"), ("error", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(row["name"], row["code"], f"{row['bits_per_weight']:.3f}", f"{row['relative_error']:.4f}")
+        return Group(table, self.bar) if self.rows else Group(self.bar)

@@ -1,0 +1,146 @@
+"""From artifacts to the finished Hugging Face folder: shards, index, config, manifest, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featherweight import __version__
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.format import FORMAT_VERSION, quantization_config
+from featherweight.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.checkpoint.writer import Blob, blob_of, disk_errors, to_json, write_safetensors, write_text
+from featherweight.compress.card import model_card
+from featherweight.compress.plan import COPY_WINDOW, Plan
+from featherweight.compress.run import RunFolder
+from featherweight.errors import CheckpointError
+
+MANIFEST = "featherweight.json"
+
+
+def lay_out(plan: Plan, checkpoint: Checkpoint, records: list[dict[str, Any]], shard_bytes: int) -> dict[str, Any]:
+    """Which tensors go to which shard. Source order; a layer's tensors stay together."""
+    jobs_of: dict[str, list[int]] = {}
+    for index, job in enumerate(plan.jobs):
+        jobs_of.setdefault(job.layer.tensor, []).append(index)
+    shards: list[list[dict[str, Any]]] = [[]]
+    size = 0
+    for name in checkpoint.names:
+        if name in jobs_of:
+            entries = [({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]]
+        else:
+            entries = [({"copy": name}, checkpoint.entry(name).nbytes)]
+        for entry, nbytes in entries:
+            if shards[-1] and size + nbytes > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(entry)
+            size += nbytes
+    return {"layers": records, "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)]}
+
+
+def _shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_shards(
+    run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, told: Callable[[str, int, int], None]
+) -> None:
+    """Write every shard that is not there yet; artifacts go as soon as their shard is complete."""
+    shards = assembly["shards"]
+    for number, shard in enumerate(shards):
+        path = run.assembled / shard["file"]
+        if not _complete(path):
+            blobs = [b for entry in shard["entries"] for b in _blobs(run, entry, assembly["layers"], checkpoint)]
+            write_safetensors(path, blobs, {})
+        for entry in shard["entries"]:
+            if "job" in entry:
+                run.artifact(entry["job"]).unlink(missing_ok=True)
+        told(shard["file"], number + 1, len(shards))
+
+
+def _complete(path: Path) -> bool:
+    """Shards appear under their name only when all bytes are on disk; the header is checked all the same."""
+    try:
+        SafetensorsFile.open(path).close()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _blobs(
+    run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint
+) -> list[Blob]:
+    if "copy" in entry:
+        name = entry["copy"]
+        source = checkpoint.entry(name)
+        return [Blob(name, source.dtype, source.shape, source.nbytes, lambda: checkpoint.raw_windows(name, COPY_WINDOW))]
+    module = records[entry["job"]]["name"]
+    return [blob_of(f"{module}.{name}", tensor) for name, tensor in run.tensors(entry["job"]).items()]
+
+
+def write_rest(
+    run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan, identity: dict[str, Any]
+) -> None:
+    """Index, config, manifest, model card and whatever stood beside the source's weights."""
+    folder, records = run.assembled, assembly["layers"]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in assembly["shards"]:
+        with SafetensorsFile.open(folder / shard["file"]) as file:
+            weight_map |= dict.fromkeys(file.entries, shard["file"])
+            total += sum(entry.nbytes for entry in file.entries.values())
+    if len(assembly["shards"]) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / "model.safetensors.index.json", to_json(index))
+    specs = {record["name"]: record["spec"] for record in records}
+    recipe = plan.recipe.dump()
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config["quantization_config"] = quantization_config(specs, recipe)
+    manifest = manifest_of(plan, records, identity, total)
+    with disk_errors(folder):
+        for path in checkpoint.other_files():
+            shutil.copyfile(path, folder / path.name)
+    write_text(folder / MANIFEST, to_json(manifest))
+    write_text(folder / "README.md", model_card(manifest, config))
+    write_text(folder / "config.json", to_json(config))
+
+
+def manifest_of(
+    plan: Plan, records: list[dict[str, Any]], identity: dict[str, Any], total_bytes: int
+) -> dict[str, Any]:
+    """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
+    code_bytes = sum(record["nbytes"] for record in records)
+    return {
+        "format_version": FORMAT_VERSION,
+        "featherweight": __version__,
+        "identity": identity,
+        "recipe": plan.recipe.dump(),
+        "family": plan.anatomy.family,
+        "parameters": plan.parameters,
+        "weights": plan.weights,
+        "linear_weights": plan.linear_weights,
+        "bits_per_weight": 8 * code_bytes / max(1, plan.weights),
+        "bits_per_weight_linear": 8 * (code_bytes + plan.linear_dense_bytes) / max(1, plan.linear_weights),
+        "bits_per_weight_model": 8 * total_bytes / max(1, plan.parameters),
+        "bytes": total_bytes,
+        "tensors": {
+            "source": len(plan.copied) + len(plan.replaced) + len(plan.dropped),
+            "replaced": len(plan.replaced),
+            "copied": len(plan.copied),
+            "dropped": plan.dropped,
+        },
+        "layers": records,
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished output; None if the folder is not one."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "identity" in found and (folder / "config.json").exists() else None

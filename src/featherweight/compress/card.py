@@ -1,0 +1,50 @@
+"""The model card of a compressed folder: what it is and how to load it, also for people without this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def model_card(manifest: dict[str, Any], config: dict[str, Any]) -> str:
+    """README.md of an output folder."""
+    recipe = manifest["recipe"]
+    tensors = manifest["tensors"]
+    worst = max(manifest["layers"], key=lambda record: record["relative_error"])
+    architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    source = config.get("_name_or_path") or "an original checkpoint"
+    paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
+    return f"""---
+library_name: transformers
+tags: [featherweight, quantized]
+---
+
+# Compressed with featherweight
+
+{architecture} from {source}, recipe `{recipe["name"]}`{paper}.
+
+| | |
+|---|---|
+| bits per weight, compressed layers | {manifest["bits_per_weight"]:.3f} |
+| bits per weight, all linear layers | {manifest["bits_per_weight_linear"]:.3f} |
+| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
+| parameters | {manifest["parameters"]:,} |
+| bytes of tensors | {manifest["bytes"]:,} |
+| source tensors | {tensors["source"]}: {tensors["replaced"]} replaced, {tensors["copied"]} copied, {len(tensors["dropped"])} dropped |
+| largest relative error of a layer | {worst["relative_error"]:.4f} (`{worst["name"]}`) |
+
+## Loading it
+
+The package must be imported before the model is loaded; it teaches transformers the format.
+
+```python
+import featherweight  # pip install featherweight
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+Without the import, transformers reports an unknown quantization type `featherweight`, or missing `weight` tensors and
+unexpected ones called `trits`, `codes` and `scales`. Nothing is wrong with the files then: install the package and
+import it.
+"""

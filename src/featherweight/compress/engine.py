@@ -1,0 +1,329 @@
+"""`compress`: the whole line, one layer at a time, without ever building the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from featherweight import __version__
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.weights import LayerWeight, scan_tensor
+from featherweight.checkpoint.writer import disk_errors, to_json, write_text
+from featherweight.codes import Code
+from featherweight.compress.assemble import lay_out, manifest_of, read_manifest, write_rest, write_shards
+from featherweight.compress.plan import Job, Plan, describe_code, make_plan, parse_size
+from featherweight.compress.run import RunFolder
+from featherweight.errors import FeatherError, OutputError, RecipeError
+from featherweight.kernels.library import thread_count
+from featherweight.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.quantize.base import HeldWeight, SolveOptions
+from featherweight.quantize.recipe import Recipe, load_recipe
+
+SHARD_BYTES = 4_000_000_000
+ERROR_ROWS = 40  # whole bytes of every packing
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The result of `compress`.
+
+    layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
+    resumed : layers found finished by an earlier run of the same command
+    """
+
+    out: Path
+    seconds: float
+    peak_memory_bytes: int
+    weights: int
+    bits_per_weight: float
+    bits_per_weight_linear: float
+    bits_per_weight_model: float
+    bytes: int
+    layers: list[dict[str, Any]] = field(repr=False)
+    tensors: dict[str, Any]
+    recipe: dict[str, Any] = field(repr=False)
+    resumed: int = 0
+    already_complete: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain | {"out": str(self.out)}
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    calibration: str | Path | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    max_memory: int | str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    observer: Observer | None = None,
+) -> Compression:
+    """Compress a checkpoint.
+
+    Parameters
+    ----------
+    model : folder of safetensors files, a single such file, or a hub id
+    recipe : preset name, YAML file or Recipe
+    out : folder to make; while the work lasts OUT.feather-run stands beside it, and OUT.log.jsonl records events
+    changes : like "grid.planes=3", applied to the recipe
+    calibration : text for recipes that declare statistics; data-free recipes do not read it
+    threads : of native kernels; results do not depend on it
+    seed : for recipes with random choices; part of the run's identity
+    max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met
+    overwrite : replace an existing output or another unfinished run
+    observer : called with every event that goes to the log
+
+    Called again after an interruption, it goes on; called again when complete, it returns at once.
+    Raises the errors of `featherweight.errors`.
+    """
+    begun = time.monotonic()
+    reset_peak_memory()
+    out = Path(out).expanduser().absolute()
+    chosen = load_recipe(recipe, tuple(changes))
+    if chosen.needs:
+        raise RecipeError(f"recipe {chosen.name} needs statistics ({', '.join(chosen.needs)}) that nothing here gathers")
+    if calibration is not None and not Path(calibration).is_file():
+        raise FeatherError(f"there is no calibration file {calibration}")
+    if shard_bytes < 1:
+        raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
+    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    with Checkpoint.open(model) as checkpoint, _threads(threads):
+        _check_out(out, checkpoint)
+        identity = {
+            "source": checkpoint.identity(),
+            "recipe": chosen.dump(),
+            "seed": seed,
+            "shard_bytes": shard_bytes,
+            "featherweight": __version__,
+        }
+        done = _finished(out, identity, overwrite)
+        if done is not None:
+            RunFolder(out).remove()
+            return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+        plan = make_plan(checkpoint, chosen, threads, limit)
+        with RunFolder.opened(out, identity, overwrite) as run, _Events(out, observer) as events:
+            events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
+            assembly = run.read_assembly()
+            resumed = len(plan.jobs) if assembly else 0
+            if assembly is None:
+                _check_disk(plan, run)
+                for name in plan.copied:
+                    scan_tensor(checkpoint, name)
+                records, resumed = _solve_all(plan, checkpoint, run, events)
+                assembly = lay_out(plan, checkpoint, records, shard_bytes)
+                write_text(run.assembly, to_json(assembly))
+            write_shards(
+                run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
+            )
+            write_rest(run, assembly, checkpoint, plan, identity)
+            run.publish()
+            manifest = read_manifest(out)
+            assert manifest is not None
+            result = _result(out, manifest, begun, resumed)
+            events({"event": "done", **{k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}})
+    return result
+
+
+def _solve_all(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: _Events
+) -> tuple[list[dict[str, Any]], int]:
+    """Every layer's record, from its artifact or from work."""
+    records: list[dict[str, Any]] = []
+    resumed = worked = 0
+    started = time.monotonic()
+    for index, job in enumerate(plan.jobs):
+        record = run.record(index, job.layer.name)
+        known = record is not None
+        if record is None:
+            record = _solve(plan, job, checkpoint, run, index)
+            worked += job.layer.parameters
+        else:
+            resumed += 1
+        records.append(record)
+        seconds = time.monotonic() - started
+        left = sum(j.layer.parameters for j in plan.jobs[index + 1 :])
+        events(
+            {
+                "event": "layer",
+                "number": index + 1,
+                "of": len(plan.jobs),
+                "resumed": known,
+                "weights": job.layer.parameters,
+                "weights_per_second": worked / seconds if worked else None,
+                "seconds_left": left * seconds / worked if worked else None,
+                "peak_memory_bytes": peak_memory_bytes(),
+                **{k: v for k, v in record.items() if k != "spec"},
+            }
+        )
+    return records, resumed
+
+
+def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int) -> dict[str, Any]:
+    source = LayerWeight(checkpoint, job.layer)
+    source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+    code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
+    record = {
+        "name": job.layer.name,
+        "role": job.layer.role,
+        "block": job.layer.block,
+        "code": describe_code(code.spec),
+        "spec": code.spec,
+        "bits_per_weight": code.bits_per_weight,
+        "nbytes": code.nbytes,
+        "relative_error": relative_error(source, code, plan.options),
+    }
+    run.keep(index, code, record)
+    return record
+
+
+def relative_error(source: LayerWeight, code: Code, options: SolveOptions) -> float:
+    """||W - decode(code)|| / ||W|| (Frobenius), accumulated in float64 over windows of rows; 0 for a zero matrix."""
+    rows = source.shape[0]
+    step = options.window_rows(source.shape, 8, ERROR_ROWS)
+    missed = total = 0.0
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        weight = source.rows(first, last).float()
+        total += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+        missed += float(torch.linalg.vector_norm(code.decode_rows(first, last).sub_(weight), dtype=torch.float64)) ** 2
+        source.release(first, last)
+    return math.sqrt(missed / total) if total else 0.0
+
+
+def _result(
+    out: Path, manifest: dict[str, Any], begun: float, resumed: int, already_complete: bool = False
+) -> Compression:
+    return Compression(
+        out=out,
+        seconds=time.monotonic() - begun,
+        peak_memory_bytes=peak_memory_bytes(),
+        resumed=resumed,
+        already_complete=already_complete,
+        **{
+            name: manifest[name]
+            for name in (
+                "weights",
+                "bits_per_weight",
+                "bits_per_weight_linear",
+                "bits_per_weight_model",
+                "bytes",
+                "layers",
+                "tensors",
+                "recipe",
+            )
+        },
+    )
+
+
+def _check_out(out: Path, checkpoint: Checkpoint) -> None:
+    source = checkpoint.folder.resolve()
+    target = out.resolve()
+    if target == source or target in source.parents:
+        raise OutputError(f"--out {out} holds the model that is read; choose another folder")
+    if target in Path.cwd().resolve().parents or target == Path.cwd().resolve():
+        raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file; choose a folder")
+
+
+def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest if OUT is the finished output of this very command; OutputError if it is something else."""
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    manifest = read_manifest(out)
+    if overwrite:
+        return None
+    if manifest is not None and manifest["identity"] == identity:
+        return manifest
+    what = "the output of another command" if manifest is not None else "not empty"
+    raise OutputError(f"--out {out} exists already and is {what}; choose another folder or replace it with --overwrite")
+
+
+def _check_disk(plan: Plan, run: RunFolder) -> None:
+    have = shutil.disk_usage(run.path).free + sum(p.stat().st_size for p in run.artifacts.iterdir())
+    if have < plan.disk_bytes:
+        raise OutputError(
+            f"the disk of {run.out.parent} has {have / 1e6:,.0f} MB free, this run needs {plan.disk_bytes / 1e6:,.0f} MB: "
+            "free some space or choose another --out"
+        )
+
+
+class _threads:
+    """Set torch's threads for a while."""
+
+    def __init__(self, threads: int | None) -> None:
+        if threads is not None and threads < 1:
+            raise FeatherError(f"--threads must be at least 1, not {threads}")
+        self.threads = threads
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(thread_count(self.threads))
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+class _Events:
+    """Every event to OUT.log.jsonl, with the time, and to the observer."""
+
+    def __init__(self, out: Path, observer: Observer | None) -> None:
+        self.path = out.with_name(out.name + ".log.jsonl")
+        self.observer = observer
+        self.lock = threading.Lock()
+        self.stream: TextIO | None = None
+
+    def __enter__(self) -> _Events:
+        with disk_errors(self.path):
+            self.stream = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            with contextlib.suppress(FeatherError):  # a full disk must not hide what happened
+                self({"event": "stopped", "reason": str(error) or type(error).__name__})
+        if self.stream is not None:
+            self.stream.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        with self.lock:
+            if self.stream is not None:
+                with disk_errors(self.path):
+                    self.stream.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
+                    self.stream.flush()
+        if self.observer is not None:
+            self.observer(event)
+
+
+def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:
+    """Seconds of computing for a plan: each distinct grid is timed on a Gaussian sample of its width, disk not counted."""
+    rates: dict[str, float] = {}
+    seconds = 0.0
+    for job in plan.jobs:
+        key = json.dumps(job.grid.settings(), sort_keys=True)
+        if key not in rates:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
+            plan.recipe.rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
+            begun = time.perf_counter()
+            plan.recipe.rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
+            rates[key] = (time.perf_counter() - begun) / weight.numel()
+        seconds += rates[key] * job.layer.parameters
+    return seconds

@@ -1,0 +1,65 @@
+"""The Rosetta table: every preset as a point in the recipe space. docs/methods.md is generated from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featherweight.codes import code_layout
+from featherweight.quantize.base import Choice
+from featherweight.quantize.recipe import Recipe, load_recipe, presets
+from featherweight.registry import PACKAGES, registered
+
+TYPICAL = (4096, 4096)  # the shape for which bits per weight are stated
+
+
+def method_table() -> list[dict[str, Any]]:
+    """One row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, paper, settings."""
+    return [_row(load_recipe(name)) for name in presets()]
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    nbytes = sum(tensor.nbytes for tensor in code_layout(recipe.grid.spec(TYPICAL)).values())
+    return {
+        "preset": recipe.name,
+        "title": recipe.title,
+        "paper": recipe.paper,
+        "notes": recipe.notes,
+        "transform": _join(recipe.transforms),
+        "grid": _words(recipe.grid),
+        "rounding": _words(recipe.rounding),
+        "correction": _join(recipe.corrections),
+        "allocation": _words(recipe.allocation),
+        "needs": ", ".join(recipe.needs) or "no data",
+        "bits": round(8 * nbytes / (TYPICAL[0] * TYPICAL[1]), 4),
+        "recipe": recipe.dump(),
+    }
+
+
+def _join(choices: tuple[Choice, ...]) -> str:
+    return ", ".join(_words(choice) for choice in choices) or "-"
+
+
+def _words(choice: Choice) -> str:
+    """`kind` and the settings that differ from their defaults."""
+    changed = [
+        f"{name} {value}" if not isinstance(value, bool) else name
+        for name, value in choice.model_dump(mode="json").items()
+        if value != type(choice).model_fields[name].default
+    ]
+    return " ".join([choice.kind, *([f"({', '.join(changed)})"] if changed else [])])
+
+
+def choices_table() -> list[dict[str, Any]]:
+    """Every registered choice on every axis with its settings, for the documentation."""
+    rows = []
+    for axis in PACKAGES:
+        if axis == "code":
+            continue
+        for name, cls in registered(axis).items():
+            fields = [
+                {"name": f, "default": info.default, "description": info.description or ""}
+                for f, info in cls.model_fields.items()  # type: ignore[attr-defined]
+            ]
+            summary = (cls.__doc__ or "").strip().split("\n")[0]
+            rows.append({"axis": axis, "name": name, "summary": summary, "settings": fields})
+    return rows

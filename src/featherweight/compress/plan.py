@@ -1,0 +1,203 @@
+"""What a compression will do and need, before it starts: every source tensor accounted for, bytes, memory, disk."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.codes import code_layout
+from featherweight.errors import CheckpointError, FeatherError
+from featherweight.memory import resident_bytes
+from featherweight.quantize.base import Grid, SolveOptions
+from featherweight.quantize.grids.dense import DenseGrid
+from featherweight.quantize.recipe import Recipe
+
+COPY_WINDOW = 16 << 20
+WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
+MARGIN = 96 << 20  # allocator slack, thread stacks, JSON of large models; measured, see docs/results.md
+SOURCE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to compress."""
+
+    layer: LinearLayer
+    grid: Grid
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes to expect (scales that need float32 add to it)."""
+        return sum(tensor.nbytes for tensor in code_layout(self.grid.spec(self.layer.shape)).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """jobs : layers to compress, in model order
+    copied : names of source tensors that are copied byte by byte
+    replaced : names of source tensors whose place the jobs' tensors take
+    dropped : source tensor -> reason; nothing is dropped silently
+    """
+
+    anatomy: Anatomy
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    copied: tuple[str, ...]
+    replaced: tuple[str, ...]
+    dropped: dict[str, str]
+    copied_bytes: int
+    source_bytes: int
+    parameters: int
+    linear_weights: int
+    linear_dense_bytes: int
+    options: SolveOptions
+
+    @property
+    def weights(self) -> int:
+        return sum(job.layer.parameters for job in self.jobs)
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def output_bytes(self) -> int:
+        return self.code_bytes + self.copied_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room needed while working: the output, and the artifacts of the shard being assembled once more."""
+        return self.output_bytes + self.code_bytes
+
+    def memory_bytes(self) -> int:
+        """Expected peak of resident memory."""
+        return resident_bytes() + MARGIN + self._working(self.options)
+
+    def _working(self, options: SolveOptions) -> int:
+        needs = [job.grid.working_bytes(job.layer.shape, options) + self._pages(job.layer) for job in self.jobs]
+        return max([*needs, COPY_WINDOW])
+
+    def _pages(self, layer: LinearLayer) -> int:
+        """Mapped pages of the source that are resident at once."""
+        whole = 4 * layer.parameters
+        return whole if layer.transposed or layer.fused_slice else min(whole, 4 * self.options.window_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able account."""
+        weights = max(1, self.weights)
+        return {
+            "recipe": self.recipe.name,
+            "family": self.anatomy.family,
+            "blocks": self.anatomy.blocks,
+            "parameters": self.parameters,
+            "weights": self.weights,
+            "layers": len(self.jobs),
+            "tensors": {"replaced": len(self.replaced), "copied": len(self.copied), "dropped": len(self.dropped)},
+            "bits_per_weight": 8 * self.code_bytes / weights,
+            "bits_per_weight_model": 8 * self.output_bytes / max(1, self.parameters),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes(),
+            "needs": list(self.recipe.needs),
+            "roles": self.roles(),
+        }
+
+    def roles(self) -> list[dict[str, Any]]:
+        """Per role: layers, weights, bits, bytes; copied linear layers are listed as dense."""
+        table: dict[tuple[str, str], dict[str, Any]] = {}
+        for job in self.jobs:
+            code = describe_code(job.grid.spec(job.layer.shape))
+            row = table.setdefault(
+                (job.layer.role, code),
+                {"role": job.layer.role, "code": code, "layers": 0, "weights": 0, "bytes": 0},
+            )
+            row["layers"] += 1
+            row["weights"] += job.layer.parameters
+            row["bytes"] += job.nbytes
+        for row in table.values():
+            row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
+        return list(table.values())
+
+
+def describe_code(spec: dict[str, Any]) -> str:
+    """A code in a few words: "2 trit-planes g128"."""
+    size = f" g{spec['group_size']}" if "group_size" in spec else ""
+    if spec["kind"] == "trit-planes":
+        plural = "s" if spec["planes"] > 1 else ""
+        return f"{spec['planes']} {'tied ' if spec['tied'] else ''}trit-plane{plural}{size}"
+    if spec["kind"] == "uniform":
+        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{size}"
+    return f"dense {spec['dtype']}" if spec["kind"] == "dense" else f"{spec['kind']}{size}"
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
+) -> Plan:
+    """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`."""
+    found = checkpoint.quantization_config
+    if found is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantised already (quant_method {found.get('quant_method')!r}); "
+            "start from the original weights"
+        )
+    anatomy = read_anatomy(checkpoint)
+    grids = recipe.grids_for(anatomy)
+    layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
+    chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
+    jobs = []
+    for layer in layers:
+        if layer.name in grids:
+            jobs.append(Job(layer, grids[layer.name]))
+        elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
+            stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
+            jobs.append(Job(layer, DenseGrid(dtype=stored)))  # type: ignore[arg-type]
+    copied = tuple(name for name in checkpoint.names if name not in chosen_tensors)
+    linear = {layer.tensor for layer in anatomy.layers}
+    plan = Plan(
+        anatomy=anatomy,
+        recipe=recipe,
+        jobs=tuple(jobs),
+        copied=copied,
+        replaced=tuple(name for name in checkpoint.names if name in chosen_tensors),
+        dropped={},
+        copied_bytes=sum(checkpoint.entry(name).nbytes for name in copied),
+        source_bytes=checkpoint.total_bytes,
+        parameters=checkpoint.parameters,
+        linear_weights=sum(checkpoint.entry(name).elements for name in linear),
+        linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
+        options=SolveOptions(threads=threads),
+    )
+    assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
+    return plan if max_memory is None else _within(plan, max_memory)
+
+
+def _within(plan: Plan, max_memory: int) -> Plan:
+    """The plan with the largest windows whose expected peak stays within `max_memory`."""
+    for window in WINDOWS:
+        trial = _replace_options(plan, plan.options.model_copy(update={"window_bytes": window}))
+        if trial.memory_bytes() <= max_memory:
+            return trial
+    smallest = _replace_options(plan, plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
+    largest = max(smallest.jobs, key=lambda job: job.grid.working_bytes(job.layer.shape, smallest.options))
+    raise FeatherError(
+        f"--max-memory {max_memory / 1e9:.2f} GB is too little: layer {largest.layer.name} "
+        f"[{largest.layer.shape[0]}, {largest.layer.shape[1]}] needs {smallest.memory_bytes() / 1e9:.2f} GB"
+    )
+
+
+def _replace_options(plan: Plan, options: SolveOptions) -> Plan:
+    return replace(plan, options=options)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "800 MB", "1.5GiB" or a plain number; FeatherError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not match or not math.isfinite(float(match[1])) or float(match[1]) == 0:
+        raise FeatherError(f"{text!r} is not a size; write it like 800MB, 2GB or 1.5GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

@@ -1,0 +1,27 @@
+"""Every error a person can cause: one sentence that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class FeatherError(Exception):
+    """Base of all errors raised on purpose; the command line prints its text alone and exits with 1."""
+
+
+class CheckpointError(FeatherError):
+    """A source checkpoint cannot be read: missing, truncated, hostile, of a refused kind, or of unknown structure."""
+
+
+class NonFiniteError(FeatherError):
+    """A weight is NaN or infinite; the text names the tensor and the index."""
+
+
+class RecipeError(FeatherError):
+    """A recipe is wrong; the text names the field and, for a misspelling, the nearest valid name."""
+
+
+class OutputError(FeatherError):
+    """The output cannot be written, or exists already."""
+
+
+class EvaluationError(FeatherError):
+    """A measurement cannot be made with the given text or protocol."""

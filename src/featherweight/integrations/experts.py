@@ -1,0 +1,220 @@
+"""Compressed experts in model classes that keep all experts of a layer in one 3-D parameter.
+
+Such a class (transformers 5.x mixtral, qwen-moe; gpt-oss and llama4 always) indexes `self.gate_up_proj[expert]`. The
+parameter is replaced with an `ExpertStack`, which decodes one expert when it is indexed, so the class's own forward
+goes on working. The codes live in children named as in the checkpoint: `experts.3.gate_proj` where the file has one
+matrix per expert, or `experts.gate_up_proj[3]` where it has slices of the 3-D tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import CheckpointError
+from featherweight.integrations.modules import FeatherLinear, PlainMatrix
+
+SLICE = re.compile(r"(?P<experts>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+)\]")
+PER_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+
+# the per-expert matrices whose concatenation along the outputs is a 3-D parameter, if the model class says nothing
+PARTS = (
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("down_proj", ("down_proj",)),
+    ("down_proj", ("w2",)),
+)
+
+
+class ExpertName(NamedTuple):
+    """Where a compressed expert matrix belongs: in the experts module at `path`, expert `index`.
+
+    `leaf` is the matrix's own name where the checkpoint stores one per expert, else None; `parameter` the 3-D parameter
+    that is made of it (None until known).
+    """
+
+    path: str
+    index: int
+    leaf: str | None
+    parameter: str | None
+
+
+def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D parameters of a module: experts [experts, rows, columns]."""
+    return {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+
+
+def expert_name(path: str, find: Callable[[str], nn.Module | None]) -> ExpertName | None:
+    """Read a module path as that of an expert matrix; None if the model has no fused experts there."""
+    if match := SLICE.fullmatch(path):
+        module = find(match["experts"])
+        if module is not None and match["parameter"] in fused_parameters(module):
+            return ExpertName(match["experts"], int(match["expert"]), None, match["parameter"])
+    elif match := PER_EXPERT.fullmatch(path):
+        module = find(match["experts"])
+        if module is not None and fused_parameters(module):
+            return ExpertName(match["experts"], int(match["expert"]), match["leaf"], None)
+    return None
+
+
+class ExpertStack:
+    """Stands for a 3-D parameter [experts, rows, columns] whose slices are decoded when they are used.
+
+    Indexing with an expert's number gives its matrix. Any torch function that receives the stack itself gets all
+    experts decoded, which is correct but costs the memory of the uncompressed layer for the time of the call.
+    """
+
+    _is_hf_initialized = True  # transformers must not initialise it
+
+    def __init__(self, matrices: Sequence[Sequence[nn.Module]], shape: Sequence[int], transposed: bool) -> None:
+        self.matrices = matrices
+        self.shape = torch.Size(shape)
+        self.transposed = transposed
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        """Matrix [rows, columns] of one expert, in the compute dtype; a slice or index tensor gives a 3-D tensor."""
+        if isinstance(expert, slice) or (isinstance(expert, Tensor) and expert.dim() > 0):
+            chosen = torch.arange(len(self))[expert.cpu() if isinstance(expert, Tensor) else expert]
+            return torch.stack([self[i] for i in chosen.reshape(-1)]).reshape(*chosen.shape, *self.shape[1:])
+        parts = [part() for part in self.matrices[int(expert)]]
+        matrix: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return matrix.T if self.transposed else matrix
+
+    def stacked(self) -> Tensor:
+        """All experts, [experts, rows, columns]."""
+        return torch.stack([self[expert] for expert in range(len(self))])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        part = self.matrices[0][0]
+        return part.compute_dtype if isinstance(part, FeatherLinear) else part.weight.dtype  # type: ignore[union-attr, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.matrices[0][0].parameters()).device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*_materialised(args), **_materialised(kwargs or {}))
+
+
+def _materialised(value: Any) -> Any:
+    if isinstance(value, ExpertStack):
+        return value.stacked()
+    if isinstance(value, tuple | list):
+        return type(value)(_materialised(v) for v in value)
+    return {k: _materialised(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def install_experts(
+    experts: nn.Module,
+    entries: Iterable[tuple[str, ExpertName, dict[str, Any]]],
+    parts: Sequence[tuple[str, tuple[str, ...]]] = PARTS,
+) -> None:
+    """Replace the 3-D parameters of `experts` that the entries compress.
+
+    Args:
+        experts: module with 3-D parameters.
+        entries: (name in quantization_config, place, code spec) of every compressed matrix of this module.
+        parts: (3-D parameter, per-expert matrices it is the concatenation of); the first that fits is taken.
+
+    Raises:
+        CheckpointError: an expert that does not exist, a wrong shape, a tensor compressed only in part.
+    """
+    fused = fused_parameters(experts)
+    layouts: dict[str, tuple[str, ...] | None] = {}  # per-expert matrices of a parameter, None where it is sliced
+    given: dict[str, dict[tuple[int, str], tuple[str, dict[str, Any]]]] = {}
+    for name, place, spec in entries:
+        if place.leaf is None:
+            parameter, leaves = str(place.parameter), None
+        else:
+            parameter, leaves = _owner(name, place.leaf, fused, parts)
+        if place.index >= len(fused[parameter]):
+            raise CheckpointError(
+                f"quantization_config compresses {name!r}, but {place.path!r} has {len(fused[parameter])} experts: "
+                "config.json and the weights do not belong together"
+            )
+        layouts[parameter] = leaves
+        given.setdefault(parameter, {})[place.index, place.leaf or parameter] = name, spec
+    for parameter, leaves in layouts.items():
+        _replace_parameter(experts, parameter, leaves, given[parameter])
+    if hasattr(experts, "config"):  # one expert at a time; the batched implementations would decode all of them
+        experts.config = copy.copy(experts.config)
+        experts.config._experts_implementation = "eager"
+
+
+def _owner(
+    name: str, leaf: str, fused: dict[str, nn.Parameter], parts: Sequence[tuple[str, tuple[str, ...]]]
+) -> tuple[str, tuple[str, ...]]:
+    for parameter, leaves in parts:
+        if leaf in leaves and parameter in fused:
+            return parameter, leaves
+    raise CheckpointError(
+        f"quantization_config compresses {name!r}, but the model's experts have only {', '.join(fused)}: "
+        "load it with the model class it was made for"
+    )
+
+
+def _replace_parameter(
+    experts: nn.Module,
+    parameter: str,
+    leaves: tuple[str, ...] | None,
+    given: dict[tuple[int, str], tuple[str, dict[str, Any]]],
+) -> None:
+    old = fused_parameters(experts)[parameter]
+    shape, transposed = _matrix_shape(experts, old, len(leaves or (parameter,)), given)
+    matrices: list[list[nn.Module]] = []
+    for index in range(len(old)):
+        matrices.append([])
+        for leaf in leaves or (parameter,):
+            entry = given.get((index, leaf))
+            if entry is None and leaves is None:
+                raise CheckpointError(
+                    f"'{parameter}[{index}]' is missing in quantization_config while other experts of the same "
+                    "tensor are compressed: compress all experts of a 3-D tensor or none"
+                )
+            layer = _layer(entry, shape, old)
+            if leaves is None:
+                experts.add_module(f"{parameter}[{index}]", layer)
+            else:
+                if str(index) not in experts._modules:
+                    experts.add_module(str(index), nn.Module())
+                experts.get_submodule(str(index)).add_module(leaf, layer)
+            matrices[index].append(layer)
+    del experts._parameters[parameter]
+    setattr(experts, parameter, ExpertStack(matrices, old.shape, transposed))
+
+
+def _layer(entry: tuple[str, dict[str, Any]] | None, shape: list[int], old: nn.Parameter) -> nn.Module:
+    if entry is None:
+        return PlainMatrix(shape[1], shape[0], bias=False, device=old.device, dtype=old.dtype)
+    name, spec = entry
+    if list(spec["shape"]) != shape:
+        raise CheckpointError(
+            f"{name!r} has shape {list(spec['shape'])} in quantization_config, the model wants {shape}: "
+            "config.json and the weights do not belong together"
+        )
+    return FeatherLinear(spec, name=name, compute_dtype=old.dtype, device=old.device)
+
+
+def _matrix_shape(
+    experts: nn.Module, old: nn.Parameter, parts: int, given: dict[tuple[int, str], tuple[str, dict[str, Any]]]
+) -> tuple[list[int], bool]:
+    """[out, in] of one expert's matrix, as in its code, and whether the 3-D parameter holds slices [in, out]."""
+    _, rows, columns = old.shape
+    straight, turned = [rows // parts, columns], [columns // parts, rows]
+    found = [list(spec["shape"]) for _, spec in given.values()]
+    if straight != turned and straight in found:
+        return straight, False
+    if straight != turned and turned in found:
+        return turned, True
+    transposed = getattr(experts, "is_transposed", type(experts).__name__ in ("GptOssExperts", "Llama4TextExperts"))
+    return (turned, True) if transposed else (straight, False)

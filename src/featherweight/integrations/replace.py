@@ -1,0 +1,124 @@
+"""Puts compressed layers into a model that has not been loaded yet.
+
+The names in `quantization_config` are those of the checkpoint. The loaded class may have another base (`AutoModel` for
+a checkpoint of `AutoModelForCausalLM`, or the other way round), other heads, or renamed modules; what cannot be placed
+is an error that names the module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from featherweight.errors import CheckpointError
+from featherweight.integrations.experts import PARTS, ExpertName, expert_name, install_experts
+from featherweight.integrations.modules import FeatherConv1D, FeatherLinear
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """`expert_paths` are the modules whose 3-D parameters were replaced; `saved_names` maps the names of all compressed
+    modules in the checkpoint to those under which this model saves them (a base model has no prefix)."""
+
+    expert_paths: list[str]
+    saved_names: dict[str, str]
+
+
+def replace_layers(
+    model: Any,
+    specs: dict[str, dict[str, Any]],
+    rename: Callable[[str], str] = str,
+    parts: Sequence[tuple[str, tuple[str, ...]]] = PARTS,
+) -> Placed:
+    """Replace every module that `specs` names.
+
+    Args:
+        model: a `PreTrainedModel`, usually on the meta device.
+        specs: module name in the checkpoint -> code spec with `shape`.
+        rename: checkpoint name -> name in this model class.
+        parts: see `install_experts`.
+
+    Raises:
+        CheckpointError: a module is missing, is no linear layer, is tied, or has another shape; a code is unknown.
+    """
+    modules = dict(model.named_modules())
+    experts: dict[str, list[tuple[str, ExpertName, dict[str, Any]]]] = {}
+    saved_names: dict[str, str] = {}
+    for name, spec in specs.items():
+        for path, saved_name in _candidates(model, name, rename):
+            saved_names[name] = saved_name
+            if path in modules and path:
+                _replace(model, path, name, spec)
+                break
+            place = expert_name(path, modules.get)
+            if place is not None:
+                experts.setdefault(place.path, []).append((name, place, spec))
+                break
+        else:
+            if not _of_another_head(model, name, specs):
+                raise CheckpointError(
+                    f"quantization_config compresses the module {name!r}, which {type(model).__name__} does not have: "
+                    "load the folder with the class named in its config.json (architectures)"
+                )
+            del saved_names[name]
+            logger.warning("%s has no module %r: its compressed weights are not used", type(model).__name__, name)
+    for path, entries in experts.items():
+        install_experts(modules[path], entries, parts)
+    return Placed(list(experts), saved_names)
+
+
+def _candidates(model: Any, name: str, rename: Callable[[str], str]) -> Iterable[tuple[str, str]]:
+    """Paths where a module of the checkpoint may be, each with the name under which the model will save it."""
+    prefix = f"{model.base_model_prefix}."
+    for path in dict.fromkeys((rename(name), name)):
+        yield path, name
+        yield prefix + path, prefix + name
+        yield path.removeprefix(prefix), name.removeprefix(prefix)
+
+
+def _of_another_head(model: Any, name: str, specs: Iterable[str]) -> bool:
+    """Whether a module that the model lacks belongs to the head of the class that was saved, not to the base model."""
+    prefix = f"{model.base_model_prefix}."
+    saved_as = getattr(model.config, "architectures", None) or []
+    outside = not name.startswith(prefix) and any(other.startswith(prefix) for other in specs)
+    return outside and type(model).__name__ not in saved_as
+
+
+def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
+    old = model.get_submodule(path)
+    shape = linear_shape(old)
+    if shape is None:
+        raise CheckpointError(
+            f"quantization_config compresses the module {name!r}, which is a {type(old).__name__} in "
+            f"{type(model).__name__}, not a linear layer: leave it out of the recipe and compress the model again"
+        )
+    if list(spec["shape"]) != shape:
+        raise CheckpointError(
+            f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
+            f"{type(model).__name__}: config.json and the weights do not belong together"
+        )
+    if old is model.get_output_embeddings() and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise CheckpointError(
+            f"quantization_config compresses {name!r}, which is tied to the input embedding: leave it out of the "
+            "recipe, or set tie_word_embeddings to false in config.json"
+        )
+    parent, _, leaf = path.rpartition(".")
+    kind = FeatherLinear if isinstance(old, nn.Linear) else FeatherConv1D
+    model.get_submodule(parent)._modules[leaf] = kind(
+        spec, old.bias is not None, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
+    )
+
+
+def linear_shape(module: nn.Module) -> list[int] | None:
+    """[out_features, in_features] of a linear layer, also of GPT-2's `Conv1D`, which stores the transpose."""
+    if isinstance(module, nn.Linear):
+        return list(module.weight.shape)
+    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
+        return list(module.weight.shape)[::-1]  # type: ignore[arg-type]
+    return None

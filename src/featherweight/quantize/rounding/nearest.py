@@ -1,0 +1,21 @@
+"""Round to nearest: each weight to the allowed value closest to it, data-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from featherweight.codes import Code
+from featherweight.quantize.base import Grid, Rounding, SolveOptions, WeightSource
+from featherweight.registry import register
+
+
+@register("rounding", "nearest")
+class Nearest(Rounding):
+    """The grid's own fit, then the nearest level; grids that do both at once (PTQTP) do so."""
+
+    def quantize_source(
+        self, source: WeightSource, grid: Grid, statistics: Mapping[str, Tensor], options: SolveOptions
+    ) -> Code:
+        return grid.quantize_source(source, options)

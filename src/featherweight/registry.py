@@ -1,0 +1,66 @@
+"""Names to classes, for codes and for every axis of the recipe space.
+
+A choice on an axis is one file in the axis's package, whose class carries `@register(axis, name)`. The packages are
+scanned on first use, so adding a choice touches no list anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TypeVar
+
+from featherweight.errors import RecipeError
+
+T = TypeVar("T", bound=type)
+
+PACKAGES = {
+    "code": "featherweight.codes",
+    "transform": "featherweight.quantize.transforms",
+    "grid": "featherweight.quantize.grids",
+    "rounding": "featherweight.quantize.rounding",
+    "correction": "featherweight.quantize.corrections",
+    "allocation": "featherweight.budget",
+}
+
+_entries: dict[str, dict[str, type]] = {axis: {} for axis in PACKAGES}
+_scanned: set[str] = set()
+
+
+def register(axis: str, name: str) -> Callable[[T], T]:
+    """Class decorator: make the class known as `name` on `axis` and set its `kind`. A name can be taken once."""
+
+    def keep(cls: T) -> T:
+        other = _entries[axis].setdefault(name, cls)
+        if other is not cls and other.__qualname__ != cls.__qualname__:
+            raise ValueError(f"{axis} {name!r} is registered twice: {other} and {cls}")
+        cls.kind = name  # type: ignore[attr-defined]
+        return cls
+
+    return keep
+
+
+def registered(axis: str) -> dict[str, type]:
+    """All names of an axis, in alphabetical order."""
+    if axis not in _scanned:
+        package = importlib.import_module(PACKAGES[axis])
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        _scanned.add(axis)
+    return dict(sorted(_entries[axis].items()))
+
+
+def find(axis: str, name: str) -> type:
+    """The class registered as `name` on `axis`; a RecipeError naming the nearest one otherwise."""
+    known = registered(axis)
+    if name not in known:
+        raise RecipeError(f"there is no {axis} called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return known[name]
+
+
+def nearest(name: str, known: object) -> str:
+    """`, did you mean 'x'?` for the closest known name, else an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
+    return f" (did you mean {close[0]!r}?)" if close else ""
