@@ -80,11 +80,11 @@ def test_a_module_of_another_shape_is_named(fresh_llama: Folder) -> None:
         load(fresh_llama)
 
 
-def test_a_module_that_is_no_linear_layer_is_named(fresh_llama: Folder) -> None:
+def test_a_module_without_a_matrix_is_named(fresh_llama: Folder) -> None:
     config = fresh_llama.config["quantization_config"]
-    config["codes"].append({"code": {"kind": "dense", "dtype": "float32"}, "modules": {"model.embed_tokens": [97, 48]}})
+    config["codes"].append({"code": {"kind": "dense", "dtype": "float32"}, "modules": {"model.norm": [48, 48]}})
     fresh_llama.rewrite(quantization_config=config)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens.*Embedding"):
+    with pytest.raises(CheckpointError, match=r"model\.norm.*LlamaRMSNorm"):
         load(fresh_llama)
 
 

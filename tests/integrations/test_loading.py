@@ -14,7 +14,7 @@ from conftest import MODELS, V5, Folder
 
 import featherweight
 from featherweight.errors import CheckpointError
-from featherweight.integrations.modules import FeatherLinear, set_cache
+from featherweight.integrations.modules import CodedModule, FeatherLinear, set_cache
 
 TOKENS = torch.arange(30).view(2, 15)
 EAGER: dict[str, Any] = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if V5 else {})
@@ -33,8 +33,8 @@ def logits(model: Any) -> torch.Tensor:
     return model(TOKENS, attention_mask=torch.ones_like(TOKENS))[0]
 
 
-def layers(model: Any) -> dict[str, FeatherLinear]:
-    return {m.name: m for m in model.modules() if isinstance(m, FeatherLinear)}
+def layers(model: Any) -> dict[str, CodedModule]:
+    return {m.name: m for m in model.modules() if isinstance(m, CodedModule)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,7 +76,7 @@ def test_stored_tensors_keep_their_bytes_in_any_dtype(
 def stored_in_layer(model: Any, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    return isinstance(layer, FeatherLinear) and leaf != "bias"
+    return isinstance(layer, CodedModule) and leaf in layer.layout
 
 
 def assert_stored(model: Any, folder: Folder) -> None:
@@ -173,6 +173,25 @@ def test_experts_compressed_in_part(name: str, tmp_path: Any) -> None:
     again, first = tiny.load_all(tmp_path / "again"), folder.tensors()
     assert again.keys() == first.keys()
     assert all(torch.equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_routers_and_embeddings_can_be_compressed(name: str, tmp_path: Any) -> None:
+    folder = tiny.build(name, tmp_path, keep=("lm_head", "norm"))
+    assert any(n.endswith(".gate") for n in folder.codes)
+    assert "model.embed_tokens" in folder.codes
+    model = from_pretrained(auto_class(name), folder.path, torch.bfloat16)
+    assert_stored(model, folder)
+    assert_stored(model.to(torch.float32), folder)
+    model = from_pretrained(auto_class(name), folder.path)
+    decoded = from_pretrained(auto_class(name), folder.decoded)
+    for got, expected in zip(
+        *(m(TOKENS, output_router_logits=True).router_logits for m in (model, decoded)), strict=True
+    ):
+        assert torch.equal(got, expected)
+    assert torch.equal(logits(model), logits(decoded))
+    model.save_pretrained(tmp_path / "again")
+    assert tiny.load_all(tmp_path / "again").keys() == folder.tensors().keys()
 
 
 def test_generation_works(folder_of: Callable[[str], Folder]) -> None:

@@ -12,7 +12,7 @@ from featherweight import __version__
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import FORMAT_VERSION, quantization_config
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
-from featherweight.checkpoint.writer import Blob, blob_of, disk_errors, to_json, write_safetensors, write_text
+from featherweight.checkpoint.writer import Blob, disk_errors, to_json, write_safetensors, write_text
 from featherweight.compress.card import model_card
 from featherweight.compress.plan import COPY_WINDOW, Plan
 from featherweight.compress.run import RunFolder
@@ -75,11 +75,15 @@ def _blobs(
     run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint
 ) -> list[Blob]:
     if "copy" in entry:
-        name = entry["copy"]
-        source = checkpoint.entry(name)
-        return [Blob(name, source.dtype, source.shape, source.nbytes, lambda: checkpoint.raw_windows(name, COPY_WINDOW))]
-    module = records[entry["job"]]["name"]
-    return [blob_of(f"{module}.{name}", tensor) for name, tensor in run.tensors(entry["job"]).items()]
+        return [_from_file(checkpoint.file_of(entry["copy"]), entry["copy"], entry["copy"])]
+    module, artifact = records[entry["job"]]["name"], SafetensorsFile.open(run.artifact(entry["job"]))
+    return [_from_file(artifact, name, f"{module}.{name}") for name in artifact.entries]
+
+
+def _from_file(file: SafetensorsFile, name: str, target: str) -> Blob:
+    """A tensor of a file under another name, read in windows so that its pages do not stay resident."""
+    entry = file.entry(name)
+    return Blob(target, entry.dtype, entry.shape, entry.nbytes, lambda: file.raw_windows(name, COPY_WINDOW))
 
 
 def write_rest(

@@ -23,8 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, disk_errors, to_json, write_safetensors, write_text
 from featherweight.codes import Code
@@ -105,11 +103,6 @@ class RunFolder:
             pass
         path.unlink()
         return None
-
-    def tensors(self, index: int) -> dict[str, Tensor]:
-        """Stored tensors of a finished layer, mapped."""
-        with SafetensorsFile.open(self.artifact(index)) as file:
-            return {name: file.tensor(name) for name in file.entries}
 
     def read_assembly(self) -> dict[str, Any] | None:
         if not self.assembly.exists():

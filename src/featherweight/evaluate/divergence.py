@@ -52,8 +52,10 @@ class DivergenceSum:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, float32 [tokens], from log-probabilities [tokens, vocabulary].
 
-    Tokens with p = 0 count nothing. The sum is in float64 and cut at 0, below which only rounding can take it.
+    Tokens with p = 0 count nothing. The sum is cut at 0, below which only rounding can take it.
     """
     p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-    return terms.sum(-1, dtype=torch.float64).clamp_(min=0).float()
+    total = (log_p - log_q).mul_(p).sum(-1)
+    if torch.isnan(total).any():  # 0 (-inf - ...), where a model excludes tokens
+        total = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return total.clamp_(min=0)

@@ -208,11 +208,11 @@ def _window(
     step = 1
     while first < stop:
         end = min(stop, first + step)
-        log_p = _log_softmax(positions.logits(row, first - 1, end - 1), window)
+        log_p = torch.log_softmax(positions.logits(row, first - 1, end - 1), dim=-1)
         chosen = targets[first:end, None].to(log_p.device)
         total -= _sum_of(log_p, chosen)
         if other is not None:
-            log_q = _log_softmax(other.logits(row, first - 1, end - 1), window).to(log_p.device)
+            log_q = torch.log_softmax(other.logits(row, first - 1, end - 1), dim=-1).to(log_p.device)
             if log_q.shape != log_p.shape:
                 raise EvaluationError(
                     f"the two models have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens: "
@@ -221,6 +221,11 @@ def _window(
             other_total -= _sum_of(log_q, chosen)
             divergence.add(original=log_q, compressed=log_p)
         first, step = end, max(1, CHUNK_ELEMENTS // log_p.shape[-1])
+    if math.isnan(total) or math.isnan(other_total):
+        raise EvaluationError(
+            f"the model's logits are NaN or infinite within tokens {window.start} to {window.stop - 1} of the text: "
+            "use a wider --dtype, or check the weights with `feather verify`"
+        )
     return total, other_total
 
 
@@ -231,13 +236,3 @@ def _sum_of(log_p: Tensor, chosen: Tensor) -> float:
             "the tokenizer does not belong to this model"
         )
     return float(log_p.gather(1, chosen).sum(dtype=torch.float64))
-
-
-def _log_softmax(logits: Tensor, window: Window) -> Tensor:
-    log_p = torch.log_softmax(logits, dim=-1)
-    if torch.isnan(log_p).any():
-        raise EvaluationError(
-            f"the model's logits are NaN or infinite within tokens {window.start} to {window.stop - 1} of the text: "
-            "use a wider --dtype, or check the weights with `feather verify`"
-        )
-    return log_p

@@ -32,14 +32,14 @@ PARTS = (
 
 
 class ExpertName(NamedTuple):
-    """Where a compressed expert matrix belongs: in the experts module at `path`, expert `index`.
+    """Where a compressed expert matrix belongs: in the experts module at `path`, number `expert`.
 
     `leaf` is the matrix's own name where the checkpoint stores one per expert, else None; `parameter` the 3-D parameter
     that is made of it (None until known).
     """
 
     path: str
-    index: int
+    expert: int
     leaf: str | None
     parameter: str | None
 
@@ -95,7 +95,7 @@ class ExpertStack:
     @property
     def dtype(self) -> torch.dtype:
         part = self.matrices[0][0]
-        return part.compute_dtype if isinstance(part, FeatherLinear) else part.weight.dtype  # type: ignore[union-attr, return-value]
+        return part.compute_dtype if isinstance(part, FeatherLinear) else part.weight.dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
@@ -137,18 +137,19 @@ def install_experts(
             parameter, leaves = str(place.parameter), None
         else:
             parameter, leaves = _owner(name, place.leaf, fused, parts)
-        if place.index >= len(fused[parameter]):
+        if place.expert >= len(fused[parameter]):
             raise CheckpointError(
                 f"quantization_config compresses {name!r}, but {place.path!r} has {len(fused[parameter])} experts: "
                 "config.json and the weights do not belong together"
             )
         layouts[parameter] = leaves
-        given.setdefault(parameter, {})[place.index, place.leaf or parameter] = name, spec
+        given.setdefault(parameter, {})[place.expert, place.leaf or parameter] = name, spec
     for parameter, leaves in layouts.items():
         _replace_parameter(experts, parameter, leaves, given[parameter])
     if hasattr(experts, "config"):  # one expert at a time; the batched implementations would decode all of them
-        experts.config = copy.copy(experts.config)
-        experts.config._experts_implementation = "eager"
+        config: Any = copy.copy(experts.config)
+        config._experts_implementation = "eager"
+        experts.config = config
 
 
 def _owner(

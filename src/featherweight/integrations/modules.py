@@ -18,40 +18,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featherweight.codes import code_from, code_layout
+from featherweight.codes import TensorLayout, code_from, code_layout
 from featherweight.errors import CheckpointError, FeatherError
 
 
-class FeatherLinear(nn.Module):
-    """y = x W^T + b with W [out_features, in_features] decoded from its code in each call.
+class CodedModule(nn.Module):
+    """A module whose `weight` is a code: what all compressed layers share. `hold` makes a module one.
 
-    Args:
+    Attributes:
         spec: the code's spec, with `shape`.
-        bias: whether there is a bias [out_features], kept in `compute_dtype`.
-        name: the module's name, for error messages.
-        compute_dtype: dtype of `weight` and `bias`; follows `.to(dtype)`.
-        device: where the (uninitialised) tensors are made, `meta` for none.
-
-    `set_cache` makes layers keep their decoded matrix.
-
-    Raises:
-        CheckpointError: the spec is wrong.
+        layout: shape and dtype of each stored tensor, by parameter name.
+        name: the module's name in the checkpoint, for error messages.
+        compute_dtype: dtype of the decoded `weight`; follows `.to(dtype)`.
+        cache: see `set_cache`.
     """
 
-    in_features: int
-    out_features: int
+    spec: dict[str, Any]
+    layout: dict[str, TensorLayout]
+    name: str
+    compute_dtype: torch.dtype
+    cache: bool
+    _cached: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        spec: dict[str, Any],
-        bias: bool = False,
-        *,
-        name: str = "",
-        compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+    def hold(
+        self, spec: dict[str, Any], name: str, compute_dtype: torch.dtype, device: torch.device | str | None
     ) -> None:
-        super().__init__()
+        """Make the (uninitialised) stored tensors. CheckpointError if the spec is wrong."""
         try:
             self.layout = code_layout(spec)
         except (FeatherError, KeyError, TypeError, ValueError) as error:
@@ -60,16 +53,13 @@ class FeatherLinear(nn.Module):
                 "install a newer featherweight, or compress the model again"
             ) from None
         self.spec = dict(spec)
-        self.out_features, self.in_features = spec["shape"]
         self.name = name
+        self.compute_dtype = compute_dtype
         self.cache = False
-        self.compute_dtype = compute_dtype or torch.get_default_dtype()
-        self._cached: Tensor | None = None
+        self._cached = None
         self._is_hf_initialized = True  # transformers must not initialise what it loads
         for key, (shape, dtype) in self.layout.items():  # not register_parameter: a dense code's tensor is `weight`
             self._parameters[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        values = torch.empty(self.out_features, dtype=self.compute_dtype, device=device) if bias else None
-        self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
     def __getattr__(self, name: str) -> Any:
         """`weight` is the decoded matrix in `compute_dtype`, unless the code stores a tensor of that name."""
@@ -89,17 +79,8 @@ class FeatherLinear(nn.Module):
         """The matrix the stored tensors stand for: float32 [out_features, in_features]."""
         stored = {key: self._parameters[key].detach() for key in self.layout}  # type: ignore[union-attr]
         if any(tensor.is_meta for tensor in stored.values()):
-            return torch.empty(self.out_features, self.in_features, dtype=torch.float32, device="meta")
+            return torch.empty(*self.spec["shape"], dtype=torch.float32, device="meta")
         return code_from(self.spec, stored).decode()
-
-    def forward(self, input: Tensor | None = None) -> Tensor:
-        """`input` [..., in_features] -> [..., out_features]; without an input, the weight itself.
-
-        Another module that needs the matrix calls the layer rather than reading `weight`, so that offloading hooks run.
-        """
-        if input is None:
-            return self._decoded(self.compute_dtype)
-        return F.linear(input, self._decoded(input.dtype), self.bias)
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
         if not self.cache:
@@ -126,11 +107,11 @@ class FeatherLinear(nn.Module):
             )
         return tensor.to(dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatherLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {key: self._parameters[key].data for key in self.layout}  # type: ignore[union-attr]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         self._cached = None
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for key, (_, dtype) in self.layout.items():
             moved = self._parameters[key]
             assert moved is not None
@@ -155,13 +136,68 @@ class FeatherLinear(nn.Module):
 
     def extra_repr(self) -> str:
         settings = ", ".join(f"{k}={v}" for k, v in self.spec.items() if k != "shape")
-        return f"in_features={self.in_features}, out_features={self.out_features}, {settings}"
+        return f"out_features={self.spec['shape'][0]}, in_features={self.spec['shape'][1]}, {settings}"
+
+
+class FeatherLinear(CodedModule):
+    """y = x W^T + b with W [out_features, in_features] decoded from its code in each call.
+
+    Args:
+        spec: the code's spec, with `shape`.
+        bias: whether there is a bias [out_features], kept in `compute_dtype`.
+        name: the module's name, for error messages.
+        compute_dtype: dtype of `weight` and `bias`; follows `.to(dtype)`.
+        device: where the (uninitialised) tensors are made, `meta` for none.
+
+    Raises:
+        CheckpointError: the spec is wrong.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        bias: bool = False,
+        *,
+        name: str = "",
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.hold(spec, name, compute_dtype or torch.get_default_dtype(), device)
+        self.out_features, self.in_features = spec["shape"]
+        values = torch.empty(self.out_features, dtype=self.compute_dtype, device=device) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+
+    def forward(self, input: Tensor | None = None) -> Tensor:
+        """`input` [..., in_features] -> [..., out_features]; without an input, the weight itself.
+
+        Another module that needs the matrix calls the layer rather than reading `weight`, so that offloading hooks run.
+        """
+        if input is None:
+            return self._decoded(self.compute_dtype)
+        return F.linear(input, self._decoded(input.dtype), self.bias)
+
+
+class CodedForward(CodedModule):
+    """Gives a class's own forward the decoded matrix as `self.weight`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["weight"] = self._decoded(self.compute_dtype)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__.pop("weight", None)
+
+
+def coded_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a module class whose `weight` is decoded from a code, for classes other than linear layers."""
+    return type(f"Feather{cls.__name__}", (CodedForward, cls), {})
 
 
 def set_cache(model: nn.Module, enabled: bool) -> None:
     """Let every compressed layer keep its matrix after the first call, trading the memory saved for speed, or not."""
     for module in model.modules():
-        if isinstance(module, FeatherLinear):
+        if isinstance(module, CodedModule):
             module.cache = enabled
             module._cached = None
 

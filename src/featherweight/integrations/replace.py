@@ -16,7 +16,7 @@ from torch import nn
 
 from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import PARTS, ExpertName, expert_name, install_experts
-from featherweight.integrations.modules import FeatherConv1D, FeatherLinear
+from featherweight.integrations.modules import FeatherConv1D, FeatherLinear, coded_class
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def replace_layers(
         parts: see `install_experts`.
 
     Raises:
-        CheckpointError: a module is missing, is no linear layer, is tied, or has another shape; a code is unknown.
+        CheckpointError: a module is missing, has no matrix, is tied, or has another shape; a code is unknown.
     """
     modules = dict(model.named_modules())
     experts: dict[str, list[tuple[str, ExpertName, dict[str, Any]]]] = {}
@@ -92,33 +92,43 @@ def _of_another_head(model: Any, name: str, specs: Iterable[str]) -> bool:
 
 def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
     old = model.get_submodule(path)
-    shape = linear_shape(old)
+    shape = matrix_shape(old)
     if shape is None:
         raise CheckpointError(
             f"quantization_config compresses the module {name!r}, which is a {type(old).__name__} in "
-            f"{type(model).__name__}, not a linear layer: leave it out of the recipe and compress the model again"
+            f"{type(model).__name__}, without a weight matrix: leave it out of the recipe and compress the model again"
         )
     if list(spec["shape"]) != shape:
         raise CheckpointError(
             f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
             f"{type(model).__name__}: config.json and the weights do not belong together"
         )
-    if old is model.get_output_embeddings() and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    if any(old is end for end in ends) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         raise CheckpointError(
-            f"quantization_config compresses {name!r}, which is tied to the input embedding: leave it out of the "
-            "recipe, or set tie_word_embeddings to false in config.json"
+            f"quantization_config compresses {name!r}, but input embedding and output layer are tied: leave it out "
+            "of the recipe, or set tie_word_embeddings to false in config.json"
         )
     parent, _, leaf = path.rpartition(".")
+    if not is_linear(old):  # an embedding, a router: keeps its own forward, which reads `weight`
+        old.__class__ = coded_class(type(old))
+        weight = old._parameters.pop("weight")
+        old.hold(spec, name, weight.dtype, weight.device)
+        return
     kind = FeatherLinear if isinstance(old, nn.Linear) else FeatherConv1D
     model.get_submodule(parent)._modules[leaf] = kind(
         spec, old.bias is not None, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
     )
 
 
-def linear_shape(module: nn.Module) -> list[int] | None:
-    """[out_features, in_features] of a linear layer, also of GPT-2's `Conv1D`, which stores the transpose."""
-    if isinstance(module, nn.Linear):
-        return list(module.weight.shape)
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
-        return list(module.weight.shape)[::-1]  # type: ignore[arg-type]
-    return None
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def matrix_shape(module: nn.Module) -> list[int] | None:
+    """Shape [out_features, in_features] of a module's weight matrix, None if it has none."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return None
+    return list(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1]

@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
 from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import PARTS
-from featherweight.integrations.modules import FeatherLinear
+from featherweight.integrations.modules import CodedModule
 from featherweight.integrations.replace import replace_layers
 
 LOADS_BY_CONVERSION = int(transformers.__version__.split(".")[0]) >= 5
@@ -86,7 +86,6 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
     requires_parameters_quantization = True  # 4.x: lets `create_quantized_param` load parameters
-    required_packages = None
 
     def __init__(self, quantization_config: FeatherConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -142,9 +141,9 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> None:
         """4.x: put a loaded tensor in its place, in the dtype its parameter was made with."""
-        path, _, name = param_name.rpartition(".")
+        path, name = param_name.rpartition(".")[::2]
         module = model.get_submodule(path)
-        if not isinstance(module, FeatherLinear) or name == "bias":
+        if not isinstance(module, CodedModule) or name not in module.layout:
             old = module._parameters.get(name, module._buffers.get(name))
             if old is not None and param_value.is_floating_point() and old.is_floating_point():
                 param_value = param_value.to(old.dtype)
@@ -162,7 +161,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
                 "install transformers 5, or give a device_map without 'disk'"
             )
         for module in model.modules():
-            if isinstance(module, FeatherLinear):
+            if isinstance(module, CodedModule):
                 module.settle()
 
     # Saving ---------------------------------------------------------------------------------------------------------
@@ -254,7 +253,7 @@ def check_files(files: Iterable[str], model: nn.Module) -> None:
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(key)
                 found[key] = (list(view.get_shape()), view.get_dtype())
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, FeatherLinear)]
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CodedModule)]
     # save_original_format=False writes the model's own names instead of the checkpoint's
     names = {f"{layer.name}.{key}": f"{path}.{key}" for path, layer in layers for key in layer.state_dict()}
     lost = [name for name, own in names.items() if name not in found and own not in found]
@@ -276,7 +275,7 @@ def stored_names(model: nn.Module) -> list[str]:
     return [
         f"{path}.{key}"
         for path, module in model.named_modules()
-        if isinstance(module, FeatherLinear)
+        if isinstance(module, CodedModule)
         for key in module.state_dict()
     ]
 

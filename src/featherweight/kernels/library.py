@@ -54,7 +54,9 @@ class NativeLibrary:
         self._c = ctypes.CDLL(str(path))
         self._c.fw_version.restype = ctypes.c_int32
         if self._c.fw_version() != VERSION:
-            raise OSError(f"{path} has interface {self._c.fw_version()}, this package needs {VERSION}; install it again")
+            raise OSError(
+                f"{path} has interface {self._c.fw_version()}, this package needs {VERSION}; install it again"
+            )
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         signatures = {
             "fw_select_isa": [ctypes.c_char_p],
@@ -63,7 +65,21 @@ class NativeLibrary:
             "fw_pack_bits": [pointer, size, number, pointer],
             "fw_unpack_bits": [pointer, size, number, pointer],
             "fw_pack_codes": [pointer, size, number, number, pointer, size],
-            "fw_decode": [pointer, size, number, pointer, number, number, size, size, size, number, pointer, number, pointer],
+            "fw_decode": [
+                pointer,
+                size,
+                number,
+                pointer,
+                number,
+                number,
+                size,
+                size,
+                size,
+                number,
+                pointer,
+                number,
+                pointer,
+            ],
             "fw_solve": [pointer, number, size, size, size, pointer, number]
             + [pointer, pointer, pointer, pointer, number, number, pointer],
             "fw_assign": [pointer, number, size, size, size, pointer, pointer, pointer, number],
@@ -181,9 +197,7 @@ class NativeLibrary:
         _check(status)
         return window
 
-    def assign_window(
-        self, weight: Tensor, scales: Tensor, settings: TritPlaneSettings, threads: int | None
-    ) -> Tensor:
+    def assign_window(self, weight: Tensor, scales: Tensor, settings: TritPlaneSettings, threads: int | None) -> Tensor:
         """`ptqtp_reference.assign_window`."""
         weight = _rows(weight)
         scales = scales.to(torch.float64).contiguous()

@@ -39,6 +39,7 @@ __all__ = [
     "TritPlaneSettings",
     "TritPlaneSolution",
     "TritPlaneStream",
+    "assign_trits",
     "solve_trit_planes",
 ]
 
@@ -119,6 +120,27 @@ def solve_trit_planes(
     return TritPlaneSolution(codes, scales, window.steps, stop, settings.planes, settings.group_size)
 
 
+def assign_trits(
+    weight: Tensor,
+    scales: Tensor,
+    settings: TritPlaneSettings,
+    threads: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The trit step alone: joint codes uint8 [n, d] nearest to a weight [n, d] for given scales.
+
+    Scales are [n, g, K], tied [n, g], of any floating dtype. A plane whose scale is 0 gets no trits. Raises as
+    `solve_trit_planes`.
+    """
+    _check_matrix(weight)
+    reference.check_finite(weight)
+    n, groups = weight.shape[0], -(-weight.shape[1] // settings.group_size)
+    expected = (n, groups) if settings.tied else (n, groups, settings.planes)
+    if tuple(scales.shape) != expected:
+        raise ValueError(f"scales must be {list(expected)}, not {list(scales.shape)}")
+    return _solver(backend, threads).assign(weight, scales.to(torch.float64), settings)
+
+
 class TritPlaneStream:
     """The same for a matrix that arrives in windows of rows, keeping only what is stored and one byte a group.
 
@@ -149,6 +171,7 @@ class TritPlaneStream:
         self._moving = torch.zeros(self.settings.max_iterations + 1, dtype=torch.uint8)
         self._seen = torch.zeros(n, dtype=torch.bool)
         self._windows: list[tuple[int, int]] = []
+        self.iterations = 0
 
     def add(self, first_row: int, window: Tensor) -> None:
         """Solve the rows [first_row, first_row + len(window)).
@@ -162,7 +185,9 @@ class TritPlaneStream:
         if window.shape[1] != d or not 0 <= first_row < last <= n:
             raise ValueError(f"rows {first_row} to {last} of width {window.shape[1]} are not part of [{n}, {d}]")
         if first_row % ROW_ALIGNMENT or (last != n and last % ROW_ALIGNMENT):
-            raise ValueError(f"a window must begin and end at a multiple of {ROW_ALIGNMENT} rows, not {first_row}:{last}")
+            raise ValueError(
+                f"a window must begin and end at a multiple of {ROW_ALIGNMENT} rows, not {first_row}:{last}"
+            )
         if bool(self._seen[first_row:last].any()):
             raise ValueError(f"rows {first_row} to {last} overlap rows that were added before")
         try:

@@ -61,7 +61,9 @@ def assign_window(weight: Tensor, scales: Tensor, settings: TritPlaneSettings) -
     groups = group_rows(weight, settings.group_size)
     n, d = weight.shape
     if settings.one_scale:
-        trits = _tied_trits(_tied_codes(groups, scales.reshape(-1, 1).to(torch.float64), (3**settings.planes - 1) // 2), settings.planes)
+        trits = _tied_trits(
+            _tied_codes(groups, scales.reshape(-1, 1).to(torch.float64), (3**settings.planes - 1) // 2), settings.planes
+        )
     else:
         flat = scales.to(torch.float64).reshape(-1, settings.planes)
         trits = nearest_trits(groups, flat, settings.tie_order)
@@ -97,9 +99,7 @@ def _solve_rows(weight: Tensor, settings: TritPlaneSettings, cap: int) -> Window
     return Window(codes, scales, steps.reshape(n, -1), moving)
 
 
-def _best_start(
-    groups: Groups, settings: TritPlaneSettings, cap: int, moving: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _best_start(groups: Groups, settings: TritPlaneSettings, cap: int, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loop from one or several starts; of several, the solution with the least squared error of each group."""
     scales, trits, steps = alternate(groups, settings, cap, first_trits(groups, settings), moving)
     if settings.starts == 1:

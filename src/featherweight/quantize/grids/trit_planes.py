@@ -36,6 +36,7 @@ class TritPlaneGrid(Grid):
     packing: Literal["base3", "2bit"] = Field("base3", description="five trits a byte (1.6 bits) or four (2 bits)")
     scale_dtype: ScaleDtype = Field("auto", description="auto: float16, float32 where float16 would over- or underflow")
     tolerance: float = Field(1e-4, ge=0, description="stop when no group of the matrix moves its scales by this")
+    tolerance_relative: bool = Field(False, description="tolerance is a share of the matrix's largest |weight|")
     max_iterations: int = Field(50, ge=1, le=62, description="iterations at most (T_max)")
     ridge: float = Field(1e-8, gt=0, le=1, description="initial ridge lambda")
     condition_threshold: float = Field(1e12, gt=1, description="condition number from which lambda grows")
@@ -44,12 +45,13 @@ class TritPlaneGrid(Grid):
     closing: bool = Field(False, description="a last trit step against the scales as stored")
     final_least_squares: bool = Field(False, description="a last scale solve for the final trits")
 
-    def solver_settings(self) -> TritPlaneSettings:
+    def solver_settings(self, largest: float = 1.0) -> TritPlaneSettings:
+        """`largest` is the matrix's largest |weight|, the unit of a relative tolerance."""
         return TritPlaneSettings(
             planes=self.planes,
             group_size=self.group_size,
             tied=self.tied,
-            tolerance=self.tolerance,
+            tolerance=self.tolerance * (largest if self.tolerance_relative else 1.0),
             max_iterations=self.max_iterations,
             ridge=self.ridge,
             condition_threshold=self.condition_threshold,
@@ -65,8 +67,9 @@ class TritPlaneGrid(Grid):
         return self.tied and self.planes > 1
 
     def fit(self, weight: Tensor) -> Fit:
-        dtype = scale_dtype_for(self.scale_dtype, HeldWeight(weight).largest)
-        scales = solve_trit_planes(weight, self.solver_settings()).scales.to(dtype)
+        largest = HeldWeight(weight).largest
+        dtype = scale_dtype_for(self.scale_dtype, largest)
+        scales = solve_trit_planes(weight, self.solver_settings(largest), scale_dtype=dtype).scales.to(dtype)
         return {"scales": scales.view(*scales.shape[:2], -1) if not self.stored_tied else scales}
 
     def levels(self, fit: Fit) -> Tensor:
@@ -92,7 +95,7 @@ class TritPlaneGrid(Grid):
         stream = TritPlaneStream(
             rows,
             columns,
-            self.solver_settings(),
+            self.solver_settings(source.largest),
             scale_dtype=scale_dtype_for(self.scale_dtype, source.largest),
             packing=self.packing,
             threads=options.threads,

@@ -1,0 +1,133 @@
+"""`feather demo`: the bundled model becomes trit-planes and uniform codes, is measured, writes, and a report is made."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from featherweight.cli.commands import error_console, out_console, steps, write_json
+from featherweight.cli.progress import size_text
+
+RECIPES = ("rtn-4", "rtn-3", "ptqtp-3", "ptqtp-tied-3", "ptqtp", "ptqtp-tied", "ptqtp-1")
+PROMPT = "It was a dark and stormy night, and"
+SAMPLE_TOKENS = 60
+PICTURED = ("q_proj", "down_proj")  # layers of the middle block whose weights the report shows
+
+
+def reference_model() -> Path:
+    """Folder of the model that comes with the package."""
+    return Path(str(resources.files("featherweight"))) / "assets" / "reference"
+
+
+def run_demo(out: Path, tokens: int, threads: int | None) -> None:
+    import transformers
+
+    from featherweight.compress.engine import compress
+    from featherweight.evaluate.evaluation import evaluate
+    from featherweight.evaluate.report import Variant, write_report
+    from featherweight.quantize.recipe import load_recipe
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    original, say = reference_model(), error_console()
+    variants = []
+    say.print(f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes; output in {out}")
+    with steps("original") as tell:
+        measured = evaluate(original, limit=tokens, progress=tell, threads=threads)
+    variants.append(
+        Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original")
+    )
+    for recipe in RECIPES:
+        folder = out / recipe
+        done = compress(original, recipe, folder, threads=threads)
+        with steps(recipe) as tell:
+            measured = evaluate(folder, original, limit=tokens, progress=tell, threads=threads)
+        variants.append(
+            Variant(
+                recipe,
+                measured.to_json(),
+                done.to_json(),
+                sample=_sample(folder),
+                recipe=load_recipe(recipe).dump(),
+                histograms=_histograms(original, folder),
+                command=f"feather compress {original.name} --recipe {recipe} --out {folder}",
+            )
+        )
+    write_json(out / "demo.json", {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants})
+    report = write_report(
+        out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
+    )
+    _show(variants, report)
+
+
+def _sample(folder: Path) -> str:
+    """What a model writes after the prompt, greedily."""
+    import torch
+
+    from featherweight.api import load
+
+    model, tokenizer = load(folder, dtype="float32", cache=True)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        made = model.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.3,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return PROMPT + str(tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def _histograms(original: Path, folder: Path) -> list[dict[str, Any]]:
+    """Weights and levels of two layers of the middle block."""
+    from featherweight.checkpoint.anatomy import read_anatomy
+    from featherweight.checkpoint.checkpoint import Checkpoint
+    from featherweight.checkpoint.format import module_specs
+    from featherweight.codes import code_from, code_layout
+    from featherweight.evaluate.levels import histogram_of
+
+    with Checkpoint.open(original) as source, Checkpoint.open(folder) as made:
+        anatomy = read_anatomy(source)
+        specs = module_specs(made.quantization_config or {})
+        chosen = [x for x in anatomy.layers if x.block == anatomy.blocks // 2 and x.role in PICTURED]
+        pictures = []
+        for layer in chosen:
+            spec = specs[layer.name]
+            code = code_from(spec, {name: made.tensor(f"{layer.name}.{name}") for name in code_layout(spec)})
+            pictures.append(histogram_of(source.tensor(layer.tensor), code, layer.name))
+    return pictures
+
+
+def _show(variants: list[Any], report: Path) -> None:
+    table = Table(box=None, pad_edge=False)
+    names = ("variant", "bits linear", "bits model", "on disk", "perplexity", "excess", "KL", "top-1", "error", "seconds")
+    for name in names:
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    base = variants[0].perplexity
+    for variant in variants:
+        measured, made = variant.evaluation, variant.compression
+        bits = measured["bits_per_weight"]
+        layers = made.get("layers", ())
+        table.add_row(
+            variant.name,
+            f"{bits['linear']:.3f}",
+            f"{bits['model']:.3f}",
+            size_text(measured["bytes"]),
+            f"{variant.perplexity:.3f}",
+            f"{100 * (variant.perplexity / base - 1):+.2f} %",
+            "-" if measured["kl"] is None else f"{measured['kl']:.4f}",
+            "-" if measured["top1_agreement"] is None else f"{100 * measured['top1_agreement']:.1f} %",
+            f"{sum(x['relative_error'] for x in layers) / len(layers):.4f}" if layers else "-",
+            f"{made['seconds']:.1f}" if made else "-",
+        )
+    console = out_console()
+    console.print(table)
+    console.print(f"protocol: {variants[0].evaluation['description']}", soft_wrap=True)
+    for variant in variants:
+        console.print(f"\n{variant.name}: {variant.sample}", soft_wrap=True)
+    console.print(f"\nreport: {report}", soft_wrap=True)

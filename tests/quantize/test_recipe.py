@@ -1,0 +1,129 @@
+"""Recipes: reading, changing, selecting layers, and every way to get one wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
+from featherweight.errors import RecipeError
+from featherweight.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.quantize.recipe import load_recipe, presets
+
+
+def layer(name: str, kind: str = "attention", block: int | None = 0) -> LinearLayer:
+    return LinearLayer(
+        name, f"{name}.weight", (8, 8), False, None, False, block, name.split(".")[-1], kind, "x", None, None, ()
+    )
+
+
+def anatomy(head: bool = False) -> Anatomy:
+    names = [f"model.layers.{b}.{n}" for b in (0, 1) for n in ("attn.q_proj", "attn.k_proj", "mlp.down_proj")]
+    layers = tuple(layer(n, "mlp" if "mlp" in n else "attention", int(n.split(".")[2])) for n in names)
+    router = layer("model.layers.0.mlp.gate", "router")
+    return Anatomy(
+        "llama", 2, "model", "model.layers", (*layers, router), layer("lm_head", "head", None) if head else None, (), (), (), ()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_every_preset_survives_its_dump(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert load_recipe(recipe) == recipe
+    assert load_recipe(recipe, ["name=" + name]).dump() == recipe.dump()
+
+
+def test_changes_reach_the_grid() -> None:
+    recipe = load_recipe("ptqtp", ["grid.planes=3", "grid.tied=true", "layers.skip=[q_proj]"])
+    assert isinstance(recipe.grid, TritPlaneGrid)
+    assert (recipe.grid.planes, recipe.grid.tied, recipe.layers.skip) == (3, True, ("q_proj",))
+
+
+def test_selection_by_name_role_and_kind() -> None:
+    chosen = set(load_recipe("ptqtp").grids_for(anatomy()))
+    assert len(chosen) == 6  # the router is left alone
+    skipped = load_recipe("ptqtp", ["layers.skip=[k_proj, '*.1.mlp.*']"]).grids_for(anatomy())
+    assert set(skipped) == {n for n in chosen if "k_proj" not in n and ".1.mlp." not in n}
+    only = load_recipe("ptqtp", ["layers.include=[mlp]"]).grids_for(anatomy())
+    assert set(only) == {n for n in chosen if "down_proj" in n}
+    assert "model.layers.0.mlp.gate" in load_recipe("ptqtp", ["layers.routers=true"]).grids_for(anatomy())
+    assert "lm_head" in load_recipe("ptqtp", ["layers.head=true"]).grids_for(anatomy(head=True))
+
+
+def test_overrides_change_single_settings_or_the_kind() -> None:
+    recipe = load_recipe(
+        "ptqtp", ["overrides=[{match: down_proj, grid: {planes: 3}}, {match: '*.0.*', grid: {kind: uniform, bits: 8}}]"]
+    )
+    grids = recipe.grids_for(anatomy())
+    assert grids["model.layers.1.mlp.down_proj"].settings()["planes"] == 3
+    assert grids["model.layers.0.mlp.down_proj"].settings()["planes"] == 3  # the first match counts
+    assert grids["model.layers.0.attn.q_proj"].settings()["bits"] == 8
+    assert grids["model.layers.1.attn.q_proj"] == recipe.grid
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["grid.plans=3"], ["grid.plans", "'planes'"]),
+        (["grid.planes=4"], ["grid.planes", "4"]),
+        (["grid.planes=two"], ["grid.planes", "'two'"]),
+        (["grid.group_size=0"], ["grid.group_size", "0"]),
+        (["grid.kind=trit-plane"], ["'trit-plane'", "'trit-planes'"]),
+        (["grid=3"], ["grid", "kind"]),
+        (["rouding.kind=nearest"], ["rouding", "'rounding'"]),
+        (["rounding.kind=nearst"], ["'nearst'", "'nearest'"]),
+        (["layers.skp=[a]"], ["layers.skp", "'skip'"]),
+        (["transforms=[{kind: hadamrd}]"], ["transform", "'hadamrd'"]),
+        (["overrides=[{match: x}]"], ["overrides", "grid"]),
+        (["grid.planes"], ["FIELD=VALUE"]),
+        (["grid.planes=[1"], ["YAML"]),
+        (["name.x=1"], ["'name'"]),
+    ],
+)
+def test_wrong_changes_name_the_field(changes: list[str], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("ptqtp", changes)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grid: {kind: uniform, bits: 9}", ["grid.bits", "9"]),
+        ("grid: {bits: 4}", ["grid", "kind"]),
+        ("rounding: {kind: nearest}", ["grid", "missing"]),
+        ("- 1", ["mapping"]),
+        ("grid: [", ["cannot be read"]),
+        ("", ["mapping"]),
+        ("overrides: 3\ngrid: {kind: uniform}", ["overrides"]),
+    ],
+)
+def test_wrong_files_name_the_field_and_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    for word in [*words, "mine.yaml"]:
+        assert word in str(caught.value)
+
+
+def test_wrong_overrides_and_patterns() -> None:
+    with pytest.raises(RecipeError, match="overrides\\[0\\].grid.plans"):
+        load_recipe("ptqtp", ["overrides=[{match: q_proj, grid: {plans: 3}}]"]).grids_for(anatomy())
+    with pytest.raises(RecipeError, match="'q_porj' in layers.skip.*'q_proj'"):
+        load_recipe("ptqtp", ["layers.skip=[q_porj]"]).grids_for(anatomy())
+    with pytest.raises(RecipeError, match="no layer"):
+        load_recipe("ptqtp", ["layers.skip=['*']"]).grids_for(anatomy())
+    with pytest.raises(RecipeError, match="tied"):
+        load_recipe("ptqtp", ["layers.head=true"]).grids_for(anatomy())
+
+
+def test_unknown_presets_and_files() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'ptqtp'"):
+        load_recipe("ptqpt")
+    with pytest.raises(RecipeError, match="no recipe file"):
+        load_recipe("none.yaml")
