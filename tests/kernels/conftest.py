@@ -32,8 +32,9 @@ def published_loop(
 ) -> tuple[Tensor, Tensor, int, list[float]]:
     """The card's loop for K = 2 and whole groups [R, G], written down once more: no freezing, no thresholds, no masks.
 
-    Iteration 1 solves the (nearly singular) normal equations of t = sign(w) and takes ties by the order of candidates up to
-    rounding. Returns scales [R, 2], trits [2, R, G], the stop iteration and the relative error after every iteration.
+    Iteration 1 solves the (nearly singular) normal equations of t = sign(w) and takes ties by the order of candidates
+    up to rounding. Returns scales [R, 2], trits [2, R, G], the stop iteration and the relative error after every
+    iteration.
     """
     w = w.to(torch.float64)
     sign = torch.where(w >= 0, 1.0, -1.0).to(torch.float64)

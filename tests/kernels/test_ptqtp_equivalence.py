@@ -142,8 +142,8 @@ class TestPublishedLoop:
         weight = gaussian(60, 64, seed=2)
         digits = (-1, 0, 1) if order == "lexicographic" else (0, -1, 1)
         scales, trits, stop, errors = published_loop(weight, tolerance=tolerance, digits=digits)
-        chosen = TritPlaneSettings(group_size=64, tolerance=tolerance, canonical=False, tie_order=order)  # type: ignore[arg-type]
-        found = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
+        chosen = TritPlaneSettings(group_size=64, tolerance=tolerance, canonical=False, tie_order=order)  # type:
+        ignore[arg-type] found = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
         assert found.iterations == stop
         assert torch.equal(found.trits().to(torch.float64), trits)
         assert torch.allclose(found.scales[:, 0], scales, rtol=1e-9)
@@ -153,14 +153,14 @@ class TestPublishedLoop:
         """The stop is that of the matrix: the same rows stop earlier when the slow row is not there."""
         weight, chosen = gaussian(40, 128), TritPlaneSettings(tolerance=0.01)
         together = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
-        alone = [solve_trit_planes(row[None], chosen, backend=backend).iterations for row in weight]  # type: ignore[arg-type]
-        assert together.iterations >= min(alone)
+        alone = [solve_trit_planes(row[None], chosen, backend=backend).iterations for row in weight]  # type:
+        ignore[arg-type] assert together.iterations >= min(alone)
         assert together.iterations > sorted(alone)[len(alone) // 2]
 
     def test_final_least_squares_lowers_a_cut_off_error(self, backend: str) -> None:
         weight = gaussian(30, 128)
-        plain = solve_trit_planes(weight, TritPlaneSettings(max_iterations=4), backend=backend)  # type: ignore[arg-type]
-        chosen = TritPlaneSettings(max_iterations=4, final_least_squares=True)
+        plain = solve_trit_planes(weight, TritPlaneSettings(max_iterations=4), backend=backend)  # type:
+        ignore[arg-type] chosen = TritPlaneSettings(max_iterations=4, final_least_squares=True)
         better = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
         assert relative_error(weight, better.decode()) < relative_error(weight, plain.decode())
 

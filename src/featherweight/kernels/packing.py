@@ -2,8 +2,8 @@
 
 Element order is row-major over the whole matrix; rows are not padded. The formats:
 
-* "base3": byte = sum_i (t_i + 1) 3^i over five consecutive trits, i = 0 the first; missing digits are 0; bytes are < 243.
-* "2bit": (t_i + 1) << 2i over four consecutive trits; missing digits are 0; the digit 3 does not occur.
+* "base3": byte = sum_i (t_i + 1) 3^i over five consecutive trits, i = 0 the first; missing digits are 0; bytes are <
+243. * "2bit": (t_i + 1) << 2i over four consecutive trits; missing digits are 0; the digit 3 does not occur.
 * b bits: element e occupies the bits [e b, e b + b) of a little-endian bit string.
 
 The PyTorch forms here define the formats; the native library does the same faster.
@@ -125,8 +125,8 @@ def decode_trit_planes(
         out: float32 [n, d], contiguous, to write into.
         threads: None for the default of `library.thread_count`.
 
-    Free scales: ((a1 t1 + a2 t2) + a3 t3); tied: s times the integer sum_k 3^(K-1-k) t_k; both in float32 in that order,
-    so the result is the same bits on every machine. ValueError for wrong shapes and for bytes that are no trits.
+    Free scales: ((a1 t1 + a2 t2) + a3 t3); tied: s times the integer sum_k 3^(K-1-k) t_k; both in float32 in that
+    order, so the result is the same bits on every machine. ValueError for wrong shapes and for bytes that are no trits.
     """
     n, d = shape
     planes, tied, groups = packed.shape[0], scales.dim() == 2, -(-d // group_size)

@@ -3,11 +3,11 @@
 "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models", arXiv 2509.16989.
 
 The published loop stops for a whole matrix at once: in the first iteration in which no group moved its scales by the
-tolerance. Groups are independent otherwise, so each one runs to its exact fixed point, where it cannot move again, and the
-iterations in which any group moved are recorded for the matrix. The first iteration t* >= 2 without movement is where the
-published loop stops; the few groups that reached their fixed point later are solved again through iteration t*. The result
-is that of the loop over all groups, and depends neither on threads nor on how the matrix was cut into windows. (Iteration 1
-has no scales before it to be compared with: the initial value 1 takes no part in the algorithm.)
+tolerance. Groups are independent otherwise, so each one runs to its exact fixed point, where it cannot move again, and
+the iterations in which any group moved are recorded for the matrix. The first iteration t* >= 2 without movement is
+where the published loop stops; the few groups that reached their fixed point later are solved again through iteration
+t*. The result is that of the loop over all groups, and depends neither on threads nor on how the matrix was cut into
+windows. (Iteration 1 has no scales before it to be compared with: the initial value 1 takes no part in the algorithm.)
 
 With several starts there is no such stop, as there is no published loop to follow: every group runs to its fixed point.
 """
@@ -144,9 +144,9 @@ def assign_trits(
 class TritPlaneStream:
     """The same for a matrix that arrives in windows of rows, keeping only what is stored and one byte a group.
 
-    Windows may come in any order, each row once. A window starts at a multiple of 20 rows and, unless it ends the matrix,
-    has a multiple of 20 rows. `finish` reads again the windows that hold groups which the stopping rule of the whole matrix
-    would have stopped earlier. The result equals that of `solve_trit_planes` with rounded scales, packed.
+    Windows may come in any order, each row once. A window starts at a multiple of 20 rows and, unless it ends the
+    matrix, has a multiple of 20 rows. `finish` reads again the windows that hold groups which the stopping rule of the
+    whole matrix would have stopped earlier. The result equals that of `solve_trit_planes` with rounded scales, packed.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class TritPlaneStream:
     def add(self, first_row: int, window: Tensor) -> None:
         """Solve the rows [first_row, first_row + len(window)).
 
-        ValueError for a wrong shape, alignment or a row that came before; NonFiniteWeightError with the row counted in the
-        whole matrix.
+        ValueError for a wrong shape, alignment or a row that came before; NonFiniteWeightError with the row counted in
+        the whole matrix.
         """
         _check_matrix(window)
         n, d = self.shape

@@ -1,8 +1,9 @@
 """PTQTP trit-planes in plain PyTorch: the readable form, and the oracle of the native one.
 
 "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models", arXiv 2509.16989. A group of weights w
-becomes sum_k scale_k t_k with trits t_k in {-1, 0, 1}, by alternating a ridge regression for the scales and an exhaustive
-search over the 3^K code tuples of every weight. Everything is float64: in float32 the first normal equations are singular.
+becomes sum_k scale_k t_k with trits t_k in {-1, 0, 1}, by alternating a ridge regression for the scales and an
+exhaustive search over the 3^K code tuples of every weight. Everything is float64: in float32 the first normal equations
+are singular.
 
 Groups are the rows of a matrix [R, G]. Shorter last groups are padded; a mask keeps padding out of every sum.
 Departures, all options: several starts, a closing trit step, a final least squares, tied scales, canonical plane order.
@@ -27,8 +28,8 @@ CHUNK_WEIGHTS = 1 << 22
 
 
 class Window(NamedTuple):
-    """What a backend finds for some rows: codes uint8 [n, d], scales float64, steps uint8 [n, g], and for every iteration
-    whether any group moved its scales by the tolerance or more (uint8 [cap + 1], entry t for iteration t)."""
+    """What a backend finds for some rows: codes uint8 [n, d], scales float64, steps uint8 [n, g], and for every
+    iteration whether any group moved its scales by the tolerance or more (uint8 [cap + 1], entry t for iteration t)."""
 
     codes: Tensor
     scales: Tensor
@@ -131,9 +132,9 @@ def alternate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge step and trit step in turn, for every group until its exact fixed point or iteration `cap`.
 
-    `first` holds scales and trits after iteration 1, or no scales and the trits iteration 1 begins with. A group is at its
-    fixed point when its trits give the normal equations, with the lambda, that its scales came from: nothing can change
-    any more, so it leaves the active set. Sets moving[t] where some group moved in iteration t >= 2.
+    `first` holds scales and trits after iteration 1, or no scales and the trits iteration 1 begins with. A group is at
+    its fixed point when its trits give the normal equations, with the lambda, that its scales came from: nothing can
+    change any more, so it leaves the active set. Sets moving[t] where some group moved in iteration t >= 2.
     Returns scales [R, K], trits int8 [K, R, G], steps uint8 [R].
     """
     count = groups.weights.shape[0]
@@ -337,9 +338,11 @@ def canonical(scales: Tensor, trits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tied_sweep(groups: Groups, planes: int) -> tuple[Tensor, Tensor]:
-    """One scale a group: the best of 65 roundings to integers -M..M, M = (3^K - 1) / 2, each with its least squares scale.
+    """One scale a group: the best of 65 roundings to integers -M..M, M = (3^K - 1) / 2, each with its least squares
+    scale.
 
-    The i-th rounding divides by max |w| / delta with delta = (3.25 + i / 32) M / 4. Returns scales [R], trits int8 [K, R, G].
+    The i-th rounding divides by max |w| / delta with delta = (3.25 + i / 32) M / 4. Returns scales [R], trits int8 [K,
+    R, G].
     """
     levels = (3**planes - 1) // 2
     largest = groups.weights.abs().amax(-1, keepdim=True)

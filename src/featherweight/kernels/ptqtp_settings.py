@@ -23,9 +23,9 @@ class TritPlaneSettings:
         planes: number of ternary planes K, 1 to 3.
         group_size: consecutive input columns that share scales; the last group of a row may be shorter.
         tied: one scale s per group and plane scales (3^(K-1) s, ..., 3 s, s), so a weight is s times an integer.
-            The scale comes from a sweep, not from the alternating loop. With one plane it changes nothing but the shape.
-        tolerance: the loop stops when no group of the matrix moved its scales by this much (Euclidean, absolute).
-        max_iterations: at most this many iterations, 1 to 255.
+            The scale comes from a sweep, not from the alternating loop. With one plane it changes nothing but the
+        shape. tolerance: the loop stops when no group of the matrix moved its scales by this much (Euclidean,
+        absolute). max_iterations: at most this many iterations, 1 to 255.
         ridge: initial ridge lambda of every group's normal equations.
         ridge_max: upper limit of lambda under the condition guard.
         condition_threshold: Frobenius condition number from which lambda is raised.

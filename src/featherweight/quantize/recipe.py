@@ -197,7 +197,7 @@ def _model_at(error: ValidationError) -> Any:
 def presets() -> dict[str, Path]:
     """Name -> file of every preset that comes with the package."""
     folder = Path(str(resources.files("featherweight.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
 
 
 def load_recipe(name: str | Path | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
