@@ -3,9 +3,9 @@
 
     python benchmarks/compress_synthetic.py --shape 1.1b --recipe ptqtp --threads 2
 
-The checkpoint (random Gaussian weights, bf16, sharded) is made first by scripts/make_synthetic.py and kept in --work, with
-its pages dropped from the system's cache where that is allowed (root), so that reading it counts. Beside the time stand two
-limits measured in the same run: reading the checkpoint from the disk, and copying its bytes in memory.
+The checkpoint (random Gaussian weights, bf16, sharded) is made first by scripts/make_synthetic.py and kept in --work; its
+pages are dropped from the system's cache, so that reading it counts. Beside the time stand two limits measured in the
+same run: reading the checkpoint from the disk, and copying its bytes in memory.
 """
 
 from __future__ import annotations
@@ -63,7 +63,14 @@ def main() -> None:
     arguments = parser.parse_args()
     source = arguments.work / f"synthetic-{arguments.shape}"
     if not (source / "config.json").exists():
-        make = [sys.executable, str(ROOT / "scripts" / "make_synthetic.py"), "--shape", arguments.shape, "--out", str(source)]
+        make = [
+            sys.executable,
+            str(ROOT / "scripts" / "make_synthetic.py"),
+            "--shape",
+            arguments.shape,
+            "--out",
+            str(source),
+        ]
         subprocess.run(make, check=True)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     drop_cache(source)

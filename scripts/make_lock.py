@@ -22,7 +22,18 @@ LEFT_OUT = ("torch", "nvidia-", "triton", "cuda-")
 
 def main() -> None:
     root = Path(__file__).resolve().parent.parent
-    command = ["uv", "pip", "compile", "--universal", "--python-version", "3.10", "--extra", "dev", "--extra", "encoder"]
+    command = [
+        "uv",
+        "pip",
+        "compile",
+        "--universal",
+        "--python-version",
+        "3.10",
+        "--extra",
+        "dev",
+        "--extra",
+        "encoder",
+    ]
     command += ["--no-header", "--no-annotate", "--quiet", "--constraint", "-", "pyproject.toml"]
     found = subprocess.run(command, cwd=root, input=f"torch=={TORCH}\n", capture_output=True, text=True)
     if found.returncode:

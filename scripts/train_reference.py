@@ -225,7 +225,9 @@ def main() -> None:
             record = {"step": step, "loss": float(total), "rate": rate, "seconds": round(seconds, 1), "done": done}
             record["tokens"] = step * tokens_a_step
             if step % 200 == 0:
-                record["valid_perplexity"] = perplexity(model, valid[: 16 * arguments.context], arguments.context, device)
+                record["valid_perplexity"] = perplexity(
+                    model, valid[: 16 * arguments.context], arguments.context, device
+                )
             print(json.dumps(record), file=log, flush=True)
             print(json.dumps(record), flush=True)
         if time.time() - saved > 60 * arguments.save_minutes:

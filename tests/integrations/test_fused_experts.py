@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import conftest as tiny
+import compressed_folders as tiny
 import pytest
 import torch
 import transformers
-from conftest import V5, Folder, load_all, quantization_config
+from compressed_folders import V5, Folder, auto_class, from_pretrained, layers, load_all, logits, quantization_config
 from safetensors.torch import save_file
-from test_loading import auto_class, from_pretrained, layers, logits
 
 from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import ExpertStack

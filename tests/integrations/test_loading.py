@@ -6,35 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import conftest as tiny
+import compressed_folders as tiny
 import pytest
 import torch
 import transformers
-from conftest import MODELS, V5, Folder
+from compressed_folders import MODELS, TOKENS, V5, Folder, auto_class, from_pretrained, layers, logits
 
 import featherweight
 from featherweight.errors import CheckpointError
 from featherweight.integrations.modules import CodedModule, FeatherLinear, set_cache
-
-TOKENS = torch.arange(30).view(2, 15)
-EAGER: dict[str, Any] = {"attn_implementation": "eager"} | ({"experts_implementation": "eager"} if V5 else {})
-
-
-def auto_class(name: str) -> Any:
-    return transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
-
-
-def from_pretrained(cls: Any, folder: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
-    return cls.from_pretrained(folder, **{"dtype" if V5 else "torch_dtype": dtype}, **EAGER, **kwargs)
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(TOKENS, attention_mask=torch.ones_like(TOKENS))[0]
-
-
-def layers(model: Any) -> dict[str, CodedModule]:
-    return {m.name: m for m in model.modules() if isinstance(m, CodedModule)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,6 +87,20 @@ def test_cpu_offload(name: str, folder_of: Callable[[str], Folder]) -> None:
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(layer._parameters[key].is_meta for layer in layers(model).values() for key in layer.layout)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_gpu(name: str, folder_of: Callable[[str], Folder]) -> None:
+    folder = folder_of(name)
+    model = from_pretrained(auto_class(name), folder.path, device_map="cuda")
+    for layer_name, layer in layers(model).items():
+        assert layer.decode().is_cuda
+        assert torch.equal(layer.decode().cpu(), folder.codes[layer_name].decode())
+    expected = logits(from_pretrained(auto_class(name), folder.decoded))
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS.cuda())[0].cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_disk_offload(folder_of: Callable[[str], Folder], tmp_path: Any) -> None:

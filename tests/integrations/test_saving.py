@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MODELS, V5, Folder, load_all
+from compressed_folders import MODELS, V5, Folder, auto_class, from_pretrained, load_all, logits
 from safetensors import safe_open
-from test_loading import auto_class, from_pretrained, logits
 
 from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, VERSION_KEY
 from featherweight.integrations.transformers import FeatherConfig

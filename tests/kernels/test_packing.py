@@ -39,16 +39,16 @@ class TestTrits:
     @given(trits=TRITS)
     def test_there_and_back(self, packing: str, trits: list[int]) -> None:
         tensor = torch.tensor(trits, dtype=torch.int8)
-        packed = pack_trits(tensor, packing)  # type: ignore[arg-type]
-        assert packed.numel() == packed_bytes(len(trits), packing)  # type: ignore[arg-type]
-        assert unpack_trits(packed, len(trits), packing).tolist() == trits  # type: ignore[arg-type]
+        packed = pack_trits(tensor, packing)
+        assert packed.numel() == packed_bytes(len(trits), packing)
+        assert unpack_trits(packed, len(trits), packing).tolist() == trits
 
     @given(trits=TRITS)
     def test_format(self, packing: str, trits: list[int]) -> None:
         per_byte, base = (5, 3) if packing == "base3" else (4, 4)
         parts = [trits[i : i + per_byte] for i in range(0, len(trits), per_byte)]
         expected = [sum((t + 1) * base**i for i, t in enumerate(part)) for part in parts]
-        assert pack_trits(torch.tensor(trits, dtype=torch.int8), packing).tolist() == expected  # type: ignore[arg-type]
+        assert pack_trits(torch.tensor(trits, dtype=torch.int8), packing).tolist() == expected
 
     def test_every_byte(self, packing: str) -> None:
         for byte in range(256):
@@ -57,20 +57,20 @@ class TestTrits:
             count = 15 if packing == "base3" else 12
             valid = byte < 243 if packing == "base3" else all(byte >> 2 * i & 3 != 3 for i in range(4))
             if valid:
-                assert torch.equal(pack_trits(unpack_trits(packed, count, packing), packing), packed)  # type: ignore[arg-type]
+                assert torch.equal(pack_trits(unpack_trits(packed, count, packing), packing), packed)
             else:
                 with pytest.raises(ValueError, match="byte 1 "):
-                    unpack_trits(packed, count, packing)  # type: ignore[arg-type]
+                    unpack_trits(packed, count, packing)
 
     def test_refusals(self, packing: str) -> None:
         with pytest.raises(ValueError, match="-1, 0 or 1"):
-            pack_trits(torch.tensor([2], dtype=torch.int8), packing)  # type: ignore[arg-type]
+            pack_trits(torch.tensor([2], dtype=torch.int8), packing)
         with pytest.raises(ValueError, match="int8"):
-            pack_trits(torch.tensor([1]), packing)  # type: ignore[arg-type]
+            pack_trits(torch.tensor([1]), packing)
         with pytest.raises(ValueError, match="must be 2 bytes"):
-            unpack_trits(torch.zeros(3, dtype=torch.uint8), 8, packing)  # type: ignore[arg-type]
+            unpack_trits(torch.zeros(3, dtype=torch.uint8), 8, packing)
         with pytest.raises(ValueError, match="packing must be"):
-            pack_trits(torch.zeros(3, dtype=torch.int8), "base4")  # type: ignore[arg-type]
+            pack_trits(torch.zeros(3, dtype=torch.int8), "base4")
 
 
 class TestBits:
@@ -102,7 +102,7 @@ class TestDecode:
         trits = torch.randint(-1, 2, (planes, n, d), generator=generator, dtype=torch.int8)
         shape = (n, 3) if tied else (n, 3, planes)
         scales = torch.randn(shape, generator=generator).to(dtype)
-        packed = torch.stack([pack_trits(plane, packing) for plane in trits])  # type: ignore[arg-type]
+        packed = torch.stack([pack_trits(plane, packing) for plane in trits])
         expected = torch.zeros(n, d)
         for row in range(n):
             for column in range(d):
@@ -116,9 +116,9 @@ class TestDecode:
                         total = total + scale[k] * here[k]
                     expected[row, column] = total
         for threads in (1, 3):
-            found = decode_trit_planes(packed, scales, (n, d), size, packing, threads=threads)  # type: ignore[arg-type]
+            found = decode_trit_planes(packed, scales, (n, d), size, packing, threads=threads)
             assert torch.equal(found, expected)
-        assert torch.equal(decode_trit_planes_reference(packed, scales, (n, d), size, packing), expected)  # type: ignore[arg-type]
+        assert torch.equal(decode_trit_planes_reference(packed, scales, (n, d), size, packing), expected)
 
     def test_out_and_refusals(self) -> None:
         packed, scales = torch.zeros(2, 8, dtype=torch.uint8), torch.ones(4, 1, 2)

@@ -6,19 +6,18 @@ import itertools
 
 import pytest
 import torch
-from conftest import gaussian, golden, laplace, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import gaussian, golden, laplace, relative_error
 from featherweight.kernels import library
 from featherweight.kernels.ptqtp import TritPlaneSettings, TritPlaneSolution, assign_trits, solve_trit_planes
 from featherweight.kernels.ptqtp_settings import join_trits, split_codes
 
 
 def solve(weight: Tensor, backend: str, **settings: object) -> TritPlaneSolution:
-    return solve_trit_planes(weight, TritPlaneSettings(**settings), threads=1, backend=backend)  # type:
-    ignore[arg - type]
+    return solve_trit_planes(weight, TritPlaneSettings(**settings), threads=1, backend=backend)
 
 
 def lattice(ratio: float, groups: int = 400) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ class TestLattice:
     def test_true_trits_are_a_fixed_point(self, backend: str, ratio: float) -> None:
         weight, trits = lattice(ratio)
         scales = torch.tensor([ratio, 1.0], dtype=torch.float64).expand(len(weight), 1, 2)
-        codes = assign_trits(weight, scales, TritPlaneSettings(), backend=backend)  # type: ignore[arg-type]
+        codes = assign_trits(weight, scales, TritPlaneSettings(), backend=backend)
         assert torch.equal(split_codes(codes, 2).to(torch.int64), trits)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import gaussian, published_loop, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import gaussian, published_loop, relative_error
 from featherweight.errors import NonFiniteError, RecipeError
 from featherweight.kernels import library
 from featherweight.kernels.packing import decode_trit_planes, pack_trits
@@ -55,7 +55,7 @@ def same(one: TritPlaneSolution, other: TritPlaneSolution) -> bool:
 
 
 def both(weight: Tensor, **options: object) -> tuple[TritPlaneSolution, TritPlaneSolution]:
-    chosen = TritPlaneSettings(**options)  # type: ignore[arg-type]
+    chosen = TritPlaneSettings(**options)
     return solve_trit_planes(weight, chosen, backend="reference"), solve_trit_planes(weight, chosen, 2, "native")
 
 
@@ -114,14 +114,14 @@ class TestNativeEqualsReference:
 class TestDeterminism:
     @pytest.mark.parametrize("options", [{}, {"planes": 3}, {"tied": True}, {"tolerance": 0.02}], ids=str)
     def test_threads(self, native: library.NativeLibrary, options: dict[str, object]) -> None:
-        weight, chosen = gaussian(300, 700), TritPlaneSettings(**options)  # type: ignore[arg-type]
+        weight, chosen = gaussian(300, 700), TritPlaneSettings(**options)
         one = solve_trit_planes(weight, chosen, threads=1, backend="native")
         for threads in (2, 3, 7):
             assert same(one, solve_trit_planes(weight, chosen, threads=threads, backend="native"))
 
     @pytest.mark.parametrize("options", [{}, {"planes": 1}, {"planes": 3}, {"tied": True}, {"closing": True}], ids=str)
     def test_instruction_sets(self, native: library.NativeLibrary, options: dict[str, object]) -> None:
-        weight, chosen = gaussian(40, 700).to(torch.float16), TritPlaneSettings(**options)  # type: ignore[arg-type]
+        weight, chosen = gaussian(40, 700).to(torch.float16), TritPlaneSettings(**options)
         expected = solve_trit_planes(weight, chosen, backend="native")
         try:
             for name in ("baseline", "avx2", "avx512"):
@@ -142,8 +142,8 @@ class TestPublishedLoop:
         weight = gaussian(60, 64, seed=2)
         digits = (-1, 0, 1) if order == "lexicographic" else (0, -1, 1)
         scales, trits, stop, errors = published_loop(weight, tolerance=tolerance, digits=digits)
-        chosen = TritPlaneSettings(group_size=64, tolerance=tolerance, canonical=False, tie_order=order)  # type:
-        ignore[arg-type] found = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
+        chosen = TritPlaneSettings(group_size=64, tolerance=tolerance, canonical=False, tie_order=order)
+        found = solve_trit_planes(weight, chosen, backend=backend)
         assert found.iterations == stop
         assert torch.equal(found.trits().to(torch.float64), trits)
         assert torch.allclose(found.scales[:, 0], scales, rtol=1e-9)
@@ -152,22 +152,22 @@ class TestPublishedLoop:
     def test_one_restless_group_keeps_the_others_going(self, backend: str) -> None:
         """The stop is that of the matrix: the same rows stop earlier when the slow row is not there."""
         weight, chosen = gaussian(40, 128), TritPlaneSettings(tolerance=0.01)
-        together = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
-        alone = [solve_trit_planes(row[None], chosen, backend=backend).iterations for row in weight]  # type:
-        ignore[arg-type] assert together.iterations >= min(alone)
+        together = solve_trit_planes(weight, chosen, backend=backend)
+        alone = [solve_trit_planes(row[None], chosen, backend=backend).iterations for row in weight]
+        assert together.iterations >= min(alone)
         assert together.iterations > sorted(alone)[len(alone) // 2]
 
     def test_final_least_squares_lowers_a_cut_off_error(self, backend: str) -> None:
         weight = gaussian(30, 128)
-        plain = solve_trit_planes(weight, TritPlaneSettings(max_iterations=4), backend=backend)  # type:
-        ignore[arg-type] chosen = TritPlaneSettings(max_iterations=4, final_least_squares=True)
-        better = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
+        plain = solve_trit_planes(weight, TritPlaneSettings(max_iterations=4), backend=backend)
+        chosen = TritPlaneSettings(max_iterations=4, final_least_squares=True)
+        better = solve_trit_planes(weight, chosen, backend=backend)
         assert relative_error(weight, better.decode()) < relative_error(weight, plain.decode())
 
     def test_closing_is_best_for_the_stored_scales(self, backend: str) -> None:
         weight = gaussian(30, 256)
-        plain = solve_trit_planes(weight, TritPlaneSettings(), backend=backend)  # type: ignore[arg-type]
-        closed = solve_trit_planes(weight, TritPlaneSettings(closing=True), backend=backend)  # type: ignore[arg-type]
+        plain = solve_trit_planes(weight, TritPlaneSettings(), backend=backend)
+        closed = solve_trit_planes(weight, TritPlaneSettings(closing=True), backend=backend)
         assert torch.equal(closed.scales, plain.scales.to(torch.float16).to(torch.float64))
         stored = TritPlaneSolution(plain.codes, closed.scales, plain.steps, 0, 2, 128)
         assert relative_error(weight, closed.decode()) <= relative_error(weight, stored.decode())
@@ -180,13 +180,13 @@ class TestHardGroups:
         pattern = gaussian(1, 128, seed=4).to(dtype)
         rows = [torch.zeros(1, 128), torch.full((1, 128), 0.7), pattern.sign() * 3, pattern * 1e-30, pattern * 1e30]
         weight = torch.cat([row.to(dtype) for row in rows])
-        chosen = TritPlaneSettings(**options)  # type: ignore[arg-type]
-        found = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
+        chosen = TritPlaneSettings(**options)
+        found = solve_trit_planes(weight, chosen, backend=backend)
         decoded = found.decode()
         assert bool(torch.isfinite(found.scales).all())
         assert bool((decoded[0] == 0).all())
         assert bool((found.trits()[:, 0] == 0).all())
-        expected = solve_trit_planes(pattern, chosen, backend=backend)  # type: ignore[arg-type]
+        expected = solve_trit_planes(pattern, chosen, backend=backend)
         for row, factor in ((3, 1e-30), (4, 1e30)):
             error = relative_error(weight[row : row + 1], decoded[row : row + 1])
             if chosen.tolerance < factor:
@@ -200,14 +200,14 @@ class TestHardGroups:
         weight = gaussian(50, 300).to(dtype)
         weight[41, 299] = weight[17, 5] = weight[17, 290] = value
         with pytest.raises(NonFiniteError, match="row 17, column 5") as caught:
-            solve_trit_planes(weight, backend=backend, threads=3)  # type: ignore[arg-type]
+            solve_trit_planes(weight, backend=backend, threads=3)
         assert isinstance(caught.value, NonFiniteWeightError)
         assert (caught.value.row, caught.value.column) == (17, 5)
 
     def test_refused(self, backend: str) -> None:
         for weight in (torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 2, dtype=torch.int8)):
             with pytest.raises(ValueError, match="weight must be"):
-                solve_trit_planes(weight, backend=backend)  # type: ignore[arg-type]
+                solve_trit_planes(weight, backend=backend)
         with pytest.raises(ValueError, match="planes must be"):
             TritPlaneSettings(planes=4)
         with pytest.raises(ValueError, match="group_size"):
@@ -220,9 +220,9 @@ class TestStream:
     )
     @pytest.mark.parametrize("packing", ["base3", "2bit"])
     def test_same_as_in_one_piece(self, backend: str, options: dict[str, object], packing: str) -> None:
-        weight, chosen = gaussian(97, 131), TritPlaneSettings(group_size=32, **options)  # type: ignore[arg-type]
-        whole = solve_trit_planes(weight, chosen, backend=backend)  # type: ignore[arg-type]
-        stream = TritPlaneStream(97, 131, chosen, packing=packing, backend=backend)  # type: ignore[arg-type]
+        weight, chosen = gaussian(97, 131), TritPlaneSettings(group_size=32, **options)
+        whole = solve_trit_planes(weight, chosen, backend=backend)
+        stream = TritPlaneStream(97, 131, chosen, packing=packing, backend=backend)
         for first, last in ((60, 97), (0, 20), (20, 60)):
             stream.add(first, weight[first:last])
         reads: list[tuple[int, int]] = []
@@ -233,15 +233,15 @@ class TestStream:
 
         packed, scales = stream.finish(read)
         assert stream.iterations == whole.iterations
-        assert torch.equal(packed, torch.stack([pack_trits(t, packing) for t in whole.trits()]))  # type: ignore[arg-type]
+        assert torch.equal(packed, torch.stack([pack_trits(t, packing) for t in whole.trits()]))
         assert torch.equal(scales, whole.scales.to(torch.float16))
         assert bool(reads) == (options.get("tolerance") == 0.05)
-        decoded = decode_trit_planes(packed, scales, (97, 131), 32, packing)  # type: ignore[arg-type]
+        decoded = decode_trit_planes(packed, scales, (97, 131), 32, packing)
         assert relative_error(weight, decoded.to(torch.float64)) < 0.25
 
     def test_refusals(self, backend: str) -> None:
         weight = gaussian(40, 16)
-        stream = TritPlaneStream(40, 16, backend=backend)  # type: ignore[arg-type]
+        stream = TritPlaneStream(40, 16, backend=backend)
         with pytest.raises(ValueError, match="multiple of 20"):
             stream.add(0, weight[:10])
         with pytest.raises(ValueError, match="not part of"):
@@ -257,7 +257,7 @@ class TestStream:
             stream.add(20, broken)
 
     def test_scales_too_large_for_storage(self, backend: str) -> None:
-        stream = TritPlaneStream(20, 16, backend=backend)  # type: ignore[arg-type]
+        stream = TritPlaneStream(20, 16, backend=backend)
         weight = gaussian(20, 16)
         weight[5] *= 1e9
         with pytest.raises(RecipeError, match="row 5.*float32"):

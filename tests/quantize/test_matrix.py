@@ -1,4 +1,4 @@
-"""The matrix: what every registered grid, preset and code must satisfy. New registrations are taken in by themselves."""
+"""The matrix: what every registered grid, preset and code must satisfy. New registrations are taken in unasked."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from featherweight.registry import registered
 
 # Whole groups, a short last group, a row shorter than a group, rows that end inside a packed byte, a single column.
 SHAPES = [(24, 256), (7, 200), (5, 96), (43, 131), (3, 1)]
-GRIDS = {name: load_recipe(name).grid for name in presets()} | {
-    name: cls() for name, cls in registered("grid").items()
-}
+GRIDS = {name: load_recipe(name).grid for name in presets()} | {name: cls() for name, cls in registered("grid").items()}
 QUANTISING = {name: grid for name, grid in GRIDS.items() if grid.kind != "dense"}
 
 

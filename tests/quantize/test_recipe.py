@@ -23,7 +23,16 @@ def anatomy(head: bool = False) -> Anatomy:
     layers = tuple(layer(n, "mlp" if "mlp" in n else "attention", int(n.split(".")[2])) for n in names)
     router = layer("model.layers.0.mlp.gate", "router")
     return Anatomy(
-        "llama", 2, "model", "model.layers", (*layers, router), layer("lm_head", "head", None) if head else None, (), (), (), ()
+        "llama",
+        2,
+        "model",
+        "model.layers",
+        (*layers, router),
+        layer("lm_head", "head", None) if head else None,
+        (),
+        (),
+        (),
+        (),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.codes import code_layout
 from featherweight.errors import CheckpointError
@@ -35,27 +35,31 @@ class Verification:
 
 
 def verify(folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Check a folder, compressed or not. CheckpointError where it cannot even be opened (truncated shard, bad header)."""
+    """Check a folder, compressed or not. CheckpointError where it cannot be opened (truncated, bad header)."""
     result = Verification()
     with Checkpoint.open(folder) as checkpoint:
         total = checkpoint.total_bytes
-        for file in checkpoint.files:
-            _verify_file(file, result, lambda: progress and progress(result.bytes, total))
         config = checkpoint.quantization_config
-        if config is not None and config.get("quant_method") == METHOD:
+        ours = config is not None and config.get("quant_method") == METHOD
+        for file in checkpoint.files:
+            _verify_file(file, ours, result, lambda: progress and progress(result.bytes, total))
+        if config is not None and ours:
             _verify_modules(checkpoint, module_specs(config), result)
     return result
 
 
-def _verify_file(file: SafetensorsFile, result: Verification, told: Callable[[], object]) -> None:
+def _verify_file(file: SafetensorsFile, ours: bool, result: Verification, told: Callable[[], object]) -> None:
     try:
         hashes: dict[str, Any] = json.loads(file.metadata.get(HASHES_KEY, "{}"))
         assert isinstance(hashes, dict)
     except (ValueError, AssertionError):
         result.problems.append(f"{file.path}: the table of hashes in its header cannot be read")
         hashes = {}
-    if VERSION_KEY in file.metadata and not file.metadata[VERSION_KEY].isdigit():
-        result.problems.append(f"{file.path}: the format version in its header is not a number")
+    if ours and not hashes:
+        result.problems.append(f"{file.path}: the table of hashes in its header is missing")
+    known = {str(version) for version in range(1, FORMAT_VERSION + 1)}
+    if ours and (file.metadata.get(VERSION_KEY) not in known or file.metadata.get("format") != "pt"):
+        result.problems.append(f"{file.path}: the format in its header is not one that this release writes")
     for name in hashes.keys() - file.entries.keys():
         result.problems.append(f"{file.path}: tensor {name} has a hash but is missing")
     for name, entry in file.entries.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -11,6 +12,8 @@ from featherweight.checkpoint.anatomy import LinearLayer
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.errors import CheckpointError, NonFiniteError
 
+SAMPLES = 4  # places in a tensor
+SAMPLE_BYTES = 256
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -52,12 +55,20 @@ class LayerWeight:
             self.checkpoint.release(layer.tensor, *slices)
 
     def scan(self, window_rows: int) -> None:
-        """Find `largest`; NonFiniteError naming the tensor and the index of the first NaN or infinity."""
+        """Find `largest`; NonFiniteError naming the stored tensor and the index in it of the first NaN or infinity."""
         for first in range(0, self.shape[0], window_rows):
             last = min(self.shape[0], first + window_rows)
             window = self.rows(first, last)
-            self.largest = max(self.largest, _largest(window, self.layer.name, first))
+            low, high = _extremes(window)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                place, value = _first_non_finite(window)
+                raise _non_finite(self.layer.tensor, self._stored_index(first + place[0], place[1]), value)
+            self.largest = max(self.largest, -low, high)
             self.release(first, last)
+
+    def _stored_index(self, row: int, column: int) -> list[int]:
+        index = [column, row] if self.layer.transposed else [row, column]
+        return [self.layer.expert, *index] if self.layer.fused_slice and self.layer.expert is not None else index
 
 
 def scan_tensor(checkpoint: Checkpoint, name: str, window_bytes: int = 16 << 20) -> None:
@@ -65,25 +76,55 @@ def scan_tensor(checkpoint: Checkpoint, name: str, window_bytes: int = 16 << 20)
     entry = checkpoint.entry(name)
     if entry.torch_dtype not in FLOATING or entry.elements == 0:
         return
-    if len(entry.shape) < 2:
-        _largest(checkpoint.tensor(name).view(1, -1), name, 0)
+    if not entry.shape:
+        _check(checkpoint.tensor(name).view(1), name, None)
         return
     row_bytes = entry.nbytes // entry.shape[0]
     step = max(1, window_bytes // max(1, row_bytes))
     for first in range(0, entry.shape[0], step):
         last = min(entry.shape[0], first + step)
-        _largest(checkpoint.rows(name, first, last), name, first)
+        _check(checkpoint.rows(name, first, last), name, first)
         checkpoint.release(name, first, last)
 
 
-def _largest(window: Tensor, name: str, first: int) -> float:
-    low, high = (float(x) for x in torch.aminmax(window))
-    if math.isfinite(low) and math.isfinite(high):
-        return max(-low, high)
-    place = (~torch.isfinite(window)).nonzero()[0].tolist()
-    value = float(window[tuple(place)])
-    place[0] += first
-    raise NonFiniteError(
-        f"tensor {name} holds {value} at index {place}: the checkpoint is damaged or was saved after a diverged "
+def sample_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) over a few hundred bytes of every tensor.
+
+    Tells apart checkpoints with the same names and shapes, such as two states of one training, without reading them
+    whole. A change of single weights can go unnoticed.
+    """
+    digest = hashlib.sha256()
+    for file in checkpoint.files:
+        try:
+            with file.path.open("rb", buffering=0) as stream:
+                for entry in file.entries.values():
+                    for place in range(SAMPLES):
+                        stream.seek(entry.start + place * max(0, entry.nbytes - SAMPLE_BYTES) // (SAMPLES - 1))
+                        digest.update(stream.read(min(SAMPLE_BYTES, entry.nbytes)))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _check(window: Tensor, name: str, first: int | None) -> None:
+    if all(math.isfinite(value) for value in _extremes(window)):
+        return
+    place, value = _first_non_finite(window)
+    raise _non_finite(name, [] if first is None else [first + place[0], *place[1:]], value)
+
+
+def _extremes(window: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(window)
+    return float(low), float(high)
+
+
+def _first_non_finite(window: Tensor) -> tuple[list[int], float]:
+    place: list[int] = (~torch.isfinite(window)).nonzero()[0].tolist()
+    return place, float(window[tuple(place)])
+
+
+def _non_finite(name: str, index: list[int], value: float) -> NonFiniteError:
+    return NonFiniteError(
+        f"tensor {name} holds {value} at index {index}: the checkpoint is damaged or was saved after a diverged "
         "training step; repair that tensor and run the command again"
     )

@@ -45,7 +45,7 @@ class Blob:
 def blob_of(name: str, tensor: Tensor) -> Blob:
     """A tensor in memory as something to write."""
     raw = tensor.detach().cpu().contiguous()
-    view = memoryview(raw.reshape(-1).view(torch.uint8).numpy()) if raw.numel() else memoryview(b"")
+    view: memoryview = raw.reshape(-1).view(torch.uint8).numpy().data if raw.numel() else memoryview(b"")
     return Blob(name, DTYPE_CODES[raw.dtype], tuple(raw.shape), view.nbytes, lambda: (view,))
 
 

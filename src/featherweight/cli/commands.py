@@ -148,7 +148,10 @@ def run_plan(
                 ("parameters", f"{summary['parameters']:,}"),
                 ("source tensors", f"{tensors['replaced']} replaced, {tensors['copied']} copied, 0 dropped"),
                 ("weights compressed", f"{summary['weights']:,} in {summary['layers']} layers"),
-                ("bits per weight", f"{summary['bits_per_weight']:.3f} ({summary['bits_per_weight_model']:.3f} whole model)"),
+                (
+                    "bits per weight",
+                    f"{summary['bits_per_weight']:.3f} ({summary['bits_per_weight_model']:.3f} whole model)",
+                ),
                 ("size", f"{size_text(summary['source_bytes'])} become {size_text(summary['output_bytes'])}"),
                 ("disk while working", size_text(summary["disk_bytes"])),
                 ("memory", f"about {size_text(summary['memory_bytes'])}"),
@@ -274,9 +277,13 @@ def run_methods(json: Path | None) -> None:
 
 
 def run_bench(model: str, threads: int | None, json: Path | None) -> None:
-    from featherweight.evaluate.speed import measure_speed
+    import torch
 
-    report = measure_speed(model, threads=threads)
+    from featherweight.evaluate.speed import measure_speed
+    from featherweight.kernels.library import thread_count
+
+    torch.set_num_threads(thread_count(threads))
+    report = measure_speed(model)
     write_json(json, report)
     out_console().print(
         facts(

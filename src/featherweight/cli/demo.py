@@ -1,4 +1,4 @@
-"""`feather demo`: the bundled model becomes trit-planes and uniform codes, is measured, writes, and a report is made."""
+"""`feather demo`: the bundled model becomes trit-planes and uniform codes, is measured, writes; a report is made."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     say.print(f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes; output in {out}")
     with steps("original") as tell:
         measured = evaluate(original, limit=tokens, progress=tell, threads=threads)
-    variants.append(
-        Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original")
-    )
+    variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
     for recipe in RECIPES:
         folder = out / recipe
         done = compress(original, recipe, folder, threads=threads)
@@ -50,17 +48,27 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
                 recipe,
                 measured.to_json(),
                 done.to_json(),
+                family=_family(recipe),
                 sample=_sample(folder),
                 recipe=load_recipe(recipe).dump(),
                 histograms=_histograms(original, folder),
                 command=f"feather compress {original.name} --recipe {recipe} --out {folder}",
             )
         )
-    write_json(out / "demo.json", {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants})
+    write_json(
+        out / "demo.json", {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
+    )
     report = write_report(
         out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
     )
     _show(variants, report)
+
+
+def _family(recipe: str) -> str:
+    """What shares a colour in the report."""
+    if recipe.startswith("rtn"):
+        return "RTN"
+    return "PTQTP, tied scales" if "tied" in recipe else "PTQTP"
 
 
 def _sample(folder: Path) -> str:
@@ -105,7 +113,18 @@ def _histograms(original: Path, folder: Path) -> list[dict[str, Any]]:
 
 def _show(variants: list[Any], report: Path) -> None:
     table = Table(box=None, pad_edge=False)
-    names = ("variant", "bits linear", "bits model", "on disk", "perplexity", "excess", "KL", "top-1", "error", "seconds")
+    names = (
+        "variant",
+        "bits linear",
+        "bits model",
+        "on disk",
+        "perplexity",
+        "excess",
+        "KL",
+        "top-1",
+        "error",
+        "seconds",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "variant" else "right")
     base = variants[0].perplexity

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +20,11 @@ app = typer.Typer(
 )
 
 # Optional[...] instead of X | None: typer evaluates these annotations, also on Python 3.10.
-JsonFile = Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", min=1, help="Threads; all processors by default.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all processors by default.")]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
 Changes = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
@@ -46,12 +47,12 @@ def compress(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
     changes: Changes = None,
     calibration: Annotated[
-        Optional[Path], typer.Option("--calibration", metavar="FILE", help="Text for recipes that need statistics.")
+        Path | None, typer.Option("--calibration", metavar="FILE", help="Text for recipes that need statistics.")
     ] = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option("--seed", help="For recipes with random choices.")] = 0,
     max_memory: Annotated[
-        Optional[str], typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     json: JsonFile = None,
@@ -68,7 +69,7 @@ def plan(
     recipe: Recipe,
     changes: Changes = None,
     threads: Threads = None,
-    max_memory: Annotated[Optional[str], typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
+    max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
     json: JsonFile = None,
 ) -> None:
     """Say what compressing a model would do and need, without doing it."""
@@ -81,17 +82,16 @@ def plan(
 def evaluate(
     model: ModelArgument,
     against: Annotated[
-        Optional[str], typer.Option("--against", metavar="MODEL", help="The original: adds KL divergence, agreement.")
+        str | None, typer.Option("--against", metavar="MODEL", help="The original: adds KL divergence, agreement.")
     ] = None,
     text: Annotated[
-        Optional[Path], typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none.")
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none."),
     ] = None,
-    protocol: Annotated[
-        str, typer.Option("--protocol", help="own, 2048, 4096, strided or llama.cpp.")
-    ] = "own",
-    context: Annotated[Optional[int], typer.Option("--context", min=2, help="Window length in tokens.")] = None,
+    protocol: Annotated[str, typer.Option("--protocol", help="own, 2048, 4096, strided or llama.cpp.")] = "own",
+    context: Annotated[int | None, typer.Option("--context", min=2, help="Window length in tokens.")] = None,
     dtype: Dtype = "auto",
-    limit: Annotated[Optional[int], typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
     threads: Threads = None,
     json: JsonFile = None,
 ) -> None:
@@ -122,7 +122,7 @@ def generate(
 @app.command()
 def chat(
     model: DirArgument,
-    system: Annotated[Optional[str], typer.Option("--system", help="System message.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
@@ -185,21 +185,44 @@ def demo(
     run_demo(out, tokens, threads)
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors made on purpose become one sentence and exit code 1."""
     from featherweight.errors import FeatherError
 
+    arguments = _one_set_each(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="feather")
+    except SystemExit as stop:
+        if stop.code == 130:  # typer turns Ctrl-C into this
+            _interrupted(arguments)
+        raise
     except FeatherError as error:
         _stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on where it stopped", 130)
+        _interrupted(arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except MemoryError:
         _stop("error: out of memory; set --max-memory or use a machine with more", 1)
+
+
+def _one_set_each(arguments: list[str]) -> list[str]:
+    """`--set a=1 b=2` is `--set a=1 --set b=2`."""
+    spread: list[str] = []
+    within = False
+    for argument in arguments:
+        if within and re.match(r"[a-z_]+(\.\w+)*=", argument) and spread[-1] != "--set":
+            spread.append("--set")
+        elif not (spread and spread[-1] == "--set"):
+            within = argument == "--set"
+        spread.append(argument)
+    return spread
+
+
+def _interrupted(arguments: list[str]) -> None:
+    resumes = arguments[:1] == ["compress"]
+    _stop("interrupted; the same command goes on where it stopped" if resumes else "interrupted", 130)
 
 
 def _stop(text: str, code: int) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 
 from featherweight.errors import CheckpointError, FeatherError
 
-CACHE_SHARE = 0.25  # decoded matrices may take this share of the free memory; they make every token after the first fast
+CACHE_SHARE = (
+    0.25  # decoded matrices may take this share of the free memory; they make every token after the first fast
+)
 
 
 class Talker:
@@ -24,9 +26,13 @@ class Talker:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(thread_count(threads))
         chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
-        self.model, self.tokenizer = load(folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None)
+        self.model, self.tokenizer = load(
+            folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None
+        )
         if self.tokenizer is None:
-            raise CheckpointError(f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights")
+            raise CheckpointError(
+                f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights"
+            )
         if not self.model.can_generate():
             raise FeatherError(f"{folder} is not a model that writes text (it is a {type(self.model).__name__})")
         self._cache_if_small()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, dtype_from, dtype_name, groups_of, matrix_shape, whole_number
-from featherweight.kernels.packing import decode_trit_planes, pack_trits, unpack_trits
+from featherweight.kernels.packing import Packing, decode_trit_planes, pack_trits, unpack_trits
 from featherweight.registry import register
 
 TRITS_A_BYTE = {"base3": 5, "2bit": 4}
@@ -32,7 +32,7 @@ class TritPlanes(Code):
     shape: tuple[int, int]
     group_size: int
     tied: bool = False
-    packing: str = "base3"
+    packing: Packing = "base3"
 
     @classmethod
     def encode(
@@ -41,7 +41,7 @@ class TritPlanes(Code):
         scales: Tensor,
         group_size: int,
         tied: bool = False,
-        packing: str = "base3",
+        packing: Packing = "base3",
         scale_dtype: torch.dtype = torch.float16,
     ) -> TritPlanes:
         """Pack `trits` int8 [K, out, in] in {-1, 0, 1} and round `scales` to their stored dtype."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def lay_out(plan: Plan, checkpoint: Checkpoint, records: list[dict[str, Any]], s
     size = 0
     for name in checkpoint.names:
         if name in jobs_of:
-            entries = [({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]]
+            entries: list[tuple[dict[str, Any], int]] = [
+                ({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]
+            ]
         else:
             entries = [({"copy": name}, checkpoint.entry(name).nbytes)]
         for entry, nbytes in entries:
@@ -39,7 +42,10 @@ def lay_out(plan: Plan, checkpoint: Checkpoint, records: list[dict[str, Any]], s
                 size = 0
             shards[-1].append(entry)
             size += nbytes
-    return {"layers": records, "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)]}
+    return {
+        "layers": records,
+        "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
+    }
 
 
 def _shard_name(index: int, count: int) -> str:
@@ -62,6 +68,12 @@ def write_shards(
         told(shard["file"], number + 1, len(shards))
 
 
+def jobs_to_write(run: RunFolder, assembly: dict[str, Any]) -> list[int]:
+    """Jobs whose shard is not there yet, so that their artifacts are still needed."""
+    shards = [shard for shard in assembly["shards"] if not _complete(run.assembled / shard["file"])]
+    return [entry["job"] for shard in shards for entry in shard["entries"] if "job" in entry]
+
+
 def _complete(path: Path) -> bool:
     """Shards appear under their name only when all bytes are on disk; the header is checked all the same."""
     try:
@@ -71,19 +83,27 @@ def _complete(path: Path) -> bool:
     return True
 
 
-def _blobs(
-    run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint
-) -> list[Blob]:
+def _blobs(run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint) -> list[Blob]:
     if "copy" in entry:
-        return [_from_file(checkpoint.file_of(entry["copy"]), entry["copy"], entry["copy"])]
-    module, artifact = records[entry["job"]]["name"], SafetensorsFile.open(run.artifact(entry["job"]))
-    return [_from_file(artifact, name, f"{module}.{name}") for name in artifact.entries]
+        return [_copied(checkpoint, entry["copy"])]
+    module, path = records[entry["job"]]["name"], run.artifact(entry["job"])
+    with SafetensorsFile.open(path) as artifact:
+        return [
+            Blob(f"{module}.{name}", e.dtype, e.shape, e.nbytes, partial(_artifact_windows, path, name))
+            for name, e in artifact.entries.items()
+        ]
 
 
-def _from_file(file: SafetensorsFile, name: str, target: str) -> Blob:
-    """A tensor of a file under another name, read in windows so that its pages do not stay resident."""
-    entry = file.entry(name)
-    return Blob(target, entry.dtype, entry.shape, entry.nbytes, lambda: file.raw_windows(name, COPY_WINDOW))
+def _artifact_windows(path: Path, name: str) -> Iterator[memoryview]:
+    """An artifact is open only while it is copied: a shard may hold more of them than a process may have files open."""
+    with SafetensorsFile.open(path) as artifact:
+        yield from artifact.raw_windows(name, COPY_WINDOW)
+
+
+def _copied(checkpoint: Checkpoint, name: str) -> Blob:
+    """A tensor of the source, read in windows so that its pages do not stay resident."""
+    entry = checkpoint.entry(name)
+    return Blob(name, entry.dtype, entry.shape, entry.nbytes, lambda: checkpoint.raw_windows(name, COPY_WINDOW))
 
 
 def write_rest(
@@ -118,6 +138,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
     code_bytes = sum(record["nbytes"] for record in records)
+    in_blocks = sum(record["nbytes"] for record in records if record["block"] is not None)  # all but the head
     return {
         "format_version": FORMAT_VERSION,
         "featherweight": __version__,
@@ -128,7 +149,7 @@ def manifest_of(
         "weights": plan.weights,
         "linear_weights": plan.linear_weights,
         "bits_per_weight": 8 * code_bytes / max(1, plan.weights),
-        "bits_per_weight_linear": 8 * (code_bytes + plan.linear_dense_bytes) / max(1, plan.linear_weights),
+        "bits_per_weight_linear": 8 * (in_blocks + plan.linear_dense_bytes) / max(1, plan.linear_weights),
         "bits_per_weight_model": 8 * total_bytes / max(1, plan.parameters),
         "bytes": total_bytes,
         "tensors": {

@@ -9,6 +9,7 @@ def model_card(manifest: dict[str, Any], config: dict[str, Any]) -> str:
     """README.md of an output folder."""
     recipe = manifest["recipe"]
     tensors = manifest["tensors"]
+    fates = f"{tensors['replaced']} replaced, {tensors['copied']} copied, {len(tensors['dropped'])} dropped"
     worst = max(manifest["layers"], key=lambda record: record["relative_error"])
     architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
     source = config.get("_name_or_path") or "an original checkpoint"
@@ -29,7 +30,7 @@ tags: [featherweight, quantized]
 | bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
 | parameters | {manifest["parameters"]:,} |
 | bytes of tensors | {manifest["bytes"]:,} |
-| source tensors | {tensors["source"]}: {tensors["replaced"]} replaced, {tensors["copied"]} copied, {len(tensors["dropped"])} dropped |
+| source tensors | {tensors["source"]}: {fates} |
 | largest relative error of a layer | {worst["relative_error"]:.4f} (`{worst["name"]}`) |
 
 ## Loading it

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from featherweight import __version__
 from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.weights import LayerWeight, scan_tensor
+from featherweight.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
 from featherweight.checkpoint.writer import disk_errors, to_json, write_text
 from featherweight.codes import Code
-from featherweight.compress.assemble import lay_out, manifest_of, read_manifest, write_rest, write_shards
-from featherweight.compress.plan import Job, Plan, describe_code, make_plan, parse_size
-from featherweight.compress.run import RunFolder
-from featherweight.errors import FeatherError, OutputError, RecipeError
+from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
+from featherweight.compress.events import Events, Observer
+from featherweight.compress.plan import SHARD_BYTES, Job, Plan, describe_code, make_plan, parse_size
+from featherweight.compress.run import RunFolder, occupants
+from featherweight.errors import CheckpointError, FeatherError, OutputError, RecipeError
 from featherweight.kernels.library import thread_count
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.quantize.base import HeldWeight, SolveOptions
 from featherweight.quantize.recipe import Recipe, load_recipe
 
-SHARD_BYTES = 4_000_000_000
 ERROR_ROWS = 40  # whole bytes of every packing
-Observer = Callable[[dict[str, Any]], None]
+ERROR_WINDOW = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,12 @@ def compress(
     """
     begun = time.monotonic()
     reset_peak_memory()
-    out = Path(out).expanduser().absolute()
+    out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
     if chosen.needs:
-        raise RecipeError(f"recipe {chosen.name} needs statistics ({', '.join(chosen.needs)}) that nothing here gathers")
+        raise RecipeError(
+            f"recipe {chosen.name} needs statistics ({', '.join(chosen.needs)}) that nothing here gathers"
+        )
     if calibration is not None and not Path(calibration).is_file():
         raise FeatherError(f"there is no calibration file {calibration}")
     if shard_bytes < 1:
@@ -108,6 +108,7 @@ def compress(
         _check_out(out, checkpoint)
         identity = {
             "source": checkpoint.identity(),
+            "weights": sample_digest(checkpoint),
             "recipe": chosen.dump(),
             "seed": seed,
             "shard_bytes": shard_bytes,
@@ -115,35 +116,52 @@ def compress(
         }
         done = _finished(out, identity, overwrite)
         if done is not None:
-            RunFolder(out).remove()
+            RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
         plan = make_plan(checkpoint, chosen, threads, limit)
-        with RunFolder.opened(out, identity, overwrite) as run, _Events(out, observer) as events:
-            events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
-            assembly = run.read_assembly()
-            resumed = len(plan.jobs) if assembly else 0
-            if assembly is None:
-                _check_disk(plan, run)
-                for name in plan.copied:
-                    scan_tensor(checkpoint, name)
-                records, resumed = _solve_all(plan, checkpoint, run, events)
-                assembly = lay_out(plan, checkpoint, records, shard_bytes)
-                write_text(run.assembly, to_json(assembly))
-            write_shards(
-                run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
-            )
-            write_rest(run, assembly, checkpoint, plan, identity)
-            run.publish()
-            manifest = read_manifest(out)
-            assert manifest is not None
-            result = _result(out, manifest, begun, resumed)
-            events({"event": "done", **{k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}})
+        with RunFolder.opened(out, identity, overwrite) as run:
+            done = _finished(out, identity, overwrite)  # once more: another process may have been at work until now
+            if done is not None:
+                return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+            with Events(out, observer) as events:
+                events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
+                resumed = _make(plan, checkpoint, run, events, identity, shard_bytes)
+                manifest = read_manifest(out)
+                assert manifest is not None
+                result = _result(out, manifest, begun, resumed)
+                short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
+                events({"event": "done", **short})
     return result
 
 
-def _solve_all(
-    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: _Events
-) -> tuple[list[dict[str, Any]], int]:
+def _make(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events, identity: dict[str, Any], shard_bytes: int
+) -> int:
+    """All the work there is left to do; returns how many layers were found finished."""
+    resumed = len(plan.jobs)
+    if not run.publishing:
+        assembly = run.read_assembly()
+        if assembly is None:
+            _check_disk(plan, run, shard_bytes)
+            for name in plan.copied:
+                scan_tensor(checkpoint, name)
+            records, resumed = _solve_all(plan, checkpoint, run, events)
+            assembly = lay_out(plan, checkpoint, records, shard_bytes)
+            write_text(run.assembly, to_json(assembly))
+        else:
+            for index in jobs_to_write(run, assembly):
+                if run.record(index, plan.jobs[index].layer.name) is None:
+                    _solve(plan, plan.jobs[index], checkpoint, run, index)
+                    resumed -= 1
+        write_shards(
+            run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
+        )
+        write_rest(run, assembly, checkpoint, plan, identity)
+    run.publish()
+    return resumed
+
+
+def _solve_all(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events) -> tuple[list[dict[str, Any]], int]:
     """Every layer's record, from its artifact or from work."""
     records: list[dict[str, Any]] = []
     resumed = worked = 0
@@ -178,7 +196,16 @@ def _solve_all(
 def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int) -> dict[str, Any]:
     source = LayerWeight(checkpoint, job.layer)
     source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-    code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
+    try:
+        code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
+    except (RecipeError, ValueError) as error:
+        raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
+    missed = relative_error(source, code)
+    if not math.isfinite(missed):
+        raise RecipeError(
+            f"the code of layer {job.layer.name} is not finite: its weights reach {source.largest:.3g}, which is more "
+            "than the recipe can store; set the grid's scale_dtype to auto or float32, or skip the layer"
+        )
     record = {
         "name": job.layer.name,
         "role": job.layer.role,
@@ -187,24 +214,34 @@ def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: 
         "spec": code.spec,
         "bits_per_weight": code.bits_per_weight,
         "nbytes": code.nbytes,
-        "relative_error": relative_error(source, code, plan.options),
+        "relative_error": missed,
     }
     run.keep(index, code, record)
     return record
 
 
-def relative_error(source: LayerWeight, code: Code, options: SolveOptions) -> float:
-    """||W - decode(code)|| / ||W|| (Frobenius), accumulated in float64 over windows of rows; 0 for a zero matrix."""
+def relative_error(source: LayerWeight, code: Code) -> float:
+    """||W - decode(code)|| / ||W|| (Frobenius); 0 for a zero matrix.
+
+    Norms of rows in float64 and an exact sum of their squares, so that it depends on neither windows nor threads.
+    """
     rows = source.shape[0]
-    step = options.window_rows(source.shape, 8, ERROR_ROWS)
-    missed = total = 0.0
+    step = SolveOptions(window_bytes=ERROR_WINDOW).window_rows(source.shape, 8, ERROR_ROWS)
+    missed: list[float] = []
+    total: list[float] = []
     for first in range(0, rows, step):
         last = min(rows, first + step)
         weight = source.rows(first, last).float()
-        total += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-        missed += float(torch.linalg.vector_norm(code.decode_rows(first, last).sub_(weight), dtype=torch.float64)) ** 2
+        total += _squared_norms(weight)
+        missed += _squared_norms(code.decode_rows(first, last).sub_(weight))
         source.release(first, last)
-    return math.sqrt(missed / total) if total else 0.0
+    norm = math.fsum(total)
+    return math.sqrt(math.fsum(missed) / norm) if norm else 0.0
+
+
+def _squared_norms(rows: torch.Tensor) -> list[float]:
+    norms: list[float] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().tolist()
+    return norms
 
 
 def _result(
@@ -232,35 +269,65 @@ def _result(
     )
 
 
+def _absolute(out: str | Path) -> Path:
+    """The folder itself where OUT is a link, so that the work is done on its disk and the link stays."""
+    try:
+        path = Path(out).expanduser().absolute()
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError, ValueError) as error:  # unknown ~user, a loop of links, a NUL byte
+        raise OutputError(f"--out {out} is not a usable path: {error}") from None
+
+
 def _check_out(out: Path, checkpoint: Checkpoint) -> None:
-    source = checkpoint.folder.resolve()
-    target = out.resolve()
+    with disk_errors(out):
+        source, target, here = checkpoint.folder.resolve(), out.resolve(), Path.cwd().resolve()
+        is_file = out.exists() and not out.is_dir()
     if target == source or target in source.parents:
         raise OutputError(f"--out {out} holds the model that is read; choose another folder")
-    if target in Path.cwd().resolve().parents or target == Path.cwd().resolve():
+    if target == here or target in here.parents:
         raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
-    if out.exists() and not out.is_dir():
+    if is_file:
         raise OutputError(f"--out {out} is a file; choose a folder")
 
 
 def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """The manifest if OUT is the finished output of this very command; OutputError if it is something else."""
-    if not out.exists() or not any(out.iterdir()):
+    with disk_errors(out):
+        if not occupants(out):
+            return None
+    manifest, run = read_manifest(out), RunFolder(out)
+    if run.publishing and run.identity() == identity:
         return None
-    manifest = read_manifest(out)
+    same = manifest is not None and manifest["identity"] == identity
     if overwrite:
-        return None
-    if manifest is not None and manifest["identity"] == identity:
+        return manifest if same and run.published(identity) else None
+    if not same:
+        what = "not empty" if manifest is None else "the output of another command"
+    elif _readable(out):
         return manifest
-    what = "the output of another command" if manifest is not None else "not empty"
+    else:
+        what = "the output of this command, but damaged"
     raise OutputError(f"--out {out} exists already and is {what}; choose another folder or replace it with --overwrite")
 
 
-def _check_disk(plan: Plan, run: RunFolder) -> None:
-    have = shutil.disk_usage(run.path).free + sum(p.stat().st_size for p in run.artifacts.iterdir())
-    if have < plan.disk_bytes:
+def _readable(out: Path) -> bool:
+    """Whether all shards are there and as long as their headers say."""
+    try:
+        Checkpoint.open(out).close()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
+    # A shard of a single entry may be larger than shard_bytes.
+    shard = min(plan.code_bytes, max(shard_bytes, max(job.nbytes for job in plan.jobs)))
+    need = plan.output_bytes + shard
+    with disk_errors(run.path):
+        have = shutil.disk_usage(run.path).free + sum(p.stat().st_size for p in run.artifacts.iterdir())
+    if have < need:
         raise OutputError(
-            f"the disk of {run.out.parent} has {have / 1e6:,.0f} MB free, this run needs {plan.disk_bytes / 1e6:,.0f} MB: "
+            f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
             "free some space or choose another --out"
         )
 
@@ -281,39 +348,8 @@ class _threads:
         torch.set_num_threads(self.before)
 
 
-class _Events:
-    """Every event to OUT.log.jsonl, with the time, and to the observer."""
-
-    def __init__(self, out: Path, observer: Observer | None) -> None:
-        self.path = out.with_name(out.name + ".log.jsonl")
-        self.observer = observer
-        self.lock = threading.Lock()
-        self.stream: TextIO | None = None
-
-    def __enter__(self) -> _Events:
-        with disk_errors(self.path):
-            self.stream = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is not None:
-            with contextlib.suppress(FeatherError):  # a full disk must not hide what happened
-                self({"event": "stopped", "reason": str(error) or type(error).__name__})
-        if self.stream is not None:
-            self.stream.close()
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        with self.lock:
-            if self.stream is not None:
-                with disk_errors(self.path):
-                    self.stream.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
-                    self.stream.flush()
-        if self.observer is not None:
-            self.observer(event)
-
-
 def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:
-    """Seconds of computing for a plan: each distinct grid is timed on a Gaussian sample of its width, disk not counted."""
+    """Seconds of computing for a plan, disk not counted: each distinct grid is timed on a Gaussian sample."""
     rates: dict[str, float] = {}
     seconds = 0.0
     for job in plan.jobs:

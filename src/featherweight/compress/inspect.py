@@ -39,20 +39,26 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
         return report | _original(checkpoint, read_anatomy(checkpoint))
 
 
-def _compressed(
-    checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manifest: dict[str, Any]
-) -> dict[str, Any]:
-    errors = {record["name"]: record["relative_error"] for record in manifest.get("layers", [])}
-    stored = {f"{name}.{tensor}" for name, spec in specs.items() for tensor in code_layout(spec)}
+def _compressed(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        errors = {record["name"]: record["relative_error"] for record in manifest.get("layers", [])}
+        blocks = {record["block"] for record in manifest.get("layers", [])} - {None}
+        layouts = {name: code_layout(spec) for name, spec in specs.items()}
+        described = {name: describe_code(spec) for name, spec in specs.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json or featherweight.json is malformed ({error})"
+        ) from None
+    stored = {f"{name}.{tensor}" for name, layout in layouts.items() for tensor in layout}
     layers = []
     for name, spec in specs.items():
         weights = math.prod(spec["shape"])
-        nbytes = sum(tensor.nbytes for tensor in code_layout(spec).values())
+        nbytes = sum(tensor.nbytes for tensor in layouts[name].values())
         layers.append(
             {
                 "name": name,
                 "shape": spec["shape"],
-                "code": describe_code(spec),
+                "code": described[name],
                 "spec": spec,
                 "bits_per_weight": 8 * nbytes / weights,
                 "nbytes": nbytes,
@@ -64,7 +70,7 @@ def _compressed(
     parameters = manifest.get("parameters", weights + others)
     return {
         "family": manifest.get("family", "unknown family"),
-        "blocks": len({record["block"] for record in manifest.get("layers", []) if record["block"] is not None}),
+        "blocks": len(blocks),
         "parameters": parameters,
         "bits_per_weight": {
             "linear": manifest.get("bits_per_weight_linear", 8 * sum(row["nbytes"] for row in layers) / weights),

@@ -13,7 +13,7 @@ TYPICAL = (4096, 4096)  # the shape for which bits per weight are stated
 
 
 def method_table() -> list[dict[str, Any]]:
-    """One row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, paper, settings."""
+    """A row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, paper, settings."""
     return [_row(load_recipe(name)) for name in presets()]
 
 

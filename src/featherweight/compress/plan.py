@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
@@ -17,9 +17,15 @@ from featherweight.quantize.grids.dense import DenseGrid
 from featherweight.quantize.recipe import Recipe
 
 COPY_WINDOW = 16 << 20
+SHARD_BYTES = 4_000_000_000
 WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
 MARGIN = 96 << 20  # allocator slack, thread stacks, JSON of large models; measured, see docs/results.md
-SOURCE_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SOURCE_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+    "F64": "float32",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Room needed while working: the output, and the artifacts of the shard being assembled once more."""
-        return self.output_bytes + self.code_bytes
+        return self.output_bytes + min(self.code_bytes, SHARD_BYTES)
 
     def memory_bytes(self) -> int:
         """Expected peak of resident memory."""
@@ -155,7 +161,7 @@ def make_plan(
             jobs.append(Job(layer, grids[layer.name]))
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
-            jobs.append(Job(layer, DenseGrid(dtype=stored)))  # type: ignore[arg-type]
+            jobs.append(Job(layer, DenseGrid(dtype=stored)))
     copied = tuple(name for name in checkpoint.names if name not in chosen_tensors)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(

@@ -7,6 +7,10 @@ Beside the output OUT stands OUT.feather-run while the work lasts:
     artifacts/N.safetensors   layer N, its code's tensors, hashes and error; the name appears when it is complete
     assembly.json    written when all layers are done: which tensors go to which shard, and what is known of the layers
     out/             the output being assembled; renamed to OUT when complete
+    replaced/        what stood in OUT before, while it is exchanged
+    publishing       only where OUT is a mount point: its old content is aside, the new files are on their way
+
+A mount point cannot be renamed, so there the run folder lies within OUT and the finished files are moved one by one.
 
 Whatever moment the process dies at, the same command finds complete artifacts (by hash) and goes on. Nothing in the
 output depends on time or on where the work was interrupted.
@@ -29,57 +33,91 @@ from featherweight.codes import Code
 from featherweight.errors import CheckpointError, OutputError
 
 LAYER_KEY = "featherweight.layer"
+LAYER_HASH_KEY = "featherweight.layer_sha256"
 RUN_SUFFIX = ".feather-run"
 
 
 class RunFolder:
     """See the module. `opened()` yields it with the lock held."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, overwrite: bool = False) -> None:
         self.out = out
-        self.path = out.with_name(out.name + RUN_SUFFIX)
+        self.overwrite = overwrite
+        self.inside = os.path.ismount(out)
+        self.path = out / RUN_SUFFIX if self.inside else out.with_name(out.name + RUN_SUFFIX)
         self.artifacts = self.path / "artifacts"
         self.assembled = self.path / "out"
         self.assembly = self.path / "assembly.json"
+        self.replaced = self.path / "replaced"
+        self.marker = self.path / "publishing"
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, out: Path, identity: dict[str, Any], discard: bool) -> Iterator[RunFolder]:
-        """Begin or go on. `identity` says what is made; a run of something else is refused, or discarded if asked."""
-        run = cls(out)
-        with disk_errors(run.path):
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock = (run.path / "lock").open("a")
-        with lock:
-            _lock(lock, run.path)
-            found = run._identity()
-            if found is not None and found != identity:
-                if not discard:
-                    raise OutputError(
-                        f"an unfinished run of another command is in {run.path} ({_difference(found, identity)}); "
-                        "repeat that command to finish it, choose another --out, or discard it with --overwrite"
-                    )
-                run._clear()
-            with disk_errors(run.path):
-                run.artifacts.mkdir(exist_ok=True)
-                run.assembled.mkdir(exist_ok=True)
-            write_text(run.path / "run.json", to_json(identity))
-            yield run
+    def opened(cls, out: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[RunFolder]:
+        """Begin or go on. `identity` says what is made; a run of something else is refused, or discarded if asked.
 
-    def _identity(self) -> dict[str, Any] | None:
+        A run that ends without a finished layer leaves no folder behind.
+        """
+        run = cls(out, overwrite)
+        with _locked(run.path):
+            try:
+                run._begin(identity)
+                yield run
+            finally:
+                if not run._has_work():
+                    run.remove()
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        found = self.identity()
+        if found != identity:
+            if found is not None and self._has_work() and not self.overwrite:
+                raise OutputError(
+                    f"an unfinished run of another command is in {self.path} ({_difference(found, identity)}); "
+                    "repeat that command to finish it, choose another --out, or discard it with --overwrite"
+                )
+            self._clear()
+        with disk_errors(self.path):
+            self.artifacts.mkdir(exist_ok=True)
+            self.assembled.mkdir(exist_ok=True)
+        if found != identity:
+            write_text(self.path / "run.json", to_json(identity))
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the folder says is being made; None without one, {} if that cannot be read."""
         try:
             found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _has_work(self) -> bool:
+        """Whether anything here is worth keeping."""
+        kept = (self.assembly, self.replaced, self.marker)
+        return any(path.exists() for path in kept) or any(self.artifacts.glob("*.safetensors"))
+
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name == "lock":
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Remove all but the lock; an old output that was already aside goes back to its place first."""
+        with disk_errors(self.path):
+            if self.replaced.exists() and self.inside and not self.marker.exists():
+                _move_all(self.replaced, self.out)
+            elif self.replaced.exists() and not self.inside and not occupants(self.out):
+                self._make_way()
+                os.rename(self.replaced, self.out)
+            for entry in self.path.iterdir():
+                if entry.name == "lock":
+                    continue
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    @property
+    def publishing(self) -> bool:
+        """The finished files are on their way into a mount point; nothing is left to do but to move the rest."""
+        return self.marker.exists()
+
+    def published(self, identity: dict[str, Any]) -> bool:
+        """The output of this very run is in its place and only this folder was not removed any more."""
+        return self.identity() == identity and self.assembly.exists() and not self.assembled.exists()
 
     def artifact(self, index: int) -> Path:
         return self.artifacts / f"{index:06d}.safetensors"
@@ -87,7 +125,8 @@ class RunFolder:
     def keep(self, index: int, code: Code, record: dict[str, Any]) -> None:
         """Store a finished layer."""
         blobs = [blob_of(name, tensor) for name, tensor in code.tensors().items()]
-        write_safetensors(self.artifact(index), blobs, {LAYER_KEY: json.dumps(record, sort_keys=True)}, sync=False)
+        text = json.dumps(record, sort_keys=True)
+        write_safetensors(self.artifact(index), blobs, {LAYER_KEY: text, LAYER_HASH_KEY: _sha256(text)}, sync=False)
 
     def record(self, index: int, layer: str) -> dict[str, Any] | None:
         """What is known of a finished layer; None if its artifact is missing, damaged or of another layer."""
@@ -96,35 +135,83 @@ class RunFolder:
             return None
         try:
             with SafetensorsFile.open(path) as file:
-                found = json.loads(file.metadata[LAYER_KEY])
-                if found["name"] == layer and not damaged_tensors(file):
+                text = file.metadata[LAYER_KEY]
+                found = json.loads(text)
+                intact = file.metadata[LAYER_HASH_KEY] == _sha256(text) and not damaged_tensors(file)
+                if intact and found["name"] == layer:
                     return dict(found)
-        except (CheckpointError, KeyError, ValueError, TypeError):
+        except (CheckpointError, KeyError, ValueError, TypeError, AttributeError):
             pass
-        path.unlink()
+        with disk_errors(path):
+            path.unlink()
         return None
 
     def read_assembly(self) -> dict[str, Any] | None:
-        if not self.assembly.exists():
+        """None while layers are missing, or if the file is damaged: what it says can be found again."""
+        try:
+            found = json.loads(self.assembly.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
-        found: dict[str, Any] = json.loads(self.assembly.read_text(encoding="utf-8"))
-        return found
+        return found if isinstance(found, dict) and {"layers", "shards"} <= found.keys() else None
 
     def publish(self) -> None:
-        """Put the assembled output in its place, what stood there aside, and remove the run folder."""
+        """Put the assembled output in its place, what stood there aside, and remove the run folder.
+
+        OutputError if something came to stand there meanwhile and nobody said it may be replaced.
+        """
         with disk_errors(self.out):
-            old = self.path / "replaced"
-            if self.out.exists() and any(self.out.iterdir()):
-                os.rename(self.out, old)
-            try:
-                os.replace(self.assembled, self.out)
-            except OSError:  # OUT is a mount point: move file by file, config.json last, so that it is never half
-                for entry in sorted(self.assembled.iterdir(), key=lambda p: p.name == "config.json"):
-                    shutil.move(str(entry), self.out / entry.name)
+            if not self.publishing:
+                if occupants(self.out):
+                    self._set_aside()
+                if self.inside:
+                    write_text(self.marker, "")
+            if self.inside:
+                _move_all(self.assembled, self.out)
+            else:
+                self._make_way()
+                os.rename(self.assembled, self.out)
         self.remove()
+
+    def _set_aside(self) -> None:
+        if not self.overwrite:
+            raise OutputError(
+                f"{self.out} came to hold other files while the work went on; move them away and run the same command "
+                "again, or replace them with --overwrite"
+            )
+        if self.inside:
+            self.replaced.mkdir(exist_ok=True)
+            _move_all(self.out, self.replaced)
+            return
+        if self.replaced.exists():  # aside since an earlier attempt, and OUT was filled again since
+            shutil.rmtree(self.replaced)
+        os.rename(self.out, self.replaced)
+
+    def _make_way(self) -> None:
+        """Windows cannot rename onto an empty folder."""
+        if self.out.exists():
+            self.out.rmdir()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove_leftover(self, identity: dict[str, Any]) -> None:
+        """After a run of `identity` was published: its folder, unless it is another run's or in use."""
+        if self.path.is_dir() and self.identity() in (None, identity):
+            with contextlib.suppress(OutputError), _locked(self.path):
+                self.remove()
+
+
+def occupants(folder: Path) -> list[Path]:
+    """What an output must not mix with: all but the run folder within a mount point and a file system's own folder."""
+    if not folder.exists():
+        return []
+    return [path for path in folder.iterdir() if path.name not in (RUN_SUFFIX, "lost+found")]
+
+
+def _move_all(source: Path, target: Path) -> None:
+    """Within one file system; config.json last, so that what is half there is never taken for a model."""
+    for entry in sorted(occupants(source), key=lambda path: path.name == "config.json"):
+        os.replace(entry, target / entry.name)
 
 
 def damaged_tensors(file: SafetensorsFile) -> list[str]:
@@ -132,7 +219,7 @@ def damaged_tensors(file: SafetensorsFile) -> list[str]:
     from featherweight.checkpoint.format import HASHES_KEY
 
     hashes = json.loads(file.metadata[HASHES_KEY])
-    wrong = []
+    wrong = [name for name in hashes if name not in file.entries]
     for name in file.entries:
         digest = hashlib.sha256()
         for window in file.raw_windows(name):
@@ -140,6 +227,10 @@ def damaged_tensors(file: SafetensorsFile) -> list[str]:
         if digest.hexdigest() != hashes.get(name):
             wrong.append(name)
     return wrong
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -153,6 +244,28 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "it is damaged" if not found else "it holds further settings"
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; OutputError if another process does."""
+    while True:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = (folder / "lock").open("a")
+        with stream:
+            _lock(stream, folder)
+            if _is_current(stream, folder / "lock"):
+                yield
+                return
+
+
+def _is_current(stream: Any, path: Path) -> bool:
+    """Whether the file that was locked still is the one of that name: another process may have removed it between."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
 def _lock(stream: Any, path: Path) -> None:
     try:
         import fcntl
@@ -160,5 +273,7 @@ def _lock(stream: Any, path: Path) -> None:
         return
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise OutputError(f"another process is working in {path}; wait for it or choose another --out") from None
+    except OSError:  # a file system without locks, as some network and FUSE ones are
+        return

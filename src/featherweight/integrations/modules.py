@@ -76,11 +76,17 @@ class CodedModule(nn.Module):
         super().register_parameter(name, param)
 
     def decode(self) -> Tensor:
-        """The matrix the stored tensors stand for: float32 [out_features, in_features]."""
+        """The matrix the stored tensors stand for: float32 [out_features, in_features]. CheckpointError if damaged."""
         stored = {key: self._parameters[key].detach() for key in self.layout}  # type: ignore[union-attr]
         if any(tensor.is_meta for tensor in stored.values()):
             return torch.empty(*self.spec["shape"], dtype=torch.float32, device="meta")
-        return code_from(self.spec, stored).decode()
+        device = next(iter(stored.values())).device
+        try:  # on the CPU: the decoding kernels take no other tensors
+            return code_from(self.spec, {key: tensor.cpu() for key, tensor in stored.items()}).decode().to(device)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the compressed layer {self.name!r} is damaged ({error}): download or compress the model again"
+            ) from None
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
         if not self.cache:

@@ -11,7 +11,7 @@ Where the next one goes: `quantize/transforms/`, `quantize/grids/`, `quantize/ro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -56,7 +56,7 @@ class HeldWeight:
 class Choice(BaseModel):
     """A point on one axis: `kind` is the registered name, the fields are the settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
     kind: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     """Names of the statistics this choice declares; empty means data-free."""
@@ -113,7 +113,7 @@ class SolveOptions(BaseModel):
     model_config = ConfigDict(frozen=True)
     threads: int | None = None
     window_bytes: int = 8 << 20
-    backend: str = "auto"
+    backend: Literal["auto", "native", "reference"] = "auto"
 
     def window_rows(self, shape: tuple[int, int], itemsize: int, multiple: int) -> int:
         """Rows a window, a multiple of `multiple`, at least one multiple."""

@@ -144,7 +144,8 @@ def _overridden(grid: Grid, override: Override, place: int) -> Grid:
 
 
 def _matches(pattern: str, layer: LinearLayer) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern) for text in (layer.name, layer.role, layer.kind))
+    # Equality first: "experts.down_proj[3]", the name of a slice, is not the pattern it looks like.
+    return any(t == pattern or fnmatch.fnmatchcase(t, pattern) for t in (layer.name, layer.role, layer.kind))
 
 
 def _choice(axis: str, value: Any, field: str = "") -> Any:
@@ -210,7 +211,7 @@ def load_recipe(name: str | Path | Recipe, changes: list[str] | tuple[str, ...] 
         path, origin = _recipe_file(str(name)), str(name)
         try:
             mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"recipe {origin} cannot be read: {reason}") from None
         if isinstance(mapping, dict):
@@ -240,7 +241,7 @@ def _apply(mapping: Any, change: str) -> None:
         raise RecipeError(f"a change is written FIELD=VALUE, like grid.planes=3, but is {change!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise RecipeError(f"the value of {change!r} is not valid YAML") from None
     place = mapping
     for key in keys[:-1]:

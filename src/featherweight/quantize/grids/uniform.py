@@ -69,7 +69,9 @@ class UniformGrid(Grid):
 
     def _squared_error(self, groups: Tensor, fit: Fit) -> Tensor:
         decoded = (self._codes(groups, fit) - fit["zero_points"].unsqueeze(-1)) * fit["scales"].float().unsqueeze(-1)
-        unit = groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # squares of 1e30 overflow
+        unit = (
+            groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        )  # squares of 1e30 overflow
         return ((groups - decoded) / unit).square_().sum(-1)
 
     def _grouped(self, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import Folder
+from compressed_folders import Folder
 from safetensors.torch import save_file
 
 from featherweight.errors import CheckpointError
@@ -130,3 +130,10 @@ def test_load_state_dict_refuses_rounded_scales(fresh_llama: Folder) -> None:
     assert layer.scales.dtype == torch.float16
     with pytest.raises(CheckpointError, match="scales"):
         layer.load_state_dict(state | {"scales": state["scales"].float() + 1e-6})
+
+
+def test_damaged_bytes_are_noticed(fresh_llama: Folder) -> None:
+    name = next(k for k in fresh_llama.tensors() if k.endswith(".trits"))
+    change_tensors(fresh_llama, lambda tensors: tensors[name].fill_(255))  # no five trits pack to 255
+    with pytest.raises(CheckpointError, match=rf"{name.removesuffix('.trits')}' is damaged"):
+        load(fresh_llama)(torch.arange(3)[None])

@@ -1,0 +1,59 @@
+"""What happens in a run, event by event: to OUT.log.jsonl, and to whoever watches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from featherweight.checkpoint.writer import disk_errors
+from featherweight.errors import FeatherError
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+class Events:
+    """Every event to OUT.log.jsonl, with the time, and to the observer."""
+
+    def __init__(self, out: Path, observer: Observer | None) -> None:
+        self.path = out.with_name(out.name + ".log.jsonl")
+        self.observer = observer
+        self.lock = threading.Lock()
+        self.stream: TextIO | None = None
+
+    def __enter__(self) -> Events:
+        with disk_errors(self.path):
+            _drop_torn_line(self.path)
+            self.stream = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is not None:
+            with contextlib.suppress(FeatherError):  # a full disk must not hide what happened
+                self({"event": "stopped", "reason": str(error) or type(error).__name__})
+        if self.stream is not None:
+            with contextlib.suppress(OSError):  # what could not be written stays in its buffer, and close tries again
+                self.stream.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        with self.lock:
+            if self.stream is not None:
+                with disk_errors(self.path):
+                    self.stream.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
+                    self.stream.flush()
+        if self.observer is not None:
+            self.observer(event)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a last line that has no end, left by a full disk or a crash."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        content = stream.read()
+        if content and not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
