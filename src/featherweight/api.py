@@ -75,7 +75,7 @@ def load(
         tokenizer = None
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {folder}: {' '.join(str(error).split())}") from error
     finally:
         torch.set_default_dtype(default_dtype)  # transformers 4.x leaves its own behind when loading fails

@@ -114,7 +114,7 @@ def dying_at_file_operation(near: str, number: int | None, counted: Path | None 
 def compress_and_die(
     model: str, out: str, options: dict[str, Any], at: tuple[str, float] | None, counted: str | None = None
 ) -> None:
-    """Target of a process: compress, and die at an event ("event", n), a time ("time", s) or an operation ("file", n)."""
+    """Target of a process: compress, and die at ("event", n), at a time ("time", s) or at an operation ("file", n)."""
     from featherweight.compress.engine import compress
 
     kind, moment = at or ("file", None)

@@ -94,11 +94,16 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
     part = path.with_name(path.name + ".part")
     with disk_errors(path):
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        try:
+            with part.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
 
 def to_json(value: object) -> str:

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from featherweight.cli.commands import error_console, out_console, steps, write_json
 from featherweight.cli.progress import size_text
+from featherweight.errors import OutputError
 
 RECIPES = ("rtn-4", "rtn-3", "ptqtp-3", "ptqtp-tied-3", "ptqtp", "ptqtp-tied", "ptqtp-1")
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
+RESULTS = "demo.json"
 PICTURED = ("q_proj", "down_proj")  # layers of the middle block whose weights the report shows
 
 
@@ -33,6 +35,7 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     original, say = reference_model(), error_console()
+    _claim(out)
     variants = []
     say.print(f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes; output in {out}")
     with steps("original") as tell:
@@ -40,7 +43,7 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
     for recipe in RECIPES:
         folder = out / recipe
-        done = compress(original, recipe, folder, threads=threads)
+        done = compress(original, recipe, folder, threads=threads, overwrite=True)
         with steps(recipe) as tell:
             measured = evaluate(folder, original, limit=tokens, progress=tell, threads=threads)
         variants.append(
@@ -62,6 +65,13 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
         out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
     )
     _show(variants, report)
+
+
+def _claim(out: Path) -> None:
+    """Make the demo's folder; one that holds something else is left alone."""
+    if out.exists() and not (out / RESULTS).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out} exists and is not the output of a demo; choose another folder")
+    write_json(out / RESULTS, {})
 
 
 def _family(recipe: str) -> str:

@@ -19,7 +19,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Optional[...] instead of X | None: typer evaluates these annotations, also on Python 3.10.
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all processors by default.")]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]

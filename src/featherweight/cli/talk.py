@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -38,14 +39,11 @@ class Talker:
         self._cache_if_small()
 
     def _cache_if_small(self) -> None:
-        import torch
-
-        from featherweight.integrations.modules import set_cache
+        from featherweight.integrations.modules import CodedModule, set_cache
         from featherweight.memory import available_bytes
 
-        decoded = sum(
-            m.in_features * m.out_features * 4 for m in self.model.modules() if isinstance(m, torch.nn.Linear)
-        )
+        coded = [module for module in self.model.modules() if isinstance(module, CodedModule)]
+        decoded = sum(module.compute_dtype.itemsize * math.prod(module.spec["shape"]) for module in coded)
         set_cache(self.model, decoded < CACHE_SHARE * available_bytes())
 
     def write(self, tokens: Any, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> str:

@@ -23,13 +23,14 @@ from featherweight.compress.events import Events, Observer
 from featherweight.compress.plan import SHARD_BYTES, Job, Plan, describe_code, make_plan, parse_size
 from featherweight.compress.run import RunFolder, occupants
 from featherweight.errors import CheckpointError, FeatherError, OutputError, RecipeError
+from featherweight.kernels.errors import squared_errors
 from featherweight.kernels.library import thread_count
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.quantize.base import HeldWeight, SolveOptions
 from featherweight.quantize.recipe import Recipe, load_recipe
 
 ERROR_ROWS = 40  # whole bytes of every packing
-ERROR_WINDOW = 1 << 20  # bytes
+ERROR_WINDOW = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: 
         code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
-    missed = relative_error(source, code)
+    missed = relative_error(source, code, plan.options.threads)
     if not math.isfinite(missed):
         raise RecipeError(
             f"the code of layer {job.layer.name} is not finite: its weights reach {source.largest:.3g}, which is more "
@@ -220,28 +221,24 @@ def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: 
     return record
 
 
-def relative_error(source: LayerWeight, code: Code) -> float:
+def relative_error(source: LayerWeight, code: Code, threads: int | None = None) -> float:
     """||W - decode(code)|| / ||W|| (Frobenius); 0 for a zero matrix.
 
-    Norms of rows in float64 and an exact sum of their squares, so that it depends on neither windows nor threads.
+    Sums of rows in float64 and an exact sum of these, so that it depends on neither windows nor threads.
     """
     rows = source.shape[0]
-    step = SolveOptions(window_bytes=ERROR_WINDOW).window_rows(source.shape, 8, ERROR_ROWS)
+    step = SolveOptions(window_bytes=ERROR_WINDOW).window_rows(source.shape, 4, ERROR_ROWS)
     missed: list[float] = []
     total: list[float] = []
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        weight = source.rows(first, last).float()
-        total += _squared_norms(weight)
-        missed += _squared_norms(code.decode_rows(first, last).sub_(weight))
+        far, all_of_it = squared_errors(source.rows(first, last), code.decode_rows(first, last), threads)
+        missed += far.tolist()
+        total += all_of_it.tolist()
         source.release(first, last)
+    source.release(0, rows)  # the system maps some pages around each fault, also behind the window
     norm = math.fsum(total)
     return math.sqrt(math.fsum(missed) / norm) if norm else 0.0
-
-
-def _squared_norms(rows: torch.Tensor) -> list[float]:
-    norms: list[float] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_().tolist()
-    return norms
 
 
 def _result(
@@ -273,7 +270,8 @@ def _absolute(out: str | Path) -> Path:
     """The folder itself where OUT is a link, so that the work is done on its disk and the link stays."""
     try:
         path = Path(out).expanduser().absolute()
-        return path.resolve() if path.is_symlink() else path
+        resolved = path.resolve()
+        return resolved if path.is_symlink() else path
     except (OSError, RuntimeError, ValueError) as error:  # unknown ~user, a loop of links, a NUL byte
         raise OutputError(f"--out {out} is not a usable path: {error}") from None
 

@@ -125,7 +125,7 @@ class RunFolder:
     def keep(self, index: int, code: Code, record: dict[str, Any]) -> None:
         """Store a finished layer."""
         blobs = [blob_of(name, tensor) for name, tensor in code.tensors().items()]
-        text = json.dumps(record, sort_keys=True)
+        text = json.dumps(record)  # in the order of its keys, so that it reads back as it would be written
         write_safetensors(self.artifact(index), blobs, {LAYER_KEY: text, LAYER_HASH_KEY: _sha256(text)}, sync=False)
 
     def record(self, index: int, layer: str) -> dict[str, Any] | None:

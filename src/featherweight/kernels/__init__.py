@@ -1,0 +1,1 @@
+"""The operators: PyTorch references, the native library, and the choice between them."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = "_featherweight_native.so"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -60,6 +60,7 @@ class NativeLibrary:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         signatures = {
             "fw_select_isa": [ctypes.c_char_p],
+            "fw_squared_errors": [pointer, number, size, size, size, pointer, pointer, pointer, number],
             "fw_pack_trits": [pointer, size, number, pointer],
             "fw_unpack_trits": [pointer, size, number, pointer, pointer],
             "fw_pack_bits": [pointer, size, number, pointer],
@@ -153,6 +154,25 @@ class NativeLibrary:
         )
         _check(status, bad, packing)
         return out
+
+    def squared_errors(self, weight: Tensor, decoded: Tensor, threads: int | None) -> tuple[Tensor, Tensor]:
+        """`errors.squared_errors_reference`."""
+        weight, decoded = _rows(weight), decoded.contiguous()
+        missed, total = torch.empty(2, weight.shape[0], dtype=torch.float64)
+        _check(
+            self._c.fw_squared_errors(
+                weight.data_ptr(),
+                DTYPES[weight.dtype],
+                weight.shape[0],
+                weight.shape[1],
+                weight.stride(0),
+                decoded.data_ptr(),
+                missed.data_ptr(),
+                total.data_ptr(),
+                thread_count(threads),
+            )
+        )
+        return missed, total
 
     def solve_window(
         self,

@@ -142,11 +142,12 @@ def assign_trits(
 
 
 class TritPlaneStream:
-    """The same for a matrix that arrives in windows of rows, keeping only what is stored and one byte a group.
+    """The same for a matrix that arrives in windows of rows, keeping one byte a weight and the scales, not the weights.
 
     Windows may come in any order, each row once. A window starts at a multiple of 20 rows and, unless it ends the
     matrix, has a multiple of 20 rows. `finish` reads again the windows that hold groups which the stopping rule of the
-    whole matrix would have stopped earlier. The result equals that of `solve_trit_planes` with rounded scales, packed.
+    whole matrix would have stopped earlier, and solves those groups alone. The result equals that of
+    `solve_trit_planes` with rounded scales, packed.
     """
 
     def __init__(
@@ -162,16 +163,18 @@ class TritPlaneStream:
         self.shape = (n, d)
         self.settings = settings or TritPlaneSettings()
         self.packing: Packing = packing
+        self.scale_dtype = scale_dtype
         self._solver = _solver(backend, threads)
         groups = -(-d // self.settings.group_size)
-        self._packed = torch.zeros(self.settings.planes, packed_bytes(n * d, packing), dtype=torch.uint8)
         scale_shape = (n, groups) if self.settings.tied else (n, groups, self.settings.planes)
-        self._scales = torch.zeros(scale_shape, dtype=scale_dtype)
-        self._steps = torch.zeros(n, groups, dtype=torch.uint8)
-        self._moving = torch.zeros(self.settings.max_iterations + 1, dtype=torch.uint8)
+        self._found = Window(
+            torch.zeros(n, d, dtype=torch.uint8),
+            torch.zeros(scale_shape, dtype=torch.float64),
+            torch.zeros(n, groups, dtype=torch.uint8),
+            torch.zeros(self.settings.max_iterations + 1, dtype=torch.uint8),
+        )
         self._seen = torch.zeros(n, dtype=torch.bool)
         self._windows: list[tuple[int, int]] = []
-        self.iterations = 0
 
     def add(self, first_row: int, window: Tensor) -> None:
         """Solve the rows [first_row, first_row + len(window)).
@@ -194,8 +197,11 @@ class TritPlaneStream:
             found = self._solver.solve(window, self.settings, self.settings.max_iterations)
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(first_row + error.row, error.column) from None
-        self._store(first_row, window, found)
-        self._moving |= found.moving
+        kept = self._rows(first_row, last)
+        kept.codes.copy_(self._closed(window, found, first_row))
+        kept.scales.copy_(found.scales)
+        kept.steps.copy_(found.steps)
+        self._found.moving.logical_or_(found.moving)
         self._seen[first_row:last] = True
         self._windows.append((first_row, last))
 
@@ -206,30 +212,39 @@ class TritPlaneStream:
         """
         if not bool(self._seen.all()):
             raise ValueError(f"row {int((~self._seen).to(torch.uint8).argmax())} was never added")
-        stop = _stop(self._moving, self._steps, self.settings)
+        stop = _stop(self._found.moving, self._found.steps, self.settings)
         for first, last in sorted(self._windows):
-            if bool((self._steps[first:last] > stop).any()):
+            kept = self._rows(first, last)
+            if bool((kept.steps > stop).any()):
                 window = read(first, last)
-                self._store(first, window, self._solver.solve(window, self.settings, stop))
+                self._solver.resolve(window, self.settings, stop, kept)
+                if self.settings.closing:
+                    kept.codes.copy_(self._closed(window, kept, first))
         self.iterations = stop
-        return self._packed, self._scales
+        return self._pack(), _stored(self._found.scales, self.scale_dtype, 0, self.settings)
 
-    def _store(self, first_row: int, window: Tensor, found: Window) -> None:
-        scales = _stored(found.scales, self._scales.dtype, first_row, self.settings)
-        codes = found.codes
-        if self.settings.closing:
-            codes = self._solver.assign(window, scales.to(torch.float64), self.settings)
-        last = first_row + window.shape[0]
-        begin = packed_bytes(first_row * self.shape[1], self.packing)
-        end = packed_bytes(last * self.shape[1], self.packing)
+    def _rows(self, first: int, last: int) -> Window:
+        """Views of what is kept of some rows."""
+        found = self._found
+        return Window(found.codes[first:last], found.scales[first:last], found.steps[first:last], found.moving)
+
+    def _closed(self, window: Tensor, found: Window, first_row: int) -> Tensor:
+        """Codes after the closing step, or as they are without one. RecipeError where a scale cannot be stored."""
+        scales = _stored(found.scales, self.scale_dtype, first_row, self.settings)
+        if not self.settings.closing:
+            return found.codes
+        return self._solver.assign(window, scales.to(torch.float64), self.settings)
+
+    def _pack(self) -> Tensor:
+        planes, count = self.settings.planes, self.shape[0] * self.shape[1]
         native = library.get() if isinstance(self._solver, _Native) else None
+        packed = torch.zeros(planes, packed_bytes(count, self.packing), dtype=torch.uint8)
         if native is not None:
-            native.pack_codes(codes, self.packing, self._packed, begin)
+            native.pack_codes(self._found.codes, self.packing, packed, 0)
         else:
-            for k, plane in enumerate(split_codes(codes, self.settings.planes)):
-                self._packed[k, begin:end] = pack_trits(plane, self.packing)
-        self._scales[first_row:last] = scales
-        self._steps[first_row:last] = found.steps
+            for k, plane in enumerate(split_codes(self._found.codes, planes)):
+                packed[k] = pack_trits(plane, self.packing)
+        return packed
 
 
 def _solver(backend: Backend, threads: int | None) -> _Solver:

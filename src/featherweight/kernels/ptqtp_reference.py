@@ -109,6 +109,7 @@ def _best_start(groups: Groups, settings: TritPlaneSettings, cap: int, moving: T
     floor = START_FLOOR * (groups.weights**2).sum(-1)
     other: TieOrder = "paired" if settings.tie_order == "lexicographic" else "lexicographic"
     for start in ("greedy", other)[: settings.starts - 1]:
+        first: tuple[Tensor | None, Tensor]
         if start == "greedy":
             first = None, greedy_trits(groups, settings.planes)
         else:

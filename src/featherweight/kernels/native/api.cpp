@@ -64,7 +64,7 @@ int64_t tile_bytes(int64_t n) {
   int64_t padded = 16;
   while (padded < n) padded *= 2;
   const int64_t groups = tile_groups(n);
-  return groups * ((padded + padded / 8) * 4 + (n + 1) * 8) + padded * 16 * 4 + n * 8 + trit_group_bytes(n);
+  return groups * ((padded + padded / 16) * 4 + (n + 1) * 8) + padded * 16 * 4 + n * 8 + trit_group_bytes(n);
 }
 
 namespace {
@@ -409,6 +409,27 @@ int32_t fw_decode(const uint8_t* packed, int64_t plane_bytes, int32_t planes, co
           for (int k = 0; k < planes; ++k) trits[k] = buffer.data() + k * line + begin;
           kernels().combine(trits, values, planes, tied, length, out + row * cols + begin);
         }
+      }
+    });
+    return FW_OK;
+  });
+}
+
+int32_t fw_squared_errors(const void* weight, int32_t dtype, int64_t rows, int64_t cols, int64_t stride,
+                          const float* decoded, double* missed, double* total, int32_t threads) {
+  return guarded_call([&]() -> int32_t {
+    if (rows < 0 || cols < 1 || dtype < FW_FLOAT32 || dtype > FW_FLOAT64) return FW_INVALID;
+    const Matrix matrix = {static_cast<const unsigned char*>(weight), dtype, rows, cols, stride};
+    const int64_t block = std::max<int64_t>(1, 65536 / cols);  // rows a thread takes at once
+    const int64_t blocks = (rows + block - 1) / block;
+    parallel_for(blocks, threads, [&](int, int64_t item) {
+      std::vector<float> line(static_cast<size_t>(cols));
+      for (int64_t row = item * block; row < std::min(rows, (item + 1) * block); ++row) {
+        if (dtype == FW_BFLOAT16 || dtype == FW_FLOAT16)
+          kernels().widen(reinterpret_cast<const uint16_t*>(matrix.at(row, 0)), dtype == FW_FLOAT16, cols, line.data());
+        else
+          for (int64_t col = 0; col < cols; ++col) line[static_cast<size_t>(col)] = static_cast<float>(matrix.value(row, col));
+        kernels().squares(line.data(), decoded + row * cols, cols, missed + row, total + row);
       }
     });
     return FW_OK;

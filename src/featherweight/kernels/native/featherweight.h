@@ -13,7 +13,7 @@
 #define FW_API extern "C" __attribute__((visibility("default")))
 #endif
 
-#define FW_VERSION 1
+#define FW_VERSION 2
 
 enum fw_status { FW_OK = 0, FW_INVALID = 1, FW_NON_FINITE = 2, FW_NO_MEMORY = 3 };
 enum fw_dtype { FW_FLOAT32 = 0, FW_BFLOAT16 = 1, FW_FLOAT16 = 2, FW_FLOAT64 = 3 };
@@ -69,5 +69,9 @@ FW_API int32_t fw_unpack_bits(const uint8_t* packed, int64_t count, int32_t bits
 FW_API int32_t fw_decode(const uint8_t* packed, int64_t plane_bytes, int32_t planes, const void* scales, int32_t scale_dtype,
                          int32_t tied, int64_t rows, int64_t cols, int64_t group_size, int32_t packing, float* out,
                          int32_t threads, int64_t* bad);
+
+// Per row of weight [rows, cols] and decoded float32 [rows, cols]: sums of squares of their difference and of the weight.
+FW_API int32_t fw_squared_errors(const void* weight, int32_t dtype, int64_t rows, int64_t cols, int64_t stride,
+                                 const float* decoded, double* missed, double* total, int32_t threads);
 
 #endif

@@ -36,11 +36,15 @@ void begin(const SortedTile& sorted, int64_t batch, int order, GroupState<K>* st
 template <int K>
 void greedy_start(const TritTile& tile, const SortedTile& sorted, GroupState<K>* states) {
   for (int64_t group = 0; group < tile.groups; ++group) {
-    if (states[group].general) continue;
-    to_double(tile.w[group], tile.n, sorted.group);
-    greedy_normal_equations(sorted.group, tile.n, K, sorted.group_work, states[group].normal.gram,
-                            states[group].normal.right);
-    states[group].scale = 0;
+    GroupState<K>& state = states[group];
+    state.scale = 0;
+    if (state.general) continue;
+    if constexpr (K <= 2) {
+      greedy_start_sorted<K>(sorted, group / kLanes, static_cast<int>(group % kLanes), state.normal);
+    } else {
+      to_double(tile.w[group], tile.n, sorted.group);
+      greedy_normal_equations(sorted.group, tile.n, K, sorted.group_work, state.normal.gram, state.normal.right);
+    }
   }
 }
 
@@ -167,6 +171,27 @@ void combine(const int8_t* const* trits, const float* scales, int planes, int ti
   }
 }
 
+void squared_sums(const float* a, const float* b, int64_t n, double* missed, double* total) {
+  double far[16] = {}, all[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int lane = 0; lane < 16; ++lane) {
+      const double value = static_cast<double>(a[i + lane]), gap = value - static_cast<double>(b[i + lane]);
+      far[lane] += gap * gap;
+      all[lane] += value * value;
+    }
+  for (int lane = 0; i + lane < n; ++lane) {
+    const double value = static_cast<double>(a[i + lane]), gap = value - static_cast<double>(b[i + lane]);
+    far[lane] += gap * gap;
+    all[lane] += value * value;
+  }
+  *missed = *total = 0;
+  for (int lane = 0; lane < 16; ++lane) {
+    *missed += far[lane];
+    *total += all[lane];
+  }
+}
+
 void widen_values(const uint16_t* values, int half, int64_t n, float* out) {
   int64_t i = 0;
   if (half) {
@@ -183,7 +208,7 @@ void widen_values(const uint16_t* values, int half, int64_t n, float* out) {
   }
 }
 
-constexpr Kernels kKernels = {FW_QUOTE(FW_ISA), solve, assign, combine, widen_values};
+constexpr Kernels kKernels = {FW_QUOTE(FW_ISA), solve, assign, combine, squared_sums, widen_values};
 
 }  // namespace
 

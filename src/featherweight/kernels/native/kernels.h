@@ -28,6 +28,8 @@ struct Kernels {
   void (*assign)(const TritTile& tile);
   // out[i] = ((s0 t0 + s1 t1) + s2 t2) for i < n, or tied: s0 times the integer code.
   void (*combine)(const int8_t* const* trits, const float* scales, int planes, int tied, int64_t n, float* out);
+  // missed = sum (a - b)^2 and total = sum a^2 in double, in a fixed order of 16 partial sums.
+  void (*squares)(const float* a, const float* b, int64_t n, double* missed, double* total);
   void (*widen)(const uint16_t* values, int half, int64_t n, float* out);
 };
 

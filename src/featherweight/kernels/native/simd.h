@@ -46,8 +46,18 @@ inline Int min_of(Int a, Int b) { return a < b ? a : b; }
 inline Int max_of(Int a, Int b) { return a < b ? b : a; }
 inline Double absolute(Double a) { return (Double)((Long)a & INT64_MAX); }
 
+// GCC 12 splits these conversions in two without the intrinsics.
+#if defined(__AVX512F__)
+inline Double widen(FloatHalf a) { return (Double)_mm512_cvtps_pd((__m256)a); }
+inline Double widen(IntHalf a) { return (Double)_mm512_cvtepi32_pd((__m256i)a); }
+inline FloatHalf narrow(Double a) { return (FloatHalf)_mm512_cvtpd_ps((__m512d)a); }
+inline IntHalf narrow(Long a) { return (IntHalf)_mm512_cvtepi64_epi32((__m512i)a); }
+#else
 inline Double widen(FloatHalf a) { return __builtin_convertvector(a, Double); }
+inline Double widen(IntHalf a) { return __builtin_convertvector(a, Double); }
 inline FloatHalf narrow(Double a) { return __builtin_convertvector(a, FloatHalf); }
+inline IntHalf narrow(Long a) { return __builtin_convertvector(a, IntHalf); }
+#endif
 
 inline bool any(Long mask) {
 #if defined(__AVX512F__)

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kPivots = 8;
+constexpr int kPivots = 16;
 
 // How a group of n weights lies in memory: rows padded to a power of two, and an extra stride for positions past the end.
 struct Shape {
@@ -136,14 +136,14 @@ struct SortedTile {
 #endif
 
   void sum_prefixes(const int32_t* rows, double* sums) const {
-    for (int c = 0; c < kLanes; c += kHalf) {
-      Double sum = {};
-      store(sums + c, sum);
-      for (int64_t i = 0; i < shape.n; ++i) {
-        sum += widen(load<FloatHalf>(rows + i * kLanes + c));
-        store(sums + (i + 1) * kLanes + c, sum);
+    constexpr int kParts = kLanes / kHalf;
+    Double sum[kParts] = {};
+    for (int part = 0; part < kParts; ++part) store(sums + part * kHalf, sum[part]);
+    for (int64_t i = 0; i < shape.n; ++i)
+      for (int part = 0; part < kParts; ++part) {
+        sum[part] += widen(load<FloatHalf>(rows + i * kLanes + part * kHalf));
+        store(sums + (i + 1) * kLanes + part * kHalf, sum[part]);
       }
-    }
   }
 };
 

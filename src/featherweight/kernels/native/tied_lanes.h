@@ -60,7 +60,7 @@ void sweep(const SortedTile& tile, int64_t batch, TiedResult* results, int count
         const Double below = gather(prefix, load<IntHalf>(lane_index + c) + place * kLanes);
         const Double above = load<Double>(prefix + n * kLanes + c) - below;
         store(product + c, load<Double>(product + c) + above);
-        const Double number = static_cast<double>(n) - __builtin_convertvector(place, Double);
+        const Double number = static_cast<double>(n) - widen(place);
         store(norm + c, load<Double>(norm + c) + odd * number);
       }
     }

@@ -209,7 +209,7 @@ class Lanes {
         const FloatHalf rounded = narrow(threshold);
         const Double difference = widen(rounded) - threshold;
         near |= (Long)(absolute(difference) <= threshold * kNear);
-        const IntHalf below = __builtin_convertvector((Long)(difference < 0), IntHalf);
+        const IntHalf below = narrow((Long)(difference < 0));
         store(threshold_[i] + c, (IntHalf)rounded - below);
       }
     }
@@ -274,7 +274,7 @@ class Lanes {
       for (int i = kCount - 1; i >= 0; --i) {
         const IntHalf position = load<IntHalf>(position_[i] + c);
         const Double sum = gather(tile_.prefix, at + position * kLanes);
-        const Double count = __builtin_convertvector(position, Double);
+        const Double count = widen(position);
         const Double inside = upper_count - count, weight = upper_sum - sum;
         upper_count = count;
         upper_sum = sum;

@@ -83,6 +83,85 @@ void paired_start(const SortedTile& tile, int64_t batch, GroupState<K>* states, 
   }
 }
 
+// The best ternary plane so far of a sequence of magnitudes in descending order: of the first m with sum S_m, the m with the
+// largest S_m^2 / m. Equal magnitudes stay together.
+struct BestPlane {
+  double sum = 0, gain = -2, best_sum = 0;
+  int64_t count = 0, best = 0;
+
+  void add(double magnitude) {
+    sum += magnitude;
+    ++count;
+  }
+  // After a magnitude that the next one differs from. True if these are the best so far.
+  bool end() {
+    const double now = sum * sum / static_cast<double>(count);
+    if (!(now > gain)) return false;
+    gain = now;
+    best = count;
+    best_sum = sum;
+    return true;
+  }
+};
+
+// The greedy residual start for one or two planes. What plane 1 leaves of sorted magnitudes are three sorted runs: those it
+// left alone, and those it took that are larger and smaller than its scale; plane 2 takes the top of their merge.
+template <int K>
+void greedy_start_sorted(const SortedTile& tile, int64_t batch, int lane, Normal<K>& normal) {
+  static_assert(K <= 2, "a third plane has more runs to merge");
+  const int64_t n = tile.shape.n;
+  const int32_t* sorted = tile.sorted_batch(batch) + lane;
+  const double* prefix = tile.prefix_batch(batch) + lane;
+  const auto magnitude = [&](int64_t i) { return static_cast<double>(load<float>(sorted + i * kLanes)); };
+  const auto sum_of = [&](int64_t begin, int64_t end) { return prefix[end * kLanes] - prefix[begin * kLanes]; };
+
+  BestPlane first;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    first.sum = sum_of(i, n);
+    ++first.count;
+    if (i == 0 || sorted[i * kLanes] != sorted[(i - 1) * kLanes]) first.end();
+  }
+  const int64_t kept = n - first.best;  // rows from here on are taken
+  const double scale = first.best_sum / static_cast<double>(first.best);
+  normal.gram[0] = static_cast<double>(first.best);
+  normal.right[0] = sum_of(kept, n);
+  if constexpr (K == 2) {
+    int64_t alone = kept - 1, large = n - 1, small = kept;  // the next of each run
+    int64_t taken_alone = 0, taken_large = 0, taken_small = 0;
+    BestPlane second;
+    double previous = -1;
+    while (second.count < n) {
+      const double a = alone >= 0 ? magnitude(alone) : -1;
+      const double b = large >= kept && magnitude(large) >= scale ? magnitude(large) - scale : -1;
+      const double c = small < n && magnitude(small) < scale ? scale - magnitude(small) : -1;
+      const double next = a >= b ? (a >= c ? a : c) : (b >= c ? b : c);
+      if (second.count > 0 && next != previous && second.end()) {
+        taken_alone = kept - 1 - alone;
+        taken_large = n - 1 - large;
+        taken_small = small - kept;
+      }
+      if (next == a)
+        --alone;
+      else if (next == b)
+        --large;
+      else
+        ++small;
+      second.add(next);
+      previous = next;
+    }
+    if (second.end()) {
+      taken_alone = kept;
+      taken_large = n - 1 - large;
+      taken_small = small - kept;
+    }
+    while (taken_alone > 0 && sorted[(kept - taken_alone) * kLanes] == 0) --taken_alone;  // zeros have no sign
+    while (taken_large > 0 && magnitude(n - taken_large) == scale) --taken_large;
+    normal.gram[1] = static_cast<double>(taken_large - taken_small);
+    normal.gram[2] = static_cast<double>(taken_alone + taken_large + taken_small);
+    normal.right[1] = sum_of(kept - taken_alone, kept) + sum_of(n - taken_large, n) - sum_of(kept, kept + taken_small);
+  }
+}
+
 }  // namespace
 
 #endif

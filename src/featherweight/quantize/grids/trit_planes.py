@@ -17,8 +17,7 @@ from torch import Tensor
 from featherweight.codes import Code
 from featherweight.codes.base import dtype_name, groups_of
 from featherweight.codes.trit_planes import TRITS_A_BYTE, TritPlanes
-from featherweight.kernels.ptqtp import TritPlaneSettings, TritPlaneStream, solve_trit_planes
-from featherweight.kernels.ptqtp_reference import assign_window
+from featherweight.kernels.ptqtp import TritPlaneSettings, TritPlaneStream, assign_trits, solve_trit_planes
 from featherweight.kernels.ptqtp_settings import split_codes
 from featherweight.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource
 from featherweight.quantize.scales import ScaleDtype, scale_dtype_for
@@ -50,7 +49,7 @@ class TritPlaneGrid(Grid):
         return TritPlaneSettings(
             planes=self.planes,
             group_size=self.group_size,
-            tied=self.tied,
+            tied=self.stored_tied,
             tolerance=self.tolerance * (largest if self.tolerance_relative else 1.0),
             max_iterations=self.max_iterations,
             ridge=self.ridge,
@@ -70,7 +69,7 @@ class TritPlaneGrid(Grid):
         largest = HeldWeight(weight).largest
         dtype = scale_dtype_for(self.scale_dtype, largest)
         scales = solve_trit_planes(weight, self.solver_settings(largest), scale_dtype=dtype).scales.to(dtype)
-        return {"scales": scales.view(*scales.shape[:2], -1) if not self.stored_tied else scales}
+        return {"scales": scales}
 
     def levels(self, fit: Fit) -> Tensor:
         scales = fit["scales"].float()
@@ -81,7 +80,7 @@ class TritPlaneGrid(Grid):
         return (scales @ trits).sort(-1).values
 
     def nearest(self, weight: Tensor, fit: Fit) -> Code:
-        codes = assign_window(weight, fit["scales"].double(), self.solver_settings())
+        codes = assign_trits(weight, fit["scales"].double(), self.solver_settings())
         trits = split_codes(codes, self.planes)
         return TritPlanes.encode(
             trits, fit["scales"], self.group_size, self.stored_tied, self.packing, fit["scales"].dtype
@@ -126,5 +125,5 @@ class TritPlaneGrid(Grid):
         window = min(rows, options.window_rows(shape, 2, WINDOW_MULTIPLE)) * columns
         packed = self.planes * -(-rows * columns // TRITS_A_BYTE[self.packing])
         groups = rows * groups_of(columns, self.group_size)
-        # a window in float32 and as joint codes, the packed planes, scales in float64 and one step count a group
-        return 7 * window + packed + groups * (8 * self.planes + 1)
+        # a window in float32 and as codes, a byte a weight until it is packed, scales in float64, a step count a group
+        return 5 * window + rows * columns + packed + groups * (8 * self.planes + 1)
