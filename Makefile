@@ -30,11 +30,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/ptqtp_solver.py --threads $(THREADS) --json bench-out/ptqtp_solver.json
 	$(BIN)/python benchmarks/compress_synthetic.py --shape 1.1b --threads $(THREADS) --json bench-out/compress_1.1b.json
+	$(BIN)/python benchmarks/kill_and_resume.py --json bench-out/kill_and_resume.json
 
 # The kernels' own tests under the address and undefined-behaviour sanitizers, without Python.
 sanitize:
-	cmake -S . -B build/sanitize -DFEATHERWEIGHT_SANITIZE=ON
-	cmake --build build/sanitize
+	cmake -S . -B build/sanitize -DFEATHERWEIGHT_SANITIZE=ON -DFEATHERWEIGHT_NATIVE_TESTS=ON
+	cmake --build build/sanitize --parallel $(THREADS)
 	ctest --test-dir build/sanitize --output-on-failure
 
 docs: $(STAMP)

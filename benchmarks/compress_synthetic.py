@@ -4,8 +4,8 @@
     python benchmarks/compress_synthetic.py --shape 1.1b --recipe ptqtp --threads 2
 
 The checkpoint (random Gaussian weights, bf16, sharded) is made first by scripts/make_synthetic.py and kept in --work;
-its pages are dropped from the system's cache, so that reading it counts. Beside the time stand two limits measured in the
-same run: reading the checkpoint from the disk, and copying its bytes in memory.
+its pages are dropped from the system's cache, so that reading it counts. Beside the time stand two limits measured in
+the same run: reading the checkpoint from the disk, and copying its bytes in memory.
 """
 
 from __future__ import annotations

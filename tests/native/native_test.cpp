@@ -211,6 +211,32 @@ void test_decode() {
   }
 }
 
+void test_squared_errors() {
+  Random random;
+  const int64_t rows = 5, cols = 37, stride = 41;
+  std::vector<float> weight(static_cast<size_t>(rows * stride)), decoded(static_cast<size_t>(rows * cols));
+  for (float& value : weight) value = static_cast<float>(random.uniform());
+  for (float& value : decoded) value = static_cast<float>(random.uniform());
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    if (fw_select_isa(isa) != FW_OK) continue;
+    std::vector<double> missed(static_cast<size_t>(rows)), total(static_cast<size_t>(rows));
+    expect(fw_squared_errors(weight.data(), FW_FLOAT32, rows, cols, stride, decoded.data(), missed.data(), total.data(), 3) ==
+               FW_OK,
+           "squared errors succeed");
+    for (int64_t row = 0; row < rows; ++row) {
+      double far = 0, all = 0;
+      for (int64_t col = 0; col < cols; ++col) {
+        const double value = static_cast<double>(weight[static_cast<size_t>(row * stride + col)]);
+        const double gap = value - static_cast<double>(decoded[static_cast<size_t>(row * cols + col)]);
+        far += gap * gap;
+        all += value * value;
+      }
+      expect(std::abs(far - missed[static_cast<size_t>(row)]) <= 1e-12 * far, "squared error of a row");
+      expect(std::abs(all - total[static_cast<size_t>(row)]) <= 1e-12 * all, "squared norm of a row");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -220,6 +246,7 @@ int main() {
   test_other_types();
   test_packing();
   test_decode();
+  test_squared_errors();
   if (failures == 0) std::printf("all native tests passed\n");
   return failures == 0 ? 0 : 1;
 }

@@ -14,12 +14,15 @@ from featherweight.codes import Code, code_from, code_layout
 from featherweight.compress.methods import choices_table, method_table
 from featherweight.quantize.base import Grid, HeldWeight, SolveOptions
 from featherweight.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.quantize.grids.uniform import UniformGrid
 from featherweight.quantize.recipe import load_recipe, presets
 from featherweight.registry import registered
 
 # Whole groups, a short last group, a row shorter than a group, rows that end inside a packed byte, a single column.
 SHAPES = [(24, 256), (7, 200), (5, 96), (43, 131), (3, 1)]
 GRIDS = {name: load_recipe(name).grid for name in presets()} | {name: cls() for name, cls in registered("grid").items()}
+GRIDS["one-tied-plane"] = TritPlaneGrid(planes=1, tied=True)
+GRIDS["symmetric"] = UniformGrid(bits=3, symmetric=True)
 QUANTISING = {name: grid for name, grid in GRIDS.items() if grid.kind != "dense"}
 
 
