@@ -112,6 +112,18 @@ def perplexity(model, tokens: np.ndarray, context: int, device: str, batch: int 
     return math.exp(total / count)
 
 
+def name_for_both(folder: Path) -> None:
+    """Add the names that transformers 4.x reads where 5.x writes new ones."""
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = config.get("dtype", config.get("torch_dtype"))
+    config["rope_theta"] = config.get("rope_parameters", {}).get("rope_theta", 10000.0)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer.pop("backend", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True)
@@ -239,6 +251,7 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     final = perplexity(model, valid, arguments.context, device)
     model.save_pretrained(arguments.out, max_shard_size="1GB")
+    name_for_both(arguments.out)
     seen = step * tokens_a_step
     card = {
         "parameters": parameters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ PICTURED = ("q_proj", "down_proj")  # layers of the middle block whose weights t
 
 def reference_model() -> Path:
     """Folder of the model that comes with the package."""
-    return Path(str(resources.files("featherweight"))) / "assets" / "reference"
+    return Path(__file__).parent.parent / "assets" / "reference"
 
 
 def run_demo(out: Path, tokens: int, threads: int | None) -> None:

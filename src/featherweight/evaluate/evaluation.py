@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ Source = str | Path | tuple[Any, Any]
 Report = Callable[[str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED_TEXT = "evaluation.txt"
 # Where configurations keep the number of positions; the first is the common name, the others are families' own.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
@@ -201,7 +201,7 @@ def read_text(path: str | Path) -> str:
 def bundled_text(name: str = BUNDLED_TEXT) -> str:
     """A text that comes with the package."""
     try:
-        return resources.files("featherweight").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+        return (ASSETS / name).read_text(encoding="utf-8")
     except OSError:
         raise EvaluationError(f"this installation lacks the bundled text {name}: give one with --text") from None
 

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def write_report(
         _details(page, prompt),
         _protocol(page, commands),
     ]
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     html = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

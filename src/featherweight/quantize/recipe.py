@@ -16,7 +16,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def _model_at(error: ValidationError) -> Any:
 
 def presets() -> dict[str, Path]:
     """Name -> file of every preset that comes with the package."""
-    folder = Path(str(resources.files("featherweight.recipes")))
+    folder = Path(__file__).parent.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda p: p.stem)}
 
 
