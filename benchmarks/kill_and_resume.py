@@ -54,7 +54,9 @@ def main() -> None:
             events = [json.loads(line)["time"] - begun for line in log]
         first, last = events[0] - 0.2, events[-1]  # from just before the first layer to the end
         expected, trials = digests(work / "whole"), []
-        for number in range(arguments.kills):
+        number = 0
+        while sum(bool(trial["killed"]) for trial in trials) < arguments.kills:  # one that ended in time does not count
+            number += 1
             out = work / f"killed-{number}"
             moment = first + (last - first) * randomness.random()
             process = start(out)
@@ -68,7 +70,7 @@ def main() -> None:
                 {"moment": moment, "killed": killed, "artifacts": artifacts, "identical": identical and not left}
             )
             print(
-                f"{number + 1:3}: {'killed' if killed else 'had ended'} at {moment:.2f} s, {artifacts} layers kept: "
+                f"{number:3}: {'killed' if killed else 'had ended'} at {moment:.2f} s, {artifacts} layers kept: "
                 f"{'identical' if trials[-1]['identical'] else 'DIFFERENT'}",
                 flush=True,
             )
