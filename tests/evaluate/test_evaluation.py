@@ -15,8 +15,8 @@ import transformers
 from known_models import Characters, random_bigram
 
 from featherweight.errors import EvaluationError
-from featherweight.evaluate import bundled_text, evaluate
-from featherweight.evaluate.evaluation import check_causal, own_context, tokenizer_sha256
+from featherweight.evaluate import bundled_text
+from featherweight.evaluate.evaluation import check_causal, evaluate, own_context, tokenizer_sha256
 from featherweight.evaluate.perplexity import LogitsReader
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 26}

@@ -11,8 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from featherweight.errors import CheckpointError, EvaluationError
-from featherweight.evaluate import evaluate
 from featherweight.evaluate import speed as speed_module
+from featherweight.evaluate.evaluation import evaluate
 from featherweight.evaluate.speed import measure_speed, read_bandwidth
 
 LETTERS = "abcdefghijklmnop "

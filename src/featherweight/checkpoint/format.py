@@ -57,6 +57,8 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         )
     specs: dict[str, dict[str, Any]] = {}
     try:
+        if not isinstance(config["codes"], list):
+            raise TypeError("it is not a list")
         for entry in config["codes"]:
             for module, shape in entry["modules"].items():
                 specs[module] = {**entry["code"], "shape": list(shape)}

@@ -37,6 +37,14 @@ def write_json(path: Path | None, value: Any) -> None:
     write_text(path.absolute(), to_json(value))
 
 
+def quiet_transformers() -> None:
+    """Keep the library's own bars and advice out of our output; its errors become ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def facts(rows: list[tuple[str, str]]) -> Table:
     """A two-column table of facts."""
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -188,6 +196,7 @@ def run_eval(
 ) -> None:
     from featherweight.evaluate.evaluation import evaluate
 
+    quiet_transformers()
     with steps("evaluating") as tell:
         result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads)
     report = result.to_json()
@@ -282,6 +291,7 @@ def run_bench(model: str, threads: int | None, json: Path | None) -> None:
     from featherweight.evaluate.speed import measure_speed
     from featherweight.kernels.library import thread_count
 
+    quiet_transformers()
     torch.set_num_threads(thread_count(threads))
     report = measure_speed(model)
     write_json(json, report)

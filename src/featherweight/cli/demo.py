@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from featherweight.cli.commands import error_console, out_console, steps, write_json
+from featherweight.cli.commands import error_console, out_console, quiet_transformers, steps, write_json
 from featherweight.cli.progress import size_text
 from featherweight.errors import OutputError
 
@@ -24,15 +24,12 @@ def reference_model() -> Path:
 
 
 def run_demo(out: Path, tokens: int, threads: int | None) -> None:
-    import transformers
-
     from featherweight.compress.engine import compress
     from featherweight.evaluate.evaluation import evaluate
     from featherweight.evaluate.report import Variant, write_report
     from featherweight.quantize.recipe import load_recipe
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     original, say = reference_model(), error_console()
     _claim(out)
     variants = []

@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any
 
+from featherweight.cli.commands import quiet_transformers
 from featherweight.errors import CheckpointError, FeatherError
 
 CACHE_SHARE = (
@@ -18,13 +19,11 @@ class Talker:
 
     def __init__(self, folder: str, dtype: str, threads: int | None) -> None:
         import torch
-        import transformers
 
         from featherweight.api import load
         from featherweight.kernels.library import thread_count
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        quiet_transformers()
         torch.set_num_threads(thread_count(threads))
         chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
         self.model, self.tokenizer = load(
