@@ -95,6 +95,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         self._expert_paths: list[str] = []
         self._load_dtype: torch.dtype | None = None
+        self._built_dtypes: dict[str, torch.dtype] = {}
 
     # Before loading -------------------------------------------------------------------------------------------------
 
@@ -108,6 +109,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         if kwargs.get("checkpoint_files"):  # 5.x; 4.x does not say
             check_files(kwargs["checkpoint_files"], model)
         self.quantization_config.rename(placed.saved_names)
+        self._built_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """5.x: converters that fuse per-expert matrices must not see those of replaced experts."""
@@ -160,9 +162,25 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
                 "transformers 4.x cannot offload a compressed model to disk without rounding its scales: "
                 "install transformers 5, or give a device_map without 'disk'"
             )
+        self._cast_renamed(model)
         for module in model.modules():
             if isinstance(module, CodedModule):
                 module.settle()
+
+    def _cast_renamed(self, model: Any) -> None:
+        """Cast plain tensors to the dtype the model was built with.
+
+        5.x up to 5.20 leaves those in the file's dtype whose names it changes while loading, as it takes every such
+        tensor of a compressed model for a stored code; a float32 router then meets bfloat16 activations.
+        """
+        kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        coded = {f"{name}." for name, module in model.named_modules() if isinstance(module, CodedModule)}
+        for name, parameter in model.named_parameters():
+            dtype = self._built_dtypes.get(name, parameter.dtype)
+            stored = f"{name.rpartition('.')[0]}." in coded
+            if parameter.dtype != dtype and not stored and not any(part in name for part in kept):
+                parameter.data = parameter.data.to(dtype)
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
