@@ -26,7 +26,7 @@ from featherweight.errors import CheckpointError, FeatherError, OutputError, Rec
 from featherweight.kernels.errors import squared_errors
 from featherweight.kernels.library import thread_count
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
-from featherweight.quantize.base import HeldWeight, SolveOptions
+from featherweight.quantize.base import HeldWeight, SolveOptions, WeightSource
 from featherweight.quantize.recipe import Recipe, load_recipe
 
 ERROR_ROWS = 40  # whole bytes of every packing
@@ -100,6 +100,9 @@ def compress(
         raise RecipeError(
             f"recipe {chosen.name} needs statistics ({', '.join(chosen.needs)}) that nothing here gathers"
         )
+    if chosen.transforms:
+        kinds = ", ".join(transform.kind for transform in chosen.transforms)
+        raise RecipeError(f"recipe {chosen.name} asks for transforms ({kinds}), which the data-free run does not apply")
     if calibration is not None and not Path(calibration).is_file():
         raise FeatherError(f"there is no calibration file {calibration}")
     if shard_bytes < 1:
@@ -199,6 +202,8 @@ def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: 
     source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
     try:
         code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
+        for correction in plan.recipe.corrections:
+            code = correction.correct(source.rows(0, source.shape[0]).float(), code, {})
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
     missed = relative_error(source, code, plan.options.threads)
@@ -221,7 +226,7 @@ def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: 
     return record
 
 
-def relative_error(source: LayerWeight, code: Code, threads: int | None = None) -> float:
+def relative_error(source: WeightSource, code: Code, threads: int | None = None) -> float:
     """||W - decode(code)|| / ||W|| (Frobenius); 0 for a zero matrix.
 
     Sums of rows in float64 and an exact sum of these, so that it depends on neither windows nor threads.
@@ -357,7 +362,8 @@ def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float
             weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
             plan.recipe.rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
             begun = time.perf_counter()
-            plan.recipe.rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
+            code = plan.recipe.rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
+            relative_error(HeldWeight(weight), code, plan.options.threads)
             rates[key] = (time.perf_counter() - begun) / weight.numel()
         seconds += rates[key] * job.layer.parameters
     return seconds

@@ -10,6 +10,7 @@ Where the next one goes: `quantize/transforms/`, `quantize/grids/`, `quantize/ro
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -121,41 +122,43 @@ class SolveOptions(BaseModel):
         return max(multiple, rows)
 
 
-class Rounding(Choice):
+class Rounding(Choice, abc.ABC):
     """Which allowed value each weight gets."""
 
+    @abc.abstractmethod
     def quantize_source(
         self, source: WeightSource, grid: Grid, statistics: Mapping[str, Tensor], options: SolveOptions
     ) -> Code:
         """The code of a weight on `grid`. `statistics` holds what the recipe's choices declared in `needs`."""
-        raise NotImplementedError
 
 
-class Transform(Choice):
+class Transform(Choice, abc.ABC):
     """A function-preserving change of the network before rounding, with an exact inverse.
 
-    `apply` maps the weight of a layer into the transformed space and `invert` back: `invert(apply(W)) == W` to
-    float64 rounding. The shared test matrix checks this for every registered transform.
+    `invert(apply(W)) == W` to float64 rounding. What the transform asks of a layer's input is applied by the runner
+    that gathers statistics; the data-free run does not transform and refuses recipes that do.
     """
 
+    @abc.abstractmethod
     def apply(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The weight of a layer in the transformed space."""
 
+    @abc.abstractmethod
     def invert(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Back from the transformed space."""
 
 
-class Correction(Choice):
+class Correction(Choice, abc.ABC):
     """What is added beside the codes: a further term for the part of the weight that the code misses."""
 
+    @abc.abstractmethod
     def correct(self, weight: Tensor, code: Code, statistics: Mapping[str, Tensor]) -> Code:
         """A code that stands for `code` plus the correction."""
-        raise NotImplementedError
 
 
-class Allocator(Choice):
+class Allocator(Choice, abc.ABC):
     """How much each layer gets."""
 
+    @abc.abstractmethod
     def assign(self, shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid]) -> dict[str, Grid]:
         """The grid of every layer, from its shape and the grid that the recipe and its overrides name for it."""
-        raise NotImplementedError
