@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
                 sample=_sample(folder),
                 recipe=load_recipe(recipe).dump(),
                 histograms=_histograms(original, folder),
-                command=f"feather compress {original.name} --recipe {recipe} --out {folder}",
+                command=f"feather compress {os.path.relpath(original)} --recipe {recipe} --out {folder}",
             )
         )
     write_json(

@@ -1,0 +1,40 @@
+"""The demo, with fewer recipes and tokens: what it leaves behind, and what it will not touch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from featherweight.cli import demo
+from featherweight.errors import OutputError
+
+
+@pytest.mark.slow
+def test_it_compresses_measures_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "RECIPES", ("rtn-4", "ptqtp"))
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 8)
+    out = tmp_path / "out"
+    for _ in range(2):  # again over its own output
+        demo.run_demo(out, 2100, None)
+    results = json.loads((out / demo.RESULTS).read_text())
+    assert list(results) == ["original", "rtn-4", "ptqtp"]
+    losses = {name: run["evaluation"]["perplexity"] for name, run in results.items()}
+    assert losses["original"] < losses["rtn-4"] < losses["ptqtp"]
+    shown = capsys.readouterr().out
+    for name, perplexity in losses.items():
+        assert f"{perplexity:.3f}" in shown
+        assert f"{name}: {demo.PROMPT}" in shown
+    page = (out / "report.html").read_text()
+    assert page.count(demo.PROMPT) >= 3
+    assert "protocol own" in page
+
+
+def test_it_leaves_another_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="not the output of a demo"):
+        demo.run_demo(tmp_path, 2100, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
