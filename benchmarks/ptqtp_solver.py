@@ -112,6 +112,7 @@ def main() -> None:
     if options.json:
         setting = {"size": options.size, "threads": options.threads, "isa": native.isa, "machine": platform.processor()}
         report = {**setting, "copy_bytes_per_second": bandwidth, "limit_weights_per_second": limit, "cases": results}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
