@@ -23,13 +23,14 @@ from torch import Tensor
 from featherweight.errors import RecipeError
 from featherweight.kernels import library
 from featherweight.kernels import ptqtp_reference as reference
-from featherweight.kernels.packing import Packing, pack_trits, packed_bytes
+from featherweight.kernels.packing import Packing, pack_trits, packed_bytes, unpack_trits
 from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import (
     NonFiniteWeightError,
     TieOrder,
     TritPlaneSettings,
     TritPlaneSolution,
+    join_trits,
     split_codes,
 )
 
@@ -142,10 +143,10 @@ def assign_trits(
 
 
 class TritPlaneStream:
-    """The same for a matrix that arrives in windows of rows, keeping one byte a weight and the scales, not the weights.
+    """The same for a matrix that arrives in windows of rows, keeping what is stored and one byte a group.
 
     Windows may come in any order, each row once. A window starts at a multiple of 20 rows and, unless it ends the
-    matrix, has a multiple of 20 rows. `finish` reads again the windows that hold groups which the stopping rule of the
+    matrix, has a multiple of 20 rows. `finish` reads again the rows that hold groups which the stopping rule of the
     whole matrix would have stopped earlier, and solves those groups alone. The result equals that of
     `solve_trit_planes` with rounded scales, packed.
     """
@@ -167,14 +168,11 @@ class TritPlaneStream:
         self._solver = _solver(backend, threads)
         groups = -(-d // self.settings.group_size)
         scale_shape = (n, groups) if self.settings.tied else (n, groups, self.settings.planes)
-        self._found = Window(
-            torch.zeros(n, d, dtype=torch.uint8),
-            torch.zeros(scale_shape, dtype=torch.float64),
-            torch.zeros(n, groups, dtype=torch.uint8),
-            torch.zeros(self.settings.max_iterations + 1, dtype=torch.uint8),
-        )
+        self._packed = torch.zeros(self.settings.planes, packed_bytes(n * d, packing), dtype=torch.uint8)
+        self._scales = torch.zeros(scale_shape, dtype=torch.float64)
+        self._steps = torch.zeros(n, groups, dtype=torch.uint8)
+        self._moving = torch.zeros(self.settings.max_iterations + 1, dtype=torch.uint8)
         self._seen = torch.zeros(n, dtype=torch.bool)
-        self._windows: list[tuple[int, int]] = []
 
     def add(self, first_row: int, window: Tensor) -> None:
         """Solve the rows [first_row, first_row + len(window)).
@@ -197,13 +195,11 @@ class TritPlaneStream:
             found = self._solver.solve(window, self.settings, self.settings.max_iterations)
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(first_row + error.row, error.column) from None
-        kept = self._rows(first_row, last)
-        kept.codes.copy_(self._closed(window, found, first_row))
-        kept.scales.copy_(found.scales)
-        kept.steps.copy_(found.steps)
-        self._found.moving.logical_or_(found.moving)
+        self._scales[first_row:last] = found.scales
+        self._steps[first_row:last] = found.steps
+        self._pack(first_row, self._closed(window, found, first_row))
+        self._moving.logical_or_(found.moving)
         self._seen[first_row:last] = True
-        self._windows.append((first_row, last))
 
     def finish(self, read: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
         """Packed planes uint8 [K, bytes] and scales [n, g, K] (tied [n, g]) in the storage dtype.
@@ -212,21 +208,16 @@ class TritPlaneStream:
         """
         if not bool(self._seen.all()):
             raise ValueError(f"row {int((~self._seen).to(torch.uint8).argmax())} was never added")
-        stop = _stop(self._found.moving, self._found.steps, self.settings)
-        for first, last in sorted(self._windows):
-            kept = self._rows(first, last)
-            if bool((kept.steps > stop).any()):
-                window = read(first, last)
-                self._solver.resolve(window, self.settings, stop, kept)
-                if self.settings.closing:
-                    kept.codes.copy_(self._closed(window, kept, first))
+        stop = _stop(self._moving, self._steps, self.settings)
+        later = (self._steps > stop).any(-1).nonzero().flatten() // ROW_ALIGNMENT
+        for block in sorted(set(later.tolist())):
+            first, last = block * ROW_ALIGNMENT, min((block + 1) * ROW_ALIGNMENT, self.shape[0])
+            window = read(first, last)
+            kept = Window(self._unpack(first, last), self._scales[first:last], self._steps[first:last], self._moving)
+            self._solver.resolve(window, self.settings, stop, kept)
+            self._pack(first, self._closed(window, kept, first))
         self.iterations = stop
-        return self._pack(), _stored(self._found.scales, self.scale_dtype, 0, self.settings)
-
-    def _rows(self, first: int, last: int) -> Window:
-        """Views of what is kept of some rows."""
-        found = self._found
-        return Window(found.codes[first:last], found.scales[first:last], found.steps[first:last], found.moving)
+        return self._packed, _stored(self._scales, self.scale_dtype, 0, self.settings)
 
     def _closed(self, window: Tensor, found: Window, first_row: int) -> Tensor:
         """Codes after the closing step, or as they are without one. RecipeError where a scale cannot be stored."""
@@ -235,16 +226,26 @@ class TritPlaneStream:
             return found.codes
         return self._solver.assign(window, scales.to(torch.float64), self.settings)
 
-    def _pack(self) -> Tensor:
-        planes, count = self.settings.planes, self.shape[0] * self.shape[1]
+    def _bytes(self, first: int, last: int) -> slice:
+        """Where the packed trits of some rows lie in each plane."""
+        d = self.shape[1]
+        return slice(packed_bytes(first * d, self.packing), packed_bytes(last * d, self.packing))
+
+    def _pack(self, first: int, codes: Tensor) -> None:
+        """Store the codes of rows from `first`, a multiple of 20, on."""
+        place = self._bytes(first, first + codes.shape[0])
         native = library.get() if isinstance(self._solver, _Native) else None
-        packed = torch.zeros(planes, packed_bytes(count, self.packing), dtype=torch.uint8)
         if native is not None:
-            native.pack_codes(self._found.codes, self.packing, packed, 0)
-        else:
-            for k, plane in enumerate(split_codes(self._found.codes, planes)):
-                packed[k] = pack_trits(plane, self.packing)
-        return packed
+            native.pack_codes(codes, self.packing, self._packed, place.start)
+            return
+        for k, plane in enumerate(split_codes(codes, self.settings.planes)):
+            self._packed[k, place] = pack_trits(plane, self.packing)
+
+    def _unpack(self, first: int, last: int) -> Tensor:
+        """The codes of some rows as they are stored."""
+        shape = (last - first, self.shape[1])
+        planes = self._packed[:, self._bytes(first, last)]
+        return join_trits(torch.stack([unpack_trits(p, shape[0] * shape[1], self.packing).view(shape) for p in planes]))
 
 
 def _solver(backend: Backend, threads: int | None) -> _Solver:

@@ -125,5 +125,5 @@ class TritPlaneGrid(Grid):
         window = min(rows, options.window_rows(shape, 2, WINDOW_MULTIPLE)) * columns
         packed = self.planes * -(-rows * columns // TRITS_A_BYTE[self.packing])
         groups = rows * groups_of(columns, self.group_size)
-        # a window in float32 and as codes, a byte a weight until it is packed, scales in float64, a step count a group
-        return 5 * window + rows * columns + packed + groups * (8 * self.planes + 1)
+        # a window in float32 and as codes, the packed planes, scales in float64, a step count a group
+        return 5 * window + packed + groups * (8 * self.planes + 1)
