@@ -1,0 +1,1 @@
+"""Calibration: what a network's layers see on real text, gathered block by block."""

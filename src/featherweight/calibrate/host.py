@@ -1,0 +1,55 @@
+"""What a calibration needs to know about a network, wherever its weights come from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.calibrate.placement import Slot
+from featherweight.checkpoint.anatomy import LinearLayer
+
+
+class Host(Protocol):
+    """A network whose blocks are loaded and dropped; `Skeleton` and `ModuleHost` are the two there are."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def blocks(self) -> list[nn.Module]: ...
+    @property
+    def layers(self) -> dict[str, LinearLayer]: ...
+    @property
+    def slots(self) -> dict[str, Slot]: ...
+
+    def tensor_slot(self, name: str) -> Slot:
+        """Where a tensor other than a layer's weight is."""
+        ...
+
+    @property
+    def replaced(self) -> dict[str, Tensor]:
+        """Tensors by name in the checkpoint that blocks are loaded with instead of the checkpoint's."""
+        ...
+
+    def untie(self, name: str) -> None:
+        """Give a tensor that the checkpoint lacks, being tied to another, its own memory."""
+        ...
+
+    def owners(self, path: str) -> list[tuple[nn.Module, str]]:
+        """All (module, attribute) that hold the parameter at `path`."""
+        ...
+
+    def load_block(self, number: int) -> nn.Module: ...
+    def drop_block(self, number: int) -> None: ...
+
+
+def parameter_of(host: Host, path: str) -> Tensor:
+    """The data of a parameter."""
+    module, leaf = host.owners(path)[0]
+    found = module._parameters[leaf]
+    assert found is not None
+    return found.data

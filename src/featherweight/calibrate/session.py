@@ -1,0 +1,349 @@
+"""One block of a network in memory: gathers statistics, takes new weights, moves the streams on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.calibrate.accumulate import Accumulator
+from featherweight.calibrate.host import parameter_of
+from featherweight.calibrate.observe import Observer, Probe, Seen
+from featherweight.calibrate.placement import Slot
+from featherweight.calibrate.statistics import FROM_ELSEWHERE, NAMES
+from featherweight.checkpoint.anatomy import LinearLayer
+
+if TYPE_CHECKING:
+    from featherweight.calibrate.runner import Calibration
+
+EXPERT_NUMBER = re.compile(r"\.\d+$")
+
+
+class BlockSession:
+    """A block with its weights loaded, and the samples in front of it.
+
+    Attributes
+    ----------
+    index : number of the block; the number of blocks for the head, which is a session of its own
+    names : its linear layers
+    layers : the anatomy's description of them
+    groups : the names by shared input, in order of execution
+    stages : the names by what can be gathered in one pass, in order of execution: all groups of a stage are upstream of
+        the next; one single stage where the settings are not sequential
+    module : the block, float, in evaluation mode
+    inputs : hidden states of the stream that is measured, one [B, T, hidden] a batch; the held-out batches come last
+    changed : tensors given to `set_tensor`, by name
+    starved : layers whose last gathered statistics are of too few tokens -> tokens
+    non_finite : layers into which NaN or infinity went -> where that began
+    """
+
+    def __init__(self, calibration: Calibration, index: int, module: nn.Module, layers: Sequence[LinearLayer]) -> None:
+        self.calibration, self.index, self.module = calibration, index, module
+        self.host = calibration.host
+        self.layers = {layer.name: layer for layer in layers}
+        self.names = list(self.layers)
+        self.groups = calibration.order_groups(self, _groups(layers))
+        self.stages = _stages(self.groups, self.layers) if calibration.settings.sequential else [self.names]
+        self.changed: dict[str, Tensor] = {}
+        self.starved: dict[str, int] = {}
+        self.non_finite: dict[str, dict[str, Any]] = {}
+        self.effective_tokens: float | None = None
+        self._originals: dict[str, Tensor] = {}
+        self._targets: list[Tensor] | None = None
+        self._weights: list[Tensor] | None = None
+        self._advanced = False
+
+    # Weights --------------------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Tensor:
+        """float32 [out, in], a copy of what the block computes with now."""
+        slot = self.host.slots[name]
+        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True).contiguous()
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Let the block compute with `weight` [out, in] from now on."""
+        self._set(self.host.slots[name], weight)
+
+    def tensor(self, tensor_name: str) -> Tensor:
+        """float32 copy of another tensor of the checkpoint (a norm, a bias), as it is stored there."""
+        slot = self.host.tensor_slot(tensor_name)
+        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True)
+
+    def set_tensor(self, tensor_name: str, value: Tensor) -> None:
+        """Replace another tensor of the checkpoint; it is noted in `changed`."""
+        self._set(self.host.tensor_slot(tensor_name), value)
+        self.changed[tensor_name] = value.detach().clone()
+
+    def _set(self, slot: Slot, value: Tensor) -> None:
+        self._before_change()
+        data = parameter_of(self.host, slot.parameter)
+        if self.calibration.keeps_originals and slot.parameter not in self._originals:
+            self._originals[slot.parameter] = data.clone()
+        part = slot.view(data)
+        if part.shape != value.shape:
+            raise ValueError(f"{slot.parameter} takes {list(part.shape)}, not {list(value.shape)}")
+        part.copy_(value.detach())
+
+    @contextlib.contextmanager
+    def overridden(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, the block computes with these weights [out, in] instead; gradients flow into them.
+
+        Tensors of the checkpoint may be given by name too.
+        """
+        with contextlib.ExitStack() as stack:
+            for path, value in override_values(self.host, weights).items():
+                for module, leaf in self.host.owners(path):
+                    stack.callback(module._parameters.__setitem__, leaf, module._parameters[leaf])
+                    module._parameters[leaf] = value  # type: ignore[assignment]  # any tensor will do
+            yield
+
+    @property
+    def differs(self) -> bool:
+        """Whether the block computes with other weights than the original's."""
+        return bool(self._originals)
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """Within, the block computes with the original weights."""
+        now = {path: parameter_of(self.host, path) for path in self._originals}
+        self._put(self._originals)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for path, value in values.items():
+            module, leaf = self.host.owners(path)[0]
+            parameter = module._parameters[leaf]
+            assert parameter is not None
+            parameter.data = value
+
+    # Samples --------------------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Hidden states in front of the block, of the batches that methods may see."""
+        return self.calibration.hidden[: self.calibration.batches_seen]
+
+    @property
+    def held_out_inputs(self) -> list[Tensor]:
+        return self.calibration.hidden[self.calibration.batches_seen :]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Outputs of the original block on the full-precision stream, for every batch of `inputs`; made when asked.
+
+        Needs "targets" among the calibration's needs.
+        """
+        return self.original_outputs()[: self.calibration.batches_seen]
+
+    @property
+    def held_out_targets(self) -> list[Tensor]:
+        return self.original_outputs()[self.calibration.batches_seen :]
+
+    def original_outputs(self) -> list[Tensor]:
+        """Outputs of the original block on the full-precision stream, for every batch."""
+        if not self.calibration.keeps_originals:
+            raise ValueError("targets are there only if 'targets' or 'cross' is among the needs of the calibration")
+        if self._targets is None:
+            with torch.no_grad(), self.original():
+                originals = self.calibration.original_hidden
+                self._targets = [self._moved(hidden, i) for i, hidden in enumerate(originals)]
+        return self._targets
+
+    def run(self, hidden: Any, batch_index: int) -> Tensor:
+        """The block's output for `hidden` with the arguments captured for a batch; differentiable."""
+        return self.calibration.call(self.index, hidden, batch_index)
+
+    def _moved(self, hidden: Any, batch_index: int) -> Tensor:
+        return self.run(hidden, batch_index).detach().to("cpu")
+
+    # Statistics -----------------------------------------------------------------------------------------------------
+
+    def gather(self, names: Collection[str], needs: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """Statistics of layers, from one run of the block over all samples with its present weights.
+
+        Layers of one group share their tensors. `tokens` is always there; the others only where tokens were seen.
+        """
+        unknown = [name for name in needs if name not in NAMES and name not in FROM_ELSEWHERE]
+        if unknown:
+            raise ValueError(f"no statistics are called {', '.join(unknown)}")
+        wanted = [need for need in needs if need in NAMES]
+        groups = {group[0]: [n for n in group if n in names] for group in self.groups if any(n in names for n in group)}
+        found: dict[str, dict[str, Tensor]] = {}
+        self._before_change()
+        accumulators = self._accumulate(list(groups), wanted)
+        for first, members in groups.items():
+            statistics = accumulators[first].finish()
+            tokens = int(statistics["tokens"])
+            for name in members:
+                found[name] = statistics
+                self.starved.pop(name, None)
+                if tokens < self.calibration.settings.least_tokens(self.layers[name].shape[1]):
+                    self.starved[name] = tokens
+                if first in self.non_finite:
+                    self.non_finite[name] = self.non_finite[first]
+        return found
+
+    def _accumulate(self, firsts: list[str], needs: list[str]) -> dict[str, Accumulator]:
+        calibration = self.calibration
+        kept = {name: Accumulator(self.layers[name].shape[1], needs, self.host.device) for name in firsts}
+        observer = self._observer(firsts)
+        stream = calibration.hidden
+        for index in range(len(stream)):
+            held_out = index >= calibration.batches_seen
+            if held_out and "held_out_gram" not in needs:
+                break
+            with torch.no_grad():
+                with self.original() if calibration.settings.stream == "original" else contextlib.nullcontext():
+                    seen = observer.run(lambda i=index: self.run(stream[i], i))  # type: ignore[misc]
+                other: dict[str, list[Seen]] = {}
+                if "cross" in needs and not held_out and calibration.two_streams:
+                    with self.original():
+                        other = observer.run(lambda i=index: self.run(calibration.original_hidden[i], i))  # type: ignore[misc]
+                for name, accumulator in kept.items():
+                    self._add(accumulator, name, index, seen.get(name, []), other.get(name, []), held_out)
+            calibration.tell({"event": "gathered", "block": self.index, "batch": index + 1, "batches": len(stream)})
+        return kept
+
+    def _observer(self, firsts: list[str]) -> Observer:
+        probes = {name: self._probe(name) for name in firsts}
+        experts = {(p.mixture, p.expert) for p in probes.values() if p.expert is not None}
+        others = [self._probe(group[0]) for group in self.groups if group[0] not in probes]
+        helpers = [probe for probe in others if probe.expert is not None and (probe.mixture, probe.expert) in experts]
+        return Observer(self.host.model, probes, helpers, stop=self.calibration.stoppable)
+
+    def _probe(self, name: str) -> Probe:
+        return Probe(self.host.slots[name], self.layers[name].expert)
+
+    def _add(
+        self, accumulator: Accumulator, name: str, batch: int, seen: list[Seen], other: list[Seen], held_out: bool
+    ) -> None:
+        for call, one in enumerate(seen):
+            rows, tokens = one.rows, one.tokens
+            partner = other[call] if call < len(other) else None
+            difference = None if partner is None else _difference(one, partner, self.calibration.batch_tokens(batch))
+            weights = self._row_weights(batch, rows, tokens)
+            keep = self._kept(name, batch, rows, tokens, difference)
+            if keep is not None:
+                rows = rows[keep]
+                weights = None if weights is None else weights[keep]
+                difference = None if difference is None else difference[keep]
+            if held_out:
+                accumulator.add_held_out(rows, weights)
+            else:
+                accumulator.add(rows, weights, difference)
+
+    def _row_weights(self, batch: int, rows: Tensor, tokens: Tensor | None) -> Tensor | None:
+        if self._weights is None:
+            return None
+        weights = self._weights[batch].reshape(-1)
+        weights = weights if tokens is None else weights[tokens]
+        return weights if len(weights) == len(rows) else None  # not one row a token: all count the same
+
+    def _kept(
+        self, name: str, batch: int, rows: Tensor, tokens: Tensor | None, difference: Tensor | None
+    ) -> Tensor | None:
+        """Which rows count: those of real tokens with finite values. None for all."""
+        if bool(torch.isfinite(rows.sum() if difference is None else rows.sum() + difference.sum())):
+            finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        else:
+            finite = torch.isfinite(rows).all(1)
+        if difference is not None:
+            finite &= torch.isfinite(difference).all(1)
+        mask = self.calibration.mask_of(batch)
+        if mask is not None:
+            mask = mask.reshape(-1).to(rows.device)
+            mask = mask if tokens is None else mask[tokens]
+            mask = mask if len(mask) == len(rows) else None
+        bad = ~finite if mask is None else ~finite & mask
+        if bool(bad.any()) and name not in self.non_finite:
+            row = int(bad.nonzero()[0])
+            token = row if tokens is None else int(tokens[row])
+            self.non_finite[name] = {"batch": batch, **self.calibration.place_of(batch, token)}
+            self.calibration.tell({"event": "non-finite", "layer": name, "block": self.index, **self.non_finite[name]})
+        if mask is None:
+            return None if bool(finite.all()) else finite
+        return finite & mask
+
+    def _before_change(self) -> None:
+        """Token weights of a block are found once, with the block as it was before any of its layers changed."""
+        if self._weights is None:
+            self._weights = self.calibration.token_weights(self)
+
+    # Moving on ------------------------------------------------------------------------------------------------------
+
+    def skip(self, decoded: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
+        """Finish a block that an earlier run has treated: set its weights and tensors, and advance."""
+        for name, value in changed.items():
+            slot = self.host.tensor_slot(name)
+            self._keep_and_copy(slot, value)
+            self.changed[name] = value
+        for name, weight in decoded.items():
+            self._keep_and_copy(self.host.slots[name], weight)
+        self.advance()
+
+    def _keep_and_copy(self, slot: Slot, value: Tensor) -> None:
+        data = parameter_of(self.host, slot.parameter)
+        if self.calibration.keeps_originals and slot.parameter not in self._originals:
+            self._originals[slot.parameter] = data.clone()
+        slot.view(data).copy_(value.detach())
+
+    def advance(self) -> None:
+        """Move the streams through the block and drop its weights. Calling it again does nothing."""
+        if not self._advanced:
+            self._advanced = True
+            self.calibration.move(self)
+            self._originals, self._targets, self._weights = {}, None, None
+
+
+def override_values(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, by path, with the given weights in them, differentiable in the weights."""
+    values: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        slot = host.slots[name] if name in host.slots else host.tensor_slot(name)
+        data = parameter_of(host, slot.parameter)
+        weight = weight.to(data.device, data.dtype)
+        if slot.expert is None and slot.rows is None:
+            values[slot.parameter] = weight.t() if slot.transposed else weight
+            continue
+        if slot.parameter not in values:
+            values[slot.parameter] = data.clone()
+        slot.view(values[slot.parameter]).copy_(weight)
+    return values
+
+
+def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
+    """Full-precision input minus present input, row by row; zero for tokens that went elsewhere in the other stream."""
+    if one.tokens is None or partner.tokens is None:
+        return partner.rows - one.rows if partner.rows.shape == one.rows.shape else None
+    place = torch.full((batch_tokens,), -1, dtype=torch.long, device=one.rows.device)
+    place[partner.tokens] = torch.arange(len(partner.rows), device=one.rows.device)
+    at = place[one.tokens]
+    paired = at >= 0
+    difference = torch.zeros_like(one.rows)
+    difference[paired] = partner.rows[at[paired]] - one.rows[paired]
+    return difference
+
+
+def _groups(layers: Iterable[LinearLayer]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.input_group, []).append(layer.name)
+    return list(groups.values())
+
+
+def _stages(groups: list[list[str]], layers: Mapping[str, LinearLayer]) -> list[list[str]]:
+    """Consecutive groups that differ only in the expert are one stage."""
+
+    def key(group: list[str]) -> str:
+        layer = layers[group[0]]
+        return layer.input_group if layer.expert is None else EXPERT_NUMBER.sub("", layer.input_group)
+
+    return [list(itertools.chain.from_iterable(part)) for _, part in itertools.groupby(groups, key)]
