@@ -3,8 +3,12 @@
 PTQTP (arXiv 2509.16989), section 3, for K = 2 and free scales. K = 1 and 3 and tied scales (one scale s a group,
 plane k weighted 3^(K-1-k) s, so that the planes are the digits of one balanced-ternary integer) are extensions.
 
+Two tied planes may be weighted 3 to 2 instead of 3 to 1 (`weights`): the levels 0, 1, 2, 3, 5 times s on either side
+lie closer to those of least error for a normal distribution (free planes end near this ratio, which is PTQTP's).
+
 Stored: `trits` uint8 [K, bytes], each plane row-major over the whole matrix without padding between rows, five trits a
-byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, groups], fp16 unless they do not fit.
+byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, groups], fp16 unless they do not fit, or
+`log8`: a byte u for the scale 2^(e - u/32), u = 255 for 0, with one integer e of the matrix in the spec.
 """
 
 from __future__ import annotations
@@ -21,6 +25,45 @@ from featherweight.registry import register
 
 TRITS_A_BYTE = {"base3": 5, "2bit": 4}
 
+LOG8 = "log8"
+LOG8_STEPS = 32  # to a factor of two
+LOG8_ZERO = 255
+_LOG8_FRACTIONS = torch.tensor([2.0 ** (-k / LOG8_STEPS) for k in range(LOG8_STEPS)], dtype=torch.float32)
+
+
+def log8_rounded(scales: Tensor) -> Tensor:
+    """|scales| to the nearest power of 2^(1/32), in float32; 0 stays 0. The bytes of a matrix also limit the range."""
+    steps = torch.round(torch.log2(scales.detach().double().abs()) * LOG8_STEPS)
+    steps = steps.clamp(-120 * LOG8_STEPS, 127 * LOG8_STEPS)
+    return torch.where(scales == 0, 0.0, _log8_values(steps.long())).to(torch.float32)
+
+
+def log8_encode(scales: Tensor) -> tuple[Tensor, int]:
+    """Bytes uint8 and exponent e of scales >= 0; those below 2^(e - 254/32) are raised to it."""
+    scales = scales.detach().double()
+    steps = torch.round(torch.log2(scales.clamp_min(2.0**-120)) * LOG8_STEPS).long()
+    top = int(steps.amax()) if scales.numel() and bool((scales > 0).any()) else 0
+    exponent = min(127, -(-top // LOG8_STEPS))
+    codes = (exponent * LOG8_STEPS - steps).clamp(0, LOG8_ZERO - 1)
+    return torch.where(scales > 0, codes, LOG8_ZERO).to(torch.uint8), exponent
+
+
+def log8_decode(codes: Tensor, exponent: int) -> Tensor:
+    """float32 scales of bytes uint8."""
+    values = _log8_values(exponent * LOG8_STEPS - codes.long())
+    return torch.where(codes == LOG8_ZERO, 0.0, values).to(torch.float32)
+
+
+def _log8_values(steps: Tensor) -> Tensor:
+    """2^(steps / 32), the same bits on every machine."""
+    whole = -torch.div(-steps, LOG8_STEPS, rounding_mode="floor")  # rounded up
+    return torch.ldexp(_LOG8_FRACTIONS[whole * LOG8_STEPS - steps], whole.to(torch.int32))
+
+
+def tied_weights(planes: int) -> tuple[int, ...]:
+    """The powers of three that tie K planes unless a code says otherwise."""
+    return tuple(3 ** (planes - 1 - k) for k in range(planes))
+
 
 @register("code", "trit-planes")
 @dataclass(frozen=True)
@@ -33,6 +76,12 @@ class TritPlanes(Code):
     group_size: int
     tied: bool = False
     packing: Packing = "base3"
+    scale_format: str = "float"  # "log8": values are held as float32 and stored as bytes
+    weights: tuple[int, ...] | None = None  # tied: integer weight of each plane; None: powers of three
+
+    def __post_init__(self) -> None:
+        if self.scale_format == LOG8:
+            object.__setattr__(self, "scales", log8_decode(*log8_encode(self.scales.abs())))
 
     @classmethod
     def encode(
@@ -42,31 +91,45 @@ class TritPlanes(Code):
         group_size: int,
         tied: bool = False,
         packing: Packing = "base3",
-        scale_dtype: torch.dtype = torch.float16,
+        scale_dtype: torch.dtype | str = torch.float16,
+        weights: tuple[int, ...] | None = None,
     ) -> TritPlanes:
-        """Pack `trits` int8 [K, out, in] in {-1, 0, 1} and round `scales` to their stored dtype."""
+        """Pack `trits` int8 [K, out, in] in {-1, 0, 1} and round `scales` to their stored dtype, or to "log8"."""
         _, rows, columns = trits.shape
         packed = torch.stack([pack_trits(plane.reshape(-1), packing) for plane in trits])
-        return cls(packed, scales.to(scale_dtype), (rows, columns), group_size, tied, packing)
+        format, dtype = (LOG8, torch.float32) if isinstance(scale_dtype, str) else ("float", scale_dtype)
+        return cls(packed, scales.to(dtype), (rows, columns), group_size, tied, packing, format, weights)
 
     @property
     def planes(self) -> int:
         return self.trits.shape[0]
 
     @property
+    def plane_weights(self) -> tuple[int, ...]:
+        """Tied: what the scale of a group is multiplied by for each plane."""
+        return self.weights or tied_weights(self.planes)
+
+    @property
     def spec(self) -> dict[str, Any]:
-        return {
+        spec: dict[str, Any] = {
             "kind": self.kind,
             "shape": list(self.shape),
             "planes": self.planes,
             "tied": self.tied,
             "group_size": self.group_size,
             "packing": self.packing,
-            "scale_dtype": dtype_name(self.scales.dtype),
         }
+        if self.scale_format == LOG8:
+            spec |= {"scale_dtype": LOG8, "scale_exponent": log8_encode(self.scales)[1]}
+        else:
+            spec["scale_dtype"] = dtype_name(self.scales.dtype)
+        if self.weights is not None:
+            spec["weights"] = list(self.weights)
+        return spec
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"trits": self.trits, "scales": self.scales}
+        scales = log8_encode(self.scales)[0] if self.scale_format == LOG8 else self.scales
+        return {"trits": self.trits, "scales": scales}
 
     def unpack(self) -> Tensor:
         """The trits: int8 [K, out, in]."""
@@ -74,7 +137,13 @@ class TritPlanes(Code):
         return torch.stack([unpack_trits(plane, count, self.packing).view(self.shape) for plane in self.trits])
 
     def decode(self) -> Tensor:
-        return decode_trit_planes(self.trits, self.scales, self.shape, self.group_size, self.packing)
+        return decode_trit_planes(self.trits, self._by_plane(self.scales), self.shape, self.group_size, self.packing)
+
+    def _by_plane(self, scales: Tensor) -> Tensor:
+        """Scales as the decoder takes them: tied ones with weights other than powers of three are spread out."""
+        if self.weights is None or not self.tied:
+            return scales
+        return scales.float().unsqueeze(-1) * torch.tensor(self.weights, dtype=torch.float32)
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         columns = self.shape[1]
@@ -83,7 +152,7 @@ class TritPlanes(Code):
             return super().decode_rows(first, last)
         trits = self.trits[:, first * columns // per_byte : -(-last * columns // per_byte)]
         shape = (last - first, columns)
-        return decode_trit_planes(trits, self.scales[first:last], shape, self.group_size, self.packing)
+        return decode_trit_planes(trits, self._by_plane(self.scales[first:last]), shape, self.group_size, self.packing)
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:
@@ -95,18 +164,41 @@ class TritPlanes(Code):
             raise ValueError(f"packing is {packing!r}, expected {' or '.join(TRITS_A_BYTE)}")
         groups = groups_of(columns, group_size)
         scales = (rows, groups) if spec.get("tied", False) else (rows, groups, planes)
+        if spec.get("scale_dtype") == LOG8:
+            exponent = spec.get("scale_exponent", 0)
+            if type(exponent) is not int or not -128 <= exponent <= 127:
+                raise ValueError(f"scale_exponent is {exponent!r}, expected an integer from -128 to 127")
+            dtype = torch.uint8
+        else:
+            dtype = dtype_from(spec, "scale_dtype", "float16")
+        _weights_of(spec, planes)
         return {
             "trits": TensorLayout((planes, -(-rows * columns // TRITS_A_BYTE[packing])), torch.uint8),
-            "scales": TensorLayout(scales, dtype_from(spec, "scale_dtype", "float16")),
+            "scales": TensorLayout(scales, dtype),
         }
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> TritPlanes:
+        log8 = spec.get("scale_dtype") == LOG8
+        scales = tensors["scales"]
         return cls(
             tensors["trits"],
-            tensors["scales"],
+            log8_decode(scales, spec.get("scale_exponent", 0)) if log8 else scales,
             matrix_shape(spec),
             spec["group_size"],
             spec.get("tied", False),
             spec.get("packing", "base3"),
+            LOG8 if log8 else "float",
+            _weights_of(spec, tensors["trits"].shape[0]),
         )
+
+
+def _weights_of(spec: dict[str, Any], planes: int) -> tuple[int, ...] | None:
+    """The spec's own weights of tied planes. ValueError where they are not one small positive integer a plane."""
+    weights = spec.get("weights")
+    if weights is None:
+        return None
+    whole = isinstance(weights, list | tuple) and all(type(w) is int and 1 <= w <= 27 for w in weights)
+    if not whole or len(weights) != planes or not spec.get("tied", False):
+        raise ValueError(f"weights are {weights!r}, expected {planes} integers from 1 to 27 for tied planes")
+    return tuple(weights)

@@ -1,14 +1,15 @@
-"""Uniform codes of 2 to 8 bits: W = scale (q - zero point), per group of input columns.
+"""Uniform codes of 1 to 8 bits: W = scale (q - zero point), per group of input columns, or of output rows.
 
 Stored: `codes` uint8, a dense little-endian bit string of b bits an element, row-major over the whole matrix; `scales`
 [out, groups]; asymmetric also `zero_points` uint8, a bit string of b bits a group. Symmetric codes have the fixed zero
-point 2^(b-1).
+point 2^(b-1). With `axis: output` (AdaDim, arXiv 2309.15531) a group is `group_size` consecutive rows of one column,
+and scales and zero points are [output groups, in].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,18 +18,21 @@ from featherweight.codes.base import Code, TensorLayout, dtype_from, dtype_name,
 from featherweight.kernels.packing import pack_bits, unpack_bits
 from featherweight.registry import register
 
+Axis = Literal["input", "output"]
+
 
 @register("code", "uniform")
 @dataclass(frozen=True)
 class Uniform(Code):
-    """See the module. `group_size` counts input columns; the last group of a row may be shorter."""
+    """See the module. `group_size` counts input columns, or rows for the axis output; the last may be shorter."""
 
     codes: Tensor  # uint8 [bytes]
-    scales: Tensor  # [out, groups]
+    scales: Tensor  # [out, groups], or [groups, in]
     zero_points: Tensor | None  # uint8 [bytes], None if symmetric
     shape: tuple[int, int]
     bits: int
     group_size: int
+    axis: Axis = "input"
 
     @classmethod
     def encode(
@@ -39,12 +43,13 @@ class Uniform(Code):
         bits: int,
         group_size: int,
         scale_dtype: torch.dtype = torch.float16,
+        axis: Axis = "input",
     ) -> Uniform:
-        """Pack `codes` [out, in] and `zero_points` [out, groups], whole numbers in [0, 2^bits)."""
+        """Pack `codes` [out, in] and `zero_points`, of the shape of `scales`, whole numbers in [0, 2^bits)."""
         rows, columns = codes.shape
         packed = pack_bits(codes.reshape(-1).to(torch.uint8), bits)
         packed_zeros = None if zero_points is None else pack_bits(zero_points.reshape(-1).to(torch.uint8), bits)
-        return cls(packed, scales.to(scale_dtype), packed_zeros, (rows, columns), bits, group_size)
+        return cls(packed, scales.to(scale_dtype), packed_zeros, (rows, columns), bits, group_size, axis)
 
     @property
     def symmetric(self) -> bool:
@@ -59,6 +64,7 @@ class Uniform(Code):
             "symmetric": self.symmetric,
             "group_size": self.group_size,
             "scale_dtype": dtype_name(self.scales.dtype),
+            **({} if self.axis == "input" else {"axis": self.axis}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -66,23 +72,27 @@ class Uniform(Code):
         return stored if self.zero_points is None else stored | {"zero_points": self.zero_points}
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Codes [out, in] and zero points [out, groups], uint8."""
-        groups = self.scales.shape[1]
+        """Codes [out, in] and zero points of the shape of `scales`, uint8."""
         codes = unpack_bits(self.codes, self.shape[0] * self.shape[1], self.bits).view(self.shape)
         if self.zero_points is None:
             return codes, torch.full_like(self.scales, 1 << (self.bits - 1), dtype=torch.uint8)
-        zero_points = unpack_bits(self.zero_points, self.shape[0] * groups, self.bits)
-        return codes, zero_points.view(self.shape[0], groups)
+        zero_points = unpack_bits(self.zero_points, self.scales.numel(), self.bits)
+        return codes, zero_points.view(self.scales.shape)
 
     def decode(self) -> Tensor:
         codes, zero_points = self.unpack()
-        columns = self.shape[1]
-        spread = [t.repeat_interleave(self.group_size, dim=1)[:, :columns] for t in (self.scales.float(), zero_points)]
-        return (codes.to(torch.int16) - spread[1].to(torch.int16)).float() * spread[0]
+        scales, zero_points = self._spread(self.scales.float()), self._spread(zero_points)
+        return (codes.to(torch.int16) - zero_points.to(torch.int16)).float() * scales
+
+    def _spread(self, parameters: Tensor) -> Tensor:
+        """A parameter of each group to a parameter of each weight."""
+        along = 1 if self.axis == "input" else 0
+        return parameters.index_select(along, torch.arange(self.shape[along]) // self.group_size)
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         (_, columns), groups = self.shape, self.scales.shape[1]
-        if first * columns * self.bits % 8 or first * groups * self.bits % 8:  # the rows begin inside a byte
+        within = first * columns * self.bits % 8 or first * groups * self.bits % 8
+        if within or self.axis == "output":  # the rows begin inside a byte
             return super().decode_rows(first, last)
         parts = [
             None if t is None else t[first * n * self.bits // 8 : -(-last * n * self.bits // 8)]
@@ -96,13 +106,17 @@ class Uniform(Code):
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:
         rows, columns = matrix_shape(spec)
         bits = whole_number(spec, "bits", 1, 8)
-        groups = groups_of(columns, whole_number(spec, "group_size", 1, 1 << 30))
+        size = whole_number(spec, "group_size", 1, 1 << 30)
+        axis = spec.get("axis", "input")
+        if axis not in ("input", "output"):
+            raise ValueError(f"axis is {axis!r}, expected input or output")
+        grouped = (rows, groups_of(columns, size)) if axis == "input" else (groups_of(rows, size), columns)
         stored = {
             "codes": TensorLayout((-(-rows * columns * bits // 8),), torch.uint8),
-            "scales": TensorLayout((rows, groups), dtype_from(spec, "scale_dtype", "float16")),
+            "scales": TensorLayout(grouped, dtype_from(spec, "scale_dtype", "float16")),
         }
         if not spec.get("symmetric", False):
-            stored["zero_points"] = TensorLayout((-(-rows * groups * bits // 8),), torch.uint8)
+            stored["zero_points"] = TensorLayout((-(-grouped[0] * grouped[1] * bits // 8),), torch.uint8)
         return stored
 
     @classmethod
@@ -114,4 +128,5 @@ class Uniform(Code):
             matrix_shape(spec),
             spec["bits"],
             spec["group_size"],
+            spec.get("axis", "input"),
         )

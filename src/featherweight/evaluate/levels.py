@@ -29,7 +29,7 @@ def levels_of(code: Code, row: int, group: int) -> list[float]:
 def _(code: TritPlanes, row: int, group: int) -> list[float]:
     scales = code.scales.float()[row, group].reshape(-1).tolist()
     if code.tied:
-        scales = [scales[0] * 3**k for k in range(code.planes)]
+        scales = [scales[0] * weight for weight in code.plane_weights]
     sums = (
         sum(s * t for s, t in zip(scales, trits, strict=True))
         for trits in itertools.product((-1, 0, 1), repeat=len(scales))

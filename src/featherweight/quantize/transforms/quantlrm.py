@@ -1,0 +1,108 @@
+"""QuantLRM: AWQ's search with the importance of channels taken from what fine-tuning changed.
+
+Quantization of Large Reasoning Models via Fine-Tuning Signals (arXiv 2602.02581), after the authors' code: the smallest
+and the largest changes |W - W_base| mark important weights. A map of two parabolas takes the least positive change to
+R, the median to 1 and the largest to R (R = 10); a channel's importance is the mean of the map over its rows times one
+plus its number of exact zeros. Layers that share an input use the importance of the first (q_proj, gate_proj). Scales
+are importance^alpha without AWQ's centring.
+
+The extremes and the median are those of all layers of the model where the statistic `update_range` [3] gives them
+(`update_range` computes it); otherwise those of the block at hand, which is a departure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featherweight.errors import RecipeError
+from featherweight.quantize.access import BlockAccess
+from featherweight.quantize.base import Statistics
+from featherweight.quantize.scale_search import Unit
+from featherweight.quantize.transforms.awq import ScaleSearch
+from featherweight.registry import register
+
+BINS = 1 << 16
+
+
+def update_range(updates: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """Least, exact median and largest of all positive entries: float32 [3]; NaN where there is none.
+
+    updates : makes an iterator over |W - W_base| of all layers, twice, so that not all are in memory at once. The
+    median is the lower one of an even number. The first pass finds the range and counts, by the upper half of the bits
+    of the float, how many values there are of each; the second collects the values of the median's bin.
+    """
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for update in updates():
+        bits = _positive(update).view(torch.int32)
+        counts += torch.bincount((bits >> 16).long(), minlength=BINS)
+    total = int(counts.sum())
+    if total == 0:
+        return torch.full((3,), torch.nan)
+    rank = (total - 1) // 2
+    before = counts.cumsum(0)
+    bin_ = int((before > rank).to(torch.uint8).argmax())
+    within = rank - int(before[bin_] - counts[bin_])
+    occupied = counts.nonzero().flatten()
+    wanted = {"least": int(occupied[0]), "median": bin_, "largest": int(occupied[-1])}
+    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for update in updates():
+        values = _positive(update)
+        bins = values.view(torch.int32) >> 16
+        for name, place in wanted.items():
+            kept[name].append(values[bins == place])
+    median = torch.cat(kept["median"]).sort().values[within]
+    return torch.stack([torch.cat(kept["least"]).amin(), median, torch.cat(kept["largest"]).amax()])
+
+
+def _positive(update: Tensor) -> Tensor:
+    flat = update.float().flatten()
+    return flat[flat > 0]
+
+
+def two_parabolas(updates: Tensor, least: float, median: float, largest: float, ratio: float = 10.0) -> Tensor:
+    """The map of step 2, elementwise: R at both ends, 1 at the median; zero changes give 1."""
+    below = (median - updates) / max(median - least, 1e-30)
+    above = (updates - median) / max(largest - median, 1e-30)
+    bent = torch.where(updates <= median, below, above).clamp(-1, 1)
+    return torch.where(updates == 0, torch.ones_like(updates), 1 + (ratio - 1) * bent.square())
+
+
+def channel_importance(updates: Tensor, value_range: Tensor, ratio: float = 10.0) -> Tensor:
+    """mean over rows of the map, times (1 + number of exact zeros in the column): float32 [in]."""
+    updates = updates.float()
+    zeros = (updates == 0).sum(0)
+    if not bool(torch.isfinite(value_range).all()):  # no change anywhere
+        return 1.0 + zeros.float()
+    least, median, largest = (float(value) for value in value_range)
+    return two_parabolas(updates, least, median, largest, ratio).mean(0) * (1 + zeros)
+
+
+@register("transform", "quantlrm")
+class QuantLrm(ScaleSearch):
+    """Scales from the weights' changes during fine-tuning, and AWQ's clipping (see the module)."""
+
+    centred: ClassVar[bool] = False
+    ratio: float = Field(10.0, gt=1, description="importance of the least and the largest change, R")
+    times_activations: bool = Field(False, description="multiply by mean |x|, as published for one 70B model")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*super().needs, "base")
+
+    def importance(self, session: BlockAccess, unit: Unit, statistics: Mapping[str, Statistics]) -> Tensor | None:
+        first = unit.names[0]
+        if "base" not in statistics[first]:
+            raise RecipeError(f"transform quantlrm needs the base model's weight of {first}; name it with --base")
+        known = statistics[first].get("update_range")
+        value_range = known if known is not None else update_range(lambda: self._updates(session, statistics))
+        update = (session.weight(first) - statistics[first]["base"]).abs()
+        found = channel_importance(update, value_range, self.ratio)
+        return found * statistics[first]["mean_abs"].float() if self.times_activations else found
+
+    def _updates(self, session: BlockAccess, statistics: Mapping[str, Statistics]) -> Iterable[Tensor]:
+        return ((session.weight(n) - s["base"]).abs() for n, s in statistics.items() if "base" in s)
