@@ -468,3 +468,16 @@ def test_nonsense_in_config(config: dict[str, Any], folders: dict[str, Path], tm
     (tmp_path / "config.json").write_bytes((folders["llama"] / "config.json").read_bytes())
     edit_config(tmp_path, **config)
     assert len(anatomy_of(tmp_path).layers) == 14
+
+
+def test_producers(folders: dict[str, Path]) -> None:
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        layers = {layer.name: layer for layer in anatomy_of(folders[family]).layers}
+        for layer in layers.values():
+            role = {"o_proj": "v_proj", "down_proj": "up_proj"}.get(layer.role)
+            assert (layer.producer is None) == (role is None)
+            if layer.producer:
+                producer = layers[layer.producer]
+                assert (producer.role, producer.block) == (role, layer.block)
+                assert layer.shape[1] % producer.shape[0] == 0
+    assert all(layer.producer is None for layer in anatomy_of(folders["opt"]).layers)

@@ -82,7 +82,8 @@ def run_compress(
     recipe: str,
     out: Path,
     changes: list[str],
-    calibration: Path | None,
+    calibration: str | None,
+    base_model: str | None,
     threads: int | None,
     seed: int,
     max_memory: str | None,
@@ -98,6 +99,7 @@ def run_compress(
             out,
             changes=changes,
             calibration=calibration,
+            base_model=base_model,
             threads=threads,
             seed=seed,
             max_memory=max_memory,
@@ -307,3 +309,49 @@ def run_bench(model: str, threads: int | None, json: Path | None) -> None:
             ]
         )
     )
+
+
+def run_calibrate(
+    model: str,
+    out: Path,
+    calibration: str | None,
+    needs: list[str],
+    changes: list[str],
+    threads: int | None,
+    overwrite: bool,
+    json: Path | None,
+) -> None:
+    import torch
+    import yaml
+
+    from featherweight.compress.data import check_file
+    from featherweight.compress.gather import gather_statistics
+    from featherweight.errors import RecipeError
+    from featherweight.kernels.library import thread_count
+
+    quiet_transformers()
+    torch.set_num_threads(thread_count(threads))
+    settings = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
+        settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
+    check_file(calibration)
+    with steps("blocks") as tell:
+        done = 0
+
+        def watch(event: dict[str, Any]) -> None:
+            nonlocal done
+            if event["event"] == "note":
+                print(f"note: {event['text']}", file=sys.stderr, flush=True)
+            elif event["event"] == "advanced":
+                done += 1
+                tell(done, event.get("of", done))
+
+        written = gather_statistics(
+            model, out, calibration, [n.strip() for n in needs], settings, overwrite=overwrite, tell=watch
+        )
+    size = written.stat().st_size
+    write_json(json, {"file": str(written), "bytes": size, "needs": needs})
+    out_console().print(facts([("statistics", str(written)), ("size", size_text(size))]))

@@ -25,6 +25,14 @@ Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A pr
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, or a statistics file.",
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
 DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A model folder, compressed or not.")]
@@ -45,8 +53,10 @@ def compress(
     recipe: Recipe,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
     changes: Changes = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", metavar="FILE", help="Text for recipes that need statistics.")
+    calibration: Calibration = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="MODEL", help="What MODEL was fine-tuned from, for recipes that compare."),
     ] = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option("--seed", help="For recipes with random choices.")] = 0,
@@ -59,7 +69,26 @@ def compress(
     """Compress a model. Interrupted, the same command goes on where it stopped."""
     from featherweight.cli.commands import run_compress
 
-    run_compress(model, recipe, out, changes or [], calibration, threads, seed, max_memory, overwrite, json)
+    run_compress(model, recipe, out, changes or [], calibration, base_model, threads, seed, max_memory, overwrite, json)
+
+
+@app.command()
+def calibrate(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Statistics file to make (.safetensors).")],
+    calibration: Calibration = None,
+    needs: Annotated[
+        str, typer.Option("--needs", metavar="NAMES", help="Statistics to gather, with commas between: gram, mean_abs.")
+    ] = "gram,mean_abs,held_out_gram",
+    changes: Changes = None,
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
+    from featherweight.cli.commands import run_calibrate
+
+    run_calibrate(model, out, calibration, needs.split(","), changes or [], threads, overwrite, json)
 
 
 @app.command()

@@ -72,9 +72,13 @@ class Watcher:
             "plan": self._plan,
             "layer": self._layer,
             "shard": self._shard,
+            "note": self._note,
+            "step": self._step,
         }
         if event["event"] in show:
             show[event["event"]](event)
+        elif "step" in event and "of" in event:
+            self._step({"stage": event["event"], "number": event["step"], "of": event["of"]})
         if self.live is not None:
             self.live.update(self._view())
 
@@ -104,6 +108,18 @@ class Watcher:
 
     def _shard(self, event: dict[str, Any]) -> None:
         self.bar.update(self.task, what=f"writing {event['number']} of {event['of']}", left="")
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Something the user must know: a layer that fell back, text that is short."""
+        self._say(f"note: {event['text']}")
+
+    def _step(self, event: dict[str, Any]) -> None:
+        """Progress within a long stage: {"stage": "tuning scales", "number": 20, "of": 300, ...}."""
+        what = f"{event['stage']} {event['number']}/{event['of']}"
+        self.bar.update(self.task, what=what)
+        if self.live is None and time.monotonic() - self.spoken >= PLAIN_SECONDS:
+            self.spoken = time.monotonic()
+            self._say(what)
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -22,18 +22,33 @@ from featherweight.errors import CheckpointError
 MANIFEST = "featherweight.json"
 
 
-def lay_out(plan: Plan, checkpoint: Checkpoint, records: list[dict[str, Any]], shard_bytes: int) -> dict[str, Any]:
-    """Which tensors go to which shard. Source order; a layer's tensors stay together."""
+def lay_out(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    records: list[dict[str, Any]],
+    shard_bytes: int,
+    changed: dict[str, Path] | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Which tensors go to which shard. Source order; a layer's tensors stay together.
+
+    changed : plain tensors that calibration changed or added, and the files that hold them
+    config : entries of config.json that must change with them
+    """
+    changed = changed or {}
     jobs_of: dict[str, list[int]] = {}
     for index, job in enumerate(plan.jobs):
         jobs_of.setdefault(job.layer.tensor, []).append(index)
     shards: list[list[dict[str, Any]]] = [[]]
     size = 0
-    for name in checkpoint.names:
+    added = [name for name in changed if name not in checkpoint.names]
+    for name in [*checkpoint.names, *added]:
         if name in jobs_of:
             entries: list[tuple[dict[str, Any], int]] = [
                 ({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]
             ]
+        elif name in changed:
+            entries = [({"changed": name, "file": changed[name].name}, _nbytes(changed[name], name))]
         else:
             entries = [({"copy": name}, checkpoint.entry(name).nbytes)]
         for entry, nbytes in entries:
@@ -44,8 +59,15 @@ def lay_out(plan: Plan, checkpoint: Checkpoint, records: list[dict[str, Any]], s
             size += nbytes
     return {
         "layers": records,
+        "config": config or {},
+        "changed": sorted(changed),
         "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
     }
+
+
+def _nbytes(path: Path, name: str) -> int:
+    with SafetensorsFile.open(path) as file:
+        return file.entry(name).nbytes
 
 
 def _shard_name(index: int, count: int) -> str:
@@ -64,7 +86,7 @@ def write_shards(
             write_safetensors(path, blobs, {})
         for entry in shard["entries"]:
             if "job" in entry:
-                run.artifact(entry["job"]).unlink(missing_ok=True)
+                run.discard(entry["job"])
         told(shard["file"], number + 1, len(shards))
 
 
@@ -86,6 +108,11 @@ def _complete(path: Path) -> bool:
 def _blobs(run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint) -> list[Blob]:
     if "copy" in entry:
         return [_copied(checkpoint, entry["copy"])]
+    if "changed" in entry:
+        path, name = run.changes / entry["file"], entry["changed"]
+        with SafetensorsFile.open(path) as file:
+            e = file.entry(name)
+            return [Blob(name, e.dtype, e.shape, e.nbytes, partial(_artifact_windows, path, name))]
     module, path = records[entry["job"]]["name"], run.artifact(entry["job"])
     with SafetensorsFile.open(path) as artifact:
         return [
@@ -122,9 +149,9 @@ def write_rest(
         write_text(folder / "model.safetensors.index.json", to_json(index))
     specs = {record["name"]: record["spec"] for record in records}
     recipe = plan.recipe.dump()
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
     config["quantization_config"] = quantization_config(specs, recipe)
-    manifest = manifest_of(plan, records, identity, total)
+    manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []))
     with disk_errors(folder):
         for path in checkpoint.other_files():
             shutil.copyfile(path, folder / path.name)
@@ -134,7 +161,7 @@ def write_rest(
 
 
 def manifest_of(
-    plan: Plan, records: list[dict[str, Any]], identity: dict[str, Any], total_bytes: int
+    plan: Plan, records: list[dict[str, Any]], identity: dict[str, Any], total_bytes: int, changed: list[str]
 ) -> dict[str, Any]:
     """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
     code_bytes = sum(record["nbytes"] for record in records)
@@ -157,6 +184,7 @@ def manifest_of(
             "replaced": len(plan.replaced),
             "copied": len(plan.copied),
             "dropped": plan.dropped,
+            **({"changed": changed} if changed else {}),
         },
         "layers": records,
     }

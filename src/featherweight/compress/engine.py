@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,20 +16,19 @@ from featherweight import __version__
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
 from featherweight.checkpoint.writer import disk_errors, to_json, write_text
-from featherweight.codes import Code
 from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
+from featherweight.compress.data import CalibrationData, check_source
 from featherweight.compress.events import Events, Observer
-from featherweight.compress.plan import SHARD_BYTES, Job, Plan, describe_code, make_plan, parse_size
+from featherweight.compress.plan import SHARD_BYTES, Job, Plan, make_plan, parse_size
+from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder, occupants
-from featherweight.errors import CheckpointError, FeatherError, OutputError, RecipeError
-from featherweight.kernels.errors import squared_errors
+from featherweight.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
+from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.kernels.library import thread_count
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
-from featherweight.quantize.base import HeldWeight, SolveOptions, WeightSource
+from featherweight.quantize.base import HeldWeight
 from featherweight.quantize.recipe import Recipe, load_recipe
-
-ERROR_ROWS = 40  # whole bytes of every packing
-ERROR_WINDOW = 4 << 20  # bytes
+from featherweight.quantize.rounding.nearest import Nearest
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def compress(
     *,
     changes: Sequence[str] = (),
     calibration: str | Path | None = None,
+    base_model: str | Path | None = None,
     threads: int | None = None,
     seed: int = 0,
     max_memory: int | str | None = None,
@@ -82,7 +81,9 @@ def compress(
     recipe : preset name, YAML file or Recipe
     out : folder to make; while the work lasts OUT.feather-run stands beside it, and OUT.log.jsonl records events
     changes : like "grid.planes=3", applied to the recipe
-    calibration : text for recipes that declare statistics; data-free recipes do not read it
+    calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
+        the shipped text if None; data-free recipes do not read it
+    base_model : the model this one was fine-tuned from, for recipes that compare the two
     threads : of native kernels; results do not depend on it
     seed : for recipes with random choices; part of the run's identity
     max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met
@@ -96,20 +97,13 @@ def compress(
     reset_peak_memory()
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
-    if chosen.needs:
-        raise RecipeError(
-            f"recipe {chosen.name} needs statistics ({', '.join(chosen.needs)}) that nothing here gathers"
-        )
-    if chosen.transforms:
-        kinds = ", ".join(transform.kind for transform in chosen.transforms)
-        raise RecipeError(f"recipe {chosen.name} asks for transforms ({kinds}), which the data-free run does not apply")
-    if calibration is not None and not Path(calibration).is_file():
-        raise FeatherError(f"there is no calibration file {calibration}")
+    check_source(chosen, calibration, base_model)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with Checkpoint.open(model) as checkpoint, _threads(threads):
         _check_out(out, checkpoint)
+        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
         identity = {
             "source": checkpoint.identity(),
             "weights": sample_digest(checkpoint),
@@ -117,6 +111,7 @@ def compress(
             "seed": seed,
             "shard_bytes": shard_bytes,
             "featherweight": __version__,
+            **data.identity(),
         }
         done = _finished(out, identity, overwrite)
         if done is not None:
@@ -129,7 +124,7 @@ def compress(
                 return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
             with Events(out, observer) as events:
                 events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
-                resumed = _make(plan, checkpoint, run, events, identity, shard_bytes)
+                resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, begun, resumed)
@@ -139,7 +134,13 @@ def compress(
 
 
 def _make(
-    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events, identity: dict[str, Any], shard_bytes: int
+    plan: Plan,
+    checkpoint: Checkpoint,
+    run: RunFolder,
+    events: Events,
+    identity: dict[str, Any],
+    shard_bytes: int,
+    data: CalibrationData,
 ) -> int:
     """All the work there is left to do; returns how many layers were found finished."""
     resumed = len(plan.jobs)
@@ -149,14 +150,20 @@ def _make(
             _check_disk(plan, run, shard_bytes)
             for name in plan.copied:
                 scan_tensor(checkpoint, name)
-            records, resumed = _solve_all(plan, checkpoint, run, events)
-            assembly = lay_out(plan, checkpoint, records, shard_bytes)
+            config: dict[str, Any] = {}
+            if plan.recipe.calibrated:
+                records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
+            else:
+                records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
+            assembly = lay_out(plan, checkpoint, records, shard_bytes, run.changed_tensors(), config)
             write_text(run.assembly, to_json(assembly))
         else:
-            for index in jobs_to_write(run, assembly):
-                if run.record(index, plan.jobs[index].layer.name) is None:
-                    _solve(plan, plan.jobs[index], checkpoint, run, index)
-                    resumed -= 1
+            lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
+            resumed -= len(lost)
+            if lost and plan.recipe.calibrated:
+                data.solve(plan, checkpoint, run, events, identity["seed"])
+            for index in lost if not plan.recipe.calibrated else ():
+                _solve(plan, plan.jobs[index], checkpoint, run, index, identity["seed"])
         write_shards(
             run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
         )
@@ -165,85 +172,26 @@ def _make(
     return resumed
 
 
-def _solve_all(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events) -> tuple[list[dict[str, Any]], int]:
-    """Every layer's record, from its artifact or from work."""
-    records: list[dict[str, Any]] = []
-    resumed = worked = 0
-    started = time.monotonic()
+def _solve_all(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events, seed: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Every layer's record, from its artifact or from work, and how many were found finished."""
+    tally = Tally(plan, events)
     for index, job in enumerate(plan.jobs):
         record = run.record(index, job.layer.name)
-        known = record is not None
-        if record is None:
-            record = _solve(plan, job, checkpoint, run, index)
-            worked += job.layer.parameters
-        else:
-            resumed += 1
-        records.append(record)
-        seconds = time.monotonic() - started
-        left = sum(j.layer.parameters for j in plan.jobs[index + 1 :])
-        events(
-            {
-                "event": "layer",
-                "number": index + 1,
-                "of": len(plan.jobs),
-                "resumed": known,
-                "weights": job.layer.parameters,
-                "weights_per_second": worked / seconds if worked else None,
-                "seconds_left": left * seconds / worked if worked else None,
-                "peak_memory_bytes": peak_memory_bytes(),
-                **{k: v for k, v in record.items() if k != "spec"},
-            }
-        )
-    return records, resumed
+        resumed = record is not None
+        tally.finish(index, record or _solve(plan, job, checkpoint, run, index, seed), resumed)
+    return tally.in_order(), tally.resumed
 
 
-def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int) -> dict[str, Any]:
+def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int, seed: int) -> dict[str, Any]:
     source = LayerWeight(checkpoint, job.layer)
     source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-    try:
-        code = plan.recipe.rounding.quantize_source(source, job.grid, {}, plan.options)
-        for correction in plan.recipe.corrections:
-            code = correction.correct(source.rows(0, source.shape[0]).float(), code, {})
-    except (RecipeError, ValueError) as error:
-        raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
-    missed = relative_error(source, code, plan.options.threads)
-    if not math.isfinite(missed):
-        raise RecipeError(
-            f"the code of layer {job.layer.name} is not finite: its weights reach {source.largest:.3g}, which is more "
-            "than the recipe can store; set the grid's scale_dtype to auto or float32, or skip the layer"
-        )
-    record = {
-        "name": job.layer.name,
-        "role": job.layer.role,
-        "block": job.layer.block,
-        "code": describe_code(code.spec),
-        "spec": code.spec,
-        "bits_per_weight": code.bits_per_weight,
-        "nbytes": code.nbytes,
-        "relative_error": missed,
-    }
-    run.keep(index, code, record)
+    group = InputGroup({}, group_seed(seed, job.layer.input_group))
+    solved = solve_layer(plan.recipe, job, source, group, plan.options)
+    record = record_of(job, source, solved, plan.options.threads)
+    run.keep(index, solved.code, record)
     return record
-
-
-def relative_error(source: WeightSource, code: Code, threads: int | None = None) -> float:
-    """||W - decode(code)|| / ||W|| (Frobenius); 0 for a zero matrix.
-
-    Sums of rows in float64 and an exact sum of these, so that it depends on neither windows nor threads.
-    """
-    rows = source.shape[0]
-    step = SolveOptions(window_bytes=ERROR_WINDOW).window_rows(source.shape, 4, ERROR_ROWS)
-    missed: list[float] = []
-    total: list[float] = []
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
-        far, all_of_it = squared_errors(source.rows(first, last), code.decode_rows(first, last), threads)
-        missed += far.tolist()
-        total += all_of_it.tolist()
-        source.release(first, last)
-    source.release(0, rows)  # the system maps some pages around each fault, also behind the window
-    norm = math.fsum(total)
-    return math.sqrt(math.fsum(missed) / norm) if norm else 0.0
 
 
 def _result(
@@ -360,9 +308,10 @@ def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float
         if key not in rates:
             generator = torch.Generator().manual_seed(0)
             weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
-            plan.recipe.rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
+            rounding = plan.recipe.rounding if not plan.recipe.calibrated else Nearest()
+            rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
             begun = time.perf_counter()
-            code = plan.recipe.rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
+            code = rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
             relative_error(HeldWeight(weight), code, plan.options.threads)
             rates[key] = (time.perf_counter() - begun) / weight.numel()
         seconds += rates[key] * job.layer.parameters

@@ -18,7 +18,8 @@ def method_table() -> list[dict[str, Any]]:
 
 
 def _row(recipe: Recipe) -> dict[str, Any]:
-    nbytes = sum(tensor.nbytes for tensor in code_layout(recipe.grid.spec(TYPICAL)).values())
+    codes = sum(tensor.nbytes for tensor in code_layout(recipe.grid.spec(TYPICAL)).values())
+    nbytes = codes + recipe.extra_bytes(TYPICAL)
     return {
         "preset": recipe.name,
         "title": recipe.title,
@@ -29,10 +30,18 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "rounding": _words(recipe.rounding),
         "correction": _join(recipe.corrections),
         "allocation": _words(recipe.allocation),
-        "needs": ", ".join(recipe.needs) or "no data",
+        "needs": _needs(recipe),
         "bits": round(8 * nbytes / (TYPICAL[0] * TYPICAL[1]), 4),
         "recipe": recipe.dump(),
     }
+
+
+def _needs(recipe: Recipe) -> str:
+    """What must be at hand beside the weights."""
+    if not recipe.calibrated:
+        return "no data"
+    wide = {getattr(choice, "scope", "layer") for choice in recipe.choices} - {"layer"}
+    return ", ".join(["text", *(name for name in recipe.needs), *(f"whole {scope}" for scope in sorted(wide))])
 
 
 def _join(choices: tuple[Choice, ...]) -> str:

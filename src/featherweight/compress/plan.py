@@ -34,11 +34,12 @@ class Job:
 
     layer: LinearLayer
     grid: Grid
+    extra_bytes: int = 0  # what transforms and corrections store beside the codes
 
     @property
     def nbytes(self) -> int:
         """Stored bytes to expect (scales that need float32 add to it)."""
-        return sum(tensor.nbytes for tensor in code_layout(self.grid.spec(self.layer.shape)).values())
+        return self.extra_bytes + sum(t.nbytes for t in code_layout(self.grid.spec(self.layer.shape)).values())
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,26 @@ class Plan:
 
     def _working(self, options: SolveOptions) -> int:
         needs = [job.grid.working_bytes(job.layer.shape, options) + self._pages(job.layer) for job in self.jobs]
-        return max([*needs, COPY_WINDOW])
+        solving = max([*needs, COPY_WINDOW])
+        return solving + self.calibration_bytes() if self.recipe.calibrated else solving
+
+    def calibration_bytes(self) -> int:
+        """Memory of running the network: a block (or the whole model) in float32, streams, and one set's statistics."""
+        recipe, settings = self.recipe, self.recipe.calibration
+        blocks: dict[int | None, int] = {}
+        for layer in self.anatomy.layers:
+            blocks[layer.block] = blocks.get(layer.block, 0) + layer.parameters
+        block = max(blocks.values(), default=0)
+        two_streams = "cross" in recipe.needs
+        wide = {getattr(choice, "scope", "layer") for choice in recipe.choices}
+        held = 4 * (self.parameters if "model" in wide or "fisher" in recipe.needs else block * (1 + two_streams))
+        widest = max(job.layer.shape[1] for job in self.jobs)
+        tallest = max(job.layer.shape[0] for job in self.jobs)
+        hidden = min(job.layer.shape[1] for job in self.jobs)
+        stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
+        moments = sum(name in ("gram", "cross") for name in recipe.needs) + (settings.held_out > 0)
+        # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
+        return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
 
     def _pages(self, layer: LinearLayer) -> int:
         """Mapped pages of the source that are resident at once."""
@@ -131,14 +151,46 @@ class Plan:
 
 
 def describe_code(spec: dict[str, Any]) -> str:
-    """A code in a few words: "2 trit-planes g128"."""
-    size = f" g{spec['group_size']}" if "group_size" in spec else ""
-    if spec["kind"] == "trit-planes":
+    """A code in a few words: "2 trit-planes g128", "hadamard 128 of 4 bit asymmetric g128 + rank 8 int8"."""
+    kind, size = spec["kind"], f" g{spec['group_size']}" if spec.get("group_size") else ""
+    if kind == "trit-planes":
         plural = "s" if spec["planes"] > 1 else ""
         return f"{spec['planes']} {'tied ' if spec['tied'] else ''}trit-plane{plural}{size}"
-    if spec["kind"] == "uniform":
-        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{size}"
-    return f"dense {spec['dtype']}" if spec["kind"] == "dense" else f"{spec['kind']}{size}"
+    if kind == "uniform":
+        along = " of outputs" if spec.get("axis") == "output" else ""
+        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{size}{along}"
+    if kind == "dense":
+        return f"dense {spec['dtype']}"
+    if kind == "sum":
+        return " + ".join(describe_code({**_shape_of(spec), **term}) for term in spec["terms"])
+    if kind == "hadamard":
+        return f"hadamard {spec['block']} of {describe_code({**_shape_of(spec), **spec['inner']})}"
+    if kind in ("permuted", "column-scaled"):
+        return f"{kind} {describe_code({**_shape_of(spec), **spec['inner']})}"
+    return _describe_other(spec, size)
+
+
+def _describe_other(spec: dict[str, Any], size: str) -> str:
+    kind = spec["kind"]
+    if kind == "codebook":
+        return f"{spec['bits']} bit codebook{size}"
+    if kind == "binary-planes":
+        strip = spec.get("rows_per_scale", 1)
+        rows = "" if strip == 1 else " all rows" if strip is None else f" x {strip} rows"
+        shifts = f" in {spec['shift_terms']} shifts" if spec.get("shift_terms") else ""
+        return f"{spec['planes']} binary plane{'s' if spec['planes'] > 1 else ''}{size}{rows}{shifts}"
+    if kind == "offset-trits":
+        return f"1 trit-plane with offset{size}"
+    if kind == "low-rank":
+        return f"rank {spec['rank']} {spec.get('factor_dtype', 'float16')}"
+    if kind == "sparse":
+        return f"sparse {100 * spec['entries'] / math.prod(spec['shape']):.2g} %" if "shape" in spec else "sparse"
+    return f"{kind}{size}"
+
+
+def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """What the parts of a code inherit of its spec."""
+    return {"shape": spec["shape"]} if "shape" in spec else {}
 
 
 def make_plan(
@@ -158,7 +210,7 @@ def make_plan(
     jobs = []
     for layer in layers:
         if layer.name in grids:
-            jobs.append(Job(layer, grids[layer.name]))
+            jobs.append(Job(layer, grids[layer.name], recipe.extra_bytes(layer.shape)))
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
             jobs.append(Job(layer, DenseGrid(dtype=stored)))

@@ -5,6 +5,8 @@ Beside the output OUT stands OUT.feather-run while the work lasts:
     run.json         what is being made: source, recipe and their digest; another command is refused here
     lock             held by the process at work
     artifacts/N.safetensors   layer N, its code's tensors, hashes and error; the name appears when it is complete
+    tuned/N.safetensors       layer N once more, after a stage that changed all layers together; all of them or none
+    changed/B.safetensors     plain tensors (norms, biases) that a calibrated recipe changed in block B; it may be empty
     assembly.json    written when all layers are done: which tensors go to which shard, and what is known of the layers
     out/             the output being assembled; renamed to OUT when complete
     replaced/        what stood in OUT before, while it is exchanged
@@ -27,9 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, disk_errors, to_json, write_safetensors, write_text
-from featherweight.codes import Code
+from featherweight.codes import Code, code_from
 from featherweight.errors import CheckpointError, OutputError
 
 LAYER_KEY = "featherweight.layer"
@@ -46,6 +50,8 @@ class RunFolder:
         self.inside = os.path.ismount(out)
         self.path = out / RUN_SUFFIX if self.inside else out.with_name(out.name + RUN_SUFFIX)
         self.artifacts = self.path / "artifacts"
+        self.changes = self.path / "changed"
+        self.tuned = self.path / "tuned"
         self.assembled = self.path / "out"
         self.assembly = self.path / "assembly.json"
         self.replaced = self.path / "replaced"
@@ -78,6 +84,7 @@ class RunFolder:
             self._clear()
         with disk_errors(self.path):
             self.artifacts.mkdir(exist_ok=True)
+            self.changes.mkdir(exist_ok=True)
             self.assembled.mkdir(exist_ok=True)
         if found != identity:
             write_text(self.path / "run.json", to_json(identity))
@@ -120,13 +127,29 @@ class RunFolder:
         return self.identity() == identity and self.assembly.exists() and not self.assembled.exists()
 
     def artifact(self, index: int) -> Path:
-        return self.artifacts / f"{index:06d}.safetensors"
+        """The file of a finished layer, in its latest form."""
+        name = f"{index:06d}.safetensors"
+        return self.tuned / name if (self.tuned / name).exists() else self.artifacts / name
+
+    def discard(self, index: int) -> None:
+        """Remove a layer's files: its shard is written."""
+        for folder in (self.artifacts, self.tuned):  # never the latest form before the earlier one
+            (folder / f"{index:06d}.safetensors").unlink(missing_ok=True)
 
     def keep(self, index: int, code: Code, record: dict[str, Any]) -> None:
         """Store a finished layer."""
-        blobs = [blob_of(name, tensor) for name, tensor in code.tensors().items()]
-        text = json.dumps(record)  # in the order of its keys, so that it reads back as it would be written
-        write_safetensors(self.artifact(index), blobs, {LAYER_KEY: text, LAYER_HASH_KEY: _sha256(text)}, sync=False)
+        _write_layer(self.artifacts / f"{index:06d}.safetensors", code, record)
+
+    def keep_tuned(self, layers: dict[int, tuple[Code, dict[str, Any]]]) -> None:
+        """Store layers that were changed together; they count when all of them are there."""
+        partial = self.path / "tuned.partial"
+        with disk_errors(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for index, (code, record) in layers.items():
+                _write_layer(partial / f"{index:06d}.safetensors", code, record)
+            shutil.rmtree(self.tuned, ignore_errors=True)
+            os.rename(partial, self.tuned)
 
     def record(self, index: int, layer: str) -> dict[str, Any] | None:
         """What is known of a finished layer; None if its artifact is missing, damaged or of another layer."""
@@ -145,6 +168,43 @@ class RunFolder:
         with disk_errors(path):
             path.unlink()
         return None
+
+    def code(self, index: int) -> Code:
+        """The code of a finished layer, as stored."""
+        with SafetensorsFile.open(self.artifact(index)) as file:
+            spec = json.loads(file.metadata[LAYER_KEY])["spec"]
+            return code_from(spec, {name: file.tensor(name).clone() for name in file.entries})
+
+    def keep_changed(self, block: int, tensors: dict[str, Tensor]) -> None:
+        """Store the plain tensors that a finished block has instead of the source's, also if there are none."""
+        blobs = [blob_of(name, tensor.contiguous()) for name, tensor in tensors.items()]
+        write_safetensors(self._changed_file(block), blobs, {}, sync=False)
+
+    def changed(self, block: int) -> dict[str, Tensor] | None:
+        """What `keep_changed` stored for a block; None if the block is not finished or the file is damaged."""
+        path = self._changed_file(block)
+        if not path.exists():
+            return None
+        try:
+            with SafetensorsFile.open(path) as file:
+                if not damaged_tensors(file):
+                    return {name: file.tensor(name).clone() for name in file.entries}
+        except (CheckpointError, KeyError, ValueError, TypeError, AttributeError):
+            pass
+        with disk_errors(path):
+            path.unlink()
+        return None
+
+    def changed_tensors(self) -> dict[str, Path]:
+        """Every plain tensor that some block changed, and the file that holds it."""
+        found: dict[str, Path] = {}
+        for path in sorted(self.changes.glob("*.safetensors")):
+            with SafetensorsFile.open(path) as file:
+                found |= dict.fromkeys(file.entries, path)
+        return found
+
+    def _changed_file(self, block: int) -> Path:
+        return self.changes / f"{block:06d}.safetensors"
 
     def read_assembly(self) -> dict[str, Any] | None:
         """None while layers are missing, or if the file is damaged: what it says can be found again."""
@@ -199,6 +259,12 @@ class RunFolder:
         if self.path.is_dir() and self.identity() in (None, identity):
             with contextlib.suppress(OutputError), _locked(self.path):
                 self.remove()
+
+
+def _write_layer(path: Path, code: Code, record: dict[str, Any]) -> None:
+    blobs = [blob_of(name, tensor) for name, tensor in code.tensors().items()]
+    text = json.dumps(record)  # in the order of its keys, so that it reads back as it would be written
+    write_safetensors(path, blobs, {LAYER_KEY: text, LAYER_HASH_KEY: _sha256(text)}, sync=False)
 
 
 def occupants(folder: Path) -> list[Path]:

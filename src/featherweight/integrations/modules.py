@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from featherweight.codes import TensorLayout, code_from, code_layout
 from featherweight.errors import CheckpointError, FeatherError
+from featherweight.quantize.activations import quantized_inputs
 
 
 class CodedModule(nn.Module):
@@ -148,6 +149,8 @@ class CodedModule(nn.Module):
 class FeatherLinear(CodedModule):
     """y = x W^T + b with W [out_features, in_features] decoded from its code in each call.
 
+    Where the code says so (`quantized-input`, outermost), x is rounded to integers first.
+
     Args:
         spec: the code's spec, with `shape`.
         bias: whether there is a bias [out_features], kept in `compute_dtype`.
@@ -181,7 +184,15 @@ class FeatherLinear(CodedModule):
         """
         if input is None:
             return self._decoded(self.compute_dtype)
+        if self.spec["kind"] == "quantized-input":
+            return self._integer_product(input)
         return F.linear(input, self._decoded(input.dtype), self.bias)
+
+    def _integer_product(self, input: Tensor) -> Tensor:
+        """The product with the input rounded to integers, in float32 as their kernels accumulate."""
+        rounded = quantized_inputs(input, self.spec["bits"], self.spec["group_size"])
+        product = F.linear(rounded, self._decoded(torch.float32)).to(input.dtype)
+        return product if self.bias is None else product + self.bias
 
 
 class CodedForward(CodedModule):
@@ -212,7 +223,7 @@ class FeatherConv1D(FeatherLinear):
     """Stands for GPT-2's `Conv1D`: the same product in that layer's order, so that results agree to the bit."""
 
     def forward(self, input: Tensor | None = None) -> Tensor:
-        if input is None or self.bias is None:
+        if input is None or self.bias is None or self.spec["kind"] == "quantized-input":
             return super().forward(input)
         weight = self._decoded(input.dtype).T.contiguous()  # [in_features, out_features]
         product = torch.addmm(self.bias, input.reshape(-1, self.in_features), weight)

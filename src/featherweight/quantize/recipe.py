@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.errors import RecipeError
 from featherweight.quantize.base import Allocator, Choice, Correction, Grid, Rounding, Transform
@@ -61,6 +62,7 @@ class Recipe(BaseModel):
     corrections: tuple[SerializeAsAny[Correction], ...] = ()
     allocation: SerializeAsAny[Allocator] = Field(default_factory=lambda: _choice("allocation", {"kind": "fixed"}))
     overrides: tuple[Override, ...] = ()
+    calibration: CalibrationSettings = CalibrationSettings()
 
     @field_validator("grid", "rounding", "allocation", mode="before")
     @classmethod
@@ -82,6 +84,8 @@ class Recipe(BaseModel):
         )
         plain |= {"grid": self.grid.settings(), "rounding": self.rounding.settings()}
         plain |= {"allocation": self.allocation.settings()}
+        if not self.calibrated:
+            plain.pop("calibration", None)
         plain |= {name: [c.settings() for c in getattr(self, name)] for name in ("transforms", "corrections")}
         return plain
 
@@ -93,8 +97,21 @@ class Recipe(BaseModel):
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics that any choice declares; empty for a data-free recipe."""
-        choices: list[Choice] = [self.grid, self.rounding, self.allocation, *self.transforms, *self.corrections]
-        return tuple(sorted({name for choice in choices for name in choice.needs}))
+        return tuple(sorted({name for choice in self.choices for name in choice.needs}))
+
+    def extra_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that transforms and corrections store for a matrix, as far as they can be told without data."""
+        return sum(choice.extra_bytes(shape) for choice in (*self.transforms, *self.corrections))
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What the recipe takes on the five axes."""
+        return (*self.transforms, self.grid, self.rounding, *self.corrections, self.allocation)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the network must be run to apply this recipe."""
+        return bool(self.needs) or any(getattr(choice, "scope", "layer") != "layer" for choice in self.choices)
 
     def grids_for(self, anatomy: Anatomy) -> dict[str, Grid]:
         """Layer name -> grid for every layer this recipe compresses, in model order.

@@ -38,6 +38,9 @@ class LinearLayer:
     bias : name of the bias tensor; for a slice of a 3-D tensor a 2-D one, of which row `expert` counts
     fused : the parts of a layer that is several in one, e.g. ("q_proj", "k_proj", "v_proj"); how their rows are laid
         out (one part behind the other, or interleaved) is the model's own affair
+    producer : name of the layer whose outputs enter this layer's inputs linearly, channel by channel, and go nowhere
+        else: up_proj for down_proj (times the activated gate), v_proj for o_proj (averaged over tokens; with grouped
+        queries a channel of v serves several of o). None where there is none, and always when found by structure
     """
 
     name: str
@@ -53,6 +56,7 @@ class LinearLayer:
     norm: str | None
     bias: str | None
     fused: tuple[str, ...]
+    producer: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -160,12 +164,14 @@ class _Reader:
 
     def _group_linears(self, block: int, prefix: str, tensors: dict[str, str], group: Group) -> Iterator[LinearLayer]:
         norm = None if self.post_norm else _first(tensors, [f"{path}.weight" for path in group.norm])
+        producer = _first(tensors, [f"{group.producer}.weight"]) if group.producer else None
         found: list[tuple[int | None, LinearLayer]] = []
         for role, path in group.linears.items():
             for expert, tensor in _matches(tensors, path):
                 layer = self._linear(tensor, role, group)
                 owner = group.input if expert is None else f"{group.input}.{expert}"
                 layer = replace(layer, block=block, expert=expert, input_group=f"{prefix}:{owner}", norm=norm)
+                layer = replace(layer, producer=producer.removesuffix(".weight") if producer else None)
                 found.append((expert, layer))
         found.sort(key=lambda item: -1 if item[0] is None else item[0])  # stable: expert by expert, gate before up
         for _, layer in found:

@@ -13,6 +13,7 @@ groups:                               # linear layers that read the same input, 
   - input: attention                  # id of the input; two groups may share one
     kind: attention                   # attention, mlp, expert, router, other
     norm: input_layernorm             # the norm that feeds it, or several names of which the first present counts
+    producer: self_attn.v_proj        # the layer whose outputs enter this group's input linearly (see LinearLayer)
     linears: [self_attn.q_proj]       # paths in the block, "{expert}" for a number; or a mapping role: path
     transposed: true                  # stored as [in, out]
     stacked: true                     # 3-D, experts in the leading dimension
@@ -40,6 +41,7 @@ class Group:
     input: str
     kind: str
     norm: tuple[str, ...] = ()
+    producer: str | None = None
     transposed: bool = False
     stacked: bool = False
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)

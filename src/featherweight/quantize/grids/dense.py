@@ -11,7 +11,7 @@ from torch import Tensor
 from featherweight.codes import Code
 from featherweight.codes.base import DTYPES
 from featherweight.codes.dense import Dense
-from featherweight.quantize.base import Fit, Grid
+from featherweight.quantize.base import NO_STATISTICS, Fit, Grid, Statistics
 from featherweight.registry import register
 
 
@@ -21,7 +21,7 @@ class DenseGrid(Grid):
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="stored type")
 
-    def fit(self, weight: Tensor) -> Fit:
+    def fit(self, weight: Tensor, statistics: Statistics = NO_STATISTICS) -> Fit:
         return {}
 
     def nearest(self, weight: Tensor, fit: Fit) -> Code:

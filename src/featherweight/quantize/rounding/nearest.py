@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from featherweight.codes import Code
-from featherweight.quantize.base import Grid, Rounding, SolveOptions, WeightSource
+from featherweight.quantize.base import Grid, Rounding, SolveOptions, Statistics, WeightSource
 from featherweight.registry import register
 
 
@@ -15,7 +11,5 @@ from featherweight.registry import register
 class Nearest(Rounding):
     """The grid's own fit, then the nearest level; grids that do both at once (PTQTP) do so."""
 
-    def quantize_source(
-        self, source: WeightSource, grid: Grid, statistics: Mapping[str, Tensor], options: SolveOptions
-    ) -> Code:
-        return grid.quantize_source(source, options)
+    def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
+        return grid.quantize_source(source, options, statistics)

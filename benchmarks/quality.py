@@ -1,0 +1,212 @@
+#!/usr/bin/env python
+"""Every preset on the bundled model over several calibration seeds: excess perplexity against true bits.
+
+    python benchmarks/quality.py --out build/quality                  # all presets, seeds 0 1 2
+    python benchmarks/quality.py --presets trit-2 gptq-3 --seeds 0
+    python benchmarks/quality.py --table --peers build/peers.json     # only the table and the plot of what is there
+
+Each run is a line of OUT/runs.jsonl; what is there is not run again, so the command can be stopped and repeated. The
+plot goes to OUT/quality.png, the table to standard output. Peers' rows come from benchmarks/quality_vs_peers.py --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+REFERENCE = Path(__file__).parents[1] / "src" / "featherweight" / "assets" / "reference"
+OURS = ("trit-2", "trit-1")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", help="default: all")
+    parser.add_argument("--skip", nargs="+", default=(), help="presets to leave out")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration windows")
+    parser.add_argument("--model", type=Path, default=REFERENCE)
+    parser.add_argument("--base-model", type=Path, help="for presets that compare with a base model; skipped without")
+    parser.add_argument("--set", nargs="+", default=(), dest="changes", help="recipe fields to change in all runs")
+    parser.add_argument("--out", type=Path, default=Path("build/quality"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", type=Path, help="JSON of quality_vs_peers.py, for table and plot")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "runs.jsonl"
+    if not options.table:
+        run_missing(options, log)
+    rows = summarise(read(log))
+    peers = peer_rows(options.peers) if options.peers else []
+    print_table([*rows, *peers])
+    plot([*rows, *peers], options.out / "quality.png")
+
+
+def read(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def run_missing(options: argparse.Namespace, log: Path) -> None:
+    from featherweight.evaluate.evaluation import evaluate
+    from featherweight.quantize.recipe import load_recipe, presets
+
+    done = {(run["preset"], run["seed"]) for run in read(log)}
+    if ("original", 0) not in done:
+        found = evaluate(options.model, threads=options.threads)
+        keep(log, {"preset": "original", "seed": 0, "bits": 16.0, "perplexity": found.perplexity})
+    for name in options.presets or presets():
+        recipe = load_recipe(name)
+        if name in options.skip or ("base" in recipe.needs and options.base_model is None):
+            continue
+        for seed in options.seeds if recipe.calibrated else options.seeds[:1]:
+            if (name, seed) not in done:
+                keep(log, run_one(name, seed, recipe.calibrated, options))
+
+
+def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace) -> dict[str, Any]:
+    from featherweight.compress.engine import compress
+    from featherweight.evaluate.evaluation import evaluate
+
+    out = options.out / f"{name}-{seed}"
+    changes = [*options.changes, *([f"calibration.seed={seed}"] if calibrated else [])]
+    begun = time.monotonic()
+    try:
+        made = compress(
+            options.model, name, out, changes=changes, seed=seed, threads=options.threads, base_model=options.base_model
+        )
+        seconds = time.monotonic() - begun
+        found = evaluate(out, threads=options.threads)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.with_name(out.name + ".feather-run"), ignore_errors=True)
+    errors = [layer["output_error"] for layer in made.layers if "output_error" in layer]
+    fallen = [layer["name"] for layer in made.layers if "fallback" in layer]
+    row = {
+        "preset": name,
+        "seed": seed,
+        "bits": made.bits_per_weight_linear,
+        "perplexity": found.perplexity,
+        "output_error": statistics.fmean(errors) if errors else None,
+        "fallbacks": len(fallen),
+        "seconds": seconds,
+        "protocol": found.description,
+    }
+    print(
+        f"{name} seed {seed}: {row['bits']:.3f} bits, perplexity {row['perplexity']:.3f}, {seconds:.0f} s", flush=True
+    )
+    return row
+
+
+def keep(log: Path, row: dict[str, Any]) -> None:
+    with log.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a preset: mean and spread (half the range) of the excess over seeds."""
+    original = next(run["perplexity"] for run in runs if run["preset"] == "original")
+    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if run["preset"] != "original":
+            grouped[run["preset"]].append(run)
+    return [
+        {"name": name, "who": "ours" if name in OURS else "preset", **row(found, original)}
+        for name, found in grouped.items()
+    ]
+
+
+def row(runs: list[dict[str, Any]], original: float) -> dict[str, Any]:
+    excess = [100 * (run["perplexity"] / original - 1) for run in runs]
+    errors = [run["output_error"] for run in runs if run.get("output_error") is not None]
+    return {
+        "bits": statistics.fmean(run["bits"] for run in runs),
+        "excess": statistics.fmean(excess),
+        "spread": (max(excess) - min(excess)) / 2,
+        "seeds": len(runs),
+        "output_error": statistics.fmean(errors) if errors else None,
+        "seconds": statistics.fmean(run.get("seconds") or 0 for run in runs),
+        "fallbacks": max(run.get("fallbacks", 0) for run in runs),
+    }
+
+
+def peer_rows(path: Path) -> list[dict[str, Any]]:
+    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for found in json.loads(path.read_text())["rows"]:
+        if found.get("who", "peer") != "ours":
+            grouped[found["name"]].append(found)
+    rows = []
+    for name, found in grouped.items():
+        excess = [100 * run["excess"] for run in found]
+        rows.append(
+            {
+                "name": name,
+                "who": "peer",
+                "bits": statistics.fmean(run["bits"] for run in found),
+                "excess": statistics.fmean(excess),
+                "spread": (max(excess) - min(excess)) / 2,
+                "seeds": len(found),
+                "output_error": None,
+                "seconds": statistics.fmean(run.get("seconds") or 0 for run in found),
+                "fallbacks": 0,
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print("\n| preset | bits | excess, % | spread | seeds | output error | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for found in sorted(rows, key=lambda r: (r["bits"], r["excess"])):
+        name = f"**`{found['name']}`**" if found["who"] == "ours" else f"`{found['name']}`"
+        name = found["name"] if found["who"] == "peer" else name
+        error = "-" if found["output_error"] is None else f"{found['output_error']:.4f}"
+        spread = f"± {found['spread']:.2f}" if found["seeds"] > 1 else "-"
+        fallen = f" ({found['fallbacks']} layers without data)" if found["fallbacks"] else ""
+        print(
+            f"| {name} | {found['bits']:.3f} | {found['excess']:+.2f}{fallen} | {spread} | {found['seeds']} | "
+            f"{error} | {found['seconds']:.0f} |"
+        )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    looks = {
+        "ours": {"color": "#c1272d", "marker": "*", "s": 180, "zorder": 3, "label": "ours"},
+        "preset": {"color": "#1f5f8b", "marker": "o", "s": 28, "label": "presets of the field"},
+        "peer": {"color": "#7a7a7a", "marker": "^", "s": 36, "label": "other tools"},
+    }
+    figure, axes = pyplot.subplots(figsize=(11, 7.5))
+    for who, look in looks.items():
+        chosen = [r for r in rows if r["who"] == who and r["excess"] > 0]
+        if not chosen:
+            continue
+        axes.scatter([r["bits"] for r in chosen], [r["excess"] for r in chosen], **look)
+        for found in chosen:
+            axes.annotate(
+                found["name"], (found["bits"], found["excess"]), xytext=(4, 3), textcoords="offset points", fontsize=7,
+                color=look["color"],
+            )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("true bits per weight of the linear layers (everything stored counted)")
+    axes.set_ylabel("excess perplexity, % of the original (mean over seeds)")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Compression with calibration: the network is run block by block, and each block's layers are solved in its course.
+
+For every block: choices that see the whole block change it; then, set after set of layers that share an input, the
+statistics of the stream as it is by then are gathered and the layers solved, each put back as what its code decodes to.
+Finished layers are artifacts as in the data-free run; a run that was interrupted puts them back, moves the streams on,
+and continues at the block and the set it was in, with the same statistics and so the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from featherweight.calibrate.runner import Calibration
+from featherweight.calibrate.session import BlockSession
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.weights import LayerWeight
+from featherweight.codes import Code
+from featherweight.compress.plan import Plan
+from featherweight.compress.progress import Tally
+from featherweight.compress.run import RunFolder
+from featherweight.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, output_error, record_of, solve_layer
+from featherweight.errors import RecipeError
+from featherweight.quantize.base import Correction, HeldWeight, LayerTransform
+from featherweight.quantize.rounding.nearest import Nearest
+
+TRANSFORMED, TUNED = 900_000, 900_001  # numbers, behind those of all blocks, of what whole models changed
+KEPT_NOTES = ("output_error", "held_out_error", "fallback", "reason", "damping")  # of a record whose code is exchanged
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class CalibratedRun:
+    """The work of one command. `solve()` leaves an artifact for every job and the changed plain tensors of each block.
+
+    base : for recipes that compare with the model a fine-tuned one came from, else None
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+    run: RunFolder
+    calibration: Calibration
+    tell: Tell
+    seed: int
+    windows: Tensor
+    base: Checkpoint | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    _floats: dict[str, Tensor] = field(default_factory=dict)  # the block's weights before they were solved
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.plan, self.tell)
+        self.jobs = {job.layer.name: (index, job) for index, job in enumerate(self.plan.jobs)}
+        recipe = self.plan.recipe
+        self.block_transforms = [t for t in recipe.transforms if t.scope == "block"]
+        self.block_corrections = [c for c in recipe.corrections if c.scope == "block"]
+        self.needs = tuple(name for name in recipe.needs if name not in ("base", "fisher"))
+        if recipe.calibration.held_out > 0 and recipe.rounding.scope == "layer" and "gram" in self.needs:
+            self.needs = (*self.needs, HELD_OUT)
+
+    def solve(self) -> list[dict[str, Any]]:
+        """Records of all jobs in the plan's order."""
+        self._transform_model()
+        if self.plan.recipe.rounding.scope == "model":
+            self._solve_model()
+        else:
+            for session in self.calibration.blocks():
+                self._block(session)
+        self._outside_blocks()
+        self._tune_model()
+        return self.tally.in_order()
+
+    # The whole model -------------------------------------------------------------------------------------------------
+
+    def _transform_model(self) -> None:
+        """Model-scope transforms. They are done again in every run: what they give does not depend on data."""
+        chosen = [t for t in self.plan.recipe.transforms if t.scope == "model"]
+        if not chosen:
+            return
+        with self.calibration.whole_model() as whole:
+            for transform in chosen:
+                transform.transform_model(whole, self.tell, self.seed)
+            self._keep_changed(TRANSFORMED, whole.changed)
+            self.config |= whole.config_changes
+
+    def _solve_model(self) -> None:
+        """Model-scope rounding: all codes at once."""
+        known = {name: self._known(name) for name in self.jobs}
+        if not all(known.values()):
+            rounding, grids = self.plan.recipe.rounding, {name: job.grid for name, (_, job) in self.jobs.items()}
+            with self.calibration.whole_model() as whole:
+                inside = {name: grid for name, grid in grids.items() if name in whole.layers}
+                codes = rounding.quantize_model(whole, inside, self.plan.options, self.tell, self.seed)
+                for name, code in codes.items():
+                    index, job = self.jobs[name]
+                    source = HeldWeight(whole.weight(name))
+                    self.run.keep(index, code, record_of(job, source, Solved(code), self.plan.options.threads))
+                    known[name] = self._known(name)
+        for name, record in known.items():
+            if record is not None:
+                self.tally.finish(self.jobs[name][0], record, resumed=False)
+
+    def _tune_model(self) -> None:
+        """Model-scope corrections: codes of all layers are changed together, once all blocks are done."""
+        chosen = [c for c in self.plan.recipe.corrections if c.scope == "model"]
+        if not chosen:
+            return
+        if self.run.tuned.exists():
+            return
+        altered = [name for name, path in self.run.changed_tensors().items() if path.stem != f"{TRANSFORMED:06d}"]
+        if altered:
+            kinds = ", ".join(correction.kind for correction in chosen)
+            raise RecipeError(
+                f"recipe {self.plan.recipe.name}: {kinds} compares with the original model, which no longer has the "
+                f"norms that earlier steps changed ({altered[0]}, ...); leave one of them out"
+            )
+        with self.calibration.whole_model() as whole:
+            codes = {name: self._code(name) for name in self.jobs if name in whole.layers}
+            floats = {name: whole.weight(name) for name in codes}
+            for correction in chosen:
+                codes |= correction.tune_model(whole, codes, self.tell, self.seed)
+            self._keep_changed(TUNED, {n: t for n, t in whole.changed.items() if n not in self.calibration.host.layers})
+            tuned = {}
+            for name, code in codes.items():
+                index, job = self.jobs[name]
+                kept = {k: v for k, v in self.tally.records[index].items() if k in KEPT_NOTES}
+                record = record_of(job, HeldWeight(floats[name]), Solved(code, kept), self.plan.options.threads)
+                self.tally.records[index] = record
+                tuned[index] = (code, record)
+            self.run.keep_tuned(tuned)
+
+    def _keep_changed(self, place: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store changed plain tensors in the dtype in which the source has them, or its first tensor."""
+        layers = {job.layer.tensor for _, job in self.jobs.values()}
+        known = set(self.checkpoint.names)
+        default = self.checkpoint.entry(self.checkpoint.names[0]).torch_dtype
+        kept = {
+            name: value.to(self.checkpoint.entry(name).torch_dtype if name in known else default)
+            for name, value in tensors.items()
+            if name not in layers
+        }
+        self.run.keep_changed(place, kept)
+
+    # One block -------------------------------------------------------------------------------------------------------
+
+    def _block(self, session: BlockSession) -> None:
+        names = [name for name in session.names if name in self.jobs]
+        known = {name: self._known(name) for name in names}
+        changed = self.run.changed(session.index)
+        if names and changed is not None and all(known.values()):
+            session.skip({name: self._code(name).decode() for name in names}, changed)
+            for name, found in known.items():
+                assert found is not None
+                self.tally.finish(self.jobs[name][0], found, resumed=True)
+            return
+        if not names:
+            session.skip({}, {})
+            return
+        if self.block_corrections:  # they may have changed codes that are there: the block is done again from its start
+            known = dict.fromkeys(names)
+        self.tell({"event": "block", "number": session.index + 1, "layers": len(names)})
+        fixed = self._transform(session, names)
+        self._solve_sets(session, names, known, fixed)
+        for correction in self.block_corrections:
+            if type(correction).correct_block is Correction.correct_block:
+                continue
+            codes = {name: self._code(name) for name in names}
+            for name, code in correction.correct_block(session, codes, self.tell, self.seed).items():
+                self._replace(session, name, code)
+        self._keep_changed(session.index, session.changed)
+        self._floats.clear()
+        session.advance()
+
+    def _transform(self, session: BlockSession, names: list[str]) -> dict[str, tuple[LayerTransform, ...]]:
+        """Block-scope transforms, in the recipe's order; what each layer's input must go through on top."""
+        fixed: dict[str, tuple[LayerTransform, ...]] = {}
+        grids = {name: self.jobs[name][1].grid for name in names}
+        for transform in self.block_transforms:
+            gathered = self._gather(session, names, transform.needs)
+            statistics = {name: {**gathered.get(name, {}), **self._own(name, transform.needs)} for name in names}
+            options = self.plan.options
+            for name, made in transform.transform_block(session, names, grids, statistics, options, self.tell).items():
+                fixed[name] = (*fixed.get(name, ()), made)
+        return fixed
+
+    def _solve_sets(
+        self,
+        session: BlockSession,
+        names: list[str],
+        known: dict[str, dict[str, Any] | None],
+        fixed: dict[str, tuple[LayerTransform, ...]],
+    ) -> None:
+        rounding = self.plan.recipe.rounding
+        if rounding.scope == "block":
+            missing = [name for name in names if known[name] is None]
+            codes: dict[str, Code] = {}
+            if missing:
+                grids = {name: self.jobs[name][1].grid for name in names}
+                statistics = self._gather(session, names, self.needs)
+                options = self.plan.options
+                codes = rounding.quantize_block(session, names, grids, statistics, options, self.tell, self.seed)
+            for name in names:
+                self._settle(session, name, known[name], lambda name=name: Solved(codes[name]))  # type: ignore[misc]
+            return
+        for names_of_set in self._sets(session, names):
+            statistics = {}
+            if any(known[name] is None for name in names_of_set):
+                statistics = self._gather(session, names_of_set, self.needs)
+            groups: dict[str, InputGroup] = {}
+            for name in names_of_set:
+                layer = session.layers[name]
+                place = layer.input_group
+                if place not in groups:
+                    groups[place] = InputGroup(statistics.get(name, {}), group_seed(self.seed, place))
+                group = self._own_statistics(groups[place], name)
+                self._settle(session, name, known[name], lambda n=name, g=group: self._solve(session, n, g, fixed))  # type: ignore[misc]
+            self._after(session, names_of_set)
+
+    def _after(self, session: BlockSession, names: list[str]) -> None:
+        """Corrections that act between sets (norm biases, absorbed scales)."""
+        if not self.block_corrections:
+            return
+        done = {n: self._code(n) for n in session.names if n in self.jobs and self.jobs[n][0] in self.tally.records}
+        for group in session.groups:
+            members = [name for name in group if name in names]
+            for correction in self.block_corrections if members else ():
+                for name, code in correction.after_group(session, members, done, self.tell).items():
+                    self._replace(session, name, code)
+                    done[name] = code
+
+    def _sets(self, session: BlockSession, names: list[str]) -> Iterator[list[str]]:
+        """Layers to solve on statistics gathered at once."""
+        if not self.plan.recipe.calibration.sequential:
+            yield names
+            return
+        for stage in session.stages:
+            chosen = [name for name in stage if name in names]
+            if chosen:
+                yield chosen
+
+    def _solve(
+        self, session: BlockSession, name: str, group: InputGroup, fixed: dict[str, tuple[LayerTransform, ...]]
+    ) -> Solved:
+        job, recipe, options = self.jobs[name][1], self.plan.recipe, self.plan.options
+        source, before = HeldWeight(self._floats[name]), fixed.get(name, ())
+        reason = self._without_data(session, name)
+        if reason is None:
+            solved = solve_layer(recipe, job, source, group, options, before)
+        else:
+            plain = solve_layer(recipe, job, source, InputGroup({}, group.seed), options, before, Nearest())
+            solved = Solved(plain.code, {**plain.notes, "fallback": "data-free", "reason": reason})
+        self.tally.note_fallback(name, solved.notes)
+        gram = group.statistics.get("gram")
+        if gram is None or reason is not None:
+            return solved
+        return Solved(solved.code, {**solved.notes, "output_error": output_error(source.weight, solved.code, gram)})
+
+    def _without_data(self, session: BlockSession, name: str) -> str | None:
+        """Why the statistics of a layer cannot be used, or None."""
+        if name in session.starved:
+            return f"only {session.starved[name]} calibration tokens reached it"
+        if name in session.non_finite:
+            return f"its inputs are not finite ({session.non_finite[name]})"
+        return None
+
+    def _gather(self, session: BlockSession, names: list[str], needs: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+        wanted = tuple(name for name in needs if name not in ("base", "fisher"))
+        return session.gather(names, wanted) if wanted else {}
+
+    def _own_statistics(self, group: InputGroup, name: str) -> InputGroup:
+        layer_choices = [choice for choice in self.plan.recipe.choices if getattr(choice, "scope", "layer") == "layer"]
+        own = self._own(name, tuple(need for choice in layer_choices for need in choice.needs))
+        return group.having(own) if own else group
+
+    def _own(self, name: str, needs: tuple[str, ...]) -> dict[str, Tensor]:
+        """A layer's own statistics beside those of its input: its weight before fine-tuning, its Fisher information."""
+        own: dict[str, Tensor] = {}
+        if "base" in needs:
+            own["base"] = self._base_weight(name)
+        if "fisher" in needs:
+            own["fisher"] = self.calibration.fisher(name)
+        return own
+
+    def _base_weight(self, name: str) -> Tensor:
+        if self.base is None:
+            raise RecipeError(
+                f"recipe {self.plan.recipe.name} compares with the model this one was fine-tuned from: "
+                "name its folder with --base-model"
+            )
+        source = LayerWeight(self.base, self.jobs[name][1].layer)
+        weight = source.rows(0, source.shape[0]).float()
+        source.release(0, source.shape[0])
+        return weight
+
+    # One layer -------------------------------------------------------------------------------------------------------
+
+    def _settle(
+        self, session: BlockSession, name: str, known: dict[str, Any] | None, solve: Callable[[], Solved]
+    ) -> None:
+        """Put a layer's code into the block, from its artifact or from work."""
+        index, job = self.jobs[name]
+        self._floats[name] = session.weight(name)
+        record = known
+        if record is None:
+            solved = solve()
+            record = record_of(job, HeldWeight(self._floats[name]), solved, self.plan.options.threads)
+            self.run.keep(index, solved.code, record)
+            code = solved.code
+        else:
+            code = self._code(name)
+        session.set_weight(name, code.decode())
+        self.tally.finish(index, record, resumed=known is not None)
+
+    def _replace(self, session: BlockSession, name: str, code: Code) -> None:
+        """Exchange the code of a finished layer."""
+        index, job = self.jobs[name]
+        kept = {k: v for k, v in self.tally.records[index].items() if k in KEPT_NOTES}
+        record = record_of(job, HeldWeight(self._floats[name]), Solved(code, kept), self.plan.options.threads)
+        self.run.keep(index, code, record)
+        self.tally.records[index] = record
+        session.set_weight(name, code.decode())
+
+    def _known(self, name: str) -> dict[str, Any] | None:
+        return self.run.record(self.jobs[name][0], name)
+
+    def _code(self, name: str) -> Code:
+        return self.run.code(self.jobs[name][0])
+
+    def _outside_blocks(self) -> None:
+        """Layers that no block holds are compressed without data."""
+        for name, (index, job) in self.jobs.items():
+            if index in self.tally.records:
+                continue
+            record = self._known(name)
+            resumed = record is not None
+            if record is None:
+                source = LayerWeight(self.checkpoint, job.layer)
+                source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+                group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
+                solved = solve_layer(self.plan.recipe, job, source, group, self.plan.options, (), Nearest())
+                reason = "calibration does not run through it"
+                solved = Solved(solved.code, {**solved.notes, "fallback": "data-free", "reason": reason})
+                self.tally.note_fallback(name, solved.notes)
+                record = record_of(job, source, solved, self.plan.options.threads)
+                self.run.keep(index, solved.code, record)
+            self.tally.finish(index, record, resumed)

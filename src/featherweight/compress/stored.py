@@ -1,0 +1,61 @@
+"""Compression with statistics gathered before: the model is not run, and every layer is solved on its own.
+
+The statistics are those of the original network's stream, so a recipe that must see what earlier layers became (a cross
+moment, a block, the whole model) cannot use them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featherweight.calibrate.statistics import StatisticsFile
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.weights import LayerWeight
+from featherweight.compress.events import Observer
+from featherweight.compress.plan import Plan
+from featherweight.compress.progress import Tally
+from featherweight.compress.run import RunFolder
+from featherweight.compress.solve import InputGroup, group_seed, record_of, solve_layer
+from featherweight.errors import RecipeError
+from featherweight.quantize.rounding.nearest import Nearest
+
+
+def run_on_stored(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, tell: Observer, seed: int, path: Path
+) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+    """Records, layers found finished, and no change of the config.
+
+    Raises RecipeError where the recipe needs more than the file holds.
+    """
+    recipe, tally = plan.recipe, Tally(plan, tell)
+    wide = [choice.kind for choice in recipe.choices if getattr(choice, "scope", "layer") != "layer"]
+    if wide:
+        raise RecipeError(f"recipe {recipe.name} runs the network ({', '.join(wide)}): give it a text, not {path.name}")
+    with StatisticsFile.open(path, checkpoint) as file:
+        lacking = [name for name in recipe.needs if name not in file.names]
+        if lacking:
+            raise RecipeError(
+                f"{path} does not hold {', '.join(lacking)}, which recipe {recipe.name} needs: it holds "
+                f"{', '.join(file.names)}; gather them with `feather calibrate`, or give a text"
+            )
+        group: tuple[str, InputGroup] | None = None
+        for index, job in enumerate(plan.jobs):
+            record = run.record(index, job.layer.name)
+            resumed = record is not None
+            if record is None:
+                place = job.layer.input_group
+                if group is None or group[0] != place:  # neighbours share an input: one gram in memory
+                    found = file.statistics(job.layer.name)
+                    group = (place, InputGroup(found, group_seed(seed, place)))
+                source = LayerWeight(checkpoint, job.layer)
+                source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+                rounding = None if group[1].statistics else Nearest()
+                solved = solve_layer(recipe, job, source, group[1], plan.options, (), rounding)
+                if rounding is not None:
+                    solved.notes.update(fallback="data-free", reason=f"{path.name} has no statistics of it")
+                tally.note_fallback(job.layer.name, solved.notes)
+                record = record_of(job, source, solved, plan.options.threads)
+                run.keep(index, solved.code, record)
+            tally.finish(index, record, resumed)
+    return tally.in_order(), tally.resumed, {}

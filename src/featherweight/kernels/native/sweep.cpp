@@ -1,0 +1,45 @@
+#include "sweep.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace {
+
+SweepTile tile_function() {
+#if defined(FW_X86)
+  if (std::strcmp(fw_isa(), "avx512") == 0) return sweep_tile_avx512;
+  if (std::strcmp(fw_isa(), "avx2") == 0) return sweep_tile_avx2;
+#endif
+  return sweep_tile_baseline;
+}
+
+bool valid(const fw_sweep_job& job) {
+  if (!job.weight || !job.original || !job.upper || !job.levels || !job.group_of || !job.indices || !job.errors)
+    return false;
+  if (!job.loss || !job.clipped || !job.drift || job.rows < 0 || job.columns < 1) return false;
+  if (job.level_count < 1 || job.level_count > 256 || job.groups < 1 || job.tail < 0 || job.tail > 2) return false;
+  for (int64_t j = 0; j < job.columns; ++j)
+    if (job.group_of[j] < 0 || job.group_of[j] >= job.groups) return false;
+  return true;
+}
+
+}  // namespace
+
+int32_t fw_sweep(const fw_sweep_job* job, int32_t threads) {
+  return guarded_call([&]() -> int32_t {
+    if (!job || !valid(*job)) return FW_INVALID;
+    const int64_t tiles = (job->rows + kSweepRows - 1) / kSweepRows;
+    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(tiles, 1)));
+    const SweepTile tile = tile_function();
+    std::vector<Memory> work(static_cast<size_t>(workers));
+    parallel_for(tiles, workers, [&](int worker, int64_t item) {
+      Memory& mine = work[static_cast<size_t>(worker)];
+      if (!mine) mine = allocate(sweep_work_floats(*job) * 4);
+      const int64_t first = item * kSweepRows;
+      tile(*job, first, std::min(job->rows, first + kSweepRows), static_cast<float*>(mine.get()));
+    });
+    return FW_OK;
+  });
+}

@@ -1,0 +1,48 @@
+#include "trit_descent.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t kRowsAtATime = 16;
+
+DescentRow row_function() {
+#if defined(FW_X86)
+  if (std::strcmp(fw_isa(), "avx512") == 0) return descent_row_avx512;
+  if (std::strcmp(fw_isa(), "avx2") == 0) return descent_row_avx2;
+#endif
+  return descent_row_baseline;
+}
+
+bool valid(const fw_descent_job& job) {
+  if (!job.gram || !job.levels || !job.group_of || !job.indices || !job.gradient || !job.decrease || !job.changes)
+    return false;
+  if (job.rows < 0 || job.columns < 1 || job.groups < 1 || job.level_count < 1 || job.level_count > 256) return false;
+  for (int64_t j = 0; j < job.columns; ++j)
+    if (job.group_of[j] < 0 || job.group_of[j] >= job.groups) return false;
+  for (int64_t i = 0; i < job.rows * job.columns; ++i)
+    if (job.indices[i] >= job.level_count) return false;
+  return job.rounds >= 0;
+}
+
+}  // namespace
+
+int32_t fw_descent(const fw_descent_job* job, int32_t threads) {
+  return guarded_call([&]() -> int32_t {
+    if (!job || !valid(*job)) return FW_INVALID;
+    const int64_t items = (job->rows + kRowsAtATime - 1) / kRowsAtATime;
+    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+    const DescentRow descend = row_function();
+    std::vector<Memory> work(static_cast<size_t>(workers));
+    parallel_for(items, workers, [&](int worker, int64_t item) {
+      Memory& mine = work[static_cast<size_t>(worker)];
+      if (!mine) mine = allocate(descent_work_doubles(*job) * 8);
+      const int64_t last = std::min(job->rows, (item + 1) * kRowsAtATime);
+      for (int64_t row = item * kRowsAtATime; row < last; ++row) descend(*job, row, static_cast<double*>(mine.get()));
+    });
+    return FW_OK;
+  });
+}

@@ -1,0 +1,166 @@
+"""DiscQuant: for every weight the grid value below or above, chosen by distilling the original model end to end.
+
+DiscQuant: A Quantization Method for Neural Networks Inspired by Discrepancy Theory (arXiv 2501.06417; from the abstract
+and the authors' code, the paper's text was not at hand). With neighbours down <= w <= up on the grid and y the share by
+which w lies above down, w(x) = (1 - x) down + x up for x in [0, 1]. Adam on x with the gradient
+-c + clip(rho grad KL / delta^2, -kappa, kappa), c = 2y - 1, delta^2 the mean over layers of 12 times RTN's mean squared
+error, and x clipped to [0, 1] after each step; at the end x is rounded. rho = 0 is round to nearest.
+
+Any grid with levels will do. Where this departs: no weight decay on x (the published library default of 0.01 pulls
+towards down); x starts at y unless `start` is random, as published; the result is compared with round to nearest
+on held-out windows, and the better of the two is returned and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featherweight.codes import Code
+from featherweight.errors import RecipeError
+from featherweight.quantize.access import ModelAccess, Tell, silent
+from featherweight.quantize.base import Grid, Rounding, Scope, SolveOptions, Statistics, WeightSource
+from featherweight.quantize.objectives import ModelObjective, Precision
+from featherweight.quantize.training import Schedule, minimise
+from featherweight.registry import register
+
+
+@register("rounding", "discquant")
+class DiscQuant(Rounding):
+    """Round up or down by distillation of the whole model (see the module)."""
+
+    scope: ClassVar[Scope] = "model"
+
+    steps: int = Field(1024, ge=1, description="optimiser steps")
+    batch_size: int = Field(8, ge=1, description="windows a step")
+    learning_rate: float = Field(0.05, gt=0, description="of Adam on x; cosine to zero")
+    warmup: float = Field(0.125, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    rho: float = Field(200.0, ge=0, description="weight of the divergence")
+    kappa: float = Field(0.5, gt=0, description="gradients of the divergence are clipped to this")
+    start: Literal["weight", "random"] = Field("weight", description="x = y, or uniform in [0, 1] as published")
+    precision: Precision = Field("float32", description="of the training passes; compared in float32 always")
+
+    def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
+        """Without a model to distil: round to nearest."""
+        return grid.quantize_source(source, options, statistics)
+
+    def quantize_model(
+        self,
+        model: ModelAccess,
+        grids: Mapping[str, Grid],
+        options: SolveOptions,
+        tell: Tell = silent,
+        seed: int = 0,
+    ) -> dict[str, Code]:
+        layers = {name: Neighbours(model.weight(name), grid, name) for name, grid in grids.items()}
+        nearest = {name: layer.code(layer.share) for name, layer in layers.items()}
+        errors = [float((code.decode() - layers[name].weight).square().mean()) for name, code in nearest.items()]
+        scale = 12 * sum(errors) / max(1, len(errors))
+        objective = ModelObjective(model, self.batch_size, self.precision)
+        if self.rho > 0 and (scale == 0 or objective.batches == 0):
+            tell({"event": "discquant", "skipped": "nothing to distil"})
+            return nearest
+        generator = torch.Generator().manual_seed(seed)
+        x = {
+            name: torch.rand(layer.share.shape, generator=generator) if self.start == "random" else layer.share.clone()
+            for name, layer in layers.items()
+        }
+
+        def gradients(batch: int) -> float:
+            loss = 0.0
+            pull: dict[str, Tensor] = {}
+            if self.rho > 0:
+                leaves = {name: layer.value(x[name]).requires_grad_() for name, layer in layers.items()}
+                loss = objective.backward(leaves, {}, batch)
+                pull = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+            for name, layer in layers.items():
+                x[name].grad = 1 - 2 * layer.share
+                if name in pull:
+                    divergence = pull[name] * layer.gap * (self.rho / scale)
+                    x[name].grad.add_(divergence.clamp_(-self.kappa, self.kappa))
+            return loss
+
+        def project() -> None:
+            for value in x.values():
+                value.clamp_(0, 1)
+
+        schedule = Schedule(self.steps, self.learning_rate, self.warmup)
+        minimise(list(x.values()), gradients, max(1, objective.batches), schedule, tell, "discquant", seed, None, project)
+        tell({"event": "discquant", "fractional": _fractional(x, layers)})
+        codes = {name: layer.code(x[name]) for name, layer in layers.items()}
+        return self._better(codes, nearest, objective, tell) if self.rho > 0 else codes
+
+    def _better(
+        self, codes: dict[str, Code], nearest: dict[str, Code], objective: ModelObjective, tell: Tell
+    ) -> dict[str, Code]:
+        """The codes, or those of round to nearest where these serve the held-out windows better."""
+        found, plain = (
+            objective.held_out_loss({name: code.decode() for name, code in chosen.items()}, {})
+            for chosen in (codes, nearest)
+        )
+        kept = found is None or plain is None or found <= plain
+        tell({"event": "discquant", "held_out": found, "held_out_nearest": plain, "kept": "own" if kept else "nearest"})
+        return codes if kept else nearest
+
+
+def _fractional(x: Mapping[str, Tensor], layers: Mapping[str, Neighbours]) -> float:
+    """Share of the weights between two different levels whose x is not within 0.01 of an end."""
+    between = sum(int(layer.free.sum()) for layer in layers.values())
+    inside = sum(int(((v > 0.01) & (v < 0.99) & layers[n].free).sum()) for n, v in x.items())
+    return inside / max(1, between)
+
+
+class Neighbours:
+    """The grid values below and above each weight.
+
+    Attributes
+    ----------
+    share : y [out, in], how far the weight lies from the lower to the upper; 0.5 where there is no upper one
+    gap : up - down, 0 there
+    free : bool, where there is
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, name: str) -> None:
+        self.weight, self.grid = weight, grid
+        try:
+            self.fit = grid.fit(weight)
+            levels = grid.levels(self.fit)
+        except TypeError as error:
+            raise RecipeError(f"rounding discquant cannot round {name}: {error}") from None
+        rows, columns = weight.shape
+        groups, count = levels.shape[1:]
+        size = min(grid.group_size, columns)
+        flat = levels.reshape(rows * groups, count).contiguous()
+        padded = torch.nn.functional.pad(weight, (0, groups * size - columns)).reshape(rows * groups, size)
+        upper = torch.searchsorted(flat, padded.contiguous(), right=True).clamp(1, count - 1)
+        below, above = flat.gather(1, upper - 1), flat.gather(1, upper)
+        gap = above - below
+        outside = (padded <= flat[:, :1]) | (padded >= flat[:, -1:]) | (gap <= 0)
+        # Beyond the ends, and on the top level, the end is both neighbours.
+        top = padded >= flat[:, -1:]
+        index = torch.where(top, upper, upper - 1)
+        share = torch.where(outside, torch.full_like(gap, 0.5), (padded - below) / gap.clamp(min=1e-38))
+
+        def whole(t: Tensor) -> Tensor:
+            return t.view(rows, groups * size)[:, :columns].contiguous()
+
+        self.share = whole(share).clamp(0, 1)
+        self.gap = whole(torch.where(outside, torch.zeros_like(gap), gap))
+        self.down = whole(torch.where(top, above, below))
+        self.index = whole(index).to(torch.uint8)
+        self.free = self.gap > 0
+        if not torch.allclose(self.code(torch.zeros_like(weight)).decode(), self.down, rtol=1e-4, atol=1e-30):
+            raise RecipeError(f"rounding discquant cannot round {name}: values of grid {grid.kind} are not its levels")
+
+    def value(self, x: Tensor) -> Tensor:
+        """w(x) [out, in]."""
+        return torch.addcmul(self.down, x.detach(), self.gap)
+
+    def code(self, x: Tensor) -> Code:
+        """x rounded to 0 or 1, a half down."""
+        up = (x.detach() > 0.5) & self.free
+        return self.grid.encode(self.index + up.to(torch.uint8), self.fit)

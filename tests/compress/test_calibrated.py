@@ -1,0 +1,154 @@
+"""Runs with calibration: resume gives the same bytes, what cannot be calibrated falls back with a word, bad text is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
+
+from featherweight import load
+from featherweight.compress.engine import compress
+from featherweight.compress.inspect import inspect_folder
+from featherweight.errors import FeatherError
+
+TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
+SMALL = ("calibration.sequences=8", "calibration.length=64", "calibration.held_out=0.25")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def options(text: Path) -> dict[str, Any]:
+    return {
+        "recipe": "rtn-3",
+        "changes": (*SMALL, "grid.group_size=32", "rounding={kind: hessian}"),
+        "calibration": text,
+        "threads": 1,
+    }
+
+
+def test_layers_are_solved_on_what_reaches_them(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    made = compress(llama, out=tmp_path / "out", **options)
+    free = compress(llama, out=tmp_path / "free", **(options | {"recipe": "rtn-3", "changes": ("grid.group_size=32",)}))
+    assert len(made.layers) == len(free.layers) == 14
+    assert made.bits_per_weight == free.bits_per_weight
+    errors = {layer["name"]: layer["output_error"] for layer in made.layers}
+    assert all(0 < error < 1 for error in errors.values())
+    for layer in made.layers:  # the same grid without data misses more of the outputs on held-out text
+        assert layer["held_out_error"] <= 1.02 * layer["held_out_error_data_free"] or "fallback" in layer
+    better = [layer["held_out_error"] < layer["held_out_error_data_free"] for layer in made.layers]
+    assert sum(better) > len(better) / 2
+    model, _ = load(tmp_path / "out", dtype="float32")
+    logits = model(torch.arange(40)[None]).logits
+    assert torch.isfinite(logits).all()
+    assert inspect_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layer", [1, 3, 6, 8, 13])
+def test_an_interrupted_run_resumes_with_the_same_result(
+    llama: Path, tmp_path: Path, options: dict[str, Any], layer: int
+) -> None:
+    compress(llama, out=tmp_path / "whole" / "out", **options)
+    expected = contents(tmp_path / "whole" / "out")
+    out = tmp_path / "cut" / "out"
+    with pytest.raises(Stop):
+        compress(llama, out=out, observer=stopping("layer", layer), **options)
+    result = compress(llama, out=out, **options)
+    assert result.resumed == layer
+    assert_only_output(out, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [5, 23, 41, 60, 77])
+def test_killed_at_file_operations(llama: Path, tmp_path: Path, options: dict[str, Any], moment: int) -> None:
+    options = {name: value for name, value in options.items() if name != "threads"}
+    (tmp_path / "whole").mkdir()
+    assert in_process(compress_and_die, str(llama), str(tmp_path / "whole" / "out"), options, None) == 0
+    expected = contents(tmp_path / "whole" / "out")
+    out = tmp_path / "cut" / "out"
+    out.parent.mkdir()
+    assert in_process(compress_and_die, str(llama), str(out), options, ("file", moment)) == -9
+    assert in_process(compress_and_die, str(llama), str(out), options, None) == 0
+    assert_only_output(out, expected)
+
+
+def test_the_seed_of_the_text_is_part_of_the_run(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    first = compress(llama, out=tmp_path / "a", **options)
+    other = options | {"changes": (*options["changes"], "calibration.seed=1")}
+    second = compress(llama, out=tmp_path / "b", **other)
+    assert [layer["output_error"] for layer in first.layers] != [layer["output_error"] for layer in second.layers]
+
+
+def test_starved_experts_fall_back_and_say_so(
+    tiny: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = tiny("qwen3-moe", tokenizer=True, num_experts=16, num_experts_per_tok=1)
+    few = options | {"changes": (*options["changes"], "calibration.sequences=2", "calibration.length=16")}
+    seen: list[dict[str, Any]] = []
+    made = compress(model, out=tmp_path / "out", observer=seen.append, **few)
+    fallen = [layer for layer in made.layers if layer.get("fallback") == "data-free"]
+    assert fallen
+    assert any("tokens" in layer["reason"] for layer in fallen)
+    notes = [event["text"] for event in seen if event["event"] == "note"]
+    assert any(fallen[0]["name"] in note for note in notes)
+    model, _ = load(tmp_path / "out", dtype="float32")
+    assert torch.isfinite(model(torch.arange(30)[None]).logits).all()
+
+
+def test_every_family_runs(tiny: Callable[..., Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    for family in ("gpt2", "bert", "mixtral", "opt"):
+        made = compress(tiny(family, tokenizer=True), out=tmp_path / family, **options)
+        measured = [layer for layer in made.layers if "output_error" in layer]
+        assert len(measured) > len(made.layers) / 2, family
+
+
+def test_statistics_are_gathered_once_and_used_again(
+    llama: Path, tmp_path: Path, options: dict[str, Any], text: Path
+) -> None:
+    from featherweight.compress.gather import gather_statistics
+
+    file = tmp_path / "statistics.safetensors"
+    changes = {
+        change.split("=")[0].removeprefix("calibration."): yaml.safe_load(change.split("=")[1]) for change in SMALL
+    }
+    gather_statistics(llama, file, text, ("gram", "held_out_gram"), changes)
+    made = compress(llama, out=tmp_path / "out", **(options | {"calibration": file}))
+    assert all("held_out_error" in layer for layer in made.layers)
+    with pytest.raises(FeatherError, match="cross"):
+        compress(
+            llama,
+            out=tmp_path / "no",
+            **(options | {"calibration": file, "changes": (*options["changes"], "rounding.alpha=0.25")}),
+        )
+
+
+def test_the_head_is_calibrated_too(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with_head = options | {"changes": (*options["changes"], "layers.head=true")}
+    made = compress(llama, out=tmp_path / "out", **with_head)
+    head = next(layer for layer in made.layers if layer["role"] == "lm_head")
+    assert "output_error" in head
+
+
+def test_too_little_text(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(FeatherError, match="tokens"):
+        compress(llama, out=tmp_path / "out", **(options | {"calibration": short}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_log_tells_of_every_block(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    compress(llama, out=tmp_path / "out", **options)
+    kinds = [event["event"] for event in log_events(tmp_path / "out")]
+    assert kinds.count("block") == 2
+    assert kinds.count("layer") == 14

@@ -1,0 +1,70 @@
+"""Every preset makes a model that loads, computes what its codes decode to, and can be verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight import load
+from featherweight.checkpoint.verify import verify
+from featherweight.compress.engine import compress
+from featherweight.integrations.modules import CodedModule
+from featherweight.quantize.recipe import Recipe, load_recipe, presets
+
+TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
+QUICK = {"steps": 3, "rounds": 2, "iterations": 2, "search_tokens": 256}  # settings that only cost time
+
+
+def quick(recipe: Recipe) -> tuple[str, ...]:
+    """Changes that make a recipe cheap: little text, few steps."""
+    changes = ["calibration.sequences=8", "calibration.length=64", "calibration.held_out=0.25"]
+    plain: dict[str, Any] = recipe.dump()
+    if not recipe.calibrated:
+        changes = []
+    for axis in ("rounding",):
+        changes += [f"{axis}.{name}={value}" for name, value in QUICK.items() if plain[axis].get(name, 0) > value]
+    corrections = [
+        {name: min(value, QUICK[name]) if name in QUICK else value for name, value in choice.items()}
+        for choice in plain["corrections"]
+    ]
+    if corrections != plain["corrections"]:
+        changes.append(f"corrections={corrections!r}".replace("None", "null"))
+    return tuple(changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", presets())
+def test_preset(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    model = tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32, intermediate_size=256)
+    recipe = load_recipe(preset)
+    made = compress(
+        model,
+        preset,
+        tmp_path / "out",
+        changes=quick(recipe),
+        calibration=text if recipe.calibrated else None,
+        base_model=tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32,
+                        intermediate_size=256, seed=1) if "base" in recipe.needs else None,
+        threads=1,
+    )  # fmt: skip
+    assert made.bits_per_weight < 17
+    assert verify(tmp_path / "out").whole
+    loaded, _ = load(tmp_path / "out", dtype="float32")
+    original, _ = load(model, dtype="float32")
+    modules = [module for module in loaded.modules() if isinstance(module, CodedModule)]
+    assert len(modules) == len(made.layers)
+    ids = torch.arange(48)[None]
+    with torch.no_grad():
+        missed = (loaded(ids).logits - original(ids).logits).norm() / original(ids).logits.norm()
+    assert 0 < missed < 1, f"the compressed model's logits are {missed:.2f} of their norm away"
