@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base-model", type=Path, help="for presets that compare with a base model; skipped without")
     parser.add_argument("--set", nargs="+", default=(), dest="changes", help="recipe fields to change in all runs")
     parser.add_argument("--out", type=Path, default=Path("build/quality"))
+    parser.add_argument("--tokens", type=int, default=40960, help="of the evaluation text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", type=Path, help="JSON of quality_vs_peers.py, for table and plot")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -61,7 +62,7 @@ def run_missing(options: argparse.Namespace, log: Path) -> None:
 
     done = {(run["preset"], run["seed"]) for run in read(log)}
     if ("original", 0) not in done:
-        found = evaluate(options.model, threads=options.threads)
+        found = evaluate(options.model, threads=options.threads, limit=options.tokens)
         keep(log, {"preset": "original", "seed": 0, "bits": 16.0, "perplexity": found.perplexity})
     for name in options.presets or presets():
         recipe = load_recipe(name)
@@ -84,7 +85,7 @@ def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace)
             options.model, name, out, changes=changes, seed=seed, threads=options.threads, base_model=options.base_model
         )
         seconds = time.monotonic() - begun
-        found = evaluate(out, threads=options.threads)
+        found = evaluate(out, options.model, threads=options.threads, limit=options.tokens)
     finally:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(out.name + ".feather-run"), ignore_errors=True)
@@ -95,6 +96,7 @@ def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace)
         "seed": seed,
         "bits": made.bits_per_weight_linear,
         "perplexity": found.perplexity,
+        "kl": found.divergence.mean if found.divergence else None,
         "output_error": statistics.fmean(errors) if errors else None,
         "fallbacks": len(fallen),
         "seconds": seconds,
@@ -133,9 +135,15 @@ def row(runs: list[dict[str, Any]], original: float) -> dict[str, Any]:
         "spread": (max(excess) - min(excess)) / 2,
         "seeds": len(runs),
         "output_error": statistics.fmean(errors) if errors else None,
+        "kl": mean_of(runs, "kl"),
         "seconds": statistics.fmean(run.get("seconds") or 0 for run in runs),
         "fallbacks": max(run.get("fallbacks", 0) for run in runs),
     }
+
+
+def mean_of(runs: list[dict[str, Any]], field: str) -> float | None:
+    values = [run[field] for run in runs if run.get(field) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def peer_rows(path: Path) -> list[dict[str, Any]]:
@@ -155,6 +163,7 @@ def peer_rows(path: Path) -> list[dict[str, Any]]:
                 "spread": (max(excess) - min(excess)) / 2,
                 "seeds": len(found),
                 "output_error": None,
+                "kl": mean_of(found, "kl"),
                 "seconds": statistics.fmean(run.get("seconds") or 0 for run in found),
                 "fallbacks": 0,
             }
@@ -163,16 +172,17 @@ def peer_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("\n| preset | bits | excess, % | spread | seeds | output error | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| preset | bits | excess, % | spread | KL | seeds | output error | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for found in sorted(rows, key=lambda r: (r["bits"], r["excess"])):
         name = f"**`{found['name']}`**" if found["who"] == "ours" else f"`{found['name']}`"
         name = found["name"] if found["who"] == "peer" else name
         error = "-" if found["output_error"] is None else f"{found['output_error']:.4f}"
         spread = f"± {found['spread']:.2f}" if found["seeds"] > 1 else "-"
+        kl = "-" if found["kl"] is None else f"{found['kl']:.4f}"
         fallen = f" ({found['fallbacks']} layers without data)" if found["fallbacks"] else ""
         print(
-            f"| {name} | {found['bits']:.3f} | {found['excess']:+.2f}{fallen} | {spread} | {found['seeds']} | "
+            f"| {name} | {found['bits']:.3f} | {found['excess']:+.2f}{fallen} | {spread} | {kl} | {found['seeds']} | "
             f"{error} | {found['seconds']:.0f} |"
         )
 

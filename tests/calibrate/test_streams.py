@@ -190,3 +190,22 @@ def test_head_is_a_session_after_the_blocks() -> None:
     assert sessions[-1] == (2, ["lm_head"])
     with torch.no_grad():
         assert n.close(logits, n.whole("llama")(input_ids=n.ids()).logits, 1e-5)
+
+
+def test_one_stage_where_the_settings_are_not_sequential() -> None:
+    settings = n.SMALL.model_copy(update={"sequential": False})
+    with n.opened("llama", settings) as calibration:
+        session = next(calibration.blocks())
+        assert session.stages == [session.names]
+    with n.opened("llama") as calibration:
+        session = next(calibration.blocks())
+        assert [len(stage) for stage in session.stages] == [3, 1, 2, 1]
+
+
+def test_starting_at_a_later_block_leaves_the_earlier_ones_as_they_are() -> None:
+    with n.opened("llama", needs=NEEDS) as calibration:
+        session = next(calibration.blocks(first=1))
+        found = session.gather(session.names, ("gram",))
+    rows = n.layer_inputs(n.whole("llama"), n.ids())
+    assert session.index == 1
+    assert all(n.close(s["gram"], n.gram(rows[name])) for name, s in found.items())

@@ -1,4 +1,4 @@
-"""Runs with calibration: resume gives the same bytes, what cannot be calibrated falls back with a word, bad text is refused."""
+"""Runs with calibration: resume gives the same bytes, what cannot be calibrated falls back with a word."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,15 @@ from featherweight.codes import code_from, code_layout
 from featherweight.codes.quantized_input import QuantizedInput
 from featherweight.integrations.modules import FeatherConv1D, FeatherLinear
 from featherweight.kernels.bit_planes import grouped_product
-from featherweight.quantize.activations import dequantize_inputs, input_bits, quantize_inputs, quantized_inputs
+from featherweight.quantize.activations import (
+    affine_inputs,
+    dequantize_inputs,
+    input_bits,
+    input_range,
+    omse_input_range,
+    quantize_inputs,
+    quantized_inputs,
+)
 from featherweight.quantize.grids.uniform import UniformGrid
 from featherweight.quantize.recipe import load_recipe
 from featherweight.quantize.transforms.quantize_inputs import QuantizeInputs
@@ -152,7 +159,23 @@ def test_groups_beat_whole_tokens() -> None:
     assert error(128) < 0.75 * error(1024)
 
 
-def test_nothing_is_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    quantized_inputs(gaussian(2, 8), 6, 4)
-    assert not list(tmp_path.iterdir())
+def test_static_and_dynamic_ranges_agree_where_all_tokens_have_the_same() -> None:
+    inputs = gaussian(20, 32)
+    inputs[:, 0], inputs[:, 1] = -5.0, 7.0
+    results = [affine_inputs(inputs, 8, *input_range(inputs, per_token)) for per_token in (False, True)]
+    assert torch.equal(*results)
+    assert bool(((results[0] - inputs).abs() <= 12 / 255 * 0.51).all())
+    inputs[3, 1] = 70.0
+    assert torch.equal(affine_inputs(inputs, 8, *input_range(inputs, True))[4:], results[1][4:])
+    assert not torch.equal(affine_inputs(inputs, 8, *input_range(inputs, False))[4:], results[1][4:])
+
+
+def test_static_ranges_contain_zero_and_are_shrunk_when_it_pays() -> None:
+    assert float(input_range(gaussian(64, 64) + 10, per_token=False)[0]) == 0
+    assert not affine_inputs(torch.zeros(2, 4), 4, *input_range(torch.zeros(2, 4), True)).any()
+    inputs = gaussian(256, 64)
+    whole = input_range(inputs, per_token=False)
+    shrunk = omse_input_range(inputs, 3, *whole)
+    assert float(shrunk[1]) < 0.9 * float(whole[1])
+    errors = [float((affine_inputs(inputs, 3, *r) - inputs).norm()) for r in (whole, shrunk)]
+    assert errors[1] < errors[0]

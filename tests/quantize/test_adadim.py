@@ -128,7 +128,9 @@ def test_what_cannot_be_grouped_keeps_its_rows(tmp_path: Path) -> None:
     assert all("axis" not in code.spec for code in codes.values())
     assert along_outputs(UniformGrid(group_size=32), 100) is None
     with pytest.raises(RecipeError, match="uniform"):
-        AdaDim().quantize_block(session, session.names, dict.fromkeys(session.names, TritPlaneGrid()), {}, SolveOptions())
+        AdaDim().quantize_block(
+            session, session.names, dict.fromkeys(session.names, TritPlaneGrid()), {}, SolveOptions()
+        )
 
 
 def test_a_tie_keeps_the_rows(tmp_path: Path) -> None:

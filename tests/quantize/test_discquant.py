@@ -91,7 +91,7 @@ def test_a_grid_without_levels_is_refused(tmp_path: Path) -> None:
 
 
 def rounded_by_walking(constraints: Tensor, y: Tensor, steps: int) -> Tensor:
-    """The relaxation of the card: minimise ||M (x - y)||^2 weighted, pulled to the nearer ends, projected on the box."""
+    """The relaxation of the card: least squares of M (x - y), a pull to the nearer ends, a box."""
     x = y.clone().requires_grad_()
     optimiser = torch.optim.Adam([x], lr=0.02)
     for _ in range(steps):

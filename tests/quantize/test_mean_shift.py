@@ -197,7 +197,9 @@ def test_refusals(family: str, role: str, spread: float, reason: str, tmp_path: 
         _, anatomy = tiny_model(tmp_path, family)
         session.layers = {layer.name: layer for layer in anatomy.layers if layer.block == 0}
         name = next(n for n in session.layers if n.endswith(role))
-        codes: dict[str, Code] = {name: ColumnScaled(Dense(random(*session.layers[name].shape)), random(128).abs().half())}
+        codes: dict[str, Code] = {
+            name: ColumnScaled(Dense(random(*session.layers[name].shape)), random(128).abs().half())
+        }
     else:
         session = session_with(tmp_path, family)
         codes = column_scaled(session, role, spread)

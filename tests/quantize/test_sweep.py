@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -832,6 +833,20 @@ def test_a_new_second_moment_is_a_new_factor() -> None:
         assert torch.equal(code.decode(), sweep(given.weight.float(), moments, on).code.decode())
         del moments
         gc.collect()
+
+
+def test_a_changed_second_moment_is_noticed_and_none_is_kept_alive() -> None:
+    rounding, on = Hessian(), UniformGrid(bits=3, group_size=16)
+    given = problem(rows=8)
+    weight, moments = given.weight.float(), {"gram": given.statistics["gram"].float()}
+    rounding.quantize_source(HeldWeight(weight), on, moments, SolveOptions())
+    moments["gram"] += torch.eye(64)
+    code = rounding.quantize_source(HeldWeight(weight), on, moments, SolveOptions())
+    assert torch.equal(code.decode(), sweep(weight, moments, on).code.decode())
+    alive = weakref.ref(moments["gram"])
+    del moments
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_is_needed_is_declared() -> None:

@@ -289,20 +289,22 @@ def test_log8_bytes_by_hand() -> None:
     )  # fmt: skip
     assert code.decode().tolist() == [[2.5, -1.5]]
     assert code.spec["weights"] == [3, 2]
-    assert code.spec["scale_exponent"] == -1
-    assert code.nbytes == 2 + 1
+    assert code.tensors()["scale_exponent"].tolist() == [-1]
+    assert code.nbytes == 2 + 1 + 1
 
 
 def test_bits_of_the_presets() -> None:
-    assert THREE_TWO.model_copy(update={"group_size": 32}).quantize(torch.randn(40, 256)).bits_per_weight == 3.45
+    assert THREE_TWO.model_copy(update={"group_size": 32}).quantize(
+        torch.randn(40, 256)
+    ).bits_per_weight == pytest.approx(3.45, abs=1e-3)
     one = TritPlaneGrid(planes=1, group_size=32, scale_dtype="log8", fitting="weighted")
-    assert one.quantize(torch.randn(40, 256)).bits_per_weight == 1.85
+    assert one.quantize(torch.randn(40, 256)).bits_per_weight == pytest.approx(1.85, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    "change", [{"weights": [3]}, {"weights": [3, 0]}, {"weights": [3, 2], "tied": False}, {"scale_exponent": 1.5}]
+    "change", [{"weights": [3]}, {"weights": [3, 0]}, {"weights": [3, 2], "tied": False}, {"weights": 3}]
 )
 def test_wrong_specs_are_refused(change: dict[str, object]) -> None:
     code = THREE_TWO.quantize(torch.randn(4, 16))
-    with pytest.raises(ValueError, match="weights|scale_exponent"):
+    with pytest.raises(ValueError, match="weights"):
         code_from(code.spec | change, code.tensors())

@@ -157,9 +157,7 @@ class ModelSession:
         known = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
         self.layers = {layer.name: layer for layer in known if layer.tensor in self._parameters}
         if not self.layers:
-            raise ValueError(
-                "no linear layer of the checkpoint is a parameter of the loaded model under its own name"
-            )
+            raise ValueError("no linear layer of the checkpoint is a parameter of the loaded model under its own name")
         self._overrides: dict[str, Tensor] = {}
         self._sliceable: bool | None = None
 

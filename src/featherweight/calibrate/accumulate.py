@@ -70,13 +70,13 @@ class Accumulator:
         self._means[name].addmm_(scaled.t(), scaled, beta=old, alpha=new)
 
     def finish(self) -> dict[str, Tensor]:
-        """The statistics; those that no token reached are left out, but for `tokens`."""
+        """The statistics, in main memory; those that no token reached are left out, but for `tokens`."""
         found: dict[str, Tensor] = {"tokens": torch.tensor(self.tokens, dtype=torch.int64)}
         for name, value in self._means.items():
             if (self.held_out_weight if name == "held_out_gram" else self.weight) > 0:
-                found[name] = symmetrised(value) if "gram" in name else value
+                found[name] = (symmetrised(value) if "gram" in name else value).cpu()
         if self._sample is not None and self.tokens:
-            found["inputs"] = self._sample.finish()
+            found["inputs"] = self._sample.finish().cpu()
         self._means = {}
         return found
 

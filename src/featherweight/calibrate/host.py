@@ -39,6 +39,10 @@ class Host(Protocol):
         """Give a tensor that the checkpoint lacks, being tied to another, its own memory."""
         ...
 
+    def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
+        """A value rounded to the dtype in which the finished model will hold a tensor of the checkpoint."""
+        ...
+
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:
         """All (module, attribute) that hold the parameter at `path`."""
         ...

@@ -57,6 +57,9 @@ class ModuleHost:
     def untie(self, name: str) -> None:
         pass
 
+    def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
+        return value.detach()
+
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:
         shared = self._parameters[path]
         names = [name for name, parameter in self._parameters.items() if parameter is shared]

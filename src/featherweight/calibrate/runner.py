@@ -286,7 +286,7 @@ class Calibration:
         """float32 [out, in], of the original model; "fisher" must be among the needs."""
         if name not in self._fisher:
             raise ValueError(f"there is no Fisher information of {name}: declare 'fisher' in the calibration's needs")
-        return self._fisher[name].contiguous()
+        return self._fisher[name].contiguous().cpu()
 
     # What sessions ask ----------------------------------------------------------------------------------------------
 

@@ -75,9 +75,16 @@ class BlockSession:
         return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True)
 
     def set_tensor(self, tensor_name: str, value: Tensor) -> None:
-        """Replace another tensor of the checkpoint; it is noted in `changed`."""
-        self._set(self.host.tensor_slot(tensor_name), value)
-        self.changed[tensor_name] = value.detach().clone()
+        """Replace another tensor of the checkpoint; it is noted in `changed` as it will be stored, and used so."""
+        slot = self.host.tensor_slot(tensor_name)
+        stored = self.host.as_stored(tensor_name, value)
+        self._set(slot, stored)
+        self.changed[tensor_name] = stored.clone()
+
+    def add_bias(self, name: str, bias: Tensor) -> None:
+        """Add [out] to the bias of a layer; a layer without one gets one, noted in `changed` as NAME.bias."""
+        tensor_name = self.layers[name].bias or f"{name}.bias"
+        self.set_tensor(tensor_name, self.tensor(tensor_name) + bias)
 
     def _set(self, slot: Slot, value: Tensor) -> None:
         self._before_change()
@@ -101,6 +108,10 @@ class BlockSession:
                     stack.callback(module._parameters.__setitem__, leaf, module._parameters[leaf])
                     module._parameters[leaf] = value  # type: ignore[assignment]  # any tensor will do
             yield
+
+    def rebase(self) -> None:
+        """Take the present weights for the original ones: a transform has changed them, but not the function."""
+        self._originals = {}
 
     @property
     def differs(self) -> bool:

@@ -107,7 +107,30 @@ class Skeleton:
                 self._put(f"{self.block_paths[number]}.{path}", torch.empty_like(parameter, device="meta"))
 
     def tensor_slot(self, name: str) -> Slot:
+        if name not in self.placement.slots and name.endswith(".bias"):
+            self._give_bias(name.removesuffix(".bias"))
         return self.placement.tensor(name)
+
+    def _give_bias(self, layer_name: str) -> None:
+        """A bias of zeros for a linear layer that has none, for corrections that shift what it computes."""
+        layer, slot = self.layers.get(layer_name), self.slots.get(layer_name)
+        if layer is None or slot is None or layer.bias or slot.expert is not None or slot.rows is not None:
+            return
+        path = slot.parameter.removesuffix("weight") + "bias"
+        module = self.model.get_submodule(path.rpartition(".")[0])
+        if getattr(module, "bias", self) is not None:
+            return
+        zeros = torch.zeros(layer.shape[0], dtype=self.dtype, device=self.device)
+        module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+        self._owners[path] = [(module, "bias")]
+        self.placement.slots[f"{layer_name}.bias"] = Slot(path)
+        self.replaced[f"{layer_name}.bias"] = zeros.clone()
+        self._by_block[layer.block].append(f"{layer_name}.bias")
+
+    def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
+        names = self.checkpoint.names
+        like = tensor_name if tensor_name in names else names[0]
+        return value.detach().to(self.checkpoint.entry(like).torch_dtype)
 
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:
         return self._owners[path]

@@ -47,7 +47,11 @@ def text_scores(kind: str, ids: Tensor) -> Tensor:
 
 
 def attention_weights(session: BlockSession, hidden: Tensor, batch_index: int) -> Tensor:
-    """Attention that each token receives in a block, summed over heads and queries: float32 [B, T]."""
+    """Attention that each token receives in a block, summed over heads and queries: float32 [B, T].
+
+    The block runs with plain attention, so the probabilities [B, heads, T, T] of one batch are in memory;
+    `Calibration` makes batches small enough, down to one sequence.
+    """
     with torch.no_grad(), _probabilities(session.module) as found:
         calibration = session.calibration
         assert calibration.capture is not None

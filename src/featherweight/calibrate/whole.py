@@ -66,6 +66,11 @@ class WholeModel:
         return found
 
     @property
+    def predicts(self) -> bool:
+        """Whether outputs are logits over a vocabulary; those of an encoder are hidden states."""
+        return self._has_logits()
+
+    @property
     def windows(self) -> list[Tensor]:
         return self._windows(self.calibration.batches[: self.calibration.batches_seen])
 
@@ -101,7 +106,7 @@ class WholeModel:
         """Replace any tensor. A head that the checkpoint lacks, because it is tied, gets a tensor of its own."""
         self.host.untie(tensor_name)
         slot = self.host.tensor_slot(tensor_name)
-        slot.view(parameter_of(self.host, slot.parameter)).copy_(value.detach())
+        slot.view(parameter_of(self.host, slot.parameter)).copy_(self.host.as_stored(tensor_name, value))
         self._note(tensor_name)
 
     def _note(self, tensor_name: str) -> None:

@@ -42,7 +42,7 @@ def splitmix64(seed: int, count: int) -> Tensor:
     def shifted(z: Tensor, by: int) -> Tensor:  # a logical shift
         return z ^ (z >> by & (1 << (64 - by)) - 1)
 
-    z = torch.arange(1, count + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    z = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15) + _signed(seed)
     z = shifted(z, 30) * _signed(0xBF58476D1CE4E5B9)
     z = shifted(z, 27) * _signed(0x94D049BB133111EB)
     return shifted(z, 31)
@@ -50,6 +50,7 @@ def splitmix64(seed: int, count: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _signs(seed: int, columns: int) -> Tensor:
+    """On the CPU whatever the default device: a cached tensor made while a model is built on "meta" would stay so."""
     return torch.where(splitmix64(seed, columns) < 0, -1, 1).to(torch.int8)
 
 
@@ -69,17 +70,17 @@ def kernel_order(order: int) -> int | None:
 def paley_matrix(order: int) -> Tensor:
     """The Hadamard matrix int8 [order, order] of order 12, 20 or 28; order 1 is [[1]]."""
     if order == 1:
-        return torch.ones(1, 1, dtype=torch.int8)
+        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
     prime, construction = PALEY[order]
     squares = {x * x % prime for x in range(1, prime)}
     character = [0] + [1 if x in squares else -1 for x in range(1, prime)]
-    core = torch.zeros(prime + 1, prime + 1, dtype=torch.int8)
+    core = torch.zeros(prime + 1, prime + 1, dtype=torch.int8, device="cpu")
     core[0, 1:] = 1
     core[1:, 0] = -1 if construction == 1 else 1  # skew for primes 3 mod 4, symmetric for primes 1 mod 4
     for i in range(prime):
         for j in range(prime):
             core[i + 1, j + 1] = character[(i - j) % prime]
-    unit = torch.eye(prime + 1, dtype=torch.int8)
+    unit = torch.eye(prime + 1, dtype=torch.int8, device="cpu")
     if construction == 1:
         return unit + core
     return torch.kron(core, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)) + torch.kron(

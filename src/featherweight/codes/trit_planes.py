@@ -8,7 +8,7 @@ lie closer to those of least error for a normal distribution (free planes end ne
 
 Stored: `trits` uint8 [K, bytes], each plane row-major over the whole matrix without padding between rows, five trits a
 byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, groups], fp16 unless they do not fit, or
-`log8`: a byte u for the scale 2^(e - u/32), u = 255 for 0, with one integer e of the matrix in the spec.
+`log8`: a byte u for the scale 2^(e - u/32), u = 255 for 0, with `scale_exponent` int8 [1], the e of the matrix.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _LOG8_FRACTIONS = torch.tensor([2.0 ** (-k / LOG8_STEPS) for k in range(LOG8_STE
 def log8_rounded(scales: Tensor) -> Tensor:
     """|scales| to the nearest power of 2^(1/32), in float32; 0 stays 0. The bytes of a matrix also limit the range."""
     steps = torch.round(torch.log2(scales.detach().double().abs()) * LOG8_STEPS)
-    steps = steps.clamp(-120 * LOG8_STEPS, 127 * LOG8_STEPS)
+    steps = steps.clamp(-112 * LOG8_STEPS, 127 * LOG8_STEPS)
     return torch.where(scales == 0, 0.0, _log8_values(steps.long())).to(torch.float32)
 
 
 def log8_encode(scales: Tensor) -> tuple[Tensor, int]:
     """Bytes uint8 and exponent e of scales >= 0; those below 2^(e - 254/32) are raised to it."""
     scales = scales.detach().double()
-    steps = torch.round(torch.log2(scales.clamp_min(2.0**-120)) * LOG8_STEPS).long()
+    steps = torch.round(torch.log2(scales.clamp_min(2.0**-112)) * LOG8_STEPS).long()
     top = int(steps.amax()) if scales.numel() and bool((scales > 0).any()) else 0
-    exponent = min(127, -(-top // LOG8_STEPS))
+    exponent = max(-112, min(127, -(-top // LOG8_STEPS)))
     codes = (exponent * LOG8_STEPS - steps).clamp(0, LOG8_ZERO - 1)
     return torch.where(scales > 0, codes, LOG8_ZERO).to(torch.uint8), exponent
 
@@ -120,7 +120,7 @@ class TritPlanes(Code):
             "packing": self.packing,
         }
         if self.scale_format == LOG8:
-            spec |= {"scale_dtype": LOG8, "scale_exponent": log8_encode(self.scales)[1]}
+            spec["scale_dtype"] = LOG8
         else:
             spec["scale_dtype"] = dtype_name(self.scales.dtype)
         if self.weights is not None:
@@ -128,8 +128,10 @@ class TritPlanes(Code):
         return spec
 
     def tensors(self) -> dict[str, Tensor]:
-        scales = log8_encode(self.scales)[0] if self.scale_format == LOG8 else self.scales
-        return {"trits": self.trits, "scales": scales}
+        if self.scale_format != LOG8:
+            return {"trits": self.trits, "scales": self.scales}
+        codes, exponent = log8_encode(self.scales)
+        return {"trits": self.trits, "scales": codes, "scale_exponent": torch.tensor([exponent], dtype=torch.int8)}
 
     def unpack(self) -> Tensor:
         """The trits: int8 [K, out, in]."""
@@ -164,18 +166,14 @@ class TritPlanes(Code):
             raise ValueError(f"packing is {packing!r}, expected {' or '.join(TRITS_A_BYTE)}")
         groups = groups_of(columns, group_size)
         scales = (rows, groups) if spec.get("tied", False) else (rows, groups, planes)
-        if spec.get("scale_dtype") == LOG8:
-            exponent = spec.get("scale_exponent", 0)
-            if type(exponent) is not int or not -128 <= exponent <= 127:
-                raise ValueError(f"scale_exponent is {exponent!r}, expected an integer from -128 to 127")
-            dtype = torch.uint8
-        else:
-            dtype = dtype_from(spec, "scale_dtype", "float16")
         _weights_of(spec, planes)
-        return {
+        log8 = spec.get("scale_dtype") == LOG8
+        dtype = torch.uint8 if log8 else dtype_from(spec, "scale_dtype", "float16")
+        stored = {
             "trits": TensorLayout((planes, -(-rows * columns // TRITS_A_BYTE[packing])), torch.uint8),
             "scales": TensorLayout(scales, dtype),
         }
+        return stored | ({"scale_exponent": TensorLayout((1,), torch.int8)} if log8 else {})
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> TritPlanes:
@@ -183,7 +181,7 @@ class TritPlanes(Code):
         scales = tensors["scales"]
         return cls(
             tensors["trits"],
-            log8_decode(scales, spec.get("scale_exponent", 0)) if log8 else scales,
+            log8_decode(scales, int(tensors["scale_exponent"])) if log8 else scales,
             matrix_shape(spec),
             spec["group_size"],
             spec.get("tied", False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,15 @@ def lay_out(
         "layers": records,
         "config": config or {},
         "changed": sorted(changed),
+        "added_bytes": sum(_nbytes(changed[name], name) for name in _added_biases(changed, checkpoint, records)),
         "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
     }
+
+
+def _added_biases(changed: Iterable[str], checkpoint: Checkpoint, records: list[dict[str, Any]]) -> list[str]:
+    """Biases that calibration gave to compressed layers that have none in the source."""
+    layers = {f"{record['name']}.bias" for record in records}
+    return [name for name in changed if name in layers and name not in checkpoint.names]
 
 
 def _nbytes(path: Path, name: str) -> int:
@@ -148,10 +155,13 @@ def write_rest(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / "model.safetensors.index.json", to_json(index))
     specs = {record["name"]: record["spec"] for record in records}
+    for name in _added_biases(assembly.get("changed", []), checkpoint, records):
+        layer = name.removesuffix(".bias")
+        specs[layer] = {**specs[layer], "bias": True}
     recipe = plan.recipe.dump()
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
     config["quantization_config"] = quantization_config(specs, recipe)
-    manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []))
+    manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []), assembly.get("added_bytes", 0))
     with disk_errors(folder):
         for path in checkpoint.other_files():
             shutil.copyfile(path, folder / path.name)
@@ -161,11 +171,16 @@ def write_rest(
 
 
 def manifest_of(
-    plan: Plan, records: list[dict[str, Any]], identity: dict[str, Any], total_bytes: int, changed: list[str]
+    plan: Plan,
+    records: list[dict[str, Any]],
+    identity: dict[str, Any],
+    total_bytes: int,
+    changed: list[str],
+    added_bytes: int,
 ) -> dict[str, Any]:
     """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
-    code_bytes = sum(record["nbytes"] for record in records)
-    in_blocks = sum(record["nbytes"] for record in records if record["block"] is not None)  # all but the head
+    code_bytes = sum(record["nbytes"] for record in records) + added_bytes
+    in_blocks = sum(record["nbytes"] for record in records if record["block"] is not None) + added_bytes  # not the head
     return {
         "format_version": FORMAT_VERSION,
         "featherweight": __version__,

@@ -133,16 +133,10 @@ class CalibratedRun:
             self.run.keep_tuned(tuned)
 
     def _keep_changed(self, place: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store changed plain tensors in the dtype in which the source has them, or its first tensor."""
+        """Store changed plain tensors in the dtype of the source."""
         layers = {job.layer.tensor for _, job in self.jobs.values()}
-        known = set(self.checkpoint.names)
-        default = self.checkpoint.entry(self.checkpoint.names[0]).torch_dtype
-        kept = {
-            name: value.to(self.checkpoint.entry(name).torch_dtype if name in known else default)
-            for name, value in tensors.items()
-            if name not in layers
-        }
-        self.run.keep_changed(place, kept)
+        as_stored = self.calibration.host.as_stored
+        self.run.keep_changed(place, {n: as_stored(n, value) for n, value in tensors.items() if n not in layers})
 
     # One block -------------------------------------------------------------------------------------------------------
 
@@ -184,6 +178,7 @@ class CalibratedRun:
             options = self.plan.options
             for name, made in transform.transform_block(session, names, grids, statistics, options, self.tell).items():
                 fixed[name] = (*fixed.get(name, ()), made)
+            session.rebase()
         return fixed
 
     def _solve_sets(

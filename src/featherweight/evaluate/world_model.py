@@ -1,221 +1,182 @@
-"""What quantisation does to a world model that is used recursively and ranks plans.
+"""How a compressed predictor that is used recursively differs from the original: drift, ranking, sensitivity.
 
-An Empirical Study of World Model Quantization (arXiv 2602.02110): planning feeds a predictor of latents its own output
-and only compares candidates, so the error of a layer, or of one step, says little. Measured here instead: how
-roll-outs drift, whether candidates keep their order, whether the planner's cost still goes with success, and which
-module is to blame at how many bytes. Models are callables; nothing here knows an architecture.
+An Empirical Study of World Model Quantization (arXiv 2602.02110): a world model predicts the next latent state from the
+present one and an action, and a planner ranks candidate action sequences by the cost of rolling them out. The error of
+one step says little about either. Anything that maps (states [N, ...], actions [N, ...]) to next states will do. The
+original and the compressed rollouts must see the same actions, or the differences are noise.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.codes import Code
-from featherweight.quantize.grids.uniform import UniformGrid
+from featherweight.errors import EvaluationError
+from featherweight.quantize.base import Grid
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
-"""(latents [n, ...], actions [n, a]) -> the next latents [n, ...]."""
-
-FULL_BITS = 16  # of a module that is left as it is
-
-
-def rollout(predictor: Predictor, start: Tensor, actions: Tensor) -> Tensor:
-    """Latents [n, H, ...] after each of the actions [n, H, a], the predictor fed with its own output."""
-    latents, visited = start, []
-    for action in actions.unbind(1):
-        latents = predictor(latents, action)
-        visited.append(latents)
-    return torch.stack(visited, 1)
+"""Next states [N, ...] from states [N, ...] and actions [N, ...]."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """`relative` [H]: mean over roll-outs of |z'_h - z_h|^2 / |z_h|^2; `growth` [H - 1]: the ratios of neighbours."""
+    """Mean over rollouts of ||z' - z||^2 / ||z||^2 after 1, 2, ... steps, and the ratio of each to the one before.
+
+    relative : float64 [H]
+    growth : float64 [H - 1]; 1 where neither drifted
+    """
 
     relative: Tensor
     growth: Tensor
 
 
-def drift(original: Tensor, quantised: Tensor) -> Drift:
-    """How far roll-outs [n, H, ...] over the same actions part, step by step; in float64."""
-    z, other = original.double().flatten(2), quantised.double().flatten(2)
-    missed, size = (other - z).square().sum(-1), z.square().sum(-1)
-    relative = (missed / size.where(size > 0, 1.0)).mean(0)
-    before = relative[:-1]
-    return Drift(relative, relative[1:] / before.where(before > 0, torch.nan))
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Ranks from 0 of values [n], float64; equal values share the mean of theirs."""
-    _, place, counts = torch.unique(values.double(), sorted=True, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    shared: Tensor = ends - (counts + 1) / 2
-    return shared[place]
-
-
-def spearman(left: Tensor, right: Tensor) -> float:
-    """Rank correlation of two lists [n]; 0 where one of them is constant and it is undefined."""
-    a, b = (ranks(values) - (len(values) - 1) / 2 for values in (left, right))
-    scale = float((a.square().sum() * b.square().sum()).sqrt())
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
-
-
-def kendall(left: Tensor, right: Tensor) -> float:
-    """Kendall's tau-b of two lists [n]: agreeing minus disagreeing pairs; 0 where it is undefined."""
-    upper = torch.triu_indices(len(left), len(left), 1)
-    a, b = ((values.double()[upper[0]] - values.double()[upper[1]]).sign() for values in (left, right))
-    scale = math.sqrt(float(a.abs().sum()) * float(b.abs().sum()))
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
-
-
-def top_overlap(left: Tensor, right: Tensor, count: int) -> float:
-    """Share of the `count` cheapest candidates of one list of costs [n] that are among those of the other.
-
-    Of equal costs the first come first; a constant list says nothing and shares nothing.
-    """
-    if bool((left == left[0]).all()) or bool((right == right[0]).all()):
-        return 0.0
-    chosen = [set(costs.argsort(stable=True)[:count].tolist()) for costs in (left, right)]
-    return len(chosen[0] & chosen[1]) / min(count, len(left))
-
-
 @dataclass(frozen=True)
 class Ranking:
-    """How alike two models rank the same candidates: 1 for the same order, about 0 (overlap: k / n) for chance."""
+    """Agreement of the candidates' costs: rank correlations (0 where a ranking is undefined), share of the k best."""
 
     spearman: float
     kendall: float
-    overlap: float
+    top_k_overlap: float
+    defined: bool
 
 
-def ranking(original: Tensor, quantised: Tensor, elite: int = 30) -> Ranking:
-    """Agreement of the costs [n] that two models give the same candidates; `elite` is how many a planner keeps.
+def rollout(predictor: Predictor, start: Tensor, actions: Tensor) -> Tensor:
+    """States after every step [N, H, ...], for start states [N, ...] and actions [N, H, ...]."""
+    states, state = [], start
+    with torch.no_grad():
+        for step in range(actions.shape[1]):
+            state = predictor(state, actions[:, step])
+            states.append(state)
+    return torch.stack(states, 1)
 
-    Anything that is not finite makes the quantised model's order undefined: all 0.
+
+def drift(original: Tensor, compressed: Tensor) -> Drift:
+    """Of two rollouts [N, H, ...] over the same actions. EvaluationError if they are not alike or not finite."""
+    if original.shape != compressed.shape or original.dim() < 3:
+        raise EvaluationError(
+            f"drift needs two rollouts of one shape [N, H, ...], found {list(original.shape)} and "
+            f"{list(compressed.shape)}"
+        )
+    first, second = (t.double().flatten(2) for t in (original, compressed))
+    if not bool(first.isfinite().all()):
+        raise EvaluationError("the original model's rollout is not finite; shorten the horizon")
+    size = first.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    relative = ((second - first).square().sum(-1) / size).mean(0)
+    before, after = relative[:-1], relative[1:]
+    growth = torch.where(before > 0, after / before, torch.where(after > 0, torch.inf, 1.0))
+    return Drift(relative, growth)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64 [n]; equal values share the mean of theirs."""
+    flat = values.detach().double().flatten()
+    _, place, counts = torch.unique(flat, return_inverse=True, return_counts=True)
+    last: Tensor = counts.cumsum(0).double()
+    middle: Tensor = (last - (counts.double() - 1) / 2)[place]
+    return middle
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation, ties averaged; 0 where one of the two does not vary or is not finite."""
+    if not _comparable(one, other):
+        return 0.0
+    first, second = (r - r.mean() for r in (ranks(one), ranks(other)))
+    return float((first @ second) / (first.norm() * second.norm()))
+
+
+def kendall(one: Tensor, other: Tensor) -> float:
+    """Kendall's tau-b; 0 where one of the two does not vary or is not finite. Memory grows with n^2."""
+    if not _comparable(one, other):
+        return 0.0
+    first, second = ((v.double().flatten().unsqueeze(1) - v.double().flatten()).sign() for v in (one, other))
+    return float((first * second).sum() / (first.abs().sum() * second.abs().sum()).sqrt())
+
+
+def top_k_overlap(one: Tensor, other: Tensor, k: int) -> float:
+    """Share of the k cheapest candidates of one that are among the k cheapest of the other."""
+    if one.numel() != other.numel() or not 1 <= k <= one.numel():
+        raise EvaluationError(
+            f"top-k overlap of {one.numel()} and {other.numel()} candidates cannot be had for k = {k}"
+        )
+    chosen = [set(v.flatten().double().argsort(stable=True)[:k].tolist()) for v in (one, other)]
+    return len(chosen[0] & chosen[1]) / k
+
+
+def ranking(original: Tensor, compressed: Tensor, k: int = 30) -> Ranking:
+    """Agreement of candidate costs [n] of both models; the study's planner keeps 30 of 300.
+
+    A compressed model whose costs do not vary ranks nothing: that is reported as `defined` False and correlations 0.
     """
-    if not bool(torch.isfinite(quantised).all()):
-        return Ranking(0.0, 0.0, 0.0)
-    return Ranking(spearman(original, quantised), kendall(original, quantised), top_overlap(original, quantised, elite))
+    defined = _comparable(original, compressed)
+    overlap = top_k_overlap(original, compressed, min(k, original.numel())) if defined else 0.0
+    return Ranking(spearman(original, compressed), kendall(original, compressed), overlap, defined)
 
 
-@dataclass(frozen=True)
-class Coupling:
-    """Whether low planner cost still means success.
+def decoupling(costs: Mapping[str, Tensor], successes: Mapping[str, Tensor]) -> dict[str, float]:
+    """Rank correlation, for each variant of a model, between the final cost of plans and whether they succeeded.
 
-    `agreement`: minus the rank correlation of final cost and success, 1 for a cost that orders episodes as success
-    does, 0 where undefined; `constant`: the cost does not vary; `decoupled`: constant, or agreement below the limit.
+    A planner that can be trusted has it well below zero; 0 says that its objective no longer means anything.
     """
-
-    agreement: float
-    success: float
-    constant: bool
-    decoupled: bool
-
-
-def coupling(costs: Tensor, success: Tensor, limit: float = 0.3) -> Coupling:
-    """Of final planner costs [n] and success [n] (true or false, or a degree), an episode each."""
-    constant = bool((costs == costs[0]).all())
-    agreement = -spearman(costs, success.double()) + 0.0
-    return Coupling(agreement, float(success.double().mean()), constant, constant or agreement < limit)
-
-
-@dataclass(frozen=True)
-class CrossEntropyPlanner:
-    """Planning by the cross-entropy method: draw candidates, keep the cheapest, fit a Gaussian to them, repeat.
-
-    Defaults are the study's. Give both models generators of the same seed: without common random numbers their
-    difference is mostly noise.
-    """
-
-    horizon: int = 5
-    candidates: int = 300
-    elite: int = 30
-    iterations: int = 10
-    variance: float = 1.0
-
-    def plan(
-        self, cost: Callable[[Tensor], Tensor], action_size: int, generator: torch.Generator
-    ) -> tuple[Tensor, float]:
-        """The mean action sequence [H, a] of the last elite, and its cost.
-
-        cost : action sequences [n, H, a] -> costs [n]
-        """
-        mean = torch.zeros(self.horizon, action_size)
-        spread = torch.full_like(mean, math.sqrt(self.variance))
-        for _ in range(self.iterations):
-            drawn = mean + spread * torch.randn(self.candidates, *mean.shape, generator=generator)
-            kept = drawn[cost(drawn).argsort(stable=True)[: self.elite]]
-            mean, spread = kept.mean(0), kept.std(0, correction=0)
-        return mean, float(cost(mean.unsqueeze(0))[0])
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A measurement with some modules quantised: their bits (16: as they are), all bytes, and what was measured."""
-
-    bits: dict[str, int]
-    nbytes: int
-    value: float
-
-
-def quantize_omse(weight: Tensor, bits: int) -> Code:
-    """The study's symmetric quantiser with the clip of least squared error, in groups of 128."""
-    return UniformGrid(bits=bits, symmetric=True, clip="omse", group_size=128).quantize(weight)
-
-
-@contextmanager
-def quantised(module: nn.Module, bits: int, quantize: Callable[[Tensor, int], Code] = quantize_omse) -> Iterator[int]:
-    """The linear layers of a module rounded to `bits` bits while the context lasts; gives the module's bytes then.
-
-    With 16 bits nothing is touched.
-    """
-    total = sum(p.numel() * p.element_size() for p in module.parameters())
-    layers = [m for m in module.modules() if isinstance(m, nn.Linear)] if bits < FULL_BITS else []
-    kept = [layer.weight.data for layer in layers]
-    try:
-        for layer, weight in zip(layers, kept, strict=True):
-            code = quantize(weight.float(), bits)
-            layer.weight.data = code.decode().to(weight.dtype)
-            total += code.nbytes - weight.numel() * weight.element_size()
-        yield total
-    finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.weight.data = weight
+    return {name: spearman(cost, successes[name].double()) for name, cost in costs.items()}
 
 
 def module_sensitivity(
-    modules: Mapping[str, nn.Module],
-    measure: Callable[[], float],
-    bits: Sequence[int] = (3, 4, 6, 8),
-    quantize: Callable[[Tensor, int], Code] = quantize_omse,
-) -> list[Sensitivity]:
-    """`measure` with each module alone, then all of them, quantised to each number of bits; by rising bytes.
+    parts: Mapping[str, nn.Module], grids: Mapping[str, Grid | None], measure: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    """`measure()` with each part alone, and all parts together, quantised on each grid; weights are put back.
 
-    The modules must not share layers. Compare entries of about equal bytes: that is what protecting one module costs.
+    parts : "encoder", "predictor", ...; their linear layers are quantised
+    grids : by name; None leaves the weights alone, bit for bit
+    Each row has part, grid, result and bytes, those of all parts' linear layers as stored then.
     """
-    names = list(modules)
-    subsets = [[name] for name in names] + ([names] if len(names) > 1 else [])
-    found = []
-    for width in bits:
-        for subset in subsets:
-            chosen = {name: width if name in subset else FULL_BITS for name in names}
-            found.append(measured(modules, chosen, measure, quantize))
-    return sorted(found, key=lambda entry: entry.nbytes)
+    rows = []
+    together: dict[str, list[str]] = {name: [name] for name in parts}
+    if len(parts) > 1:
+        together["all"] = list(parts)
+    for grid_name, grid in grids.items():
+        for label, chosen in together.items():
+            with _quantised({name: parts[name] for name in chosen}, grid) as stored:
+                rest = sum(_dense_bytes(parts[name]) for name in parts if grid is None or name not in chosen)
+                rows.append({"part": label, "grid": grid_name, "result": measure(), "bytes": stored + rest})
+    return rows
 
 
-def measured(
-    modules: Mapping[str, nn.Module],
-    bits: Mapping[str, int],
-    measure: Callable[[], float],
-    quantize: Callable[[Tensor, int], Code] = quantize_omse,
-) -> Sensitivity:
-    """`measure` with the modules quantised to these bits."""
-    with ExitStack() as stack:
-        nbytes = sum(stack.enter_context(quantised(modules[name], bits[name], quantize)) for name in modules)
-        return Sensitivity(dict(bits), nbytes, measure())
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def _dense_bytes(module: nn.Module) -> int:
+    return sum(m.weight.numel() * m.weight.element_size() for m in _linears(module))
+
+
+@contextmanager
+def _quantised(parts: Mapping[str, nn.Module], grid: Grid | None) -> Iterator[int]:
+    """Within, the linear layers hold what their codes decode to; gives the bytes of the codes."""
+    layers = [m for part in parts.values() for m in _linears(part)] if grid is not None else []
+    before = [m.weight.detach().clone() for m in layers]
+    stored = 0
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                assert grid is not None
+                code = grid.quantize(layer.weight.detach().float())
+                stored += code.nbytes
+                layer.weight.copy_(code.decode())
+        yield stored
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, before, strict=True):
+                layer.weight.copy_(weight)
+
+
+def _comparable(one: Tensor, other: Tensor) -> bool:
+    """Whether both rank their candidates; EvaluationError if they are not equally many."""
+    if one.numel() != other.numel() or one.numel() < 2:
+        raise EvaluationError(f"{one.numel()} and {other.numel()} values cannot be ranked against each other")
+    values = (one.double().flatten(), other.double().flatten())
+    return all(bool(v.isfinite().all()) and bool((v != v[0]).any()) for v in values)

@@ -116,8 +116,10 @@ def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
         old.hold(spec, name, weight.dtype, weight.device)
         return
     kind = FeatherLinear if isinstance(old, nn.Linear) else FeatherConv1D
+    bias = old.bias is not None or spec.get("bias") is True  # the compression may have given it one
+    spec = {key: value for key, value in spec.items() if key != "bias"}
     model.get_submodule(parent)._modules[leaf] = kind(
-        spec, old.bias is not None, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
+        spec, bias, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
     )
 
 

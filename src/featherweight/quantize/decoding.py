@@ -35,8 +35,7 @@ class TunableCode:
         self._prefix = prefix
         self._children: dict[str, TunableCode | tuple[TunableCode, ...]] = {}
         self._own: list[str] = []
-        fields = [field.name for field in dataclasses.fields(code)] if dataclasses.is_dataclass(code) else []
-        for name in fields:
+        for name in _fields(code):
             value = getattr(code, name)
             if isinstance(value, Code):
                 self._children[name] = TunableCode(value, f"{prefix}{name}.")
@@ -67,11 +66,11 @@ class TunableCode:
                 scales = torch.cat([scales, own["offsets"].unsqueeze(-1)], -1)
             value: Tensor = _GroupScaled.apply(scales, self._digits)  # type: ignore[no-untyped-call]
             return value[:, : self.code.shape[1]]
-        replaced = self._replaced(own, lambda child: _Decoded(child.decode(parameters)))
-        if isinstance(replaced, LowRank):  # its own decode sums rank by rank, in an order that is the same everywhere
-            left, right = replaced.factors()
+        moved = self._replaced(own, lambda child: _Decoded(child.decode(parameters)))
+        if isinstance(moved, LowRank):  # its own decode sums rank by rank, in an order that is the same everywhere
+            left, right = moved.factors()
             return left @ right
-        return replaced.decode()
+        return moved.decode()
 
     def stored(self, parameters: Mapping[str, Tensor]) -> Code:
         """The code with these values, rounded to the types in which they are stored."""
@@ -87,8 +86,17 @@ class TunableCode:
             changes[name] = tuple(child(c) for c in value) if isinstance(value, tuple) else child(value)
         if not changes:
             return self.code
-        replaced: Code = dataclasses.replace(self.code, **changes)  # type: ignore[type-var]
-        return replaced
+        return replaced(self.code, changes)
+
+
+def replaced(code: Code, changes: dict[str, Any]) -> Code:
+    """`dataclasses.replace` for a code, all of which are dataclasses."""
+    found: Code = dataclasses.replace(code, **changes)  # type: ignore[type-var]
+    return found
+
+
+def _fields(code: Code) -> list[str]:
+    return [field.name for field in dataclasses.fields(code)] if dataclasses.is_dataclass(code) else []
 
 
 def _digits(code: Code) -> Tensor | None:

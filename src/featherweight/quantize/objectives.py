@@ -73,11 +73,15 @@ class BlockObjective:
         target = self._targets[index].float()
         with self.session.overridden({**weights, **tensors}), _autocast(precision):
             output = self.session.run(self._inputs[index], index).float()
-        return (output - target).square().sum() / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return _relative(output, target)
 
 
 class ModelObjective:
     """KL(original || student) of the next-token distributions, nats a token, on calibration windows.
+
+    A network without an output layer over a vocabulary (an encoder) has no such distributions: there the loss is
+    the relative squared error of its last hidden states plus that of their mean over the window, which is what
+    sentence embeddings are made of.
 
     batch_size : windows a batch
     held_out_share : part of the windows, taken evenly, where the model has none apart
@@ -92,6 +96,7 @@ class ModelObjective:
     ) -> None:
         self.model = model
         self.precision = precision
+        self._divergence = self._of_predictions if getattr(model, "predicts", True) else self._of_states
         windows, held_out = list(model.windows), list(model.held_out)
         if not held_out:
             places = evenly(len(windows), held_out_share)
@@ -127,7 +132,14 @@ class ModelObjective:
                 tokens += ids.numel()
         return total / tokens
 
-    def _divergence(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
+    def _of_states(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
+        """Relative squared errors of hidden states [batch, tokens, hidden] and of their means over the tokens."""
+        loss = _relative(states, teacher) + _relative(states.mean(1), teacher.mean(1))
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _of_predictions(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
         """Mean over tokens; backward into `states` chunk by chunk, so that never all logits are held."""
         flat, original = states.flatten(0, -2), teacher.flatten(0, -2)
         with torch.no_grad():
@@ -160,6 +172,11 @@ class ModelObjective:
             self._teacher[held_out, batch] = states
             self._teacher_bytes += size
         return states
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """||found - wanted||^2 / ||wanted||^2."""
+    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def evenly(count: int, share: float) -> list[int]:

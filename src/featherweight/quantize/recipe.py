@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
@@ -76,6 +76,14 @@ class Recipe(BaseModel):
         if not isinstance(value, list | tuple):
             raise RecipeError(f"field {info.field_name} must be a list of choices, each with a kind")
         return tuple(_choice(axis, item, f"{info.field_name}[{i}]") for i, item in enumerate(value))
+
+    @model_validator(mode="after")
+    def _outermost_first(self) -> Recipe:
+        """What a module does to its input is told by the outermost wrapper of its code."""
+        kinds = [transform.kind for transform in self.transforms]
+        if "quantize-inputs" in kinds[1:]:
+            raise RecipeError("the transform quantize-inputs must be the first in transforms: put it before the others")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """JSON-able form that `recipe_from` reads back to an equal recipe."""

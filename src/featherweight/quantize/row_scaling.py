@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from featherweight.codes.permuted import Permuted
 from featherweight.codes.sum import Sum
 from featherweight.codes.trit_planes import TritPlanes
 from featherweight.codes.uniform import Uniform
+from featherweight.quantize.decoding import replaced
 
 BY_ROW: dict[type[Code], tuple[str, ...]] = {
     Uniform: ("scales",),
@@ -41,13 +42,13 @@ def rows_scaled(code: Code, factors: Tensor) -> Code | None:
         return Sum(tuple(known)) if len(known) == len(terms) else None
     if isinstance(code, Hadamard | ColumnScaled | Permuted):
         inner = rows_scaled(code.inner, factors)
-        return None if inner is None else dataclasses.replace(code, inner=inner)
+        return None if inner is None else replaced(code, {"inner": inner})
     fields = BY_ROW.get(type(code))
     if fields is None or (isinstance(code, Uniform) and code.axis != "input"):
         return None
     if isinstance(code, BinaryPlanes) and (code.scales is None or code.rows_per_scale != 1):
         return None
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Any] = {}
     for field in fields:
         before: Tensor = getattr(code, field)
         after = (before.double() * factors.double().view(-1, *([1] * (before.dim() - 1)))).to(before.dtype)
@@ -55,5 +56,4 @@ def rows_scaled(code: Code, factors: Tensor) -> Code | None:
         if bool(lost.any()) or not bool(after.isfinite().all()):
             return None
         changed[field] = after
-    scaled: Code = dataclasses.replace(code, **changed)  # type: ignore[arg-type]
-    return scaled
+    return replaced(code, changed)

@@ -91,12 +91,15 @@ class Sweeper:
     """The sweep over all layers that share an input: factorises once.
 
     statistics : `gram`, `cross` if the settings need it, and whatever the grid asks for (see `restricted`)
+    factors : where factors are kept, for callers that want to keep them without the statistics
     """
 
-    def __init__(self, statistics: Statistics, settings: SweepSettings) -> None:
+    def __init__(
+        self, statistics: Statistics, settings: SweepSettings, factors: dict[int, Factor] | None = None
+    ) -> None:
         self.statistics = statistics
         self.settings = settings
-        self._factors: dict[int, Factor] = {}
+        self._factors: dict[int, Factor] = {} if factors is None else factors
 
     def factor(self, group_size: int) -> Factor:
         """The factor for grids of this group size, made at first use."""

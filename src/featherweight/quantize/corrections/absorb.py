@@ -3,7 +3,7 @@
 D2Quant: Accurate Low-bit Post-Training Weight Quantization for LLMs (arXiv 2602.02546): down_proj's levels carry a
 scale c_j of each input column; down's input is act(gate) up and up enters linearly, so row j of the *already quantised*
 up_proj has its group scales multiplied by c_j (digits and zero points unchanged), and down stores no c. Likewise v_proj
-takes those of o_proj where their shapes agree. Exact but for the rounding of the producer's scales to their stored type.
+takes those of o_proj where their shapes agree. Exact but for the rounding of the producer's scales as they are stored.
 
 Scales further than `range` from their median would carry the producer's scales out of the range of float16, and an
 MLP without a gate (no producer in the family file) cannot absorb any: there they stay stored, which is said.

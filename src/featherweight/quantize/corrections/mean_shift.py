@@ -5,8 +5,8 @@ hand). Once attention is quantised and before the MLP is: teacher y = output of 
 with its original weights, student y' = the same with quantised attention, both fed with the stream quantised so far.
 mu = mean over tokens of y - y', per channel, clipped to `largest`; the norm's output becomes norm(x) + mu.
 
-A norm without a bias cannot hold mu: the layers that read it get the biases W mu instead. Here W is the float weight, so
-mu itself suffers no rounding and the statistics of these layers, taken without it, stay right; the published form
+A norm without a bias cannot hold mu: the layers that read it get the biases W mu instead. W is the float weight, so
+mu itself suffers no rounding, and the statistics of these layers, taken without it, stay right; the published form
 rounds W first and takes the statistics with mu. The final norm's shift is not made. `skip_first` leaves out the first
 tokens of a window, whose attention sinks would dominate the mean (published: 0).
 """

@@ -93,7 +93,7 @@ class TritPlaneGrid(Grid):
 
     def _dtype(self, largest: float) -> torch.dtype:
         """In which scales are held; log8 ones as float32."""
-        return torch.float32 if self.scale_dtype == LOG8 else scale_dtype_for(self.scale_dtype, largest)
+        return torch.float32 if self.scale_dtype == "log8" else scale_dtype_for(self.scale_dtype, largest)
 
     def solver_settings(self, largest: float = 1.0) -> TritPlaneSettings:
         """`largest` is the matrix's largest |weight|, the unit of a relative tolerance."""

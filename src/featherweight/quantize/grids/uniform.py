@@ -24,12 +24,14 @@ from torch import Tensor
 from featherweight.codes import Code
 from featherweight.codes.base import dtype_name, groups_of
 from featherweight.codes.uniform import Uniform
+from featherweight.kernels.clip_search import least_error
 from featherweight.quantize.base import NO_STATISTICS, Fit, Grid, HeldWeight, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.registry import register
 
 WINDOW_MULTIPLE = 8  # rows: whole bytes of a bit string of any width
 OMSE_LOWEST, OMSE_STEPS = 0.35, 100
+SEARCHED_TOGETHER = 1 << 19  # scales tried at a time, a bound of the memory of a search
 SCALE_LIMITS = 1e-5, 1e4  # of omse and flexq
 
 
@@ -93,21 +95,31 @@ class UniformGrid(Grid):
     def _fit_groups(self, groups: Tensor, dtype: torch.dtype, counted: Tensor | None) -> Fit:
         """Parameters [rows, groups] for groups [rows, groups, size]."""
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        if self.clip == "omse":
-            trials = [OMSE_LOWEST + (1 - OMSE_LOWEST) * i / OMSE_STEPS for i in range(OMSE_STEPS + 1)]
-        else:
-            trials = [1 - step / 100 for step in range(self.clip_steps if self.clip == "mse" else 1)]
-        best = self._affine(low * trials[0], high * trials[0], dtype)
+        trials = self._shares()
         if len(trials) == 1:
-            return best
-        error = self._error(groups, best, counted)
-        for share in trials[1:]:
-            trial = self._affine(low * share, high * share, dtype)
-            found = self._error(groups, trial, counted)
-            better = found < error
-            error = torch.where(better, found, error)
-            best = {name: torch.where(better, trial[name], best[name]) for name in best}
-        return best
+            return self._affine(low * trials[0], high * trials[0], dtype)
+        shares = torch.tensor(trials).view(-1, 1, 1)
+        rows = max(1, SEARCHED_TOGETHER // (len(trials) * groups.shape[1]))
+        fits = []
+        for part, lowest, highest in zip(groups.split(rows), low.split(rows), high.split(rows), strict=True):
+            tried = self._affine(lowest * shares, highest * shares, dtype)
+            chosen = least_error(
+                part,
+                tried["scales"],
+                tried["zero_points"],
+                (1 << self.bits) - 1,
+                self.clip_exponent,
+                counted,
+                torch.get_num_threads(),
+            ).unsqueeze(0)
+            fits.append({name: tensor.gather(0, chosen).squeeze(0) for name, tensor in tried.items()})
+        return {name: torch.cat([fit[name] for fit in fits]) for name in fits[0]}
+
+    def _shares(self) -> list[float]:
+        """Ranges to be tried, as shares of the extremes."""
+        if self.clip == "omse":
+            return [OMSE_LOWEST + (1 - OMSE_LOWEST) * i / OMSE_STEPS for i in range(OMSE_STEPS + 1)]
+        return [1 - step / 100 for step in range(self.clip_steps if self.clip == "mse" else 1)]
 
     def _affine(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Fit:
         steps = (1 << self.bits) - 1
@@ -129,15 +141,6 @@ class UniformGrid(Grid):
         scales = fit["scales"].float().unsqueeze(-1)
         steps = torch.where(scales > 0, groups / scales, torch.zeros_like(groups)).round()
         return (steps + fit["zero_points"].unsqueeze(-1)).clamp(0, (1 << self.bits) - 1)
-
-    def _error(self, groups: Tensor, fit: Fit, counted: Tensor | None) -> Tensor:
-        decoded = (self._codes(groups, fit) - fit["zero_points"].unsqueeze(-1)) * fit["scales"].float().unsqueeze(-1)
-        unit = (
-            groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        )  # squares of 1e30 overflow
-        missed = (groups - decoded) / unit
-        missed = missed.square_() if self.clip_exponent == 2 else missed.abs_().pow_(self.clip_exponent)
-        return (missed if counted is None else missed * counted).sum(-1)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """[out, groups, group_size]; a short last group is filled with zeros, which change neither range nor error."""
@@ -230,5 +233,9 @@ class UniformGrid(Grid):
         window = min(rows, options.window_rows(shape, 16, self._rows_together)) * columns
         if self.axis == "output":  # parameters of every column and row stand beside the codes
             return 24 * window + rows * columns * (1 + 8 + self.bits // 8)
-        # five float32 copies of a window while the clip is searched, and the packed result twice while it is joined
-        return 24 * window + 2 * (rows * columns * self.bits // 8 + 3 * rows * groups_of(columns, self.group_size))
+        # five float32 copies of a window while the clip is searched, a few of the scales tried together, and the packed
+        # result twice while it is joined
+        trials = len(self._shares())
+        searched = 0 if trials == 1 else min(SEARCHED_TOGETHER, trials * rows * groups_of(columns, self.group_size))
+        packed = rows * columns * self.bits // 8 + 3 * rows * groups_of(columns, self.group_size)
+        return 24 * (window + searched) + 2 * packed

@@ -43,7 +43,9 @@ class AdaDim(Rounding):
 
     rounding: Literal["nearest", "hessian"] = Field("nearest", description="RTN-ada, or GPTQ-ada")
     search_tokens: int | None = Field(16384, ge=1, description="tokens that modules are run on; null: all")
-    keep: Literal["sweep", "better"] = Field("sweep", description="GPTQ-ada: the sweep's code, or the better of the two")
+    keep: Literal["sweep", "better"] = Field(
+        "sweep", description="GPTQ-ada: the sweep's code, or the better of the two"
+    )
     damping: float = Field(0.01, ge=0, description="GPTQ-ada: share of the mean diagonal that is added to it")
 
     @property
@@ -122,7 +124,7 @@ def along_outputs(grid: UniformGrid, rows: int) -> UniformGrid | None:
 
 
 def in_order(code: Code) -> Code:
-    """Without the permutation that a sweep in another order of columns leaves, which groups inside columns can spare."""
+    """Without the permutation that a sweep in another order leaves, which groups inside columns can spare."""
     if not isinstance(code, Permuted) or not isinstance(code.inner, Uniform) or code.inner.axis != "output":
         return code
     inner, order = code.inner, inverse_order(code.order)

@@ -78,10 +78,11 @@ class DiscQuant(Rounding):
                 loss = objective.backward(leaves, {}, batch)
                 pull = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
             for name, layer in layers.items():
-                x[name].grad = 1 - 2 * layer.share
+                gradient = 1 - 2 * layer.share
                 if name in pull:
                     divergence = pull[name] * layer.gap * (self.rho / scale)
-                    x[name].grad.add_(divergence.clamp_(-self.kappa, self.kappa))
+                    gradient += divergence.clamp_(-self.kappa, self.kappa)
+                x[name].grad = gradient
             return loss
 
         def project() -> None:
@@ -89,7 +90,9 @@ class DiscQuant(Rounding):
                 value.clamp_(0, 1)
 
         schedule = Schedule(self.steps, self.learning_rate, self.warmup)
-        minimise(list(x.values()), gradients, max(1, objective.batches), schedule, tell, "discquant", seed, None, project)
+        minimise(
+            list(x.values()), gradients, max(1, objective.batches), schedule, tell, "discquant", seed, None, project
+        )
         tell({"event": "discquant", "fractional": _fractional(x, layers)})
         codes = {name: layer.code(x[name]) for name, layer in layers.items()}
         return self._better(codes, nearest, objective, tell) if self.rho > 0 else codes

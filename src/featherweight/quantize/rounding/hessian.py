@@ -10,6 +10,7 @@ from torch import Tensor
 from featherweight.codes import Code
 from featherweight.quantize.base import Grid, Rounding, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.sweep import Sweeper, SweepResult, SweepSettings
+from featherweight.quantize.sweep_factor import Factor
 from featherweight.registry import register
 
 
@@ -38,33 +39,35 @@ class Hessian(Rounding, SweepSettings):
         """The sweep of a whole source, reusing the factorisation if the last layer had the same second moment."""
         rows = source.shape[0]
         weight = source.rows(0, rows).float()
-        result = _latest.get(statistics, self).run(weight, grid, options, statistics)
+        result = _latest.sweeper(statistics, self).run(weight, grid, options, statistics)
         source.release(0, rows)
         return result
 
 
 class _Latest:
-    """The last sweeper, as long as its second moment is in use elsewhere: layers that share an input come in turn."""
+    """Factors of the last second moment, as long as it is in use elsewhere: layers that share an input come in turn."""
 
     def __init__(self) -> None:
-        self._gram: weakref.ref[Tensor] | None = None
-        self._sweeper: Sweeper | None = None
+        self._moments: list[tuple[weakref.ref[Tensor], int] | None] = []
+        self._settings: Hessian | None = None
+        self._factors: dict[int, Factor] = {}
 
-    def get(self, statistics: Statistics, settings: Hessian) -> Sweeper:
-        gram = statistics.get("gram")
-        if gram is None:
-            return Sweeper(statistics, settings)
-        known = self._sweeper
-        if known is not None and self._gram is not None and self._gram() is gram and known.settings == settings:
-            same_cross = known.statistics.get("cross") is statistics.get("cross")
-            if same_cross:
-                return known
-        self._gram = weakref.ref(gram, lambda _: self._forget())
-        self._sweeper = Sweeper(statistics, settings)
-        return self._sweeper
+    def sweeper(self, statistics: Statistics, settings: Hessian) -> Sweeper:
+        """A sweeper with the factors that are known for these very tensors, unchanged, and these settings."""
+        moments = [statistics.get(name) for name in ("gram", "cross")]
+        known = settings == self._settings and len(self._moments) == len(moments)
+        for moment, kept in zip(moments, self._moments, strict=False):
+            if moment is None or kept is None:
+                known = known and moment is None and kept is None
+            else:
+                known = known and moment is kept[0]() and moment._version == kept[1]
+        if not known:
+            self._settings, self._factors = settings, {}
+            self._moments = [None if m is None else (weakref.ref(m, self._forget), m._version) for m in moments]
+        return Sweeper(statistics, settings, self._factors)
 
-    def _forget(self) -> None:
-        self._sweeper = None
+    def _forget(self, _: object) -> None:
+        self._moments, self._settings, self._factors = [], None, {}
 
 
 _latest = _Latest()

@@ -1,0 +1,43 @@
+#include "clip_search.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t kGroupsAtATime = 256;
+
+ClipGroup group_function() {
+#if defined(FW_X86)
+  if (std::strcmp(fw_isa(), "avx512") == 0) return clip_group_avx512;
+  if (std::strcmp(fw_isa(), "avx2") == 0) return clip_group_avx2;
+#endif
+  return clip_group_baseline;
+}
+
+bool valid(const fw_clip_job& job) {
+  if (!job.values || !job.scales || !job.zero_points || !job.chosen) return false;
+  if (job.groups < 0 || job.size < 1 || job.period < 1 || job.trials < 1) return false;
+  return job.highest >= 1 && job.highest <= 255 && job.exponent > 0 && job.exponent <= 8;
+}
+
+}  // namespace
+
+int32_t fw_clip_search(const fw_clip_job* job, int32_t threads) {
+  return guarded_call([&]() -> int32_t {
+    if (!job || !valid(*job)) return FW_INVALID;
+    const int64_t items = (job->groups + kGroupsAtATime - 1) / kGroupsAtATime;
+    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+    const ClipGroup search = group_function();
+    std::vector<Memory> work(static_cast<size_t>(workers));
+    parallel_for(items, workers, [&](int worker, int64_t item) {
+      Memory& mine = work[static_cast<size_t>(worker)];
+      if (!mine) mine = allocate(clip_work_floats(*job) * 4);
+      const int64_t last = std::min(job->groups, (item + 1) * kGroupsAtATime);
+      for (int64_t group = item * kGroupsAtATime; group < last; ++group) search(*job, group, static_cast<float*>(mine.get()));
+    });
+    return FW_OK;
+  });
+}

@@ -1,0 +1,73 @@
+"""The loop of learned choices: schedule, the best check kept, losses that are not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.quantize.objectives import evenly
+from featherweight.quantize.training import Schedule, minimise
+
+
+def test_schedule() -> None:
+    schedule = Schedule(100, 0.5, warmup=0.1, checks=4)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert max(rates) == rates[10] == 0.5
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert [step for step in range(100) if schedule.checked(step)] == [24, 49, 74, 99]
+    assert [step for step in range(3) if Schedule(3, 1.0, checks=8).checked(step)] == [0, 1, 2]
+    assert Schedule(1, 1.0).rate(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "losses", [[5.0, 3.0, 4.0, 6.0, 7.0], [1.0, 3.0, 4.0, 6.0, 7.0], [5.0, math.nan, 4.0, 2.0, 9.0]]
+)
+def test_the_best_check_is_kept(losses: list[float]) -> None:
+    theta = [torch.zeros(1)]
+    seen: list[float] = []
+    told: list[dict[str, Any]] = []
+
+    def check() -> float:
+        seen.append(float(theta[0]))
+        return losses[len(seen) - 1]
+
+    def gradients(_: int) -> float:
+        theta[0].grad = torch.ones(1)
+        return 0.0
+
+    minimise(theta, gradients, 2, Schedule(4, 0.1, checks=4), told.append, "test", check=check)
+    best = min((loss, i) for i, loss in enumerate(losses) if math.isfinite(loss))
+    assert float(theta[0]) == seen[best[1]]
+    assert told[-1] == {"event": "test", "held_out_before": losses[0], "held_out_after": best[0]}
+
+
+def test_a_loss_that_is_not_finite_ends_it() -> None:
+    theta = [torch.zeros(1)]
+    told: list[dict[str, Any]] = []
+    minimise(theta, lambda _: math.nan, 1, Schedule(5, 0.1), told.append, "test")
+    assert torch.equal(theta[0], torch.zeros(1))
+    assert told == [{"event": "test", "step": 0, "stopped": "the loss is not finite"}]
+
+
+def test_batches_come_in_turn_and_values_are_projected() -> None:
+    theta, batches = [torch.zeros(1)], []
+
+    def gradients(batch: int) -> float:
+        batches.append(batch)
+        theta[0].grad = -torch.ones(1)
+        return 1.0
+
+    minimise(theta, gradients, 3, Schedule(6, 10.0), lambda _: None, "test", project=lambda: theta[0].clamp_(0, 1))
+    assert sorted(batches[:3]) == sorted(batches[3:]) == [0, 1, 2]
+    assert float(theta[0]) == 1
+
+
+def test_evenly() -> None:
+    assert evenly(8, 0.25) == [2, 6]
+    assert evenly(16, 0.125) == [4, 12]
+    assert [len(evenly(n, 0.125)) for n in (0, 1, 2, 3)] == [0, 0, 1, 1]
+    assert evenly(8, 0.0) == []
