@@ -6,9 +6,11 @@ scanned on first use, so adding a choice touches no list anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -45,11 +47,18 @@ def register(axis: str, name: str) -> Callable[[T], T]:
 def registered(axis: str) -> dict[str, type]:
     """All names of an axis, in alphabetical order."""
     if axis not in _scanned:
-        package = importlib.import_module(PACKAGES[axis])
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        with _on_cpu():
+            package = importlib.import_module(PACKAGES[axis])
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{package.__name__}.{module.name}")
         _scanned.add(axis)
     return dict(sorted(_entries[axis].items()))
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[object]:
+    """The first scan may come while transformers builds a model on "meta": constants of modules are none the less real."""
+    torch = sys.modules.get("torch")
+    return torch.device("cpu") if torch is not None else contextlib.nullcontext()
 
 
 def find(axis: str, name: str) -> type:

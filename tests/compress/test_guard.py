@@ -1,4 +1,4 @@
-"""The safeguard of calibrated codes: judged on held-out data, against what the method aims at, and replaced if worse."""
+"""The safeguard of calibrated codes: judged on held-out data, against what the method aims at."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def against_original(weight: Tensor, code: Code) -> float:
 def test_both_errors_together_are_those_against_the_original_output() -> None:
     """But for what no code changes: the difference of two codes' errors is the difference of the plain formula."""
     weight, (gram, cross) = random(16, 24, seed=4), of_inputs()
-    codes = [Dense.of(weight + size * random(16, 24, seed=5)) for size in (0.1, 0.4)]
+    codes = [Dense(weight + size * random(16, 24, seed=5)) for size in (0.1, 0.4)]
     mine = [output_error(weight, code, gram) + drift_error(weight, code, gram, cross) for code in codes]
     plain = [against_original(weight, code) for code in codes]
     assert mine[1] - mine[0] == pytest.approx(plain[1] - plain[0], rel=1e-3)
@@ -45,8 +45,8 @@ def test_both_errors_together_are_those_against_the_original_output() -> None:
 def test_a_code_that_makes_up_for_the_stream_counts_as_better() -> None:
     """W (I + D H^-1) is far from W, and yet what serves best: the output error alone would throw it away."""
     weight, (gram, cross) = random(16, 24, seed=4), of_inputs()
-    shifted = Dense.of(weight + weight @ cross @ torch.linalg.inv(gram))
-    close = Dense.of(weight + 0.01 * random(16, 24, seed=5))
+    shifted = Dense(weight + weight @ cross @ torch.linalg.inv(gram))
+    close = Dense(weight + 0.01 * random(16, 24, seed=5))
     assert output_error(weight, shifted, gram) > output_error(weight, close, gram)
     judged = [output_error(weight, code, gram) + drift_error(weight, code, gram, cross) for code in (shifted, close)]
     assert judged[0] < judged[1]

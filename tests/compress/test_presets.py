@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,19 @@ def test_preset(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Pa
     with torch.no_grad():
         missed = (loaded(ids).logits - original(ids).logits).norm() / original(ids).logits.norm()
     assert 0 < missed < 1, f"the compressed model's logits are {missed:.2f} of their norm away"
+
+
+@pytest.mark.parametrize("preset", ["trit-2", "pvq-data-free", "sherry-rtn"])
+def test_loading_is_the_first_thing_a_process_does(
+    preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Modules of codes are then imported while transformers builds the model on the meta device."""
+    model = tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32, intermediate_size=256)
+    compress(model, preset, tmp_path / "out", changes=quick(load_recipe(preset)), calibration=text, threads=1)
+    script = (
+        "import sys, featherweight, torch, transformers;"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "assert torch.isfinite(model(torch.arange(16)[None]).logits).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -81,6 +81,8 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _read_text(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        raise CalibrationError(f"{path} is no text but a file of tensors: give .txt, .jsonl, .parquet or a folder")
     unpack: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
         return unpack.get(path.suffix, bytes)(path.read_bytes()).decode("utf-8")

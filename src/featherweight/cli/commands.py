@@ -165,7 +165,7 @@ def run_plan(
                 ("size", f"{size_text(summary['source_bytes'])} become {size_text(summary['output_bytes'])}"),
                 ("disk while working", size_text(summary["disk_bytes"])),
                 ("memory", f"about {size_text(summary['memory_bytes'])}"),
-                ("time", f"about {time_text(summary['seconds'])} (measured on a sample, disk not included)"),
+                ("time", f"about {time_text(summary['seconds'])} ({_time_note(made)})"),
                 ("needs", ", ".join(summary["needs"]) or "no data"),
             ]
         )
@@ -183,6 +183,13 @@ def run_plan(
             size_text(row["bytes"]),
         )
     console.print(table)
+
+
+def _time_note(plan: Any) -> str:
+    """What the estimate of time leaves out."""
+    learned = [c.kind for c in plan.recipe.choices if getattr(c, "scope", "layer") != "layer"]
+    more = f", nor {', '.join(learned)}" if learned else ""
+    return f"measured on a sample; disk not included{more}"
 
 
 def run_eval(

@@ -1,18 +1,33 @@
-"""`feather demo`: the bundled model becomes trit-planes and uniform codes, is measured, writes; a report is made."""
+"""`feather demo`: the bundled model is compressed with and without data, is measured, writes; a report is made."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from featherweight.cli.commands import error_console, out_console, quiet_transformers, steps, write_json
-from featherweight.cli.progress import size_text
+from featherweight.cli.progress import Watcher, size_text
 from featherweight.errors import OutputError
 
-RECIPES = ("rtn-4", "rtn-3", "ptqtp-3", "ptqtp-tied-3", "ptqtp", "ptqtp-tied", "ptqtp-1")
+
+def tuning(rate: float) -> str:
+    """Scale tuning with few steps, as a change of a recipe."""
+    return f"[{{kind: scale-tuning, steps: 40, batch_size: 1, learning_rate: {rate}, precision: bfloat16, checks: 2}}]"
+
+
+RECIPES = ("rtn-4", "gptq", "rtn-3", "gptq-3", "ptqtp-3", "ptqtp", "trit-2", "ptqtp-1", "trit-1")
+TEXT = ("calibration.sequences=32", "calibration.length=1024")
+# a quarter of the presets' text and a third of their tuning, so that the demo takes minutes
+SHORTENED: dict[str, tuple[str, ...]] = {
+    "gptq": TEXT,
+    "gptq-3": TEXT,
+    "trit-2": (*TEXT, f"corrections={tuning(5e-3)}"),
+    "trit-1": (*TEXT, f"corrections={tuning(1e-2)}"),
+}
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
 RESULTS = "demo.json"
@@ -40,7 +55,11 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
     for recipe in RECIPES:
         folder = out / recipe
-        done = compress(original, recipe, folder, threads=threads, overwrite=True)
+        changes = SHORTENED.get(recipe, ())
+        with Watcher(say) as watcher:
+            done = compress(
+                original, recipe, folder, changes=changes, threads=threads, overwrite=True, observer=watcher
+            )
         with steps(recipe) as tell:
             measured = evaluate(folder, original, limit=tokens, progress=tell, threads=threads)
         variants.append(
@@ -51,9 +70,9 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
                 {k: v for k, v in done.to_json().items() if k != "peak_memory_bytes"},
                 family=_family(recipe),
                 sample=_sample(folder),
-                recipe=load_recipe(recipe).dump(),
+                recipe=load_recipe(recipe, changes).dump(),
                 histograms=_histograms(original, folder),
-                command=f"feather compress {os.path.relpath(original)} --recipe {recipe} --out {folder}",
+                command=_command(original, recipe, changes, folder),
             )
         )
     write_json(
@@ -65,6 +84,12 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     _show(variants, report)
 
 
+def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path) -> str:
+    """The command line that makes a variant again."""
+    settings = "".join(f" --set {shlex.quote(change)}" for change in changes)
+    return f"feather compress {os.path.relpath(original)} --recipe {recipe}{settings} --out {folder}"
+
+
 def _claim(out: Path) -> None:
     """Make the demo's folder; one that holds something else is left alone."""
     if out.exists() and not (out / RESULTS).exists() and (not out.is_dir() or any(out.iterdir())):
@@ -74,9 +99,8 @@ def _claim(out: Path) -> None:
 
 def _family(recipe: str) -> str:
     """What shares a colour in the report."""
-    if recipe.startswith("rtn"):
-        return "RTN"
-    return "PTQTP, tied scales" if "tied" in recipe else "PTQTP"
+    families = {"rtn": "RTN", "gptq": "GPTQ", "trit": "trit-2, trit-1"}
+    return families.get(recipe.partition("-")[0], "PTQTP")
 
 
 def _sample(folder: Path) -> str:

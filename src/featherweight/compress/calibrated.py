@@ -255,10 +255,11 @@ class CalibratedRun:
 
     def _without_data(self, session: BlockSession, name: str) -> str | None:
         """Why the statistics of a layer cannot be used, or None."""
+        if name in session.non_finite:
+            place = ", ".join(f"{what} {number}" for what, number in session.non_finite[name].items())
+            return f"its inputs are not finite from {place} on"
         if name in session.starved:
             return f"only {session.starved[name]} calibration tokens reached it"
-        if name in session.non_finite:
-            return f"its inputs are not finite ({session.non_finite[name]})"
         return None
 
     def _gather(self, session: BlockSession, names: list[str], needs: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:

@@ -152,6 +152,7 @@ def _make(
                 scan_tensor(checkpoint, name)
             config: dict[str, Any] = {}
             if plan.recipe.calibrated:
+                _scan_layers(plan, checkpoint)
                 records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
             else:
                 records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
@@ -170,6 +171,13 @@ def _make(
         write_rest(run, assembly, checkpoint, plan, identity)
     run.publish()
     return resumed
+
+
+def _scan_layers(plan: Plan, checkpoint: Checkpoint) -> None:
+    """NonFiniteError now for a weight that would be met only after hours of running the network."""
+    for job in plan.jobs:
+        source = LayerWeight(checkpoint, job.layer)
+        source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
 
 
 def _solve_all(
@@ -315,4 +323,25 @@ def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float
             relative_error(HeldWeight(weight), code, plan.options.threads)
             rates[key] = (time.perf_counter() - begun) / weight.numel()
         seconds += rates[key] * job.layer.parameters
-    return seconds
+    return seconds + (calibration_seconds(plan) if plan.recipe.calibrated else 0.0)
+
+
+def calibration_seconds(plan: Plan) -> float:
+    """Seconds of running the network for a plan, from the speed of a matrix product measured now.
+
+    Counts passes over the blocks, second moments and, per layer, a factorisation and a sweep; learned choices (tuning,
+    FlexRound) come on top of it.
+    """
+    recipe, settings = plan.recipe, plan.recipe.calibration
+    tokens = settings.sequences * settings.length * settings.expansion
+    passes = (3.5 if settings.sequential else 2.0) * (2 if "cross" in recipe.needs else 1)
+    work = 2.0 * tokens * plan.linear_weights * passes
+    inputs = {job.layer.input_group: job.layer.shape[1] for job in plan.jobs}
+    if "gram" in recipe.needs:
+        work += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
+        work += sum(2.0 * job.layer.parameters * job.layer.shape[1] for job in plan.jobs)
+    sample = torch.ones(1024, 1024)
+    sample @ sample  # warm up
+    begun = time.perf_counter()
+    sample @ sample
+    return work * (time.perf_counter() - begun) / (2.0 * 1024**3)

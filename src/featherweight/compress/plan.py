@@ -98,7 +98,12 @@ class Plan:
         block = max(blocks.values(), default=0)
         two_streams = "cross" in recipe.needs
         wide = {getattr(choice, "scope", "layer") for choice in recipe.choices}
-        held = 4 * (self.parameters if "model" in wide or "fisher" in recipe.needs else block * (1 + two_streams))
+        whole = "model" in wide or "fisher" in recipe.needs
+        held = 4 * (self.parameters if whole else block * (1 + two_streams))
+        if wide != {"layer"} or whole:  # gradients: decoded weights, theirs, moments, and a window's activations
+            trained = self.weights if whole else block
+            touched = sum(sum(job.layer.shape) for job in self.jobs) // (1 if whole else max(1, self.anatomy.blocks))
+            held += 16 * trained + 5 * settings.length * touched
         widest = max(job.layer.shape[1] for job in self.jobs)
         tallest = max(job.layer.shape[0] for job in self.jobs)
         hidden = min(job.layer.shape[1] for job in self.jobs)

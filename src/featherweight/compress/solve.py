@@ -168,7 +168,8 @@ def _guarded(
         without += drift_error(weight, plain.code, held_out, cross)
     if math.isfinite(found) and found <= without + allowed:
         return Solved(solved.code, notes)
-    reason = f"on held-out text it misses {found:.4g} of the output, the same grid without data {without:.4g}"
+    against = "the output" if cross is None else "the original output, up to a constant"
+    reason = f"on held-out text it misses {found:.4g} of {against}, the same grid without data {without:.4g}"
     return Solved(plain.code, {**notes, "fallback": "data-free", "reason": reason})
 
 

@@ -20,6 +20,8 @@ from featherweight.compress.solve import InputGroup, group_seed, record_of, solv
 from featherweight.errors import RecipeError
 from featherweight.quantize.rounding.nearest import Nearest
 
+WHILE_QUANTISING = ("cross", "fisher")  # statistics that only exist while the network runs
+
 
 def run_on_stored(
     plan: Plan, checkpoint: Checkpoint, run: RunFolder, tell: Observer, seed: int, path: Path
@@ -35,9 +37,11 @@ def run_on_stored(
     with StatisticsFile.open(path, checkpoint) as file:
         lacking = [name for name in recipe.needs if name not in file.names]
         if lacking:
+            never = [name for name in lacking if name in WHILE_QUANTISING]
+            remedy = "no file can hold that" if never else "gather it with `feather calibrate`"
             raise RecipeError(
-                f"{path} does not hold {', '.join(lacking)}, which recipe {recipe.name} needs: it holds "
-                f"{', '.join(file.names)}; gather them with `feather calibrate`, or give a text"
+                f"{path} does not hold {', '.join(never or lacking)}, which recipe {recipe.name} needs (it holds "
+                f"{', '.join(file.names)}): {remedy}{';' if never else ', or'} give a text"
             )
         group: tuple[str, InputGroup] | None = None
         for index, job in enumerate(plan.jobs):

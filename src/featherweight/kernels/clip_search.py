@@ -100,7 +100,7 @@ def _polynomial(coefficients: tuple[float | Tensor, ...], x: Tensor) -> Tensor:
 def _summed(errors: Tensor) -> Tensor:
     """Sums over the last axis, a multiple of LANES: part by part, then the parts by halves."""
     sums = torch.zeros(*errors.shape[:-1], LANES)
-    for part in errors.split(LANES, dim=-1):
+    for part in torch.split(errors, LANES, dim=-1):
         sums += part
     while sums.shape[-1] > 1:
         first, second = sums.chunk(2, dim=-1)

@@ -13,13 +13,12 @@ is among the candidates, so the result is never worse on them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from featherweight.checkpoint.anatomy import LinearLayer
 from featherweight.codes import Code
 from featherweight.quantize.access import BlockAccess, ModelAccess, Tell, silent
 from featherweight.quantize.base import Correction, Scope
@@ -41,7 +40,6 @@ class ScaleTuning(Correction):
     checks: int = Field(8, ge=1, description="how often the held-out samples are measured")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the samples, if none are apart: only for choosing")
     norms: bool = Field(False, description="also train the norms that feed the layers; they are stored anew")
-    biases: bool = Field(False, description="also train the biases that the layers have; they are stored anew")
     precision: Precision = Field("float32", description="of the training passes; measured in float32 always")
 
     @property
@@ -56,10 +54,10 @@ class ScaleTuning(Correction):
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:
-        """Codes with tuned scales. Norms and biases, if asked for, are set in the session."""
+        """Codes with tuned scales. Norms, if asked for, are set in the session."""
         objective = BlockObjective(session, self.held_out_share, self.precision)
-        others = {name: session.tensor(name) for name in self._others(session.layers, codes)}
-        tuned, tensors = self.tune(objective, codes, others, tell, seed)
+        norms = {name: session.tensor(name) for name in self._norms(session.layers, codes)}
+        tuned, tensors = self.tune(objective, codes, norms, tell, seed)
         for name, value in tensors.items():
             session.set_tensor(name, value)
         return tuned
@@ -67,19 +65,17 @@ class ScaleTuning(Correction):
     def tune_model(
         self, model: ModelAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:
-        """Codes with tuned scales. Norms and biases, if asked for, are set in the model."""
+        """Codes with tuned scales. Norms, if asked for, are set in the session."""
         objective = ModelObjective(model, self.batch_size, self.precision, self.held_out_share)
-        others = {name: model.tensor(name) for name in self._others(model.layers, codes)}
-        tuned, tensors = self.tune(objective, codes, others, tell, seed)
+        norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
+        tuned, tensors = self.tune(objective, codes, norms, tell, seed)
         for name, value in tensors.items():
             model.set_tensor(name, value)
         return tuned
 
-    def _others(self, layers: Mapping[str, LinearLayer], codes: Mapping[str, Code]) -> list[str]:
-        """Names of the norms and biases to train beside the scales."""
-        norms = [layers[name].norm for name in codes] if self.norms else []
-        biases = [layers[name].bias for name in codes] if self.biases else []
-        return list(dict.fromkeys(name for name in (*norms, *biases) if name))
+    def _norms(self, layers: Mapping[str, Any], codes: Mapping[str, Code]) -> list[str]:
+        found = dict.fromkeys(layers[name].norm for name in codes if layers[name].norm) if self.norms else {}
+        return list(found)
 
     def tune(
         self,

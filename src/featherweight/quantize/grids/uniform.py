@@ -101,7 +101,8 @@ class UniformGrid(Grid):
         shares = torch.tensor(trials).view(-1, 1, 1)
         rows = max(1, SEARCHED_TOGETHER // (len(trials) * groups.shape[1]))
         fits = []
-        for part, lowest, highest in zip(groups.split(rows), low.split(rows), high.split(rows), strict=True):
+        parts = [tensor.split(rows) for tensor in (groups, low, high)]  # type: ignore[no-untyped-call]
+        for part, lowest, highest in zip(*parts, strict=True):
             tried = self._affine(lowest * shares, highest * shares, dtype)
             chosen = least_error(
                 part,

@@ -1,0 +1,156 @@
+"""Calibrated compression of bad data, weights or statistics: one sentence, early, or a fall-back that is reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from feather_command import Outcome, feather_here
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32", "--threads", "1")
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def compress(model: Path, data: Any, out: Path, recipe: str = "gptq-3") -> Outcome:
+    return feather_here("compress", model, "--recipe", recipe, "--calibration", data, "--out", out, *SMALL)
+
+
+def spoil(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def record(out: Path) -> dict[str, Any]:
+    layers = json.loads((out / "featherweight.json").read_text())["layers"]
+    return next(layer for layer in layers if layer["name"] == DOWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.txt", None, "no calibration file"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("binary.txt", b"\x80\xff" * 4000, "is not UTF-8"),
+        ("line.txt", b"hello\n", "give more text"),
+        ("fields.jsonl", b'{"a": 1}\n', "neither text nor a conversation"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "line 2 of"),
+        ("number.jsonl", b'{"text": 5}\n', "neither text nor a conversation"),
+        ("talk.jsonl", b'{"messages": [{"role": "user"}]}\n', "is not a list of messages"),
+        ("garbage.safetensors", b"garbage", "is no file of statistics"),
+    ],
+)
+def test_texts(llama: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    data = tmp_path / name
+    if content is not None:
+        data.write_bytes(content)
+    assert said in compress(llama, data, tmp_path / "out").last_sentence()
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_the_last_layer_is_found_before_the_first_is_solved(model: Path, text: Path, tmp_path: Path) -> None:
+    spoil(model, lambda tensors: tensors[f"{DOWN}.weight"][3, 5].fill_(torch.nan))
+    made = compress(model, text, tmp_path / "out")
+    assert f"tensor {DOWN}.weight holds nan at index [3, 5]" in made.last_sentence()
+    assert "[1/14]" not in made.errors
+
+
+def test_nan_in_a_norm(model: Path, text: Path, tmp_path: Path) -> None:
+    spoil(model, lambda tensors: tensors["model.norm.weight"][3].fill_(torch.nan))
+    assert "tensor model.norm.weight holds nan" in compress(model, text, tmp_path / "out").last_sentence()
+
+
+def test_activations_that_overflow_fall_back_and_say_so(model: Path, text: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("gate", "up"):
+            tensors[f"model.layers.0.mlp.{part}_proj.weight"] *= 1e20
+
+    spoil(model, enlarge)
+    assert compress(model, text, tmp_path / "out").code == 0
+    assert record(tmp_path / "out")["fallback"] == "data-free"
+
+
+def test_one_repeated_token_gives_a_singular_moment(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 4000)
+    assert compress(llama, tmp_path / "a.txt", tmp_path / "out").code == 0
+    assert 0 < record(tmp_path / "out")["relative_error"] < 0.5
+
+
+def test_rotation_takes_models_in_bfloat16(llama: Path, text: Path, tmp_path: Path) -> None:
+    made = compress(llama, text, tmp_path / "out", "quarot-gptq")
+    assert made.code == 0, made.errors
+
+
+@pytest.fixture(scope="module")
+def statistics(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "gathered.safetensors"
+    made = feather_here("calibrate", llama, "--out", path, "--calibration", text, *SMALL)
+    assert made.code == 0, made.errors
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("gptaq", "does not hold cross.*give a text"),
+        ("awq", "runs the network"),
+        ("trit-2", "runs the network"),
+        ("quantlrm", "name that one with --base-model"),
+    ],
+)
+def test_recipes_that_statistics_cannot_serve(
+    llama: Path, statistics: Path, tmp_path: Path, recipe: str, said: str
+) -> None:
+    import re
+
+    sentence = compress(llama, statistics, tmp_path / "out", recipe).last_sentence()
+    assert re.search(said, sentence), sentence
+
+
+def test_statistics_of_another_model(bert: Path, statistics: Path, tmp_path: Path) -> None:
+    assert "gathered from another model" in compress(bert, statistics, tmp_path / "out").last_sentence()
+
+
+@pytest.mark.parametrize("fault", ["nan", "indefinite", "missing", "shape"])
+def test_a_spoiled_moment(llama: Path, statistics: Path, tmp_path: Path, fault: str) -> None:
+    with safe_open(statistics, "pt") as file:
+        metadata = file.metadata()
+    tensors, name = load_file(statistics), f"{DOWN}.gram"
+    gram = tensors.pop(name)
+    spoiled = {"nan": gram * torch.nan, "indefinite": -gram, "shape": gram[:5, :5].contiguous()}
+    if fault in spoiled:
+        tensors[name] = spoiled[fault]
+    save_file(tensors, tmp_path / "spoiled.safetensors", metadata)
+    made = compress(llama, tmp_path / "spoiled.safetensors", tmp_path / "out")
+    if fault == "shape":
+        assert f"layer {DOWN} cannot be compressed" in made.last_sentence()
+    else:
+        assert made.code == 0, made.errors
+        assert record(tmp_path / "out")["fallback"] == "data-free"
+
+
+def test_misuse_of_calibrate(llama: Path, text: Path, statistics: Path, tmp_path: Path) -> None:
+    def said(out: Path, data: Path, *more: Any) -> str:
+        return feather_here("calibrate", llama, "--out", out, "--calibration", data, *more, *SMALL).last_sentence()
+
+    out = tmp_path / "made.safetensors"
+    assert "exists already" in said(statistics, text)
+    assert "must end with .safetensors" in said(tmp_path / "made.txt", text)
+    assert "no statistic 'foo'" in said(out, text, "--needs", "gram,foo")
+    assert "no statistic 'cross'" in said(out, text, "--needs", "cross")
+    assert "is no text but a file of tensors" in said(out, statistics)
+    assert not out.exists()
