@@ -18,7 +18,7 @@ from featherweight.errors import FeatherError
 from featherweight.quantize.access import BlockAccess
 from featherweight.quantize.base import Grid, Statistics
 
-PRESERVED = 2e-2  # relative change of the output that folding may cause where norms are stored in 16 bits; an error is far larger
+PRESERVED = 2e-2  # relative change of the output that folding may cause by rounding norms to 16 bits
 
 
 @dataclass(frozen=True)
