@@ -56,7 +56,7 @@ def registered(axis: str) -> dict[str, type]:
 
 
 def _on_cpu() -> contextlib.AbstractContextManager[object]:
-    """The first scan may come while transformers builds a model on "meta": constants of modules are none the less real."""
+    """The first scan may come while transformers builds a model on "meta"; constants of modules must be real."""
     torch = sys.modules.get("torch")
     return torch.device("cpu") if torch is not None else contextlib.nullcontext()
 
