@@ -205,7 +205,7 @@ OPTIONS = {
     ("--recipe", "ptqtp", "--set", "grid.planes=0"): "field grid.planes is 0",
     ("--max-memory", "lots"): "'lots' is not a size; write it like 800MB",
     ("--max-memory", "1MB"): "--max-memory 0.00 GB is too little: layer model.layers.0.",
-    ("--calibration", "./nothing.txt"): "there is no calibration file nothing.txt",
+    ("--calibration", "./nothing.txt"): "there is no calibration file ./nothing.txt",
 }
 
 

@@ -157,7 +157,7 @@ def test_groups_of_very_different_size_in_one_matrix() -> None:
             continue
         weight = torch.cat([gaussian((4, 128), std=1.0), gaussian((4, 128), std=1e-4), torch.zeros(4, 128)], dim=1)
         decoded = grid.quantize(weight).decode()
-        for part, limit in ((slice(0, 128), 0.6), (slice(128, 256), 0.6)):
+        for part, limit in ((slice(0, 128), 0.65), (slice(128, 256), 0.65)):
             error = (decoded[:, part] - weight[:, part]).norm() / weight[:, part].norm()
             assert error < limit, name
         assert torch.equal(decoded[:, 256:], weight[:, 256:]), name

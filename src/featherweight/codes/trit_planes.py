@@ -48,6 +48,17 @@ def log8_encode(scales: Tensor) -> tuple[Tensor, int]:
     return torch.where(scales > 0, codes, LOG8_ZERO).to(torch.uint8), exponent
 
 
+def log8_reaches(scales: Tensor) -> bool:
+    """Whether one byte a scale can hold these: all that are not 0 lie within 254/32 octaves, above 2^-112."""
+    positive = scales.detach().double()
+    positive = positive[positive > 0]
+    if not positive.numel():
+        return True
+    steps = torch.round(torch.log2(torch.stack([positive.amin(), positive.amax()])) * LOG8_STEPS).long().tolist()
+    exponent = -(-steps[1] // LOG8_STEPS)
+    return -112 <= exponent <= 127 and exponent * LOG8_STEPS - steps[0] < LOG8_ZERO
+
+
 def log8_decode(codes: Tensor, exponent: int) -> Tensor:
     """float32 scales of bytes uint8."""
     values = _log8_values(exponent * LOG8_STEPS - codes.long())

@@ -28,6 +28,9 @@ def fit_scales(weight: Tensor, column_weights: Tensor, basis: Tensor, group_size
     padded = torch.nn.functional.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
     importance = torch.nn.functional.pad(column_weights.float(), (0, groups * size - columns)).view(groups, size)
     basis = basis.float()
+    unit = _power_of_two(padded.abs().amax(-1))  # squares of 1e30 overflow
+    padded = padded / unit.unsqueeze(-1)
+    importance = importance / _power_of_two(importance.amax())
     best = torch.full((rows, groups), float("inf"))
     scales = torch.zeros(rows, groups, len(basis))
     mass = importance.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -42,7 +45,12 @@ def fit_scales(weight: Tensor, column_weights: Tensor, basis: Tensor, group_size
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better.unsqueeze(-1), found, scales)
-    return scales.abs()
+    return scales.abs() * unit.unsqueeze(-1)
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """A power of two near each value >= 0, 1 for 0: scaling by it is exact."""
+    return torch.where(values > 0, torch.ldexp(torch.ones_like(values), torch.frexp(values)[1]), 1.0)
 
 
 def _starts(basis: Tensor) -> list[tuple[float, ...]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featherweight.codes import Code
 from featherweight.codes.base import groups_of
-from featherweight.codes.trit_planes import LOG8, TRITS_A_BYTE, TritPlanes, log8_rounded, tied_weights
+from featherweight.codes.trit_planes import LOG8, TRITS_A_BYTE, TritPlanes, log8_reaches, log8_rounded, tied_weights
 from featherweight.kernels.ptqtp import TritPlaneSettings, TritPlaneStream, assign_trits, solve_trit_planes
 from featherweight.kernels.ptqtp_settings import split_codes
 from featherweight.quantize.base import NO_STATISTICS, Fit, Grid, HeldWeight, SolveOptions, Statistics, WeightSource
@@ -40,7 +40,8 @@ class TritPlaneGrid(Grid):
     packing: Literal["base3", "2bit"] = Field("base3", description="five trits a byte (1.6 bits) or four (2 bits)")
     scale_dtype: Literal["auto", "float16", "float32", "log8"] = Field(
         "auto",
-        description="auto: float16, float32 where it would over- or underflow; log8: a byte, 32 steps to a factor 2",
+        description="auto: float16, float32 where it would over- or underflow; log8: a byte, 32 steps to a factor 2, "
+        "floats where the groups of a matrix differ by more than 240 times",
     )
     fitting: Literal["ptqtp", "weighted"] = Field(
         "ptqtp", description="as published, or least squares weighted by the inputs' second moment"
@@ -148,8 +149,16 @@ class TritPlaneGrid(Grid):
         return self.assemble(split_codes(codes.contiguous(), self.planes), fit)
 
     def assemble(self, trits: Tensor, fit: Fit) -> TritPlanes:
-        """The code of trits int8 [K, out, in] with the scales of a fit."""
-        stored = LOG8 if self.scale_dtype == LOG8 else fit["scales"].dtype
+        """The code of trits int8 [K, out, in] with the scales of a fit.
+
+        Scales of a matrix whose groups differ by more than a byte can tell (256 times) are stored as floats.
+        """
+        scales = fit["scales"]
+        stored: torch.dtype | str = scales.dtype
+        if self.scale_dtype == LOG8:
+            largest = float(scales.max()) if scales.numel() else 0.0
+            wide = torch.float16 if 2.0**-6 <= largest <= 6e4 else torch.float32
+            stored = LOG8 if log8_reaches(scales) else wide
         return TritPlanes.encode(
             trits, fit["scales"], self.group_size, self.stored_tied, self.packing, stored, self.plane_weights
         )
