@@ -22,6 +22,7 @@ from typing import Any
 
 REFERENCE = Path(__file__).parents[1] / "src" / "featherweight" / "assets" / "reference"
 OURS = ("trit-2", "trit-1")
+SHOWN_BITS = 5.3  # the plot's right end
 
 
 def arguments() -> argparse.Namespace:
@@ -149,8 +150,8 @@ def mean_of(runs: list[dict[str, Any]], field: str) -> float | None:
 def peer_rows(path: Path) -> list[dict[str, Any]]:
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for found in json.loads(path.read_text())["rows"]:
-        if found.get("who", "peer") != "ours":
-            grouped[found["name"]].append(found)
+        if found["tool"] != "featherweight":
+            grouped[f"{found['tool']} {found['name']}"].append(found)
     rows = []
     for name, found in grouped.items():
         excess = [100 * run["excess"] for run in found]
@@ -198,24 +199,39 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "preset": {"color": "#1f5f8b", "marker": "o", "s": 28, "label": "presets of the field"},
         "peer": {"color": "#7a7a7a", "marker": "^", "s": 36, "label": "other tools"},
     }
-    figure, axes = pyplot.subplots(figsize=(11, 7.5))
-    for who, look in looks.items():
-        chosen = [r for r in rows if r["who"] == who and r["excess"] > 0]
-        if not chosen:
-            continue
-        axes.scatter([r["bits"] for r in chosen], [r["excess"] for r in chosen], **look)
-        for found in chosen:
-            axes.annotate(
-                found["name"], (found["bits"], found["excess"]), xytext=(4, 3), textcoords="offset points", fontsize=7,
-                color=look["color"],
-            )  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(11, 8))
     axes.set_yscale("log")
+    shown = [r for r in rows if r["excess"] > 0 and r["bits"] < SHOWN_BITS]
+    for who, look in looks.items():
+        chosen = [r for r in shown if r["who"] == who]
+        axes.scatter([r["bits"] for r in chosen], [r["excess"] for r in chosen], **look)
+    axes.margins(x=0.06)
     axes.set_xlabel("true bits per weight of the linear layers (everything stored counted)")
     axes.set_ylabel("excess perplexity, % of the original (mean over seeds)")
     axes.grid(True, which="both", alpha=0.25)
+    label(axes, sorted(shown, key=lambda r: r["who"] != "ours"), {who: look["color"] for who, look in looks.items()})
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def label(axes: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    """Names beside the points, each at the first place around its point where it covers no other name."""
+    axes.figure.canvas.draw()
+    places = [(6, 4), (6, -10), (-6, 4), (-6, -10), (6, 15), (6, -21), (-6, 15), (-6, -21), (6, 26), (-6, 26)]
+    taken: list[Any] = []
+    for found in rows:
+        for x, y in places:
+            text = axes.annotate(
+                found["name"], (found["bits"], found["excess"]), xytext=(x, y), textcoords="offset points", fontsize=7,
+                color=colours[found["who"]], ha="left" if x > 0 else "right",
+                weight="bold" if found["who"] == "ours" else "normal",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (x, y) == places[-1]:
+                taken.append(box)
+                break
+            text.remove()
 
 
 if __name__ == "__main__":

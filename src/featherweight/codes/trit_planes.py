@@ -56,7 +56,7 @@ def log8_reaches(scales: Tensor) -> bool:
         return True
     steps = torch.round(torch.log2(torch.stack([positive.amin(), positive.amax()])) * LOG8_STEPS).long().tolist()
     exponent = -(-steps[1] // LOG8_STEPS)
-    return -112 <= exponent <= 127 and exponent * LOG8_STEPS - steps[0] < LOG8_ZERO
+    return bool(-112 <= exponent <= 127 and exponent * LOG8_STEPS - steps[0] < LOG8_ZERO)
 
 
 def log8_decode(codes: Tensor, exponent: int) -> Tensor:
