@@ -152,3 +152,22 @@ def test_the_log_tells_of_every_block(llama: Path, tmp_path: Path, options: dict
     kinds = [event["event"] for event in log_events(tmp_path / "out")]
     assert kinds.count("block") == 2
     assert kinds.count("layer") == 14
+
+
+@pytest.mark.slow
+def test_a_run_stopped_while_scales_are_tuned_resumes_with_the_same_result(
+    llama: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tuned = options | {"changes": (*options["changes"], "corrections=[{kind: scale-tuning, steps: 4, checks: 4}]")}
+    compress(llama, out=tmp_path / "whole" / "out", **tuned)
+    expected = contents(tmp_path / "whole" / "out")
+    out = tmp_path / "cut" / "out"
+    with pytest.raises(Stop):
+        compress(llama, out=out, observer=stopping("scale-tuning", 2), **tuned)
+    with pytest.raises(Stop):
+        compress(llama, out=out, observer=stopping("shard"), **tuned)
+    result = compress(llama, out=out, **tuned)
+    assert result.resumed == 14
+    assert_only_output(out, expected)
+    plain = compress(llama, out=tmp_path / "plain", **options)
+    assert [x["relative_error"] for x in result.layers] != [x["relative_error"] for x in plain.layers]
