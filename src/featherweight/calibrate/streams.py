@@ -61,11 +61,11 @@ def capture_first(forward: Forward, block: nn.Module, batch: Any) -> tuple[Any, 
     """Input and further arguments of the first block."""
     found: list[tuple[Any, Arguments]] = []
 
-    def stub(*args: Any, **kwargs: Any) -> Any:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         found.append(split_hidden(args, kwargs))
         raise Captured
 
-    with replaced_forwards([block], [stub]), contextlib.suppress(Captured), torch.no_grad():
+    with replaced_forwards([block], [replacement]), contextlib.suppress(Captured), torch.no_grad():
         forward(batch)
     if not found:
         raise CalibrationError("the network does not call its first block on the given batch")
@@ -87,7 +87,7 @@ class Capture:
         """Run one batch; the hidden states before the first block."""
         found: list[tuple[Tensor, Arguments]] = []
 
-        def stub(*args: Any, **kwargs: Any) -> Any:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = split_hidden(args, kwargs)
             if found and not same_values(hidden, found[0][0]):
                 raise CalibrationError(
@@ -99,7 +99,7 @@ class Capture:
                 raise Captured
             return (hidden,) if self.in_tuple else hidden
 
-        forwards = [stub] * len(self.blocks)
+        forwards = [replacement] * len(self.blocks)
         with replaced_forwards(self.blocks, forwards), contextlib.suppress(Captured), torch.no_grad():
             self.forward(batch)
         if len(found) != len(self.blocks):
@@ -111,13 +111,13 @@ class Capture:
         """What the network makes of `hidden` as output of its last block."""
         calls = 0
 
-        def stub(*args: Any, **kwargs: Any) -> Any:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
             out = hidden if calls == len(self.blocks) else split_hidden(args, kwargs)[0]
             return (out,) if self.in_tuple else out
 
-        with replaced_forwards(self.blocks, [stub] * len(self.blocks)):
+        with replaced_forwards(self.blocks, [replacement] * len(self.blocks)):
             return self.forward(batch)
 
     def _pooled_arguments(self, arguments: Arguments) -> Arguments:

@@ -75,7 +75,7 @@ class RowGrid(Grid, abc.ABC):
 
     def level_count(self) -> int:
         """Levels of a group."""
-        raise NotImplementedError
+        raise TypeError(f"grid {self.kind!r} does not say how many levels a group has")
 
     def working_bytes(self, shape: tuple[int, int], options: SolveOptions) -> int:
         rows, columns = shape

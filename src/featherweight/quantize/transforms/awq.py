@@ -93,7 +93,7 @@ class ScaleSearch(Transform):
 
     def importance(self, session: BlockAccess, unit: Unit, statistics: Mapping[str, Statistics]) -> Tensor | None:
         """How much each input channel of the unit matters: [in], not negative; None where nothing is known."""
-        raise NotImplementedError
+        raise TypeError(f"transform {self.kind!r} does not say how much a channel matters")
 
     def transform_block(
         self,
