@@ -11,7 +11,6 @@ power other than the square is a polynomial of base-2 logarithm and exponential 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -119,17 +118,7 @@ class _Job(ctypes.Structure):
 
 
 def _native() -> Callable[[int, int], int] | None:
-    found = library.get()
-    return None if found is None else _bound(found)
-
-
-@functools.lru_cache(maxsize=4)
-def _bound(found: library.NativeLibrary) -> Callable[[int, int], int] | None:
-    function = getattr(ctypes.CDLL(str(found.path)), "fw_clip_search", None)
-    if function is None:  # a library built before this function was
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], ctypes.c_int32
-    return function  # type: ignore[no-any-return]
+    return library.job_function("fw_clip_search")
 
 
 def _least_error_native(

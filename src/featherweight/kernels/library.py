@@ -11,6 +11,7 @@ import functools
 import os
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -336,3 +337,18 @@ def _check(status: int, bad: ctypes.c_int64 | None = None, packing: str = "") ->
     if bad is not None and bad.value >= 0:
         raise ValueError(f"byte {bad.value} of packed trits is not valid {packing}")
     raise ValueError("the native library refused its arguments")
+
+
+def job_function(name: str) -> Callable[[int, int], int] | None:
+    """A function of the native library that takes the address of a job and a number of threads; None without it."""
+    found = get()
+    return None if found is None else _job_function(found, name)
+
+
+@functools.lru_cache(maxsize=16)
+def _job_function(found: NativeLibrary, name: str) -> Callable[[int, int], int] | None:
+    function = getattr(ctypes.CDLL(str(found.path)), name, None)
+    if function is None:
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], ctypes.c_int32
+    return function  # type: ignore[no-any-return]

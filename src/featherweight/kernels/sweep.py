@@ -11,7 +11,6 @@ of the inverse second moment and P the feedback of a cross moment (see `featherw
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -163,17 +162,7 @@ class _Job(ctypes.Structure):
 
 
 def _native() -> Callable[[int, int], int] | None:
-    found = library.get()
-    return None if found is None else _bound(found)
-
-
-@functools.lru_cache(maxsize=4)
-def _bound(found: library.NativeLibrary) -> Callable[[int, int], int] | None:
-    function = getattr(ctypes.CDLL(str(found.path)), "fw_sweep", None)
-    if function is None:  # a library built before this function was
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], ctypes.c_int32
-    return function  # type: ignore[no-any-return]
+    return library.job_function("fw_sweep")
 
 
 def _sweep_native(

@@ -12,7 +12,6 @@ Everything is float64. The native library gives the same bits as the PyTorch ref
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -167,17 +166,7 @@ class _Job(ctypes.Structure):
 
 
 def _native() -> Callable[[int, int], int] | None:
-    found = library.get()
-    return None if found is None else _bound(found)
-
-
-@functools.lru_cache(maxsize=4)
-def _bound(found: library.NativeLibrary) -> Callable[[int, int], int] | None:
-    function = getattr(ctypes.CDLL(str(found.path)), "fw_descent", None)
-    if function is None:  # a library built before this function was
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], ctypes.c_int32
-    return function  # type: ignore[no-any-return]
+    return library.job_function("fw_descent")
 
 
 def _descend_native(
