@@ -13,7 +13,7 @@ byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, gro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,8 +61,9 @@ def log8_reaches(scales: Tensor) -> bool:
 
 def log8_decode(codes: Tensor, exponent: int) -> Tensor:
     """float32 scales of bytes uint8."""
-    values = _log8_values(exponent * LOG8_STEPS - codes.long())
-    return torch.where(codes == LOG8_ZERO, 0.0, values).to(torch.float32)
+    table = _log8_values(exponent * LOG8_STEPS - torch.arange(256, device="cpu"))
+    table[LOG8_ZERO] = 0.0
+    return table.to(torch.float32).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 def _log8_values(steps: Tensor) -> Tensor:
@@ -89,10 +90,15 @@ class TritPlanes(Code):
     packing: Packing = "base3"
     scale_format: str = "float"  # "log8": values are held as float32 and stored as bytes
     weights: tuple[int, ...] | None = None  # tied: integer weight of each plane; None: powers of three
+    log8: tuple[Tensor, int] | None = field(default=None, init=False, repr=False)  # what is stored for `scales`
 
     def __post_init__(self) -> None:
         if self.scale_format == LOG8:
-            object.__setattr__(self, "scales", log8_decode(*log8_encode(self.scales.abs())))
+            self._hold(*log8_encode(self.scales.abs()))
+
+    def _hold(self, codes: Tensor, exponent: int) -> None:
+        object.__setattr__(self, "log8", (codes, exponent))
+        object.__setattr__(self, "scales", log8_decode(codes, exponent))
 
     @classmethod
     def encode(
@@ -139,9 +145,9 @@ class TritPlanes(Code):
         return spec
 
     def tensors(self) -> dict[str, Tensor]:
-        if self.scale_format != LOG8:
+        if self.log8 is None:
             return {"trits": self.trits, "scales": self.scales}
-        codes, exponent = log8_encode(self.scales)
+        codes, exponent = self.log8
         return {"trits": self.trits, "scales": codes, "scale_exponent": torch.tensor([exponent], dtype=torch.int8)}
 
     def unpack(self) -> Tensor:
@@ -188,18 +194,21 @@ class TritPlanes(Code):
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> TritPlanes:
-        log8 = spec.get("scale_dtype") == LOG8
-        scales = tensors["scales"]
-        return cls(
+        weights = _weights_of(spec, tensors["trits"].shape[0])
+        code = cls(
             tensors["trits"],
-            log8_decode(scales, int(tensors["scale_exponent"])) if log8 else scales,
+            tensors["scales"],
             matrix_shape(spec),
             spec["group_size"],
             spec.get("tied", False),
             spec.get("packing", "base3"),
-            LOG8 if log8 else "float",
-            _weights_of(spec, tensors["trits"].shape[0]),
+            "float",
+            weights,
         )
+        if spec.get("scale_dtype") == LOG8:  # after construction, which would find the bytes again, slowly
+            object.__setattr__(code, "scale_format", LOG8)
+            code._hold(tensors["scales"], int(tensors["scale_exponent"]))
+        return code
 
 
 def _weights_of(spec: dict[str, Any], planes: int) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@
 #include "kernels.h"
 #include "packing.h"
 #include "parallel.h"
+#include "product_kernels.h"
 
 namespace {
 
@@ -254,10 +255,17 @@ int32_t fw_version(void) { return FW_VERSION; }
 
 const char* fw_isa(void) { return kernels().name; }
 
+// The operators know more instruction sets than the solvers, which then take the nearest one they have.
 int32_t fw_select_isa(const char* name) {
-  const Kernels* found = std::strcmp(name, "auto") == 0 ? best_kernels() : kernels_named(name);
+  const bool automatic = std::strcmp(name, "auto") == 0;
+  const char* nearest = std::strcmp(name, "vbmi") == 0 || std::strcmp(name, "amx") == 0 ? "avx512" : std::strcmp(name, "avxvnni") == 0 ? "avx2" : name;
+  const ProductKernels* product = product_kernels_named(name);
+  const Kernels* found = automatic ? best_kernels() : kernels_named(nearest);
+  if (!found && product) found = kernels_baseline();  // ARM
   if (!found) return FW_INVALID;
+  if (!product) product = product_kernels_named(std::strcmp(name, "avx512") == 0 ? "avx2" : "baseline");
   selected().store(found);
+  select_product_kernels(product);
   return FW_OK;
 }
 

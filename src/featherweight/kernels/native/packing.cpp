@@ -10,19 +10,20 @@ constexpr int kTritBytes = 256;
 struct TritTable {
   std::array<std::array<int8_t, 8>, kTritBytes> trits{};
 
-  constexpr explicit TritTable(int packing) {
+  constexpr TritTable(int packing, int lowest) {
     for (int byte = 0; byte < kTritBytes; ++byte) {
       int rest = byte;
       for (int i = 0; i < trits_per_byte(packing); ++i) {
         const int base = packing == 0 ? 3 : 4;
-        trits[static_cast<size_t>(byte)][static_cast<size_t>(i)] = static_cast<int8_t>(rest % base - 1);
+        trits[static_cast<size_t>(byte)][static_cast<size_t>(i)] = static_cast<int8_t>(rest % base + lowest);
         rest /= base;
       }
     }
   }
 };
 
-constexpr TritTable kTables[2] = {TritTable(0), TritTable(1)};
+constexpr TritTable kTables[2] = {{0, -1}, {1, -1}};
+constexpr TritTable kDigits[2] = {{0, 0}, {1, 0}};
 
 // Digits t + 1 of the planes of a joint code, a byte apart. Sums of five digits times 3^i stay below 243, so planes never
 // carry into each other.
@@ -70,9 +71,9 @@ void pack_codes_as(const uint8_t* codes, int64_t count, int planes, uint8_t* pac
 }
 
 template <int Packing>
-void unpack_range(const uint8_t* packed, int64_t first, int64_t count, int8_t* out) {
+void unpack_range(const TritTable& values, const uint8_t* packed, int64_t first, int64_t count, int8_t* out) {
   constexpr int kPerByte = trits_per_byte(Packing);
-  const auto& table = kTables[Packing].trits;
+  const auto& table = values.trits;
   int64_t byte = first / kPerByte, done = 0;
   const int64_t skip = first % kPerByte;
   if (skip > 0) {
@@ -132,9 +133,17 @@ int64_t find_bad_byte(const uint8_t* packed, int64_t bytes, int packing) {
 
 void unpack_trit_range(const uint8_t* packed, int64_t first, int64_t count, int packing, int8_t* out) {
   if (packing == 0)
-    unpack_range<0>(packed, first, count, out);
+    unpack_range<0>(kTables[0], packed, first, count, out);
   else
-    unpack_range<1>(packed, first, count, out);
+    unpack_range<1>(kTables[1], packed, first, count, out);
+}
+
+void unpack_digit_range(const uint8_t* packed, int64_t first, int64_t count, int packing, uint8_t* out) {
+  int8_t* to = reinterpret_cast<int8_t*>(out);
+  if (packing == 0)
+    unpack_range<0>(kDigits[0], packed, first, count, to);
+  else
+    unpack_range<1>(kDigits[1], packed, first, count, to);
 }
 
 // Eight values of b bits are b bytes: one 64-bit word at most.
@@ -166,4 +175,21 @@ float float_from_half(uint16_t bits) {
   if (exponent != 0) return float_from_bits(sign | (exponent + 112) << 23 | fraction << 13);
   const float magnitude = static_cast<float>(fraction) * 0x1p-24F;  // subnormal, exact
   return sign ? -magnitude : magnitude;
+}
+
+uint16_t half_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  bits &= 0x7fffffffU;
+  if (bits >= 0x7f800000U) return static_cast<uint16_t>(sign | 0x7c00U | (bits > 0x7f800000U ? 0x200U : 0U));
+  if (bits >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);  // rounds to 65536 or more
+  if (bits < 0x38800000U) {                                              // subnormal: units of 2^-24
+    const float magnitude = float_from_bits(bits) + 0.5F;                // adding 2^-1 rounds at 2^-24
+    uint32_t rounded;
+    std::memcpy(&rounded, &magnitude, sizeof rounded);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000U));
+  }
+  const uint32_t rounded = bits + 0xfffU + (bits >> 13 & 1U);
+  return static_cast<uint16_t>(sign | ((rounded >> 13) - (112U << 10)));
 }

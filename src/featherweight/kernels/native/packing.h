@@ -20,11 +20,14 @@ int64_t find_bad_byte(const uint8_t* packed, int64_t bytes, int packing);
 
 // Trits [first, first + count) of valid packed bytes to out[0 .. count + kSlack).
 void unpack_trit_range(const uint8_t* packed, int64_t first, int64_t count, int packing, int8_t* out);
+// The digits t + 1 instead.
+void unpack_digit_range(const uint8_t* packed, int64_t first, int64_t count, int packing, uint8_t* out);
 
 void pack_bit_string(const uint8_t* values, int64_t count, int bits, uint8_t* packed);
 void unpack_bit_string(const uint8_t* packed, int64_t count, int bits, uint8_t* values);
 
 float float_from_half(uint16_t bits);
+uint16_t half_from_float(float value);  // to the nearest, halves to even
 float float_from_bfloat16(uint16_t bits);
 
 #endif

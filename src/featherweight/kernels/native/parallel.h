@@ -13,17 +13,17 @@
 
 #include "featherweight.h"
 
-namespace {
-
 struct Aligned {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 using Memory = std::unique_ptr<void, Aligned>;
 
-Memory allocate(int64_t bytes) { return Memory(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})); }
+inline Memory allocate(int64_t bytes) { return Memory(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})); }
+
+namespace {
 
 // Run body(worker, item) for all items on up to `threads` threads. bad_alloc in a worker ends the loop and is thrown here.
-void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t)>& body) {
+[[maybe_unused]] void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t)>& body) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   const auto work = [&](int worker) {
@@ -47,7 +47,7 @@ void parallel_for(int64_t items, int threads, const std::function<void(int, int6
 }
 
 template <typename Body>
-int32_t guarded_call(const Body& body) {
+[[maybe_unused]] int32_t guarded_call(const Body& body) {
   try {
     return body();
   } catch (const std::bad_alloc&) {

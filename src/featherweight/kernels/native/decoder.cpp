@@ -1,0 +1,292 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder_network.h"
+
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+const DecoderLoops& loops_of_processor() {
+#if defined(FW_X86)
+  if (std::strcmp(fw_isa(), "avx512") == 0) return *decoder_loops_avx512();
+  if (std::strcmp(fw_isa(), "avx2") == 0) return *decoder_loops_avx2();
+#endif
+  return *decoder_loops_baseline();
+}
+
+// A thread that has less to read for a pass than this is not worth its barriers.
+constexpr int64_t kBytesPerThread = int64_t{1} << 20;
+
+int64_t weight_bytes(const fw_linear* linear) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < linear->terms; ++i)
+    for (const void* operand : {linear->term[i].operand, linear->term[i].right})
+      if (operand) bytes += static_cast<const fw_operand*>(operand)->weight_bytes;
+  return bytes;
+}
+
+}  // namespace
+
+fw_decoder::fw_decoder(const fw_decoder_settings& settings)
+    : s_(settings),
+      layers_(settings.layer, settings.layer + settings.layers),
+      loops_(loops_of_processor()),
+      padded_dim_(round_up(settings.head_dim, kPadding)),
+      query_width_(settings.heads * settings.head_dim),
+      key_width_(settings.kv_heads * settings.head_dim),
+      cache_(settings, padded_dim_),
+      sampler_(settings.vocabulary),
+      sampled_(static_cast<size_t>(settings.vocabulary)),
+      next_(new std::atomic<int64_t>[static_cast<size_t>(settings.layers)]) {
+  s_.layer = nullptr;
+  s_.threads = std::min(s_.threads, 1024);
+  scratch_.reserve(s_.threads * attention_floats(padded_dim_));
+  frequencies_.resize(static_cast<size_t>(s_.threads * s_.head_dim / 2));
+  for (const fw_layer& layer : layers_)
+    for (const fw_linear* linear : {layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down})
+      weight_bytes_ += weight_bytes(linear);
+}
+
+// Pages for the tokens of a pass, and buffers for so many of them.
+void fw_decoder::make_room(int64_t count) {
+  for (const Token& token : tokens_) cache_.make_room(token.sequence, token.position);
+  if (count <= room_) return;
+  for (Buffer<float>* buffer : {&x_, &normed_, &delta_}) buffer->reserve(count * s_.hidden);
+  for (Buffer<float>* buffer : {&query_, &mixed_}) buffer->reserve(count * query_width_);
+  for (Buffer<float>* buffer : {&key_, &value_}) buffer->reserve(count * key_width_);
+  for (Buffer<float>* buffer : {&gate_, &up_}) buffer->reserve(count * s_.ffn);
+  for (Buffer<float>* buffer : {&cosines_, &sines_}) buffer->reserve(count * s_.head_dim / 2);
+  for (const fw_layer& layer : layers_)
+    for (const fw_linear* linear : {layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down})
+      linear_reserve(work_, linear, count, s_.threads);
+  linear_reserve(work_, s_.head, count, s_.threads);
+  room_ = count;
+}
+
+// ---- a pass through the network ----
+
+// Rows from `first` on, cut where the sequence changes and so that a block of attention does not get too many queries.
+void fw_decoder::make_spans(std::vector<Span>& spans, int64_t first) {
+  const int64_t most = std::max<int64_t>(1, kMostRows / (s_.heads / s_.kv_heads));
+  spans.clear();
+  for (int64_t i = first; i < static_cast<int64_t>(tokens_.size()); ++i) {
+    const int64_t row = i - first;
+    const bool same = row > 0 && tokens_[static_cast<size_t>(i)].sequence == tokens_[static_cast<size_t>(i - 1)].sequence;
+    if (same && spans.back().count < most)
+      ++spans.back().count;
+    else
+      spans.push_back({row, 1});
+  }
+}
+
+// Logits of the last token, of all, or of none, for what is in tokens_; then these tokens belong to their sequences.
+int32_t fw_decoder::pass(Wanted wanted, float* logits) {
+  const auto count = static_cast<int64_t>(tokens_.size());
+  make_room(count);
+  wanted_rows_ = wanted == Wanted::kAll ? count : wanted == Wanted::kLast ? 1 : 0;
+  logits_ = logits;
+  rows_ = count;
+  token_of_row_.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) token_of_row_[static_cast<size_t>(i)] = i;
+  make_spans(spans_, 0);
+  make_spans(last_spans_, count - wanted_rows_);
+  one_each_ = static_cast<int64_t>(spans_.size()) == count && wanted_rows_ == count;
+  for (int64_t i = 1; i < count && one_each_; ++i)
+    one_each_ = tokens_[static_cast<size_t>(i)].sequence != tokens_[static_cast<size_t>(i - 1)].sequence;
+  for (int64_t i = 0; i < s_.layers; ++i) next_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
+  status_.store(FW_OK, std::memory_order_relaxed);
+  const int64_t useful = 1 + count * weight_bytes_ / kBytesPerThread;
+  run_team(static_cast<int>(std::min<int64_t>(s_.threads, useful)), [this](Team& team) { run(team); });
+  ++stats_.passes;
+  if (status_.load() != FW_OK) return status_.load();
+  for (const Token& token : tokens_) cache_[token.sequence].tokens.push_back(token.id);
+  return FW_OK;
+}
+
+void fw_decoder::run(Team& team) {
+  begin(team);
+  for (int64_t i = 0; i < s_.layers; ++i) {
+    run_layer(team, i);
+    if (rows_ == 0) return;
+  }
+  finish(team);
+}
+
+// cos and sin of position times frequency, the product rounded to float32 as the reference implementation does.
+void fw_decoder::find_angles(int64_t index, double* frequencies) {
+  const Token& token = tokens_[static_cast<size_t>(index)];
+  const int64_t half = s_.head_dim / 2;
+  const bool dynamic = s_.dynamic_base != 0 && token.length > s_.dynamic_length;
+  if (dynamic) {  // bloc97's "NTK-aware" scaling of the base
+    const auto dim = static_cast<double>(s_.head_dim);
+    const double stretch = s_.dynamic_factor * static_cast<double>(token.length) / static_cast<double>(s_.dynamic_length) -
+                           (s_.dynamic_factor - 1);
+    const double base = s_.dynamic_base * std::pow(stretch, dim / (dim - 2));
+    for (int64_t i = 0; i < half; ++i) frequencies[i] = 1 / std::pow(base, static_cast<double>(2 * i) / dim);
+  }
+  const auto position = static_cast<float>(token.position);
+  for (int64_t i = 0; i < half; ++i) {
+    const float angle = position * (dynamic ? static_cast<float>(frequencies[i]) : s_.frequencies[i]);
+    cosines_.at(index * half)[i] = static_cast<float>(std::cos(static_cast<double>(angle)) * s_.rope_scale);
+    sines_.at(index * half)[i] = static_cast<float>(std::sin(static_cast<double>(angle)) * s_.rope_scale);
+  }
+}
+
+// Every member looks after its own tokens here and in norm_rows; nothing is shared yet.
+void fw_decoder::begin(Team& team) {
+  const auto [first, last] = team.share(rows_);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t id = tokens_[static_cast<size_t>(i)].id;
+    const int32_t status = fw_operand_rows(s_.embedding, id, id + 1, x_.at(i * s_.hidden));
+    if (status != FW_OK) status_.store(status);
+    find_angles(i, frequencies_.data() + team.index() * s_.head_dim / 2);
+  }
+  norm_rows(team, nullptr, layers_[0].attention_norm);
+}
+
+void fw_decoder::norm_rows(Team& team, const float* delta, const float* weight) {
+  const auto [first, last] = team.share(rows_);
+  for (int64_t i = first; i < last; ++i)
+    loops_.add_norm(x_.at(i * s_.hidden), delta ? delta + i * s_.hidden : nullptr, weight, s_.hidden, s_.epsilon,
+                    normed_.at(i * s_.hidden));
+  team.barrier();
+}
+
+void fw_decoder::linear(Team& team, const LinearCall* calls, int count, const float* x, int64_t tokens, int64_t stride) {
+  const bool timed = team.index() == 0;
+  const Clock::time_point begun = timed ? Clock::now() : Clock::time_point();
+  linear_apply(team, work_, calls, count, x, tokens, stride, s_.precision);
+  team.barrier();
+  if (timed) stats_.linear_seconds += seconds_since(begun);
+}
+
+void fw_decoder::run_layer(Team& team, int64_t index) {
+  const fw_layer& layer = layers_[static_cast<size_t>(index)];
+  const bool last = index + 1 == s_.layers;
+  const int64_t hidden = s_.hidden, all = rows_;
+  const LinearCall query = {layer.query, query_.data(), query_width_};
+  const LinearCall key = {layer.key, key_.data(), key_width_}, value = {layer.value, value_.data(), key_width_};
+  if (last && wanted_rows_ < all) {  // behind the last keys and values only the wanted rows matter
+    const LinearCall calls[] = {key, value};
+    linear(team, calls, 2, normed_.data(), all, hidden);
+    compact(team);
+    if (wanted_rows_ > 0) linear(team, &query, 1, normed_.data(), rows_, hidden);
+  } else {
+    const LinearCall calls[] = {query, key, value};
+    linear(team, calls, 3, normed_.data(), all, hidden);
+  }
+  attention(team, index);
+  if (rows_ == 0) return;
+  const LinearCall output = {layer.output, delta_.data(), hidden};
+  linear(team, &output, 1, mixed_.data(), rows_, query_width_);
+  norm_rows(team, delta_.data(), layer.mlp_norm);
+  const LinearCall gate_up[] = {{layer.gate, gate_.data(), s_.ffn}, {layer.up, up_.data(), s_.ffn}};
+  linear(team, gate_up, 2, normed_.data(), rows_, hidden);
+  const auto [from, to] = team.share(rows_ * s_.ffn, 64);
+  loops_.swiglu(gate_.at(from), up_.at(from), to - from);
+  team.barrier();
+  const LinearCall down = {layer.down, delta_.data(), hidden};
+  linear(team, &down, 1, gate_.data(), rows_, s_.ffn);
+  norm_rows(team, delta_.data(), last ? s_.norm : layers_[static_cast<size_t>(index + 1)].attention_norm);
+}
+
+// The last rows_ become the wanted ones; the keys and values of all tokens are still to be stored.
+void fw_decoder::compact(Team& team) {
+  if (team.index() == 0) {
+    const int64_t first = rows_ - wanted_rows_;
+    for (int64_t i = 0; i < wanted_rows_; ++i) {
+      std::copy_n(x_.at((first + i) * s_.hidden), s_.hidden, x_.at(i * s_.hidden));
+      std::copy_n(normed_.at((first + i) * s_.hidden), s_.hidden, normed_.at(i * s_.hidden));
+      token_of_row_[static_cast<size_t>(i)] = first + i;
+    }
+    rows_ = wanted_rows_;
+  }
+  team.barrier();
+}
+
+void fw_decoder::finish(Team& team) {
+  const LinearCall head = {s_.head, logits_, s_.vocabulary};
+  linear(team, &head, 1, normed_.data(), rows_, s_.hidden);
+}
+
+// ---- attention ----
+
+void fw_decoder::store(int64_t layer, int64_t index, int64_t head) {
+  const Token& token = tokens_[static_cast<size_t>(index)];
+  const int64_t half = s_.head_dim / 2, slot = token.position % kPage;
+  unsigned char* page = cache_.page(token.sequence, token.position);
+  float* key = key_.at(index * key_width_ + head * s_.head_dim);
+  loops_.rotate(key, layers_[static_cast<size_t>(layer)].key_norm, s_.epsilon, cosines_.at(index * half),
+                sines_.at(index * half), s_.head_dim, 1.0F);
+  loops_.store_key(key, s_.head_dim, slot, cache_.type(), page + cache_.layout().keys_at(layer, head));
+  loops_.store_value(value_.at(index * key_width_ + head * s_.head_dim), s_.head_dim, padded_dim_, slot,
+                     cache_.type(), page + cache_.layout().values_at(layer, head));
+}
+
+// Of all queries that share a key head.
+void fw_decoder::rotate_queries(const fw_layer& layer, int64_t row, int64_t kv_head) {
+  const int64_t index = token_of_row_[static_cast<size_t>(row)], half = s_.head_dim / 2, group = s_.heads / s_.kv_heads;
+  const auto factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(s_.head_dim)));
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    loops_.rotate(query_.at(row * query_width_ + head * s_.head_dim), layer.query_norm, s_.epsilon,
+                  cosines_.at(index * half), sines_.at(index * half), s_.head_dim, factor);
+}
+
+void fw_decoder::attend(Team& team, int64_t layer, const Span& span, int64_t kv_head) {
+  const float* queries[kMostRows];
+  float* out[kMostRows];
+  int64_t positions[kMostRows];
+  const int64_t group = s_.heads / s_.kv_heads;
+  int64_t rows = 0;
+  for (int64_t row = span.first; row < span.first + span.count; ++row) {
+    rotate_queries(layers_[static_cast<size_t>(layer)], row, kv_head);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++rows) {
+      queries[rows] = query_.at(row * query_width_ + head * s_.head_dim);
+      out[rows] = mixed_.at(row * query_width_ + head * s_.head_dim);
+      positions[rows] = tokens_[static_cast<size_t>(token_of_row_[static_cast<size_t>(row)])].position;
+    }
+  }
+  const Token& token = tokens_[static_cast<size_t>(token_of_row_[static_cast<size_t>(span.first)])];
+  AttentionBlock block = {};
+  block.query = queries;
+  block.out = out;
+  block.position = positions;
+  block.rows = rows;
+  block.pages = cache_[token.sequence].pages.data();
+  block.keys_at = cache_.layout().keys_at(layer, kv_head);
+  block.values_at = cache_.layout().values_at(layer, kv_head);
+  block.head_dim = s_.head_dim;
+  block.padded_dim = padded_dim_;
+  block.window = layers_[static_cast<size_t>(layer)].window;
+  block.type = cache_.type();
+  block.work = scratch_.at(team.index() * attention_floats(padded_dim_));
+  loops_.attend(block);
+}
+
+// With one token of every sequence a unit's key and value are its own affair. Otherwise all keys and values are stored
+// first, and units are taken from the longest to the shortest, since the later tokens see more.
+void fw_decoder::attention(Team& team, int64_t layer) {
+  const bool timed = team.index() == 0;
+  const Clock::time_point begun = timed ? Clock::now() : Clock::time_point();
+  if (one_each_) {
+    const auto [first, last] = team.share(rows_ * s_.kv_heads);
+    for (int64_t unit = first; unit < last; ++unit) {
+      store(layer, unit / s_.kv_heads, unit % s_.kv_heads);
+      attend(team, layer, spans_[static_cast<size_t>(unit / s_.kv_heads)], unit % s_.kv_heads);
+    }
+  } else {
+    const auto [first, last] = team.share(static_cast<int64_t>(tokens_.size()) * s_.kv_heads);
+    for (int64_t unit = first; unit < last; ++unit) store(layer, unit / s_.kv_heads, unit % s_.kv_heads);
+    team.barrier();
+    const bool compacted = layer + 1 == s_.layers;
+    const std::vector<Span>& spans = compacted ? last_spans_ : spans_;
+    const auto units = static_cast<int64_t>(spans.size()) * s_.kv_heads;
+    std::atomic<int64_t>& next = next_[static_cast<size_t>(layer)];
+    for (int64_t unit = next++; unit < units; unit = next++)
+      attend(team, layer, spans[spans.size() - 1 - static_cast<size_t>(unit / s_.kv_heads)], unit % s_.kv_heads);
+  }
+  team.barrier();
+  if (timed) stats_.attention_seconds += seconds_since(begun);
+}

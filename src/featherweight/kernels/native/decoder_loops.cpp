@@ -1,0 +1,391 @@
+// Compiled once for every instruction set, with FW_ISA naming it, and with products and sums contracted to fused
+// multiply-adds where there are any: attention over a long prompt is bound by them. Like kernels.cpp, only C headers and
+// code with internal linkage.
+#include "decoder_loops.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "simd.h"
+
+#define FW_JOIN(a, b) a##b
+#define FW_NAME(isa) FW_JOIN(decoder_loops_, isa)
+
+namespace {
+
+typedef float Float __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Word __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Half __attribute__((vector_size(kWidth * 2)));
+typedef int8_t Byte __attribute__((vector_size(kWidth)));
+
+inline Float splat(float value) { return value - Float{}; }
+
+inline float sum_of(Float values) {
+  float total = values[0];
+  for (int i = 1; i < kWidth; ++i) total += values[i];
+  return total;
+}
+
+// ---- half precision ----
+
+inline Float from_half(Half bits) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Float)_mm256_cvtph_ps((__m128i)bits);
+#else
+  // The fraction and exponent moved to their places give the value over 2^112, subnormal numbers included.
+  const Word wide = __builtin_convertvector(bits, Word);
+  const Word magnitude = (wide & 0x7fffU) << 13, sign = (wide & 0x8000U) << 16;
+  const Word infinite = (Word)((wide & 0x7c00U) == 0x7c00U) & 0x7f800000U;
+  return (Float)((Word)((Float)magnitude * 0x1p112F) | infinite | sign);
+#endif
+}
+
+// To the nearest, ties to even; what is too large for half precision becomes its largest value.
+inline uint16_t to_half(float value) {
+  value = value > 65504.0F ? 65504.0F : value < -65504.0F ? -65504.0F : value;
+#if defined(__F16C__)
+  return (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), _MM_FROUND_TO_NEAREST_INT), 0);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000U;
+  bits &= 0x7fffffffU;
+  if (bits > 0x7f800000U) return (uint16_t)(sign | 0x7e00U);
+  if (bits < 0x38800000U) {  // subnormal: the addition rounds at 2^-24
+    float magnitude;
+    memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5F;
+    memcpy(&bits, &magnitude, sizeof bits);
+    return (uint16_t)(sign | (bits - 0x3f000000U));
+  }
+  bits += 0xfffU + (bits >> 13 & 1U);
+  return (uint16_t)(sign | ((bits >> 13) - (112U << 10)));
+#endif
+}
+
+inline Float values_at(const float* from) { return load<Float>(from); }
+inline Float values_at(const uint16_t* from) { return from_half(load<Half>(from)); }
+inline Float values_at(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  return __builtin_convertvector(load<Byte>(from), Float);
+#endif
+}
+
+// ---- exponential ----
+
+// e^x within 2 units in the last place; 0 below -87, e^88 above 88.
+inline Float exp_of(Float x) {
+  const Float bounded = x > 88.0F ? splat(88.0F) : x;
+  const Float magic = splat(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer, which then is in the low bits
+  const Float shifted = bounded * 1.44269504F + magic;
+  const Float n = shifted - magic;
+  const Float r = (bounded - n * 0.693359375F) - n * -2.12194440e-4F;
+  Float p = splat(1.38888889e-3F);
+  p = p * r + 8.33333333e-3F;
+  p = p * r + 4.16666667e-2F;
+  p = p * r + 1.66666667e-1F;
+  p = p * r + 0.5F;
+  p = (p * r) * r + r + 1.0F;
+  const Float scale = (Float)(((Int)shifted << 23) + 0x3f800000);
+  return x < -87.0F ? Float{} : p * scale;
+}
+
+// ---- normalisation, activation, rotation ----
+
+void add(float* x, const float* delta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += delta[i];
+}
+
+// 1 / root mean square, the sum in double: it is short beside the products around it.
+float inverse_rms(const float* x, int64_t n, double epsilon) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int lane = 0; lane < 16; ++lane) {
+      const double value = (double)x[i + lane];
+      sums[lane] += value * value;
+    }
+  for (int lane = 0; i < n; ++i, ++lane) sums[lane] += (double)x[i] * (double)x[i];
+  double total = 0;
+  for (int lane = 0; lane < 16; ++lane) total += sums[lane];
+  return (float)(1.0 / sqrt(total / (double)n + epsilon));
+}
+
+void add_norm(float* x, const float* delta, const float* weight, int64_t n, double epsilon, float* out) {
+  if (delta) add(x, delta, n);
+  const float factor = inverse_rms(x, n, epsilon);
+  for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+inline Float swiglu_of(Float gate, Float up) { return gate / (1.0F + exp_of(-gate)) * up; }
+
+void swiglu(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(gate + i, swiglu_of(load<Float>(gate + i), load<Float>(up + i)));
+  if (i == n) return;
+  float rest[2][kWidth] = {};
+  memcpy(rest[0], gate + i, (size_t)(n - i) * sizeof(float));
+  memcpy(rest[1], up + i, (size_t)(n - i) * sizeof(float));
+  store(rest[0], swiglu_of(load<Float>(rest[0]), load<Float>(rest[1])));
+  memcpy(gate + i, rest[0], (size_t)(n - i) * sizeof(float));
+}
+
+void rotate(float* head, const float* norm, double epsilon, const float* cosines, const float* sines, int64_t head_dim,
+            float factor) {
+  if (norm) add_norm(head, nullptr, norm, head_dim, epsilon, head);
+  const int64_t half = head_dim / 2;
+  float* other = head + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = other[i];
+    head[i] = (a * cosines[i] - b * sines[i]) * factor;
+    other[i] = (b * cosines[i] + a * sines[i]) * factor;
+  }
+}
+
+// ---- the cache ----
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Codes of one head and token, x / scale to the nearest; the scale maps the largest magnitude to 127.
+struct Codes {
+  float scale, inverse;
+
+  Codes(const float* x, int64_t n) {
+    float most = 0;
+    for (int64_t i = 0; i < n; ++i) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    scale = most / 127.0F;
+    inverse = most > 0 ? 127.0F / most : 0.0F;
+  }
+  int8_t operator()(float value) const {
+    const float code = value * inverse;
+    return (int8_t)(code == code ? (int)lrintf(code) : 0);
+  }
+};
+
+// Position of an element in a matrix of panels, see decoder_loops.h.
+inline int64_t place(int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const int64_t first = column / kPanel * kPanel, width = least(kPanel, columns - first);
+  return first * rows + row * width + column - first;
+}
+
+void store_key(const float* key, int64_t head_dim, int64_t slot, CacheType type, unsigned char* keys) {
+  if (type == CacheType::kInt8) {
+    const Codes codes(key, head_dim);
+    ((float*)(keys + head_dim * kPage))[slot] = codes.scale;
+    for (int64_t d = 0; d < head_dim; ++d) ((int8_t*)keys)[place(head_dim, kPage, d, slot)] = codes(key[d]);
+  } else {
+    for (int64_t d = 0; d < head_dim; ++d) ((uint16_t*)keys)[place(head_dim, kPage, d, slot)] = to_half(key[d]);
+  }
+}
+
+void store_value(const float* value, int64_t head_dim, int64_t padded_dim, int64_t slot, CacheType type,
+                 unsigned char* values) {
+  if (type == CacheType::kInt8) {
+    const Codes codes(value, head_dim);
+    ((float*)(values + kPage * padded_dim))[slot] = codes.scale;
+    for (int64_t d = 0; d < head_dim; ++d) ((int8_t*)values)[place(kPage, padded_dim, slot, d)] = codes(value[d]);
+  } else {
+    for (int64_t d = 0; d < head_dim; ++d) ((uint16_t*)values)[place(kPage, padded_dim, slot, d)] = to_half(value[d]);
+  }
+}
+
+// ---- attention ----
+
+// c[r, :] (+)= a[r, :k] b[:k, :] for kRows rows and kVectors vectors of columns, all sums in registers. Every element is
+// one chain over k, so that the width of the vectors does not show in it. Meanwhile memory that is needed next is fetched,
+// `ahead`, as many bytes as are read.
+template <int kRows, int kVectors, typename Element>
+inline void product_tile(const float* const* a, const Element* b, int64_t b_stride, int64_t k, float* c, int64_t c_stride,
+                         bool accumulate, const unsigned char* ahead) {
+  Float sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = accumulate ? load<Float>(c + r * c_stride + v * kWidth) : Float{};
+  for (int64_t i = 0; i < k; ++i) {
+    if (ahead)
+      for (int64_t line = 0; line < kVectors * kWidth * (int64_t)sizeof(Element); line += 64)
+        __builtin_prefetch(ahead + i * b_stride * (int64_t)sizeof(Element) + line);
+    Float values[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) values[v] = values_at(b + i * b_stride + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += a[r][i] * values[v];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kWidth, sums[r][v]);
+}
+
+// As many sums as the registers hold beside a row of b.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTile = 4;
+#else
+constexpr int kTile = 2;
+#endif
+
+// Rows first_row .. first_row + k of a matrix of panels.
+template <typename Element>
+struct Panels {
+  const Element* data;
+  int64_t rows, columns, first_row, k;
+  const unsigned char* ahead;  // or null
+
+  int64_t width(int64_t first) const { return least(kPanel, columns - first); }
+  int64_t offset(int64_t first) const { return first * rows + first_row * width(first); }
+};
+
+template <int kRows, typename Element>
+void product_rows(const float* const* a, const Panels<Element>& b, int64_t columns, float* c, int64_t c_stride,
+                  bool accumulate) {
+  for (int64_t panel = 0; panel < columns; panel += kPanel) {
+    const int64_t width = b.width(panel), wanted = least(width, columns - panel), offset = b.offset(panel);
+    const Element* data = b.data + offset;
+    const unsigned char* ahead = b.ahead ? b.ahead + offset * (int64_t)sizeof(Element) : nullptr;
+    int64_t j = 0;
+    for (; j + kTile * kWidth <= wanted; j += kTile * kWidth)
+      product_tile<kRows, kTile>(a, data + j, width, b.k, c + panel + j, c_stride, accumulate,
+                                 ahead ? ahead + j * (int64_t)sizeof(Element) : nullptr);
+    for (; j < wanted; j += kWidth)
+      product_tile<kRows, 1>(a, data + j, width, b.k, c + panel + j, c_stride, accumulate, nullptr);
+  }
+}
+
+// c [rows, columns] (+)= a [rows, k] b [k, :columns]; columns is a multiple of kPadding, and so of the width of a vector.
+template <typename Element>
+void product(const float* const* a, int64_t rows, const Panels<Element>& b, int64_t columns, float* c, int64_t c_stride,
+             bool accumulate) {
+  Panels<Element> rest = b;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    product_rows<4>(a + row, rest, columns, c + row * c_stride, c_stride, accumulate);
+    rest.ahead = nullptr;  // fetched by now
+  }
+  if (rows - row == 3) product_rows<3>(a + row, rest, columns, c + row * c_stride, c_stride, accumulate);
+  if (rows - row == 2) product_rows<2>(a + row, rest, columns, c + row * c_stride, c_stride, accumulate);
+  if (rows - row == 1) product_rows<1>(a + row, rest, columns, c + row * c_stride, c_stride, accumulate);
+}
+
+// Few rows take cached elements as they come; many would convert them again and again, so that a copy is made.
+constexpr int64_t kFewRows = 8;
+
+template <typename Element>
+void product_cached(const float* const* a, int64_t rows, const Panels<Element>& b, int64_t columns, float* c,
+                    int64_t c_stride, bool accumulate, float* copy) {
+  if (rows <= kFewRows) return product(a, rows, b, columns, c, c_stride, accumulate);
+  for (int64_t panel = 0; panel < columns; panel += kPanel) {
+    const int64_t width = b.width(panel);
+    const Element* data = b.data + b.offset(panel);
+    for (int64_t i = 0; i < b.k * width; i += kWidth) store(copy + panel * b.k + i, values_at(data + i));
+  }
+  const Panels<float> copied = {copy, b.k, b.columns, 0, b.k, nullptr};
+  product(a, rows, copied, columns, c, c_stride, accumulate);
+}
+
+// Keys or values of a page, of which rows first_row .. first_row + k take part.
+struct Cached {
+  const unsigned char* data;
+  int64_t rows, columns, first_row, k;
+  const unsigned char* ahead;
+};
+
+void product_with_cache(const AttentionBlock& block, const float* const* a, const Cached& b, int64_t columns, float* c,
+                        int64_t c_stride, bool accumulate) {
+  if (block.type == CacheType::kInt8) {
+    const Panels<int8_t> panels = {(const int8_t*)b.data, b.rows, b.columns, b.first_row, b.k, b.ahead};
+    product_cached(a, block.rows, panels, columns, c, c_stride, accumulate, block.work);
+  } else {
+    const Panels<uint16_t> panels = {(const uint16_t*)b.data, b.rows, b.columns, b.first_row, b.k, b.ahead};
+    product_cached(a, block.rows, panels, columns, c, c_stride, accumulate, block.work);
+  }
+}
+
+// One row's scores of a page, [columns], become e^(score - most); scores outside [low, high) become 0. Moves `most`,
+// `total` and what has been summed so far to the new maximum.
+void soften(float* scores, int64_t columns, int64_t low, int64_t high, float* most, float* total, float* sums, int64_t n) {
+  for (int64_t i = 0; i < low; ++i) scores[i] = -INFINITY;
+  for (int64_t i = high; i < columns; ++i) scores[i] = -INFINITY;
+  Float peaks = splat(*most);
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Float values = load<Float>(scores + i);
+    peaks = values > peaks ? values : peaks;
+  }
+  float peak = peaks[0];
+  for (int i = 1; i < kWidth; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+  Float added = {};
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    const Float weights = exp_of(load<Float>(scores + i) - peak);
+    added += weights;
+    store(scores + i, weights);
+  }
+  if (peak > *most) {
+    const float shrink = exp_of(splat(*most - peak))[0];
+    *total *= shrink;
+    for (int64_t i = 0; i < n; ++i) sums[i] *= shrink;
+    *most = peak;
+  }
+  *total += sum_of(added);
+}
+
+// Softmax of scores and sum of values, page by page ("online", Milakov and Gimelshein, arXiv:1805.02867).
+void attend(const AttentionBlock& block) {
+  float* scores = block.work + kPage * block.padded_dim;  // [rows, kPage]
+  float* sums = scores + kMostRows * kPage;               // [rows, padded_dim]
+  float* most = sums + kMostRows * block.padded_dim;      // [rows]
+  float* total = most + kMostRows;                        // [rows]
+  const float* weights[kMostRows];
+  for (int64_t r = 0; r < block.rows; ++r) {
+    most[r] = -INFINITY;
+    total[r] = 0;
+  }
+  memset(sums, 0, (size_t)(block.rows * block.padded_dim) * sizeof(float));
+  const int64_t last = block.position[block.rows - 1] + 1;
+  const int64_t first = block.window ? greatest(0, block.position[0] - block.window + 1) : 0;
+  for (int64_t page = first / kPage; page * kPage < last; ++page) {
+    const int64_t begin = page * kPage, count = least(kPage, last - begin), skip = greatest(0, first - begin);
+    const int64_t columns = (count + kPadding - 1) / kPadding * kPadding;
+    const unsigned char *keys = block.pages[page] + block.keys_at, *values = block.pages[page] + block.values_at;
+    product_with_cache(block, block.query, {keys, block.head_dim, kPage, 0, block.head_dim, values}, columns, scores, kPage,
+                       false);
+    const float* key_scales = (const float*)(keys + block.head_dim * kPage);
+    const float* value_scales = (const float*)(values + block.padded_dim * kPage);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      float* row = scores + r * kPage;
+      const int64_t low = block.window ? greatest(0, block.position[r] - block.window + 1 - begin) : 0;
+      const int64_t high = least(count, block.position[r] + 1 - begin);
+      weights[r] = row + skip;
+      if (low >= high) {
+        memset(row, 0, (size_t)columns * sizeof(float));
+        continue;
+      }
+      if (block.type == CacheType::kInt8)
+        for (int64_t i = low; i < high; ++i) row[i] *= key_scales[i];
+      soften(row, columns, low, high, most + r, total + r, sums + r * block.padded_dim, block.padded_dim);
+      if (block.type == CacheType::kInt8)
+        for (int64_t i = low; i < high; ++i) row[i] *= value_scales[i];
+    }
+    const unsigned char* next = begin + kPage < last ? block.pages[page + 1] + block.keys_at : nullptr;
+    product_with_cache(block, weights, {values, kPage, block.padded_dim, skip, count - skip, next}, block.padded_dim, sums,
+                       block.padded_dim, true);
+  }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const float factor = 1.0F / total[r];
+    for (int64_t d = 0; d < block.head_dim; ++d) block.out[r][d] = sums[r * block.padded_dim + d] * factor;
+  }
+}
+
+constexpr DecoderLoops kLoops = {add_norm, add, swiglu, rotate, store_key, store_value, attend};
+
+}  // namespace
+
+const DecoderLoops* FW_NAME(FW_ISA)() { return &kLoops; }

@@ -1,0 +1,506 @@
+// Stored codes to operands: see product_layout.h.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "packing.h"
+#include "parallel.h"
+#include "product_kernels.h"
+#include "product_layout.h"
+
+const float kLog8Fractions[32] = {
+    0x1p+0F,        0x1.f50766p-1F, 0x1.ea4afap-1F, 0x1.dfc974p-1F, 0x1.d5818ep-1F, 0x1.cb720ep-1F, 0x1.c199bep-1F, 0x1.b7f770p-1F,
+    0x1.ae89fap-1F, 0x1.a5503cp-1F, 0x1.9c4918p-1F, 0x1.93737cp-1F, 0x1.8ace54p-1F, 0x1.82589ap-1F, 0x1.7a1148p-1F, 0x1.71f75ep-1F,
+    0x1.6a09e6p-1F, 0x1.6247ecp-1F, 0x1.5ab07ep-1F, 0x1.5342b6p-1F, 0x1.4bfdaep-1F, 0x1.44e086p-1F, 0x1.3dea64p-1F, 0x1.371a74p-1F,
+    0x1.306fe0p-1F, 0x1.29e9ep-1F,  0x1.2387a6p-1F, 0x1.1d4874p-1F, 0x1.172b84p-1F, 0x1.11301ep-1F,  0x1.0b5586p-1F, 0x1.059b0ep-1F};
+
+float log8_value(int code, int exponent) {
+  return code == 255 ? 0.0F : std::ldexp(kLog8Fractions[code & 31], exponent - (code >> 5));
+}
+
+namespace {
+
+constexpr int64_t kLargest = int64_t{1} << 40;
+constexpr int64_t kLongestSegment = 65536;
+
+bool joint(const fw_source& s, int32_t layout) { return s.kind == FW_TRIT_PLANES && s.tied && layout == FW_FIELDS; }
+
+int sum_of_weights(const fw_source& s) {
+  int sum = 0;
+  for (int k = 0; k < s.planes; ++k) sum += s.weights[k];
+  return sum;
+}
+
+int bits_for(int levels) {
+  int bits = 1;
+  while ((1 << bits) < levels) ++bits;
+  return bits;
+}
+
+// Columns with one activation scale: the group, or a divisor of a long one that is long enough to be worth it.
+int64_t choose_segment(const fw_source& s) {
+  if (s.segment > 0) return s.segment;
+  if (s.kind == FW_DENSE) return s.cols;
+  if (s.kind == FW_CODEBOOK) return s.group_size;
+  if (s.group_size <= 128) return s.group_size;
+  if (s.group_size >= s.cols) return std::min<int64_t>(128, s.cols);
+  for (int64_t length = 128; length >= 32; length -= 4)
+    if (s.group_size % length == 0) return length;
+  return s.group_size;
+}
+
+int64_t padded_steps(int32_t layout, int bits, int64_t segment) {
+  const int64_t steps = divide_up(segment, 4);
+  switch (layout) {
+    case FW_FIELDS: return round_up(steps, unit_steps(bits));
+    case FW_TRITS: return packed_segments(steps) ? steps : round_up(steps, 5);
+    case FW_QUARTETS: return round_up(steps, 32);
+    case FW_TABLES: return round_up(divide_up(segment, 16), unit_steps(bits)) * 4;
+    default: return round_up(segment, kPlainPadding) / 4;
+  }
+}
+
+bool valid(const fw_source& s) {
+  if (s.rows < 1 || s.cols < 1 || s.rows > kLargest || s.cols > kLargest || s.group_size < 1 || !s.codes) return false;
+  if (s.rows > kLargest / s.cols) return false;
+  if (s.segment < 0 || (s.kind != FW_DENSE && !s.scales)) return false;
+  const bool floats = s.scale_dtype == FW_FLOAT32 || s.scale_dtype == FW_BFLOAT16 || s.scale_dtype == FW_FLOAT16;
+  if (!floats && (s.scale_dtype != FW_LOG8 || s.kind == FW_CODEBOOK || s.kind == FW_DENSE)) return false;
+  switch (s.kind) {
+    case FW_TRIT_PLANES:
+      if (s.planes < 1 || s.planes > 3 || (s.packing != FW_BASE3 && s.packing != FW_2BIT)) return false;
+      for (int k = 0; s.tied && k < s.planes; ++k)
+        if (s.weights[k] < 1 || s.weights[k] > 27) return false;
+      return true;
+    case FW_UNIFORM:
+    case FW_CODEBOOK: return s.bits >= 1 && s.bits <= 8;
+    case FW_SHERRY: return s.lane_stride >= 1 && s.lane_stride <= 4096 && s.signs;
+    case FW_DENSE: return true;
+    default: return false;
+  }
+}
+
+// Whether no quartet has lanes in two segments.
+bool whole_quartets(const fw_source& s, int64_t segment) {
+  return segment % (4 * s.lane_stride) == 0 || (s.lane_stride == 1 && segment >= s.cols);
+}
+
+int32_t choose_layout(const fw_source& s) {
+  switch (s.kind) {
+    case FW_TRIT_PLANES: return product_kernels().trits ? FW_TRITS : FW_FIELDS;
+    case FW_SHERRY: return whole_quartets(s, std::min(choose_segment(s), s.cols)) ? FW_QUARTETS : FW_FIELDS;
+    case FW_CODEBOOK: return FW_TABLES;
+    case FW_DENSE: return FW_PLAIN;
+    default: return FW_FIELDS;
+  }
+}
+
+bool make_header(const fw_source& s, int32_t layout, fw_operand& h) {
+  if (!valid(s)) return false;
+  if (layout == FW_AUTO) layout = choose_layout(s);
+  const bool trits = s.kind == FW_TRIT_PLANES || s.kind == FW_SHERRY;
+  const bool fits = layout == FW_FIELDS   ? trits || s.kind == FW_UNIFORM
+                    : layout == FW_TRITS  ? s.kind == FW_TRIT_PLANES
+                    : layout == FW_TABLES ? s.kind == FW_CODEBOOK
+                    : layout == FW_PLAIN  ? s.kind == FW_DENSE
+                                          : layout == FW_QUARTETS && s.kind == FW_SHERRY;
+  if (!fits) return false;
+  h = {};
+  h.magic = kOperandMagic;
+  h.version = kOperandVersion;
+  h.layout = layout;
+  h.rows = s.rows;
+  h.cols = s.cols;
+  h.tiles = divide_up(s.rows, kTileRows);
+  h.tied = s.kind == FW_TRIT_PLANES && s.tied;
+  h.planes = s.kind == FW_TRIT_PLANES && !joint(s, layout) ? s.planes : 1;
+  for (int k = 0; k < s.planes && h.tied; ++k) h.weights[k] = s.weights[k];
+  h.scale_dtype = s.scale_dtype;
+  h.scale_exponent = s.scale_exponent;
+  h.lane_stride = s.kind == FW_SHERRY && layout == FW_QUARTETS ? s.lane_stride : 1;
+  h.bits = s.kind == FW_DENSE ? 0 : joint(s, layout) ? bits_for(2 * sum_of_weights(s) + 1) : trits ? 2 : s.bits;
+  h.offset = h.tied ? sum_of_weights(s) : trits ? 1 : s.kind == FW_UNIFORM ? 1 << (s.bits - 1) : 0;
+  h.has_zeros = s.kind == FW_UNIFORM && s.zero_points;
+
+  h.segment = choose_segment(s);
+  if (h.segment > s.cols) h.segment = s.cols;
+  if (h.segment > kLongestSegment && layout != FW_PLAIN && layout != FW_TABLES) return false;
+  const int64_t group = std::min(s.group_size, s.cols);
+  if (s.kind != FW_DENSE && group < s.cols && group % h.segment != 0) return false;
+  if (layout == FW_QUARTETS && !whole_quartets(s, h.segment)) return false;
+  h.segments = divide_up(s.cols, h.segment);
+  h.segments_per_group = s.kind == FW_DENSE || group >= s.cols ? h.segments : group / h.segment;
+  h.groups = divide_up(h.segments, h.segments_per_group);
+  h.steps = padded_steps(layout, h.bits, h.segment);
+  const int64_t steps = h.segments * h.steps;
+  switch (layout) {
+    case FW_FIELDS: h.codes_per_tile = steps * kStepBytes * h.bits / 8 * h.planes; break;
+    case FW_TRITS: h.codes_per_tile = trit_vectors(&h) * kStepBytes * h.planes; break;
+    case FW_QUARTETS: h.codes_per_tile = steps * 10; break;
+    case FW_TABLES: h.codes_per_tile = kTileRows * steps * 4 * h.bits / 8; break;
+    default: h.codes_per_tile = kTileRows * steps * 4 * scale_bytes(s.scale_dtype);
+  }
+  if (layout == FW_TABLES) {
+    h.scales_per_tile = kTileRows * h.groups * (int64_t{1} << h.bits) * 4;
+  } else if (layout != FW_PLAIN) {
+    h.scales_per_tile = kTileRows * h.groups * (h.tied ? 1 : h.planes) * scale_bytes(s.scale_dtype);
+    h.zeros_per_tile = h.has_zeros ? kTileRows * h.groups : 0;
+  }
+  h.codes_at = round_up(sizeof(fw_operand), 64);
+  h.scales_at = h.codes_at + round_up(h.tiles * h.codes_per_tile, 64);
+  h.zeros_at = h.scales_at + round_up(h.tiles * h.scales_per_tile, 64);
+  h.bytes = h.zeros_at + round_up(h.tiles * h.zeros_per_tile, 64) + 64;  // vectors may be read past the end
+  h.weight_bytes = h.tiles * (h.codes_per_tile + h.scales_per_tile + h.zeros_per_tile);
+  return true;
+}
+
+// Rows [first, first + 16) of a plane of codes as bytes [16][width], `width` >= the padded columns.
+class Reader {
+ public:
+  Reader(const fw_source& source, const fw_operand& header, int64_t width)
+      : s_(source),
+        h_(header),
+        width_(width),
+        whole_(header.layout == FW_TRITS && header.segments * header.steps * 4 == source.cols),
+        line_(static_cast<size_t>(width + 64)) {}
+
+  void read(int plane, int64_t tile, uint8_t* to) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int64_t row = tile * kTileRows + r;
+      uint8_t* place = to + r * width_;
+      if (row >= s_.rows) {
+        std::memset(place, h_.layout == FW_QUARTETS || h_.layout == FW_TABLES ? 0 : 1, static_cast<size_t>(width_));
+        continue;
+      }
+      if (whole_) {
+        read_trits(plane, row, place);
+      } else {
+        read_row(plane, row);
+        spread(place);
+      }
+    }
+  }
+
+ private:
+  void read_row(int plane, int64_t row) {
+    const uint8_t* codes = static_cast<const uint8_t*>(s_.codes);
+    if (s_.kind == FW_TRIT_PLANES) {
+      if (!joint(s_, h_.layout)) return read_trits(plane, row, line_.data());
+      for (int k = 0; k < s_.planes; ++k) add_trits(k, row, s_.weights[k]);
+    } else if (s_.kind == FW_SHERRY) {
+      read_quartets(row);
+    } else {
+      unpack_bit_range(codes, row * s_.cols, s_.cols, s_.bits, line_.data());
+    }
+  }
+
+  void read_trits(int plane, int64_t row, uint8_t* to) const {
+    const uint8_t* packed = static_cast<const uint8_t*>(s_.codes) + plane * s_.plane_bytes;
+    unpack_digit_range(packed, row * s_.cols, s_.cols, s_.packing, to);
+  }
+
+  void add_trits(int plane, int64_t row, int weight) {
+    digits_.resize(static_cast<size_t>(s_.cols + 2 * kSlack));
+    read_trits(plane, row, digits_.data());
+    if (plane == 0) std::fill(line_.begin(), line_.begin() + s_.cols, uint8_t{0});
+    for (size_t c = 0; c < static_cast<size_t>(s_.cols); ++c)
+      line_[c] = static_cast<uint8_t>(line_[c] + weight * digits_[c]);
+  }
+
+  // QUARTETS keeps joint codes, one per four columns; FIELDS the digits t + 1.
+  void read_quartets(int64_t row) {
+    const int64_t span = 4 * s_.lane_stride, quartets = round_up(s_.cols, span) / 4, first = row * quartets;
+    for (int64_t q = 0; q < quartets; ++q) {
+      const uint8_t* patterns = static_cast<const uint8_t*>(s_.codes);
+      const int64_t at = first + q;
+      const int pattern = patterns[at / 2] >> (4 * (at % 2)) & 15, sign = s_.signs[at / 8] >> (at % 8) & 1;
+      if (h_.layout == FW_QUARTETS) {
+        line_[static_cast<size_t>(q)] = static_cast<uint8_t>(pattern | sign << 4);
+        continue;
+      }
+      const int lead = sign ? -1 : 1, zero = pattern >> 2;
+      const int kept[3] = {lead, pattern & 1 ? -lead : lead, pattern & 2 ? -lead : lead};
+      for (int lane = 0, next = 0; lane < 4; ++lane) {
+        const int64_t c = q / s_.lane_stride * span + q % s_.lane_stride + lane * s_.lane_stride;
+        const int trit = lane == zero ? 0 : kept[next++];
+        if (c < s_.cols) line_[static_cast<size_t>(c)] = static_cast<uint8_t>(trit + 1);
+      }
+    }
+  }
+
+  static void unpack_bit_range(const uint8_t* packed, int64_t first, int64_t count, int bits, uint8_t* to) {
+    if (bits == 8) {
+      std::memcpy(to, packed + first, static_cast<size_t>(count));
+    } else if (bits == 4 && first % 2 == 0) {
+      const uint8_t* from = packed + first / 2;
+      for (int64_t i = 0; i + 1 < count; i += 2) {
+        to[i] = from[i / 2] & 15;
+        to[i + 1] = static_cast<uint8_t>(from[i / 2] >> 4);
+      }
+      if (count % 2) to[count - 1] = from[count / 2] & 15;
+    } else if (first * bits % 8 == 0) {
+      unpack_bit_string(packed + first * bits / 8, count, bits, to);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t bit = (first + i) * bits;
+        const unsigned low = packed[bit / 8], high = bit % 8 + bits > 8 ? packed[bit / 8 + 1] : 0U;
+        to[i] = static_cast<uint8_t>((low | high << 8) >> (bit % 8) & ((1U << bits) - 1));
+      }
+    }
+  }
+
+  // Segment by segment, each padded; QUARTETS has one code for four columns.
+  void spread(uint8_t* to) const {
+    const int64_t each = h_.layout == FW_QUARTETS ? 4 : 1;
+    const int64_t columns = h_.layout == FW_QUARTETS ? round_up(s_.cols, 4 * s_.lane_stride) : s_.cols;
+    const int64_t length = h_.steps * 4 / each;
+    const int filler = h_.layout == FW_QUARTETS || h_.layout == FW_TABLES ? 0 : 1;
+    for (int64_t g = 0; g < h_.segments; ++g) {
+      const int64_t first = g * h_.segment, count = divide_up(std::min(columns, first + h_.segment) - first, each);
+      std::memcpy(to + g * length, line_.data() + first / each, static_cast<size_t>(count));
+      std::memset(to + g * length + count, filler, static_cast<size_t>(length - count));
+    }
+  }
+
+  const fw_source& s_;
+  const fw_operand& h_;
+  int64_t width_;
+  bool whole_;  // a row of digits needs no padding between segments
+  std::vector<uint8_t> line_, digits_;
+};
+
+// Step `step` of 16 rows of codes: four columns of each.
+void gather_step(const uint8_t* rows, int64_t width, int64_t step, uint8_t* to) {
+  for (int64_t r = 0; r < kTileRows; ++r) std::memcpy(to + 4 * r, rows + r * width + 4 * step, 4);
+}
+
+// `lanes` bytes a step (64 or 16) of a unit into vectors of as many bytes.
+template <int Lanes>
+void pack_unit(const uint8_t* steps, int bits, uint8_t* to) {
+  const int unit = unit_steps(bits);
+  if (bits == 8) {
+    std::memcpy(to, steps, Lanes);
+    return;
+  }
+  std::memset(to, 0, static_cast<size_t>(unit * Lanes * bits / 8));
+  const auto deposit = [&](int from, int count, int per_vector) {
+    for (int s = 0; s < unit; ++s) {
+      uint8_t* vector = to + Lanes * (s / per_vector);
+      const int shift = s % per_vector * count;
+      for (int j = 0; j < Lanes; ++j)
+        vector[j] = static_cast<uint8_t>(vector[j] | (steps[Lanes * s + j] >> from & ((1 << count) - 1)) << shift);
+    }
+    to += Lanes * (unit / per_vector);
+  };
+  if (bits & 4) deposit(0, 4, 2);
+  if (bits & 2) deposit(bits & 4, 2, 4);
+  if (bits & 1) deposit(bits & 6, 1, 8);
+}
+
+void pack_fields(const fw_operand& h, const uint8_t* rows, int64_t width, int plane, uint8_t* to) {
+  const int unit = unit_steps(h.bits);
+  uint8_t steps[8 * kStepBytes];
+  const int64_t bytes = unit * kStepBytes * h.bits / 8, per_plane = h.steps / unit * bytes;
+  for (int64_t g = 0; g < h.segments; ++g) {
+    uint8_t* place = to + (g * h.planes + plane) * per_plane;
+    for (int64_t s = 0; s < h.steps; s += unit, place += bytes) {
+      for (int i = 0; i < unit; ++i) gather_step(rows, width, g * h.steps + s + i, steps + kStepBytes * i);
+      pack_unit<kStepBytes>(steps, h.bits, place);
+    }
+  }
+}
+
+// Bytes of TRITS for four columns at once: `w` are the digits of five steps, a byte each.
+uint32_t trit_bytes(const uint32_t (&w)[5]) {
+  constexpr uint32_t kEach = 0x01010101U;
+  const uint32_t r = w[0] + 3 * w[1] + 9 * w[2], q = 8 * kEach - w[3] - 3 * w[4];  // no byte carries into the next
+  const uint32_t escape = (q >> 3 & kEach) * 255U;                                // q = 8
+  return ((8 * r + q) & ~escape) | ((r + kEscape * kEach) & escape);
+}
+
+void pack_trit_vectors(const fw_operand& h, const uint8_t* rows, int64_t width, int plane, uint8_t* to) {
+  const int64_t total = h.segments * h.steps;
+  for (int64_t v = 0; v < trit_vectors(&h); ++v) {
+    uint8_t* place = to + (v * h.planes + plane) * kStepBytes;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      uint32_t w[5];
+      for (int i = 0; i < 5; ++i) {
+        w[i] = 0x01010101U;
+        if (5 * v + i < total) std::memcpy(&w[i], rows + r * width + 4 * (5 * v + i), 4);
+      }
+      const uint32_t packed = trit_bytes(w);
+      std::memcpy(place + 4 * r, &packed, 4);
+    }
+  }
+}
+
+void pack_quartet_words(const fw_operand& h, const uint8_t* rows, int64_t width, uint8_t* to) {
+  for (int64_t first = 0; first < h.segments * h.steps; first += 32, to += 5 * kStepBytes)
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      uint64_t pool = 0;
+      int held = 0, word = 0;
+      for (int i = 0; i < 32; ++i) {
+        pool |= static_cast<uint64_t>(rows[r * width + first + i]) << held;
+        held += 5;
+        if (held < 32) continue;
+        const uint32_t low = static_cast<uint32_t>(pool);
+        std::memcpy(to + kStepBytes * word++ + 4 * r, &low, sizeof low);
+        pool >>= 32;
+        held -= 32;
+      }
+    }
+}
+
+void pack_tables(const fw_operand& h, const uint8_t* rows, int64_t width, uint8_t* to) {
+  const int unit = unit_steps(h.bits);
+  const int64_t bytes = unit * 16 * h.bits / 8;
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t c = 0; c < h.segments * h.steps * 4; c += 16 * unit, to += bytes) pack_unit<16>(rows + r * width + c, h.bits, to);
+}
+
+float value_of(const void* from, int32_t dtype, int64_t index) {
+  uint16_t half;
+  float value;
+  if (dtype == FW_FLOAT32) {
+    std::memcpy(&value, static_cast<const char*>(from) + 4 * index, sizeof value);
+    return value;
+  }
+  std::memcpy(&half, static_cast<const char*>(from) + 2 * index, sizeof half);
+  return dtype == FW_FLOAT16 ? float_from_half(half) : float_from_bfloat16(half);
+}
+
+void pack_scales(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+  const int64_t size = scale_bytes(s.scale_dtype), planes = h.tied ? 1 : h.planes;
+  const int64_t groups = s.scale_rows > 1 ? 1 : h.groups;
+  for (int64_t g = 0; g < h.groups; ++g)
+    for (int64_t k = 0; k < planes; ++k)
+      for (int64_t r = 0; r < kTileRows; ++r, to += size) {
+        const int64_t row = tile * kTileRows + r;
+        const int64_t source_row = s.scale_rows > 1 ? row / s.scale_rows : row;
+        const int64_t index = (source_row * groups + (groups == 1 ? 0 : g)) * planes + k;
+        if (row < s.rows)
+          std::memcpy(to, static_cast<const char*>(s.scales) + index * size, static_cast<size_t>(size));
+        else
+          std::memset(to, s.scale_dtype == FW_LOG8 ? 255 : 0, static_cast<size_t>(size));
+      }
+}
+
+void pack_zeros(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+  for (int64_t g = 0; g < h.groups; ++g)
+    for (int64_t r = 0; r < kTileRows; ++r, ++to) {
+      const int64_t row = tile * kTileRows + r, bit = (row * h.groups + g) * s.bits;
+      if (row >= s.rows) {
+        *to = 0;
+        continue;
+      }
+      const unsigned low = s.zero_points[bit / 8], high = bit % 8 + s.bits > 8 ? s.zero_points[bit / 8 + 1] : 0U;
+      *to = static_cast<uint8_t>((low | high << 8) >> (bit % 8) & ((1U << s.bits) - 1));
+    }
+}
+
+void pack_codebooks(const fw_source& s, const fw_operand& h, int64_t tile, float* to) {
+  const int64_t entries = h.groups << h.bits;
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t e = 0; e < entries; ++e, ++to) {
+      const int64_t row = tile * kTileRows + r;
+      *to = row < s.rows ? value_of(s.scales, s.scale_dtype, row * entries + e) : 0.0F;
+    }
+}
+
+void pack_plain(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+  const int64_t size = scale_bytes(s.scale_dtype), stride = h.codes_per_tile / kTileRows;
+  for (int64_t r = 0; r < kTileRows; ++r, to += stride) {
+    const int64_t row = tile * kTileRows + r, used = row < s.rows ? s.cols * size : 0;
+    if (used) std::memcpy(to, static_cast<const char*>(s.codes) + row * s.cols * size, static_cast<size_t>(used));
+    std::memset(to + used, 0, static_cast<size_t>(stride - used));
+  }
+}
+
+void pack_tile(const fw_source& s, const fw_operand& h, int64_t tile, std::vector<uint8_t>& rows, Reader& reader, int64_t width,
+               uint8_t* operand) {
+  uint8_t* codes = operand + h.codes_at + tile * h.codes_per_tile;
+  if (h.layout == FW_PLAIN) return pack_plain(s, h, tile, codes);
+  for (int plane = 0; plane < h.planes; ++plane) {
+    reader.read(plane, tile, rows.data());
+    switch (h.layout) {
+      case FW_FIELDS: pack_fields(h, rows.data(), width, plane, codes); break;
+      case FW_TRITS: pack_trit_vectors(h, rows.data(), width, plane, codes); break;
+      case FW_QUARTETS: pack_quartet_words(h, rows.data(), width, codes); break;
+      default: pack_tables(h, rows.data(), width, codes);
+    }
+  }
+  uint8_t* scales = operand + h.scales_at + tile * h.scales_per_tile;
+  if (h.layout == FW_TABLES)
+    pack_codebooks(s, h, tile, reinterpret_cast<float*>(scales));
+  else
+    pack_scales(s, h, tile, scales);
+  if (h.has_zeros) pack_zeros(s, h, tile, operand + h.zeros_at + tile * h.zeros_per_tile);
+}
+
+}  // namespace
+
+int64_t fw_operand_bytes(const fw_source* source, int32_t layout) {
+  fw_operand header;
+  return source && make_header(*source, layout, header) ? header.bytes : -1;
+}
+
+int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int32_t threads, int64_t* bad) {
+  return guarded_call([&]() -> int32_t {
+    fw_operand header;
+    if (!source || !operand || !make_header(*source, layout, header)) return FW_INVALID;
+    const fw_source& s = *source;
+    if (bad) *bad = -1;
+    for (int k = 0; s.kind == FW_TRIT_PLANES && k < s.planes; ++k) {
+      const int64_t found = find_bad_byte(static_cast<const uint8_t*>(s.codes) + k * s.plane_bytes,
+                                          packed_trit_bytes(s.rows * s.cols, s.packing), s.packing);
+      if (found < 0) continue;
+      if (bad) *bad = found;
+      return FW_INVALID;
+    }
+    uint8_t* to = static_cast<uint8_t*>(operand);
+    std::memcpy(to, &header, sizeof header);
+    std::memset(to + sizeof header, 0, static_cast<size_t>(header.codes_at) - sizeof header);
+    const int64_t width = padded_columns(&header) + 4 * (s.kind == FW_SHERRY ? s.lane_stride : 1) * 4;
+    const int64_t blocks = divide_up(header.tiles, 8);
+    parallel_for(blocks, threads, [&](int, int64_t block) {
+      Reader reader(s, header, width);
+      std::vector<uint8_t> rows(static_cast<size_t>(kTileRows * width + 64));
+      for (int64_t tile = 8 * block; tile < std::min(header.tiles, 8 * (block + 1)); ++tile)
+        pack_tile(s, header, tile, rows, reader, width, to);
+    });
+    return FW_OK;
+  });
+}
+
+int32_t fw_operand_check(const void* operand, int64_t bytes) {
+  if (!operand || bytes < static_cast<int64_t>(sizeof(fw_operand))) return FW_INVALID;
+  const fw_operand& h = *static_cast<const fw_operand*>(operand);
+  if (h.magic != kOperandMagic || h.version != kOperandVersion || h.bytes > bytes) return FW_INVALID;
+  // The header must be the one that a source with these settings gets.
+  fw_source s = {};
+  s.kind = h.layout == FW_TABLES ? FW_CODEBOOK : h.layout == FW_PLAIN ? FW_DENSE : h.layout == FW_QUARTETS ? FW_SHERRY : FW_UNIFORM;
+  if (h.layout == FW_TRITS || (h.layout == FW_FIELDS && (h.planes > 1 || h.tied))) s.kind = FW_TRIT_PLANES;
+  s.planes = h.planes;
+  s.bits = h.bits;
+  s.tied = h.tied;
+  std::copy(h.weights, h.weights + 3, s.weights);
+  if (h.tied && h.layout == FW_FIELDS)  // how many planes were joined
+    while (s.planes < 3 && h.weights[s.planes] > 0) ++s.planes;
+  s.scale_dtype = h.scale_dtype;
+  s.scale_exponent = h.scale_exponent;
+  s.lane_stride = h.lane_stride;
+  s.rows = h.rows;
+  s.cols = h.cols;
+  s.segment = h.segment;
+  s.group_size = h.layout == FW_PLAIN ? h.cols : h.segment * h.segments_per_group;
+  s.codes = s.scales = operand;
+  s.signs = static_cast<const uint8_t*>(operand);
+  s.zero_points = h.has_zeros ? s.signs : nullptr;
+  if (h.segments_per_group < 1 || h.segment < 1 || h.segments_per_group > kLargest / h.segment) return FW_INVALID;
+  fw_operand expected;
+  if (!make_header(s, h.layout, expected)) return FW_INVALID;
+  if (s.kind == FW_UNIFORM) expected.offset = h.offset == 1 ? 1 : expected.offset;  // trits of a single plane
+  return std::memcmp(&h, &expected, sizeof h) == 0 ? FW_OK : FW_INVALID;
+}

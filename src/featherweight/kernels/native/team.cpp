@@ -1,0 +1,165 @@
+#include "team.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// About 50 us of waiting in a loop; longer gaps than those between the regions of a decoder are slept through.
+constexpr int kSpins = 20000;
+// Members that do not get a processor must not be waited for in a tight loop.
+constexpr int kSpinsToYield = 4000;
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+struct alignas(64) Team::Shared {
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<unsigned> round{0};
+  std::mutex failure;
+  std::exception_ptr error;
+};
+
+void Team::barrier() {
+  if (size_ == 1) return;
+  const unsigned round = shared_->round.load(std::memory_order_relaxed);
+  if (shared_->arrived.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    shared_->arrived.store(0, std::memory_order_relaxed);
+    shared_->round.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; shared_->round.load(std::memory_order_acquire) == round; ++spins) {
+    relax();
+    if (spins >= kSpinsToYield) std::this_thread::yield();
+  }
+}
+
+namespace {
+
+thread_local bool inside_region = false;
+
+void run_member(const Region& region, Team::Shared& shared, int index, int size) {
+  Team team(&shared, index, size);
+  inside_region = true;
+  try {
+    region(team);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(shared.failure);
+    if (!shared.error) shared.error = std::current_exception();
+  }
+  inside_region = false;
+}
+
+class Pool {
+  static constexpr uint64_t kMostMembers = 1024;
+
+ public:
+  static Pool& instance() {
+    // Never destroyed: its threads may outlive static destructors. A forked child starts a pool of its own and leaves its
+    // parent's alone: the threads of that stayed behind, its locks may be held by them, and its condition variable counts
+    // sleepers that are not there to be woken.
+    static std::atomic<Pool*> current{new Pool};
+    Pool* pool = current.load();
+    if (pool->process_ == getpid()) return *pool;
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(pool, fresh)) return *fresh;
+    delete fresh;
+    return *pool;
+  }
+
+  void run(int threads, const Region& region) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    const int members = 1 + grow(threads - 1);
+    Team::Shared shared;
+    region_ = &region;
+    shared_ = &shared;
+    left_.store(members - 1, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(sleep_);
+      const uint64_t number = job_.load(std::memory_order_relaxed) / kMostMembers + 1;
+      job_.store(number * kMostMembers + static_cast<uint64_t>(members), std::memory_order_release);
+    }
+    if (members > 1) wake_.notify_all();
+    run_member(region, shared, 0, members);
+    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
+      relax();
+      if (spins >= kSpinsToYield) std::this_thread::yield();
+    }
+    if (shared.error) std::rethrow_exception(shared.error);
+  }
+
+ private:
+  // Threads beside the caller that can be had, at most `wanted`.
+  int grow(int wanted) {
+    if (wanted > static_cast<int>(kMostMembers) - 2) wanted = static_cast<int>(kMostMembers) - 2;
+    try {
+      while (started_ < wanted) {
+        std::thread(&Pool::serve, this, started_ + 1, job_.load()).detach();
+        ++started_;
+      }
+    } catch (const std::system_error&) {
+    }
+    return started_ < wanted ? started_ : wanted;
+  }
+
+  void serve(int index, uint64_t seen) {
+    while (true) {
+      wait(seen);
+      seen = job_.load(std::memory_order_acquire);
+      if (index >= static_cast<int>(seen % kMostMembers)) continue;  // not of this team: touches nothing of it
+      run_member(*region_, *shared_, index, static_cast<int>(seen % kMostMembers));
+      left_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void wait(uint64_t seen) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (job_.load(std::memory_order_acquire) != seen) return;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });
+  }
+
+  std::mutex turn_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> job_{0};  // the number of the region and how many members it has, in one word
+  std::atomic<int> left_{0};
+  const Region* region_ = nullptr;
+  Team::Shared* shared_ = nullptr;
+  int started_ = 0;
+  const pid_t process_ = getpid();
+};
+
+}  // namespace
+
+void run_team(int threads, const Region& region) {
+  if (threads <= 1 || inside_region) {
+    Team::Shared shared;
+    const bool nested = inside_region;
+    run_member(region, shared, 0, 1);
+    inside_region = nested;
+    if (shared.error) std::rethrow_exception(shared.error);
+    return;
+  }
+  Pool::instance().run(threads, region);
+}
