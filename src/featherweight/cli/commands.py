@@ -294,30 +294,6 @@ def run_methods(json: Path | None) -> None:
     out_console().print(table)
 
 
-def run_bench(model: str, threads: int | None, json: Path | None) -> None:
-    import torch
-
-    from featherweight.evaluate.speed import measure_speed
-    from featherweight.kernels.library import thread_count
-
-    quiet_transformers()
-    torch.set_num_threads(thread_count(threads))
-    report = measure_speed(model)
-    write_json(json, report)
-    out_console().print(
-        facts(
-            [
-                ("prompt", f"{report['prefill_tokens_per_second']:.1f} tokens/s"),
-                ("generation", f"{report['decode_tokens_per_second']:.1f} tokens/s"),
-                ("bytes read for a token", size_text(report["bytes_per_token"])),
-                ("read bandwidth of this machine", f"{report['bandwidth_gb_s']:.1f} GB/s"),
-                ("share of it", f"{100 * report['bandwidth_share']:.1f} %"),
-                ("peak memory", size_text(report["peak_memory_bytes"])),
-            ]
-        )
-    )
-
-
 def run_calibrate(
     model: str,
     out: Path,

@@ -33,6 +33,7 @@ Calibration = Annotated[
         help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, or a statistics file.",
     ),
 ]
+Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
 DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A model folder, compressed or not.")]
@@ -138,13 +139,15 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.talk import run_generate
+    from featherweight.cli.talkers import Choices
 
-    run_generate(model, prompt, max_tokens, temperature, top_k, top_p, seed, dtype, threads)
+    run_generate(model, prompt, Choices(max_tokens, temperature, top_k, top_p, seed), engine, dtype, threads)
 
 
 @app.command()
@@ -156,13 +159,15 @@ def chat(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    engine: Engine = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends."""
     from featherweight.cli.talk import run_chat
+    from featherweight.cli.talkers import Choices
 
-    run_chat(model, system, max_tokens, temperature, top_k, top_p, seed, dtype, threads)
+    run_chat(model, system, Choices(max_tokens, temperature, top_k, top_p, seed), engine, dtype, threads)
 
 
 @app.command()
@@ -192,13 +197,21 @@ def methods(json: JsonFile = None) -> None:
 @app.command()
 def bench(
     model: DirArgument,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    generate: Annotated[int, typer.Option("--generate", min=1, help="Tokens to generate.")] = 64,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens before the generated ones; the prompt if not given.")
+    ] = None,
+    cache: Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8.")] = "auto",
+    engine: Annotated[str, typer.Option("--engine", help="auto, native or transformers.")] = "auto",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, of which the best counts.")] = 3,
     threads: Threads = None,
     json: JsonFile = None,
 ) -> None:
     """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
-    from featherweight.cli.commands import run_bench
+    from featherweight.cli.bench import run_bench
 
-    run_bench(model, threads, json)
+    run_bench(model, threads, prompt, generate, context, cache, engine, repeats, json)
 
 
 @app.command()

@@ -1,0 +1,64 @@
+"""`feather bench`: how fast a model is, and how near to the limit of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from featherweight.cli.commands import facts, out_console, quiet_transformers, write_json
+from featherweight.cli.progress import size_text
+
+
+def run_bench(
+    model: str,
+    threads: int | None,
+    prompt: int,
+    generate: int,
+    context: int | None,
+    cache: str,
+    engine: str,
+    repeats: int,
+    json: Path | None,
+) -> None:
+    import torch
+
+    from featherweight.evaluate.speed import measure_speed
+    from featherweight.kernels.library import thread_count
+
+    quiet_transformers()
+    torch.set_num_threads(thread_count(threads))
+    report = measure_speed(
+        model,
+        prompt,
+        generate,
+        context_tokens=context,
+        engine=engine,
+        cache=cache,
+        threads=thread_count(threads),
+        repeats=repeats,
+    )
+    write_json(json, report)
+    out_console().print(facts(_rows(report)))
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    bandwidth, read = report["bandwidth_gb_s"], report["bytes_per_token"]
+    rows = [
+        ("engine", f"{report['engine']}, {report['threads']} threads, {report['device']}"),
+        ("prompt", f"{report['prefill_tokens_per_second']:.1f} tokens/s ({report['prompt_tokens']} tokens)"),
+        (
+            "generation",
+            f"{report['decode_tokens_per_second']:.1f} tokens/s "
+            f"({report['new_tokens']} tokens after {report['context_tokens']})",
+        ),
+        ("bytes read for a token", size_text(read)),
+        ("read bandwidth of this machine", f"{bandwidth:.1f} GB/s, at most {1e9 * bandwidth / read:.1f} tokens/s"),
+        ("share of it", f"{100 * report['bandwidth_share']:.1f} %"),
+    ]
+    if report["outside_kernels_share"] is not None:
+        rows.append(("time outside kernels", f"{100 * report['outside_kernels_share']:.1f} %"))
+    return [
+        *rows,
+        ("start-up", f"{report['load_seconds']:.2f} s"),
+        ("peak memory", size_text(report["peak_memory_bytes"])),
+    ]

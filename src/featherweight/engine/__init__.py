@@ -1,0 +1,1 @@
+"""The native decoder: text from a model on a CPU, without transformers."""

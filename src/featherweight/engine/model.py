@@ -1,0 +1,317 @@
+"""`NativeModel`: a model folder, run by the native decoder on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.engine import native
+from featherweight.engine.native import Stats
+from featherweight.engine.network import Network, network_of
+from featherweight.engine.sampling import GenerationDefaults, Sampling, generation_defaults
+from featherweight.engine.weights import Weights, load_weights
+from featherweight.errors import FeatherError
+from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
+
+CHUNK = 512
+"""Tokens of a prompt that go through the network together."""
+SEQUENCES = 64
+"""Sequences that can be generated at a time; one that is not used costs nothing."""
+
+
+class NativeModel:
+    """A decoder with its weights and cache. Calls are made one after the other, also from several threads.
+
+    Attributes:
+        network: sizes and settings.
+        weights: packed layers.
+        defaults: what the folder says about generation.
+        context: most tokens of a sequence, prompt and answer.
+        load-time choices: threads, kv_cache, precision.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        weights: Weights,
+        defaults: GenerationDefaults,
+        *,
+        threads: int | None = None,
+        kv_cache: str = "float16",
+        precision: str = "int8",
+        context: int | None = None,
+    ) -> None:
+        self._c = native.functions()
+        self.network, self.weights, self.defaults = network, weights, defaults
+        self.threads = thread_count(threads)
+        self.kv_cache = _choice("kv_cache", kv_cache, native.CACHES)
+        self.precision = _choice("precision", precision, native.PRECISIONS)
+        self.context = _context(context, network)
+        self._lock = threading.Lock()
+        settings, keep = self._settings()
+        place = ctypes.c_void_p()
+        status = self._c.fw_decoder_new(ctypes.addressof(settings), ctypes.addressof(place))
+        _check(status, "the network")
+        self._place = int(place.value or 0)
+        self._finalizer = weakref.finalize(self, _free, self._c, self._place, (weights, keep))
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        threads: int | None = None,
+        kv_cache: str = "float16",
+        precision: str = "int8",
+        context: int | None = None,
+        told: Callable[[int, int], None] | None = None,
+    ) -> NativeModel:
+        """Open a folder, compressed or not.
+
+        Args:
+            folder: with config.json and safetensors.
+            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or all processors.
+            kv_cache: "float16", or "int8" with a scale for every head and token.
+            precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
+            context: most tokens of a sequence; default: what the model was made for.
+            told: gets (done, total) blocks while weights are packed.
+
+        Raises:
+            UnsupportedModelError: the native decoder does not run this model; transformers may.
+            CheckpointError: the folder is incomplete or damaged.
+        """
+        native.functions()  # before hours of packing
+        with Checkpoint.open(folder) as checkpoint:
+            network = network_of(checkpoint.config)
+            _context(context, network)
+            weights = load_weights(checkpoint, network, threads, told)
+            defaults = generation_defaults(checkpoint.folder, checkpoint.config)
+        return cls(network, weights, defaults, threads=threads, kv_cache=kv_cache, precision=precision, context=context)
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int], object] | None = None,
+        stops: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Continue `tokens`; what the prompt has in common with the last one's text is not computed again.
+
+        Args:
+            tokens: the prompt, at least one.
+            max_new_tokens: it ends there, at a stop token, or where the context does.
+            sampling: default: the likeliest token.
+            on_token: called with every new token; returning True ends the generation.
+            stops: tokens that end the text and do not belong to it; default: those the folder names.
+
+        Returns:
+            The new tokens.
+        """
+
+        def tell(made: list[int]) -> object:
+            return on_token(made[0]) if on_token and made[0] >= 0 else None
+
+        return self.generate_batch([tokens], max_new_tokens, sampling, tell if on_token else None, stops)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        on_tokens: Callable[[list[int]], object] | None = None,
+        stops: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Continue several prompts side by side, each as `generate` would.
+
+        `sampling` is one for all or one for each; `on_tokens` gets each step's tokens, -1 for texts that have ended.
+        """
+        if not 1 <= len(prompts) <= SEQUENCES:
+            raise FeatherError(f"{len(prompts)} prompts were given, the decoder takes 1 to {SEQUENCES} at a time")
+        if max_new_tokens < 1:
+            raise FeatherError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        most = min(max_new_tokens, self.context)
+        flat = torch.cat([self._tokens(prompt) for prompt in prompts])
+        each = [sampling or Sampling()] * len(prompts) if isinstance(sampling, Sampling | None) else list(sampling)
+        if len(each) != len(prompts):
+            raise FeatherError(f"{len(each)} samplings were given for {len(prompts)} prompts")
+        samplings = (native.SamplingStruct * len(each))(*[native.sampling_struct(one) for one in each])
+        ends = torch.tensor(list(self.defaults.stops if stops is None else stops), dtype=torch.int32)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
+        made = torch.zeros(len(prompts), most, dtype=torch.int32)
+        counts = torch.zeros(len(prompts), dtype=torch.int64)
+        watch = _Watch(on_tokens, len(prompts))
+        request = native.GenerationStruct(
+            len(prompts), flat.data_ptr(), lengths.data_ptr(), ctypes.addressof(samplings), ends.data_ptr(),
+            len(ends), most, made.data_ptr(), counts.data_ptr(), watch.function, None,
+        )  # fmt: skip
+        with self._lock:
+            status = self._c.fw_decoder_generate(self._place, ctypes.addressof(request))
+        watch.raise_caught()
+        _check(status, "a generation")
+        return [row[:count].tolist() for row, count in zip(made, counts.tolist(), strict=True)]
+
+    def forward(self, tokens: Sequence[int]) -> Tensor:
+        """Logits float32 [n, vocabulary] behind each of n tokens, from an empty cache."""
+        flat = self._tokens(tokens)
+        logits = torch.empty(len(flat), self.network.vocabulary)
+        with self._lock:
+            self._c.fw_decoder_truncate(self._place, 0, 0)
+            status = self._c.fw_decoder_feed(self._place, 0, flat.data_ptr(), len(flat), logits.data_ptr(), 1)
+        _check(status, "a forward pass")
+        return logits
+
+    def feed(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """Put tokens behind those a sequence has in the cache; logits float32 [vocabulary] of the last one."""
+        length = self.length(sequence)
+        flat = self._tokens(tokens, length)
+        logits = torch.empty(self.network.vocabulary)
+        with self._lock:
+            status = self._c.fw_decoder_feed(self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), 0)
+        _check(status, "a forward pass")
+        return logits
+
+    def step(self, tokens: dict[int, int]) -> Tensor:
+        """One further token for each of several sequences {sequence: token}; logits float32 [n, vocabulary]."""
+        for sequence, token in tokens.items():
+            self._tokens([token], self.length(sequence))
+        sequences = torch.tensor(list(tokens), dtype=torch.int64)
+        flat = torch.tensor(list(tokens.values()), dtype=torch.int32)
+        logits = torch.empty(len(flat), self.network.vocabulary)
+        with self._lock:
+            status = self._c.fw_decoder_step(
+                self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr()
+            )
+        _check(status, "a step")
+        return logits
+
+    def length(self, sequence: int = 0) -> int:
+        """Tokens that a sequence has in the cache."""
+        if not 0 <= sequence < SEQUENCES:
+            raise FeatherError(f"there is no sequence {sequence}, only 0 to {SEQUENCES - 1}")
+        return int(self._c.fw_decoder_length(self._place, sequence))
+
+    def reset(self) -> None:
+        """Forget all sequences and begin to count anew."""
+        with self._lock:
+            for sequence in range(SEQUENCES):
+                self._c.fw_decoder_truncate(self._place, sequence, 0)
+        self.stats(reset=True)
+
+    def stats(self, reset: bool = False) -> Stats:
+        """What has been done, and how long it took, since the last reset."""
+        found = native.StatsStruct()
+        self._c.fw_decoder_get_stats(self._place, ctypes.addressof(found), int(reset))
+        return Stats(**{str(name): getattr(found, str(name)) for name, *_ in found._fields_})
+
+    def _settings(self) -> tuple[native.SettingsStruct, list[Any]]:
+        """The struct, and what it points to beside the weights."""
+        network, weights = self.network, self.weights
+        frequencies = network.rope.frequencies.to(torch.float32).contiguous()
+        structs = [
+            native.LayerStruct(
+                window=window,
+                **{role: norm.data_ptr() for role, norm in layer.norms.items()},
+                **{role: linear.address for role, linear in layer.linears.items()},
+            )
+            for layer, window in zip(weights.layers, network.windows, strict=True)
+        ]
+        layers = (native.LayerStruct * network.layers)(*structs)
+        dynamic = network.rope.dynamic
+        settings = native.SettingsStruct(
+            layers=network.layers,
+            hidden=network.hidden,
+            heads=network.heads,
+            kv_heads=network.kv_heads,
+            head_dim=network.head_dim,
+            ffn=network.ffn,
+            vocabulary=network.vocabulary,
+            context=self.context,
+            sequences=SEQUENCES,
+            chunk=CHUNK,
+            layer=ctypes.addressof(layers),
+            embedding=weights.embedding.data_ptr(),
+            norm=weights.norm.data_ptr(),
+            head=weights.head.address,
+            frequencies=frequencies.data_ptr(),
+            rope_scale=network.rope.scale,
+            dynamic_base=dynamic.base if dynamic else 0.0,
+            dynamic_factor=dynamic.factor if dynamic else 0.0,
+            dynamic_length=dynamic.length if dynamic else 0,
+            epsilon=network.epsilon,
+            cache=native.CACHES[self.kv_cache],
+            precision=native.PRECISIONS[self.precision],
+            threads=self.threads,
+        )
+        return settings, [frequencies, layers]
+
+    def _tokens(self, tokens: Sequence[int], before: int = 0) -> Tensor:
+        """Tokens int32 [n] that fit the vocabulary and the context, behind `before` others."""
+        if len(tokens) == 0:
+            raise FeatherError("the prompt is empty; give at least one token")
+        if before + len(tokens) > self.context:
+            raise FeatherError(
+                f"{before + len(tokens)} tokens do not fit the context of {self.context}; shorten the prompt"
+            )
+        flat = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)
+        if int(flat.min()) < 0 or int(flat.max()) >= self.network.vocabulary:
+            wrong = next(t for t in flat.tolist() if not 0 <= t < self.network.vocabulary)
+            raise FeatherError(f"there is no token {wrong}, the vocabulary has {self.network.vocabulary}")
+        return flat.to(torch.int32)
+
+
+class _Watch:
+    """Passes steps on to a Python function; an exception in it, Ctrl-C too, ends the generation and is raised after."""
+
+    def __init__(self, on_tokens: Callable[[list[int]], object] | None, count: int) -> None:
+        self.caught: BaseException | None = None
+
+        def call(tokens: Any, context: Any) -> int:
+            try:
+                return int(bool(on_tokens(tokens[:count]))) if on_tokens else 0
+            except BaseException as error:
+                self.caught = error
+                return 1
+
+        self.function = native.OnTokens(call)
+
+    def raise_caught(self) -> None:
+        if self.caught is not None:
+            raise self.caught
+
+
+def _free(c: Any, place: int, keep: Any) -> None:
+    """`keep` holds what the decoder points to until it is gone."""
+    c.fw_decoder_free(place)
+
+
+def _choice(name: str, value: str, choices: dict[str, int]) -> str:
+    if value not in choices:
+        raise FeatherError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def _context(context: int | None, network: Network) -> int:
+    if context is None:
+        return network.context
+    if context < 1:
+        raise FeatherError(f"context is {context}, expected at least 1")
+    return context
+
+
+def _check(status: int, what: str) -> None:
+    if status == OK:
+        return
+    if status == NO_MEMORY:
+        raise MemoryError(f"the native decoder could not get memory for {what}")
+    if status == NON_FINITE:
+        raise FeatherError("the model's output is not a number: its weights are damaged, or the model overflows")
+    assert status == INVALID
+    raise FeatherError(f"the native decoder refused {what}")

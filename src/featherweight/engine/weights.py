@@ -1,0 +1,188 @@
+"""A model folder's weights as the native decoder takes them: packed linear layers, norms in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.format import METHOD, module_specs
+from featherweight.codes import code_from, code_layout
+from featherweight.engine.families import UnsupportedModelError
+from featherweight.engine.network import Network
+from featherweight.errors import CheckpointError, FeatherError
+from featherweight.kernels.operators import PackedLinear, pack_dense, pack_linear
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORED = ("rotary_emb.inv_freq",)
+"""Buffers that old checkpoints hold and nobody reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A block. norms: float32 vectors by role; linears: by role."""
+
+    norms: dict[str, Tensor]
+    linears: dict[str, PackedLinear]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """All that a decoder points to. embedding: uint8, the operand of the input embedding."""
+
+    layers: tuple[Layer, ...]
+    embedding: Tensor
+    norm: Tensor
+    head: PackedLinear
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights read to generate one token."""
+        linears = [linear for layer in self.layers for linear in layer.linears.values()]
+        return sum(linear.weight_bytes for linear in (*linears, self.head))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Layers that run as dense matrices although they are stored otherwise, and why."""
+        linears = [linear for layer in self.layers for linear in layer.linears.values()]
+        return tuple(dict.fromkeys(linear.note for linear in (*linears, self.head) if linear.note))
+
+
+def load_weights(
+    checkpoint: Checkpoint, network: Network, threads: int | None = None, told: Callable[[int, int], None] | None = None
+) -> Weights:
+    """Pack every layer; `told` gets (done, total) blocks.
+
+    Raises:
+        UnsupportedModelError: the folder has tensors, or codes, that the native decoder does not know.
+        CheckpointError: a tensor is missing, damaged or of the wrong shape.
+    """
+    loader = _Loader(checkpoint, _specs(checkpoint), threads)
+    family = network.family
+    head_shape = (network.vocabulary, network.hidden)
+    embedding = loader.linear(family.embedding, head_shape)
+    layers = []
+    for number in range(network.layers):
+        layers.append(_layer(loader, network, family.block.format(layer=number)))
+        if told:
+            told(number + 1, network.layers)
+    norm = loader.vector(family.norm, network.hidden)
+    head = embedding if network.tied else loader.linear(family.head, head_shape)
+    loader.refuse_others(family.head if network.tied else None)
+    return Weights(tuple(layers), _rows_operand(loader, embedding, family.embedding), norm, head)
+
+
+def _specs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    config = checkpoint.quantization_config
+    if config is None:
+        return {}
+    if config.get("quant_method") != METHOD:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder} is quantised by {str(config.get('quant_method'))[:40]!r}, which the native decoder "
+            "does not read"
+        )
+    return module_specs(config)
+
+
+def _layer(loader: _Loader, network: Network, block: str) -> Layer:
+    parts = network.family.parts
+    sizes = {"attention_norm": network.hidden, "mlp_norm": network.hidden}
+    if network.family.head_norms:
+        sizes |= {"query_norm": network.head_dim, "key_norm": network.head_dim}
+    return Layer(
+        {role: loader.vector(f"{block}.{parts[role]}", size) for role, size in sizes.items()},
+        {role: loader.linear(f"{block}.{parts[role]}", shape) for role, shape in network.shapes().items()},
+    )
+
+
+def _rows_operand(loader: _Loader, embedding: PackedLinear, module: str) -> Tensor:
+    """Rows are read from one operand; an embedding that is a sum, or that rotates its input, is decoded to one."""
+    term = embedding.terms[0]
+    if len(embedding.terms) > 1 or term.kind != "operand" or term.steps:
+        embedding = pack_dense(loader.decoded(module), threads=loader.threads)
+    (operand,) = embedding.operands
+    return operand.memory
+
+
+class _Loader:
+    """Reads modules of a checkpoint and remembers which tensors have been used."""
+
+    def __init__(self, checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], threads: int | None) -> None:
+        self.checkpoint, self.specs, self.threads = checkpoint, specs, threads
+        self.used: set[str] = set()
+
+    def tensor(self, name: str) -> Tensor:
+        if not self.checkpoint.has(name):
+            raise CheckpointError(f"{self.checkpoint.folder} has no tensor {name!r}, which its config.json asks for")
+        self.used.add(name)
+        return self.checkpoint.tensor(name)
+
+    def vector(self, module: str, size: int, name: str = "weight") -> Tensor:
+        found = self.tensor(f"{module}.{name}")
+        if tuple(found.shape) != (size,) or found.dtype not in FLOATING:
+            raise CheckpointError(f"tensor {module}.{name} is {found.dtype} {list(found.shape)}, expected [{size}]")
+        return found.to(torch.float32).contiguous().clone()
+
+    def linear(self, module: str, shape: tuple[int, int]) -> PackedLinear:
+        has_bias = self.checkpoint.has(f"{module}.bias")
+        bias = self.vector(module, shape[0], "bias") if has_bias else None
+        spec = self.specs.get(module)
+        if spec is None:
+            return pack_dense(self._matrix(module, shape), bias, threads=self.threads)
+        if tuple(spec["shape"]) != shape:
+            raise CheckpointError(
+                f"the layer {module!r} is {spec['shape']} in quantization_config, expected {list(shape)}"
+            )
+        tensors = self._stored(module, spec)
+        try:
+            return pack_linear(spec, tensors, bias, threads=self.threads)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(module, error) from None
+        finally:
+            for name in tensors:
+                self.checkpoint.release(f"{module}.{name}")
+
+    def decoded(self, module: str) -> Tensor:
+        """The matrix of a module, float32."""
+        spec = self.specs.get(module)
+        if spec is None:
+            return self.tensor(f"{module}.weight").float()
+        return code_from(spec, self._stored(module, spec)).decode()
+
+    def refuse_others(self, unused_module: str | None) -> None:
+        """UnsupportedModelError if a tensor has played no part: the network would be another one."""
+        for name in self.checkpoint.names:
+            if name in self.used or name.endswith(IGNORED):
+                continue
+            if unused_module is not None and name.startswith(f"{unused_module}."):
+                continue
+            raise UnsupportedModelError(f"the native decoder does not know what the tensor {name[:120]!r} is for")
+
+    def _matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
+        weight = self.tensor(f"{module}.weight")
+        if weight.dtype not in FLOATING:
+            raise UnsupportedModelError(
+                f"tensor {module}.weight is {weight.dtype}, which the native decoder does not read"
+            )
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(f"tensor {module}.weight is {list(weight.shape)}, config.json asks for {list(shape)}")
+        return weight
+
+    def _stored(self, module: str, spec: dict[str, Any]) -> dict[str, Tensor]:
+        try:
+            layout = code_layout(spec)
+        except (FeatherError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the code of the module {module!r} in quantization_config cannot be read ({error}): "
+                "install a newer featherweight, or compress the model again"
+            ) from None
+        return {name: self.tensor(f"{module}.{name}") for name in layout}
+
+    def _damaged(self, module: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"the compressed layer {module!r} is damaged ({error}): download or compress the model again"
+        )
