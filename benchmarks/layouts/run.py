@@ -1,0 +1,184 @@
+"""Layouts of ternary and nine-level weights at matrix-vector products: the library's, and those tried and not taken.
+
+    python benchmarks/layouts/run.py --threads 2 --json bench-out/layouts.json
+
+All kernels run in one session on matrices that together exceed the last-level cache, so that every byte comes from
+memory; the best of several rounds counts, and the bandwidth of only reading is measured with each half. What counts is
+weights a second: a layout with fewer bits has more of them at the same bandwidth, unless unpacking costs more than the
+memory. The last column tells that cost: weights a second of one thread on about a megabyte, which its own cache holds.
+If this, times the threads, is more than the memory gives, a layout can be as fast as the memory.
+
+layouts.cpp holds the kernels that were not taken, the library's are called through its operators, with quantising the
+input and with their barriers. Two planes by table lookup share their tables and otherwise take twice the time of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from synthetic_folder import Pool, planes, uniform
+
+from featherweight.codes import Code
+from featherweight.codes.dense import Dense
+from featherweight.codes.hadamard import Hadamard
+from featherweight.kernels.measure import read_bandwidth
+from featherweight.kernels.operators import pack_code
+from featherweight.kernels.operators import source as native
+
+SOURCE = Path(__file__).resolve().parent / "layouts.cpp"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread")
+ROWS, COLUMNS = 4096, 5120
+CACHED_ROWS, CACHED_ROUNDS = 512, 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """`bits` are those read, scales included; `share` that of the bandwidth measured beside it; `cached`: one thread on
+    weights in its own cache."""
+
+    layout: str
+    by: str
+    bits: float
+    bytes_a_second: float
+    weights_a_second: float
+    share: float
+    cached_weights_a_second: float
+
+
+def not_taken(options: argparse.Namespace, work: Path) -> list[Row]:
+    """The kernels of layouts.cpp."""
+    program = work / "layouts"
+    subprocess.run([options.compiler, *FLAGS, str(SOURCE), "-o", str(program)], check=True)
+    found = []
+    for arguments in ((options.megabytes, options.threads, options.rounds), (1, 1, CACHED_ROUNDS)):
+        done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+        if done.returncode:
+            print(f"layouts.cpp is left out: {done.stderr.strip() or done.returncode}", file=sys.stderr)
+            return []
+        found.append([line.split(";") for line in done.stdout.splitlines()])
+    bandwidth = float(found[0][0][2])
+    return [
+        Row(name, "layouts.cpp", float(bits), float(rate), float(weights), float(rate) / bandwidth, float(cached[3]))
+        for (name, bits, rate, weights), cached in zip(found[0][1:], found[1][1:], strict=True)
+    ]
+
+
+def codes(pool: Pool, rows: int) -> dict[str, Code]:
+    """What the library is asked to multiply by."""
+    tied = planes(pool, (1.14, 0.76), 128, (3, 2))(rows, COLUMNS, 0)
+    narrow = planes(pool, (1.14, 0.76), 32, (3, 2))(rows, COLUMNS, 0)
+    assert isinstance(tied, Hadamard)
+    assert isinstance(narrow, Hadamard)
+    return {
+        "one trit-plane, g128": planes(pool, (1.22,), 128)(rows, COLUMNS, 0),
+        "two trit-planes, g128": planes(pool, (0.77, 0.50), 128)(rows, COLUMNS, 0),
+        "two trit-planes tied 3:2, g128 (no rotation)": tied.inner,
+        "two trit-planes tied 3:2, g32 (no rotation)": narrow.inner,
+        "three trit-planes, g128": planes(pool, (0.9, 0.5, 0.25), 128)(rows, COLUMNS, 0),
+        **{
+            f"uniform {bits} bit, g128": uniform(pool, bits, step)(rows, COLUMNS, 0)
+            for bits, step in ((2, 1.0), (3, 0.6), (4, 0.34), (5, 0.19), (6, 0.1), (8, 0.0315))
+        },
+        "bf16": Dense(torch.randn(rows, COLUMNS).bfloat16()),
+    }
+
+
+def seconds_of_products(memory: list[int], rows: int, rounds: int, threads: int) -> float:
+    """Best seconds of a matrix-vector product with every operand in turn."""
+    library, precision = native.needed(), native.PRECISIONS["int8"]
+    x, out = torch.randn(1, COLUMNS), torch.empty(1, rows)
+    best = float("inf")
+    for number in range(rounds + 1):
+        begun = time.perf_counter()
+        for address in memory:
+            status = library.product(address, x.data_ptr(), 1, COLUMNS, out.data_ptr(), rows, precision, 0, threads)
+            native.check(status, "a product")
+        if number:
+            best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def taken(options: argparse.Namespace) -> list[Row]:
+    """The library's layouts, each that a code can have; "auto" marks the one it chooses."""
+    rows = []
+    small = codes(Pool(0), CACHED_ROWS)
+    for title, code in codes(Pool(0), ROWS).items():
+        chosen = pack_code(code).layouts[0]
+        for layout in native.LAYOUTS:
+            if layout == "auto":
+                continue
+            try:
+                operand = pack_code(code, layout=layout, threads=options.threads).operands[0]
+            except ValueError:  # not one of this code's
+                continue
+            mark = " (chosen)" if operand.layout == chosen else ""
+            cached = pack_code(small[title], layout=layout).operands[0]
+            rows.append(measured(f"{title}: {operand.layout}{mark}", operand, cached, options))
+    return rows
+
+
+def measured(title: str, operand: native.Operand, cached: native.Operand, options: argparse.Namespace) -> Row:
+    size = operand.memory.numel()
+    stride = -(-size // native.ALIGNMENT) * native.ALIGNMENT
+    count = max(1, (options.megabytes << 20) // stride)
+    memory = native.aligned(count * stride)
+    for i in range(count):
+        ctypes.memmove(memory.data_ptr() + i * stride, operand.memory.data_ptr(), size)
+    addresses = [memory.data_ptr() + i * stride for i in range(count)]
+    seconds = seconds_of_products(addresses, ROWS, options.rounds, options.threads)
+    del memory
+    bandwidth = read_bandwidth(options.megabytes << 20, options.rounds, options.threads)
+    rate = count * operand.weight_bytes / seconds
+    bits = 8 * operand.weight_bytes / (ROWS * COLUMNS)
+    weights = count * ROWS * COLUMNS / seconds
+    in_cache = seconds_of_products([cached.memory.data_ptr()], CACHED_ROWS, CACHED_ROUNDS, 1)
+    share = rate / bandwidth if bandwidth else float("nan")
+    return Row(title, "library", bits, rate, weights, share, CACHED_ROWS * COLUMNS / in_cache)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| layout | by | bits | GB/s | share of bandwidth | 10^9 weights/s | in cache, one thread |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.layout} | {row.by} | {row.bits:.3f} | {row.bytes_a_second / 1e9:.1f} | {100 * row.share:.0f} % "
+        f"| {row.weights_a_second / 1e9:.1f} | {row.cached_weights_a_second / 1e9:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=1536, help="of weights; more than the last-level cache")
+    parser.add_argument("--compiler", default="g++")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        rows = not_taken(options, Path(work))
+    rows += taken(options)
+    print(table(rows))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        values: list[dict[str, Any]] = [asdict(row) for row in rows]
+        options.json.write_text(json.dumps({"threads": options.threads, "rows": values}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

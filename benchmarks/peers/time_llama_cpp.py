@@ -1,0 +1,100 @@
+"""Speed of llama.cpp on one GGUF, through the C interface of llama-cpp-python: one JSON object on the last line.
+
+    python time_llama_cpp.py JOB.json
+
+The job: `file`, `threads`, `prompt`, `context`, `generate`, `repeats`. As `llama-bench` does, prompts are processed in
+one batch from an empty cache; tokens are decoded one by one after a short context. The best of the repeats counts.
+`bytes_per_token` are the tensors that a token reads (the embedding gives one row) and the fp16 cache in the middle of
+the generation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+
+
+@llama_cpp.llama_log_callback
+def silent(level: int, text: bytes, user: ctypes.c_void_p) -> None:
+    pass
+
+
+def weight_bytes(path: Path) -> tuple[int, int, float, dict[str, int]]:
+    """Bytes read for a token, bytes in all, bits a weight of the blocks' matrices, and how many are of which type."""
+    tensors = gguf.GGUFReader(path).tensors
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
+    types = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+    read = sum(size for name, size in sizes.items() if tied or name != "token_embd.weight")
+    matrices = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+    bits = 8 * sum(sizes[tensor.name] for tensor in matrices) / sum(int(tensor.n_elements) for tensor in matrices)
+    return read, sum(sizes.values()), bits, dict(types)
+
+
+class Model:
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.model = llama_cpp.llama_model_load_from_file(job["file"].encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        length = max(job["prompt"], job["context"] + job["generate"])
+        params.n_ctx = -(-length // 256) * 256
+        params.n_batch = params.n_ubatch = max(512, job["prompt"])
+        params.n_threads = params.n_threads_batch = job["threads"]
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def process(self, first: int, count: int) -> None:
+        tokens = (llama_cpp.llama_token * count)(*[(first + 37 * i) % self.vocabulary for i in range(count)])
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(tokens, count)):
+            raise SystemExit("llama_decode failed")
+        llama_cpp.llama_synchronize(self.context)
+
+    def prefill(self, count: int) -> float:
+        llama_cpp.llama_memory_clear(self.memory, True)
+        begun = time.perf_counter()
+        self.process(0, count)
+        return time.perf_counter() - begun
+
+    def generate(self, context: int, count: int) -> float:
+        self.prefill(context)
+        begun = time.perf_counter()
+        for i in range(count):
+            self.process(i, 1)
+        return time.perf_counter() - begun
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    begun = time.perf_counter()
+    model = Model(job)
+    load = time.perf_counter() - begun
+    model.prefill(job["prompt"])
+    prefill = min(model.prefill(job["prompt"]) for _ in range(job["repeats"]))
+    decode = min(model.generate(job["context"], job["generate"]) for _ in range(job["repeats"]))
+    read, total, bits, types = weight_bytes(Path(job["file"]))
+    report = {
+        "decode_tokens_per_second": job["generate"] / decode,
+        "prefill_tokens_per_second": job["prompt"] / prefill,
+        "bytes_per_token": read + job["cache_bytes"] * (job["context"] + job["generate"] // 2),
+        "stored_bytes": total,
+        "bits": bits,
+        "types": types,
+        "load_seconds": load,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
