@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <initializer_list>
 #include <cmath>
 #include <cstring>
 
@@ -58,10 +59,19 @@ void fw_decoder::make_room(int64_t count) {
   for (Buffer<float>* buffer : {&key_, &value_}) buffer->reserve(count * key_width_);
   for (Buffer<float>* buffer : {&gate_, &up_}) buffer->reserve(count * s_.ffn);
   for (Buffer<float>* buffer : {&cosines_, &sines_}) buffer->reserve(count * s_.head_dim / 2);
-  for (const fw_layer& layer : layers_)
-    for (const fw_linear* linear : {layer.query, layer.key, layer.value, layer.output, layer.gate, layer.up, layer.down})
-      linear_reserve(work_, linear, count, s_.threads);
-  linear_reserve(work_, s_.head, count, s_.threads);
+  const auto reserve = [&](std::initializer_list<const fw_linear*> together) {
+    LinearCall calls[3] = {};
+    int number = 0;
+    for (const fw_linear* linear : together) calls[number++].linear = linear;
+    linear_reserve(work_, calls, number, count, s_.precision, s_.threads);
+  };
+  for (const fw_layer& layer : layers_) {
+    reserve({layer.query, layer.key, layer.value});
+    reserve({layer.output});
+    reserve({layer.gate, layer.up});
+    reserve({layer.down});
+  }
+  reserve({s_.head});
   room_ = count;
 }
 

@@ -175,11 +175,6 @@ void sparse_product(const fw_term& term, const float* x, int64_t x_stride, int64
 
 }  // namespace
 
-void linear_reserve(LinearWork& work, const fw_linear* linear, int64_t tokens, int threads) {
-  const LinearCall call = {linear, nullptr, 0};
-  for (const int precision : {FW_ACTIVATION_INT8, FW_ACTIVATION_FLOAT}) reserve(work.buffers(), &call, 1, tokens, precision, threads);
-}
-
 void linear_reserve(LinearWork& work, const LinearCall* calls, int count, int64_t tokens, int precision, int threads) {
   reserve(work.buffers(), calls, count, tokens, precision, threads);
 }

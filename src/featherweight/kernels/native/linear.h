@@ -28,9 +28,7 @@ struct LinearCall {
   int64_t out_stride;
 };
 
-// Makes room for the layers and `tokens` tokens: by one thread, before the region in which they are applied.
-void linear_reserve(LinearWork& work, const fw_linear* linear, int64_t tokens, int threads);
-// The same for layers that are applied in one call: their inputs are kept apart where they differ.
+// Makes room for `tokens` tokens of layers that are applied in one call: by one thread, before the region.
 void linear_reserve(LinearWork& work, const LinearCall* calls, int count, int64_t tokens, int precision, int threads);
 
 // Collective: every member calls it with the same arguments. x [tokens, cols] must be complete (barrier before). What layers

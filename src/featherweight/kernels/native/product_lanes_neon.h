@@ -170,6 +170,35 @@ FW_INLINE Floats log8(const uint8_t* from, const float* fractions, int exponent)
   });
 }
 
+// Words of a table of 32 by the bits from Shift to Shift + 4 of sixteen words, which go on in the next sixteen.
+template <int Shift>
+FW_INLINE Codes look_up32(const uint32_t* table, const uint8_t* words) {
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
+  const uint8x16x4_t first = vld4q_u8(bytes), second = vld4q_u8(bytes + 64);
+  const auto index = FW_QUARTER(i) {
+    uint32x4_t word = vreinterpretq_u32_u8(vld1q_u8(words + 16 * i));
+    if constexpr (Shift > 0) word = vshrq_n_u32(word, Shift);
+    if constexpr (Shift > 27) word = vsliq_n_u32(word, vreinterpretq_u32_u8(vld1q_u8(words + 64 + 16 * i)), 32 - Shift);
+    return vreinterpretq_u16_u32(word);
+  };
+  const uint16x8_t low = vuzp1q_u16(index(0), index(1)), high = vuzp1q_u16(index(2), index(3));
+  const uint8x16_t at = vandq_u8(vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high)), vdupq_n_u8(31));
+  const auto byte = [&](int k) __attribute__((always_inline)) {
+    return vqtbl2q_u8(uint8x16x2_t{{first.val[k], second.val[k]}}, at);
+  };
+  const Sums found = joined(byte(0), byte(1), byte(2), byte(3));
+  return quarters<Codes>(FW_QUARTER(i) { return vreinterpretq_u8_s32(found.v[i]); });
+}
+// Lanes i and i ^ Distance change places.
+template <int Distance>
+FW_INLINE Floats swapped(const Floats& a) {
+  return quarters<Floats>(FW_QUARTER(i) {
+    if constexpr (Distance == 1) return vrev64q_f32(a.v[i]);
+    else if constexpr (Distance == 2) return vextq_f32(a.v[i], a.v[i], 2);
+    else return a.v[i ^ (Distance / 4)];
+  });
+}
+
 #undef FW_QUARTER
 
 }  // namespace

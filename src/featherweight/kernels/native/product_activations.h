@@ -1,0 +1,127 @@
+// What happens to activations before a product: rounding to integers, and the block-Hadamard transform.
+#ifndef FEATHERWEIGHT_PRODUCT_ACTIVATIONS_H
+#define FEATHERWEIGHT_PRODUCT_ACTIVATIONS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include <cmath>
+
+#include "product_lanes.h"
+
+namespace {  // compiled for several instruction sets
+
+void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum) {
+  float largest = 0.0F;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(x[i]);
+    finite &= size <= 3.402823466e38F;
+    largest = size > largest ? size : largest;
+  }
+  const float step = largest / 127.0F;
+  const float inverse = step > 1e-35F && finite ? 127.0F / largest : 0.0F;  // smaller ones have no finite inverse
+  int32_t total_of_codes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    // Adding and taking away 1.5 2^23 rounds to the nearest integer, halves to even.
+    const float rounded = (finite ? x[i] * inverse : 0.0F) + 12582912.0F;
+    const int32_t code = static_cast<int32_t>(rounded - 12582912.0F);
+    codes[i] = static_cast<int8_t>(code > 127 ? 127 : code < -127 ? -127 : code);
+    total_of_codes += codes[i];
+  }
+  *scale = finite ? (inverse > 0.0F ? step : 0.0F) : std::nanf("");
+  *sum = total_of_codes;
+}
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+
+template <int Distance>
+FW_INLINE void butterfly_within(F16* v, int64_t vectors) {
+  const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I16 partner = lane ^ Distance, upper = (lane & Distance) != 0;
+  const I16 sign = upper & INT32_MIN;
+  for (int64_t i = 0; i < vectors; ++i) {
+    I16 bits;
+    memcpy(&bits, &v[i], sizeof bits);
+    bits ^= sign;
+    F16 signed_value;
+    memcpy(&signed_value, &bits, sizeof bits);
+    v[i] = __builtin_shuffle(v[i], partner) + signed_value;  // lower lanes a + b, upper ones a - b
+  }
+}
+
+// Butterflies of the Sylvester matrix over runs of `order` values, `order` a power of two.
+void sylvester(float* x, int64_t order, int64_t count) {
+  if (order >= 16) {
+    F16* v = reinterpret_cast<F16*>(x);
+    const int64_t vectors = count / 16;
+    butterfly_within<1>(v, vectors);
+    butterfly_within<2>(v, vectors);
+    butterfly_within<4>(v, vectors);
+    butterfly_within<8>(v, vectors);
+    for (int64_t half = 1; half < order / 16; half *= 2)
+      for (int64_t first = 0; first < vectors; first += 2 * half)
+        for (int64_t i = first; i < first + half; ++i) {
+          const F16 a = v[i], b = v[i + half];
+          v[i] = a + b;
+          v[i + half] = a - b;
+        }
+    return;
+  }
+  for (int64_t half = 1; half < order; half *= 2)
+    for (int64_t first = 0; first < count; first += 2 * half)
+      for (int64_t i = first; i < first + half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+}
+
+// Signs of the Paley matrices of order 12, 20 and 28 (codes/hadamard.py).
+int paley_sign(int order, int i, int j) {
+  const int prime = order == 28 ? 13 : order - 1;
+  const auto character = [prime](int a) {
+    a = (a % prime + prime) % prime;
+    if (a == 0) return 0;
+    for (int s = 1; s < prime; ++s)
+      if (s * s % prime == a) return 1;
+    return -1;
+  };
+  const auto core = [&](int r, int c) {
+    if (r == 0) return c == 0 ? 0 : 1;
+    if (c == 0) return order == 28 ? 1 : -1;
+    return character(r - c);
+  };
+  if (order != 28) return (i == j) + core(i, j);
+  static constexpr int kCore[2][2] = {{1, 1}, {1, -1}}, kUnit[2][2] = {{1, -1}, {-1, -1}};
+  return core(i / 2, j / 2) * kCore[i % 2][j % 2] + (i / 2 == j / 2) * kUnit[i % 2][j % 2];
+}
+
+void hadamard(float* x, const float* signs, int64_t block, int64_t count) {
+  if (signs)
+    for (int64_t i = 0; i < count; ++i) x[i] *= signs[i];
+  int64_t odd = block;
+  while (odd % 2 == 0) odd /= 2;
+  const int kernel = odd == 1 ? 1 : static_cast<int>(4 * odd);
+  const int64_t order = block / kernel;
+  sylvester(x, order, count);
+  if (kernel > 1) {
+    for (int64_t first = 0; first < count; first += block)
+      for (int64_t i = 0; i < order; ++i) {
+        float in[28], out[28];
+        for (int k = 0; k < kernel; ++k) in[k] = x[first + k * order + i];
+        for (int r = 0; r < kernel; ++r) {
+          out[r] = 0.0F;
+          for (int k = 0; k < kernel; ++k) out[r] += static_cast<float>(paley_sign(kernel, r, k)) * in[k];
+        }
+        for (int k = 0; k < kernel; ++k) x[first + k * order + i] = out[k];
+      }
+  }
+  const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
+}  // namespace
+
+#endif
