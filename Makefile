@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/featherweight/kernels/native/*)
 THREADS ?= 2
 
-.PHONY: demo test lint bench sanitize docs lock clean
+.PHONY: demo test lint bench sanitize test-aarch64 docs lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -19,7 +19,14 @@ $(STAMP): pyproject.toml requirements.lock $(NATIVE)
 demo: $(STAMP)
 	$(BIN)/feather demo --out demo-out
 
-test: $(STAMP)
+# Triton's interpreter for the tests of the GPU kernels. torch builds for GPUs bring their own; without it those tests are skipped.
+$(VENV)/.triton: $(STAMP)
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==3.9.0' || \
+	  echo 'no Triton for this platform: the tests of the GPU kernels are skipped'
+	touch $@
+
+test: $(STAMP) $(VENV)/.triton
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
@@ -37,6 +44,15 @@ sanitize:
 	cmake -S . -B build/sanitize -DFEATHERWEIGHT_SANITIZE=ON -DFEATHERWEIGHT_NATIVE_TESTS=ON
 	cmake --build build/sanitize --parallel $(THREADS)
 	ctest --test-dir build/sanitize --output-on-failure
+
+# The kernels' own tests for AArch64, cross-compiled, under QEMU: all instructions, a processor with dot products only, one
+# without.
+test-aarch64:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || \
+	  { echo "test-aarch64: $$tool is missing (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)"; exit 1; }; done
+	cmake -S . -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DFEATHERWEIGHT_NATIVE_TESTS=ON
+	cmake --build build/aarch64 --parallel $(THREADS)
+	for cpu in max neoverse-n1 cortex-a53; do QEMU_CPU=$$cpu ctest --test-dir build/aarch64 --output-on-failure || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py

@@ -161,6 +161,30 @@ void run_steps(const fw_term& chain, const float* x, int64_t cols, float* to, fl
   }
 }
 
+// Columns that a chain of one Hadamard step and all inputs made from it can be done in, one run after the other; 0 if the
+// chain must be done as a whole.
+int64_t fused_run(const Plan& plan, int chain, int64_t cols) {
+  const fw_term& term = *plan.chains[chain];
+  if (term.steps != 1 || term.step->kind != FW_HADAMARD) return 0;
+  int64_t run = term.step->block;
+  bool read = false;
+  for (int s = 0; s < plan.shape_count; ++s) {
+    if (plan.shape_chain[s] != chain) continue;
+    // Two inputs would be rotated by different members: once is enough, so only the usual case of one is fused.
+    if (read || plan.shapes[s].lane_stride != 1) return 0;
+    read = true;
+    const int64_t segment = plan.shapes[s].segment;
+    if (run % segment != 0 && segment % run != 0) return 0;
+    run = std::max(run, segment);
+  }
+  return read && cols % run == 0 ? run : 0;
+}
+
+void rotate(const fw_step& step, const float* x, int64_t first, int64_t last, float* to) {
+  std::copy(x + first, x + last, to + first);
+  product_kernels().hadamard(to + first, step.values ? step.values + first : nullptr, step.block, last - first);
+}
+
 void sparse_product(const fw_term& term, const float* x, int64_t x_stride, int64_t tokens, int64_t first, int64_t last,
                     const Output& out) {
   for (int64_t row = first; row < last; ++row)
@@ -188,26 +212,29 @@ void linear_apply(Team& team, LinearWork& work, const LinearCall* calls, int cou
   char* own = static_cast<char*>(buffers.member[static_cast<size_t>(team.index())].get());
   float* spare = reinterpret_cast<float*>(own + round_up(buffers.member_bytes - cols * 4 - 64, 64));
 
-  if (plan.chain_count > 0) {
-    for (int c = 0; c < plan.chain_count; ++c) {
-      // One token: its chain cannot be divided, members take chains; more: members take tokens.
-      for (int64_t t = 0; t < tokens; ++t)
-        if ((t + c) % team.size() == team.index())
-          run_steps(*plan.chains[c], x + t * x_stride, cols, buffers.stepped[static_cast<size_t>(c)].get() + t * cols, spare);
-    }
-    team.barrier();
+  const auto stepped = [&](int chain, int64_t t) { return buffers.stepped[static_cast<size_t>(chain)].get() + t * cols; };
+  bool wait = false;
+  for (int c = 0; c < plan.chain_count; ++c) {
+    if (fused_run(plan, c, cols) > 0) continue;
+    // A token's chain is not divided: members take tokens, and chains in turn.
+    wait = true;
+    for (int64_t t = 0; t < tokens; ++t)
+      if ((t + c) % team.size() == team.index()) run_steps(*plan.chains[c], x + t * x_stride, cols, stepped(c, t), spare);
   }
-  const auto row = [&](int chain, int64_t t) {
-    return chain < 0 ? x + t * x_stride : buffers.stepped[static_cast<size_t>(chain)].get() + t * cols;
-  };
+  if (wait) team.barrier();
+  const auto row = [&](int chain, int64_t t) -> const float* { return chain < 0 ? x + t * x_stride : stepped(chain, t); };
   for (int s = 0; s < plan.shape_count; ++s) {
-    InputBuffers& input = buffers.inputs[static_cast<size_t>(s)];
     const InputShape& shape = plan.shapes[s];
-    const auto [first, last] = team.share(tokens * shape.segments);
+    const int chain = plan.shape_chain[s];
+    // Of a fused chain members take whole runs, rotated just before they are rounded.
+    const int64_t run = chain < 0 ? 0 : fused_run(plan, chain, cols);
+    const int64_t together = run > 0 ? run / shape.segment : 1, pieces = shape.segments / together;
+    const auto [first, last] = team.share(tokens * pieces);
     for (int64_t at = first; at < last;) {
-      const int64_t t = at / shape.segments, g = at % shape.segments, end = std::min(shape.segments, g + last - at);
-      prepare_input(shape, row(plan.shape_chain[s], t), t, input, g, end);
-      at += end - g;
+      const int64_t t = at / pieces, piece = at % pieces, end = std::min(pieces, piece + last - at);
+      if (run > 0) rotate(*plan.chains[chain]->step, x + t * x_stride, piece * run, end * run, stepped(chain, t));
+      prepare_input(shape, row(chain, t), t, buffers.inputs[static_cast<size_t>(s)], piece * together, end * together);
+      at += end - piece;
     }
   }
   team.barrier();

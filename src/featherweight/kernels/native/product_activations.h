@@ -33,7 +33,7 @@ void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_
   *sum = total_of_codes;
 }
 
-typedef float F16 __attribute__((vector_size(64)));
+typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));  // of any row of floats
 typedef int32_t I16 __attribute__((vector_size(64)));
 
 template <int Distance>
