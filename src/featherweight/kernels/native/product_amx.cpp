@@ -52,8 +52,8 @@ int planes_of(const fw_operand* operand) { return operand->tied ? 1 : operand->p
 struct Work {
   uint8_t* codes;   // [tile][plane][segments * steps][64]
   float* scales;    // [tile][segment's group][plane][16]
-  int8_t* padded;   // activations of the last tokens, filled up to 32
-  int32_t* sums;    // four registers: [tokens' half][tile][16][16]
+  int8_t* x;        // activations [tokens / 16][blocks of steps][16][4 block]: a tile register is one run of memory
+  int32_t* sums;    // twice four registers: [tokens' half][tile][16][16]
   float* totals;    // likewise
   float* x_scales;  // [segment][32 tokens]
   int32_t* x_sums;
@@ -66,11 +66,11 @@ int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
   const int64_t others = product_kernels_vbmi()->work_bytes(operand, tokens);
   if (operand->layout == FW_PLAIN || operand->layout == FW_TABLES) return others;
   const int64_t own = kTiles * (planes_of(operand) * code_bytes(operand) + scale_count(operand) * 4) +
-                      2 * kTokens * padded_columns(operand) + 8 * 1024 + 2 * 32 * 4 * operand->segments + 1024;
+                      round_up(tokens, 2 * kTokens) * padded_columns(operand) + 12 * 1024 + 2 * 32 * 4 * operand->segments + 1024;
   return std::max(others, own);
 }
 
-Work divide(const fw_operand* operand, void* memory) {
+Work divide(const fw_operand* operand, int64_t tokens, void* memory) {
   uint8_t* at = static_cast<uint8_t*>(memory);
   const auto take = [&at](int64_t bytes) {
     uint8_t* place = at;
@@ -80,8 +80,8 @@ Work divide(const fw_operand* operand, void* memory) {
   Work w;
   w.codes = take(kTiles * planes_of(operand) * code_bytes(operand));
   w.scales = reinterpret_cast<float*>(take(kTiles * scale_count(operand) * 4));
-  w.padded = reinterpret_cast<int8_t*>(take(2 * kTokens * padded_columns(operand)));
-  w.sums = reinterpret_cast<int32_t*>(take(4 * 1024));
+  w.x = reinterpret_cast<int8_t*>(take(round_up(tokens, 2 * kTokens) * padded_columns(operand)));
+  w.sums = reinterpret_cast<int32_t*>(take(8 * 1024));
   w.totals = reinterpret_cast<float*>(take(4 * 1024));
   w.x_scales = reinterpret_cast<float*>(take(32 * 4 * operand->segments));
   w.x_sums = reinterpret_cast<int32_t*>(take(32 * 4 * operand->segments));
@@ -99,33 +99,43 @@ Floats one_scale(const fw_operand* operand, int64_t tile, int64_t index) {
 }
 
 struct Block {  // 32 tokens by 32 rows
-  const int8_t* x[2];
-  int64_t x_stride;
+  const int8_t* x[2];  // as packed
   const uint8_t* codes[2];
   const float* scales[2];
   const uint8_t* zeros[2];
   int tokens, tiles;      // of the two
 };
 
+// What is common to all groups is taken off the codes once, which then are signed and need no correction of their sums; zero
+// points of groups leave them unsigned.
+#define FW_TILE_PRODUCT(to, x, codes) \
+  if constexpr (Signed)               \
+    _tile_dpbssd(to, x, codes);       \
+  else                                \
+    _tile_dpbsud(to, x, codes)
+
 // The integer products of one segment and plane, left in `sums`.
+template <bool Signed>
 FW_INLINE void multiply(const Block& b, int64_t first, int64_t steps, int64_t block, int32_t* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const size_t stride = static_cast<size_t>(b.x_stride);
+  const size_t stride = static_cast<size_t>(4 * block);
   for (int64_t s = first; s < first + steps; s += block) {
-    _tile_loadd(4, b.x[0] + 4 * s, stride);
+    _tile_loadd(4, b.x[0] + 4 * kTokens * s, stride);
     _tile_loadd(6, b.codes[0] + kStepBytes * s, kStepBytes);
-    _tile_dpbsud(0, 4, 6);
+    FW_TILE_PRODUCT(0, 4, 6);
     if (b.tiles > 1) {
       _tile_loadd(7, b.codes[1] + kStepBytes * s, kStepBytes);
-      _tile_dpbsud(1, 4, 7);
+      FW_TILE_PRODUCT(1, 4, 7);
     }
     if (b.tokens > kTokens) {
-      _tile_loadd(5, b.x[1] + 4 * s, stride);
-      _tile_dpbsud(2, 5, 6);
-      if (b.tiles > 1) _tile_dpbsud(3, 5, 7);
+      _tile_loadd(5, b.x[1] + 4 * kTokens * s, stride);
+      FW_TILE_PRODUCT(2, 5, 6);
+      if (b.tiles > 1) {
+        FW_TILE_PRODUCT(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, sums, 64);
@@ -136,32 +146,33 @@ FW_INLINE void multiply(const Block& b, int64_t first, int64_t steps, int64_t bl
 
 // totals (+)= (sums - zero x_sum) scale x_scale for one register's sixteen tokens and rows.
 template <bool Zeros, bool First>
-FW_INLINE void add_register(const int32_t* sums, Sums zero, int32_t offset, Floats scale, const float* x_scales,
-                            const int32_t* x_sums, float* totals) {
+FW_INLINE void add_register(const int32_t* sums, Sums zero, Floats scale, const float* x_scales, const int32_t* x_sums,
+                            float* totals) {
+#pragma GCC unroll 4
   for (int m = 0; m < kTokens; ++m) {
-    const Sums correction = Zeros ? times(zero, spread(x_sums[m])) : spread(offset * x_sums[m]);
-    const Floats product = times(to_floats(subtract(Sums{_mm512_load_si512(sums + 16 * m)}, correction)),
-                                 times(scale, spread(x_scales[m])));
+    Sums sum = {_mm512_load_si512(sums + 16 * m)};
+    if constexpr (Zeros) sum = subtract(sum, times(zero, spread(x_sums[m])));
+    const Floats product = times(to_floats(sum), times(scale, spread(x_scales[m])));
     // Beginning with 0 + product, as the other kernels do: the sign of a zero is the same.
     store_floats(totals + 16 * m, add(First ? zero_floats() : load_floats(totals + 16 * m), product));
   }
 }
 
-void add_sums(const Block& b, const Work& work, int64_t segment, int64_t scale_index, int64_t group, int32_t offset, bool first) {
+void add_sums(const Block& b, const Work& work, const int32_t* all, int64_t segment, int64_t scale_index, int64_t group, bool first) {
   for (int t = 0; t < b.tiles; ++t) {
     const Floats scale = load_floats(b.scales[t] + kTileRows * scale_index);
     const Sums zero = b.zeros[t] ? load_bytes(b.zeros[t] + kTileRows * group) : zero_sums();
     for (int half = 0; half * kTokens < b.tokens; ++half) {
-      const int32_t* sums = work.sums + (2 * half + t) * 256;
+      const int32_t* sums = all + (2 * half + t) * 256;
       float* totals = work.totals + (2 * half + t) * 256;
       const float* x_scales = work.x_scales + 32 * segment + 16 * half;
       const int32_t* x_sums = work.x_sums + 32 * segment + 16 * half;
       if (b.zeros[t]) {
-        first ? add_register<true, true>(sums, zero, offset, scale, x_scales, x_sums, totals)
-              : add_register<true, false>(sums, zero, offset, scale, x_scales, x_sums, totals);
+        first ? add_register<true, true>(sums, zero, scale, x_scales, x_sums, totals)
+              : add_register<true, false>(sums, zero, scale, x_scales, x_sums, totals);
       } else {
-        first ? add_register<false, true>(sums, zero, offset, scale, x_scales, x_sums, totals)
-              : add_register<false, false>(sums, zero, offset, scale, x_scales, x_sums, totals);
+        first ? add_register<false, true>(sums, zero, scale, x_scales, x_sums, totals)
+              : add_register<false, false>(sums, zero, scale, x_scales, x_sums, totals);
       }
     }
   }
@@ -191,46 +202,67 @@ void transpose_tokens(const IntegerInput& x, int64_t token, int tokens, const Wo
     }
 }
 
+void pack_tokens(const IntegerInput& x, int64_t block, int8_t* to) {
+  const size_t run = static_cast<size_t>(4 * block);
+  for (int64_t first = 0; first < round_up(x.tokens, 2 * kTokens); first += kTokens)
+    for (int64_t column = 0; column < x.columns; column += 4 * block)
+      for (int64_t token = first; token < first + kTokens; ++token, to += run) {
+        if (token < x.tokens)
+          memcpy(to, x.codes + token * x.columns + column, run);
+        else
+          memset(to, 0, run);
+      }
+}
+
+void take_off(int32_t offset, uint8_t* codes, int64_t bytes) {
+  const __m512i same = _mm512_set1_epi8(static_cast<char>(offset));
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_storeu_si512(codes + i, _mm512_sub_epi8(_mm512_loadu_si512(codes + i), same));
+}
+
 void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out, void* memory) {
-  const Work work = divide(operand, memory);
+  const Work work = divide(operand, x.tokens, memory);
   const int planes = planes_of(operand);
   const int64_t steps = operand->steps, block = block_steps(steps), bytes = code_bytes(operand), scales = scale_count(operand);
   configure(block);
+  pack_tokens(x, block, work.x);
   for (int64_t tile = first; tile < last; tile += kTiles) {
     const int64_t tiles = std::min<int64_t>(kTiles, last - tile);
     for (int64_t t = 0; t < tiles; ++t) {
-      for (int p = 0; p < planes; ++p)
-        product_kernels_vbmi()->unpack(operand, tile + t, p, work.codes + (t * planes + p) * bytes);
+      for (int p = 0; p < planes; ++p) {
+        uint8_t* codes = work.codes + (t * planes + p) * bytes;
+        product_kernels_vbmi()->unpack(operand, tile + t, p, codes);
+        if (!operand->has_zeros) take_off(operand->offset, codes, bytes);
+      }
       for (int64_t i = 0; i < operand->groups * planes; ++i)
         store_floats(work.scales + t * scales + i * kTileRows, one_scale(operand, tile + t, i));
     }
     for (int64_t token = 0; token < x.tokens; token += 2 * kTokens) {
       Block b;
       b.tokens = static_cast<int>(std::min<int64_t>(2 * kTokens, x.tokens - token));
-      b.x[0] = x.codes + token * x.columns;
-      b.x_stride = x.columns;
-      transpose_tokens(x, token, b.tokens, work);
-      if (b.tokens % kTokens != 0) {  // whole tiles are read
-        if (tile == first) {
-          memcpy(work.padded, b.x[0], static_cast<size_t>(b.tokens * x.columns));
-          memset(work.padded + b.tokens * x.columns, 0, static_cast<size_t>((2 * kTokens - b.tokens) * x.columns));
-        }
-        b.x[0] = work.padded;
-      }
+      b.x[0] = work.x + token * x.columns;
       b.x[1] = b.x[0] + kTokens * x.columns;
+      transpose_tokens(x, token, b.tokens, work);
       for (int64_t pair = 0; pair < tiles; pair += 2) {
         b.tiles = static_cast<int>(std::min<int64_t>(2, tiles - pair));
-        for (int64_t segment = 0; segment < operand->segments; ++segment) {
-          const int64_t group = segment / operand->segments_per_group;
-          for (int p = 0; p < planes; ++p) {
-            for (int t = 0; t < b.tiles; ++t) {
-              b.codes[t] = work.codes + ((pair + t) * planes + p) * bytes;
-              b.scales[t] = work.scales + (pair + t) * scales;
-              b.zeros[t] = operand->has_zeros ? tile_zeros(operand, tile + pair + t) : nullptr;
-            }
-            multiply(b, segment * steps, steps, block, work.sums);
-            add_sums(b, work, segment, group * planes + p, group, operand->offset, segment == 0 && p == 0);
+        for (int t = 0; t < b.tiles; ++t) {
+          b.scales[t] = work.scales + (pair + t) * scales;
+          b.zeros[t] = operand->has_zeros ? tile_zeros(operand, tile + pair + t) : nullptr;
+        }
+        // Sums are turned into floats one product later: what a tile register just stored cannot be loaded without delay.
+        const int64_t products = operand->segments * planes;
+        for (int64_t i = 0; i <= products; ++i) {
+          if (i < products) {
+            for (int t = 0; t < b.tiles; ++t) b.codes[t] = work.codes + ((pair + t) * planes + i % planes) * bytes;
+            int32_t* sums = work.sums + i % 2 * 1024;
+            if (operand->has_zeros)
+              multiply<false>(b, i / planes * steps, steps, block, sums);
+            else
+              multiply<true>(b, i / planes * steps, steps, block, sums);
           }
+          if (i == 0) continue;
+          const int64_t last_segment = (i - 1) / planes, group = last_segment / operand->segments_per_group;
+          add_sums(b, work, work.sums + (i - 1) % 2 * 1024, last_segment, group * planes + (i - 1) % planes, group, i == 1);
         }
         put_block(operand, b, token, tile + pair, work.totals, out);
       }
