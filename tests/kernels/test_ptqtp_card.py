@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from solver_samples import gaussian, golden, laplace, relative_error
 from torch import Tensor
 
-from conftest import gaussian, golden, laplace, relative_error
 from featherweight.kernels import library
 from featherweight.kernels.ptqtp import TritPlaneSettings, TritPlaneSolution, assign_trits, solve_trit_planes
 from featherweight.kernels.ptqtp_settings import join_trits, split_codes

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solver_samples import gaussian, published_loop, relative_error
 from torch import Tensor
 
-from conftest import gaussian, published_loop, relative_error
 from featherweight.errors import NonFiniteError, RecipeError
 from featherweight.kernels import library
 from featherweight.kernels.packing import decode_trit_planes, pack_trits
