@@ -36,6 +36,19 @@ void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_
 typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));  // of any row of floats
 typedef int32_t I16 __attribute__((vector_size(64)));
 
+#if defined(FW_NEON)
+template <int Distance>
+FW_INLINE void butterfly_within(F16* v, int64_t vectors) {
+  alignas(64) float signs[16];
+  for (int i = 0; i < 16; ++i) signs[i] = i & Distance ? -1.0F : 1.0F;
+  const Floats sign = load_floats(signs);
+  float* x = reinterpret_cast<float*>(v);
+  for (int64_t i = 0; i < vectors; ++i, x += 16) {
+    const Floats value = load_floats(x);
+    store_floats(x, add(swapped<Distance>(value), times(value, sign)));  // lower lanes a + b, upper ones a - b
+  }
+}
+#else
 template <int Distance>
 FW_INLINE void butterfly_within(F16* v, int64_t vectors) {
   const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -47,9 +60,18 @@ FW_INLINE void butterfly_within(F16* v, int64_t vectors) {
     bits ^= sign;
     F16 signed_value;
     memcpy(&signed_value, &bits, sizeof bits);
-    v[i] = __builtin_shuffle(v[i], partner) + signed_value;  // lower lanes a + b, upper ones a - b
+#if defined(__clang__)
+    constexpr int d = Distance;
+    const F16 other = __builtin_shufflevector(v[i], v[i], 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, 8 ^ d, 9 ^ d, 10 ^ d,
+                                              11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d);
+    (void)partner;
+#else
+    const F16 other = __builtin_shuffle(v[i], partner);
+#endif
+    v[i] = other + signed_value;  // lower lanes a + b, upper ones a - b
   }
 }
+#endif
 
 // Butterflies of the Sylvester matrix over runs of `order` values, `order` a power of two.
 void sylvester(float* x, int64_t order, int64_t count) {

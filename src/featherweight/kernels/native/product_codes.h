@@ -217,6 +217,8 @@ FW_INLINE Codes quartet_step(const uint8_t* unit) {
   if constexpr (kShift > 27)
     index = _mm512_or_si512(index, _mm512_slli_epi32(_mm512_loadu_si512(unit + kStepBytes * (kWord + 1)), 32 - kShift));
   return {_mm512_permutex2var_epi32(_mm512_load_si512(kQuartets.word), index, _mm512_load_si512(kQuartets.word + 16))};
+#elif defined(FW_NEON)
+  return look_up32<kShift>(kQuartets.word, unit + kStepBytes * kWord);
 #else
   alignas(64) uint32_t words[16];
   for (int r = 0; r < 16; ++r) {

@@ -109,7 +109,11 @@ int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
   return kGemmTiles * 3 * unpacked_bytes(operand) + 4096;
 }
 
-bool wide_codes(const fw_operand* operand) { return operand->layout == FW_FIELDS && operand->bits == 8; }
+// Whether unpacked codes may be above 127: bytes, and joint codes of tied trits with large weights, whose largest is twice
+// the offset.
+bool wide_codes(const fw_operand* operand) {
+  return (operand->layout == FW_FIELDS && operand->bits == 8) || (operand->tied && operand->offset > 63);
+}
 
 template <int Tokens>
 struct TokenBlock {

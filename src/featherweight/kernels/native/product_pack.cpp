@@ -478,6 +478,7 @@ int32_t fw_operand_check(const void* operand, int64_t bytes) {
   if (!operand || bytes < static_cast<int64_t>(sizeof(fw_operand))) return FW_INVALID;
   const fw_operand& h = *static_cast<const fw_operand*>(operand);
   if (h.magic != kOperandMagic || h.version != kOperandVersion || h.bytes > bytes) return FW_INVALID;
+  if (h.segments_per_group < 1 || h.segment < 1 || h.segments_per_group > kLargest / h.segment) return FW_INVALID;
   // The header must be the one that a source with these settings gets.
   fw_source s = {};
   s.kind = h.layout == FW_TABLES ? FW_CODEBOOK : h.layout == FW_PLAIN ? FW_DENSE : h.layout == FW_QUARTETS ? FW_SHERRY : FW_UNIFORM;
@@ -498,7 +499,6 @@ int32_t fw_operand_check(const void* operand, int64_t bytes) {
   s.codes = s.scales = operand;
   s.signs = static_cast<const uint8_t*>(operand);
   s.zero_points = h.has_zeros ? s.signs : nullptr;
-  if (h.segments_per_group < 1 || h.segment < 1 || h.segments_per_group > kLargest / h.segment) return FW_INVALID;
   fw_operand expected;
   if (!make_header(s, h.layout, expected)) return FW_INVALID;
   if (s.kind == FW_UNIFORM) expected.offset = h.offset == 1 ? 1 : expected.offset;  // trits of a single plane

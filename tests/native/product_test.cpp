@@ -1,0 +1,368 @@
+// The operators of product.h without Python, for every instruction set and layout: integers against sums in 64 bits, floats
+// against sums in double, instruction sets and numbers of threads against each other bit for bit. To be run under the
+// sanitizers and, for AArch64, under an emulator; the hash of all results is the same on all processors.
+#include "product.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+#include "product_cases.h"
+#include "product_checks.h"
+
+namespace {
+
+// ---- operands ----
+
+struct Operand {
+  Memory memory;
+  int64_t bytes;
+  const fw_operand& header() const { return *static_cast<const fw_operand*>(memory.get()); }
+};
+
+Operand packed(const Matrix& m, int32_t layout, int threads, int garbage) {
+  Operand operand = {nullptr, fw_operand_bytes(&m.source, layout)};
+  if (operand.bytes < 0) return operand;
+  operand.memory = allocate(operand.bytes);
+  std::memset(operand.memory.get(), garbage, static_cast<size_t>(operand.bytes));
+  int64_t bad = 0;
+  const int32_t status = fw_operand_pack(&m.source, layout, operand.memory.get(), threads, &bad);
+  check(status == FW_OK && bad == -1, m.name + ": is packed");
+  return operand;
+}
+
+bool covered(const fw_operand& h, int64_t at) {  // whether a byte of an operand means anything
+  const auto within = [&](int64_t begin, int64_t size) { return at >= begin && at < begin + size; };
+  return at < h.codes_at || within(h.codes_at, h.tiles * h.codes_per_tile) ||
+         within(h.scales_at, h.tiles * h.scales_per_tile) || within(h.zeros_at, h.tiles * h.zeros_per_tile);
+}
+
+void test_packing(const Matrix& m, int32_t layout, const Operand& operand) {
+  const Operand again = packed(m, layout, 3, 0xff);
+  const uint8_t* a = static_cast<const uint8_t*>(operand.memory.get());
+  const uint8_t* b = static_cast<const uint8_t*>(again.memory.get());
+  bool equal = operand.bytes == again.bytes;
+  for (int64_t i = 0; equal && i < operand.bytes; ++i) equal = a[i] == b[i] || !covered(operand.header(), i);
+  check(equal, m.name + ": the same operand whatever memory held before, for all threads");
+  check(fw_operand_check(a, operand.bytes) == FW_OK, m.name + ": is a valid operand");
+  check(fw_operand_check(a, operand.bytes - 1) == FW_INVALID, m.name + ": a cut operand is refused");
+}
+
+void test_rows(const Matrix& m, const Operand& operand) {
+  const int64_t rows = m.source.rows, cols = m.source.cols;
+  using Range = std::pair<int64_t, int64_t>;
+  for (const auto& [first, last] : {Range{0, rows}, Range{rows / 2, rows / 2 + 1}, Range{rows / 3, rows}}) {
+    std::vector<float> found(static_cast<size_t>((last - first) * cols), -7.0F), expected;
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t col = 0; col < cols; ++col) expected.push_back(m.value(row, col));
+    check(fw_operand_rows(operand.memory.get(), first, last, found.data()) == FW_OK, m.name + ": rows are read");
+    bool equal = true;
+    for (size_t i = 0; i < found.size(); ++i) equal &= found[i] == expected[i];
+    check(equal, m.name + ": decoded rows");
+  }
+}
+
+// ---- products ----
+
+constexpr float kUntouched = 12345.0F;
+constexpr int64_t kMargin = 3;  // floats after each row of an output
+
+enum class Activations { kRandom, kHighest, kLowest, kOpposite };
+
+std::vector<int8_t> activations(Random& random, int64_t tokens, int64_t cols, Activations kind) {
+  std::vector<int8_t> x(static_cast<size_t>(tokens * cols));
+  for (size_t i = 0; i < x.size(); ++i) switch (kind) {
+      case Activations::kRandom: x[i] = static_cast<int8_t>(random.below(256) - 128); break;
+      case Activations::kHighest: x[i] = 127; break;
+      case Activations::kLowest: x[i] = -128; break;
+      case Activations::kOpposite: x[i] = static_cast<int64_t>(i) % cols < cols / 2 ? 127 : -128;
+    }
+  return x;
+}
+
+// Sums in 64 bits; what the operators then do to them, in the same order.
+std::vector<float> expected_product(const Matrix& m, const fw_operand& h, const std::vector<int8_t>& x,
+                                    const std::vector<float>& x_scales, int64_t tokens) {
+  const int64_t rows = m.source.rows, cols = m.source.cols;
+  std::vector<float> out(static_cast<size_t>(tokens * (rows + kMargin)), kUntouched);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t row = 0; row < rows; ++row) {
+      float total = 0.0F;
+      for (int64_t segment = 0; segment < h.segments; ++segment) {
+        const int64_t first = segment * h.segment, last = std::min(cols, first + h.segment);
+        for (int k = 0; k < m.planes; ++k) {
+          int64_t sum = 0;
+          for (int64_t c = first; c < last; ++c) sum += int64_t{m.level(k, row, c)} * x[static_cast<size_t>(t * cols + c)];
+          const float x_scale = x_scales[static_cast<size_t>(t * h.segments + segment)];
+          total += static_cast<float>(sum) * (m.scale(row, first, k) * x_scale);
+        }
+      }
+      out[static_cast<size_t>(t * (rows + kMargin) + row)] = total;
+    }
+  return out;
+}
+
+void test_integers(Random& random, const Matrix& m, const Operand& operand, int64_t tokens, Activations kind) {
+  const fw_operand& h = operand.header();
+  const std::vector<int8_t> x = activations(random, tokens, m.source.cols, kind);
+  std::vector<float> x_scales(static_cast<size_t>(tokens * h.segments));
+  for (float& s : x_scales) s = random.uniform() * 0.01F;
+  const std::vector<float> expected = expected_product(m, h, x, x_scales, tokens);
+  add_to_hash(expected);
+  for (const char* isa : kIsas) {
+    fw_select_isa(isa);
+    for (int threads : {1, 2, 5}) {
+      std::vector<float> out(expected.size(), kUntouched);
+      check(fw_product_int8(operand.memory.get(), x.data(), x_scales.data(), tokens, out.data(), m.source.rows + kMargin,
+                            threads) == FW_OK, m.name + ": product of integers succeeds");
+      check(out == expected, m.name + " layout " + std::to_string(h.layout) + " tokens " + std::to_string(tokens) +
+                                 " activations " + std::to_string(static_cast<int>(kind)) + " threads " +
+                                 std::to_string(threads) + ": product of integers");
+    }
+  }
+}
+
+struct FloatProblem {
+  const Matrix& m;
+  const Operand& operand;
+  int64_t tokens, x_stride;
+  std::vector<float> x;
+
+  std::vector<float> run(int32_t precision, int threads, const std::vector<float>* onto = nullptr) const {
+    std::vector<float> out(static_cast<size_t>(tokens * (m.source.rows + kMargin)), kUntouched);
+    if (onto) out = *onto;
+    check(fw_product(operand.memory.get(), x.data(), tokens, x_stride, out.data(), m.source.rows + kMargin, precision,
+                     onto != nullptr, threads) == FW_OK, m.name + ": product succeeds");
+    return out;
+  }
+};
+
+// The float path within 1e-5 of the sum of the magnitudes.
+void check_near(const FloatProblem& p, const std::vector<float>& out) {
+  const int64_t rows = p.m.source.rows, cols = p.m.source.cols;
+  bool near = true, untouched = true;
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0, size = 0;
+      for (int64_t c = 0; c < cols; ++c) {
+        const double x = p.x[static_cast<size_t>(t * p.x_stride + c)];
+        for (int k = 0; k < (p.m.values.empty() ? p.m.planes : 1); ++k) {
+          const double term = x * (p.m.values.empty() ? double{p.m.scale(row, c, k)} * p.m.level(k, row, c)
+                                                      : double{p.m.value(row, c)});
+          sum += term;
+          size += std::fabs(term);
+        }
+      }
+      near &= std::fabs(out[static_cast<size_t>(t * (rows + kMargin) + row)] - sum) <= 1e-5 * size;
+    }
+    for (int64_t i = rows; i < rows + kMargin; ++i)
+      untouched &= out[static_cast<size_t>(t * (rows + kMargin) + i)] == kUntouched;
+  }
+  check(near, p.m.name + " layout " + std::to_string(p.operand.header().layout) + ": product of floats");
+  check(untouched, p.m.name + ": nothing is written between the rows of an output");
+}
+
+// What FW_ACTIVATION_INT8 stands for: the activations of fw_quantize.
+std::vector<float> product_of_quantised(const FloatProblem& p) {
+  const fw_operand& h = p.operand.header();
+  const int64_t cols = p.m.source.cols;
+  std::vector<int8_t> codes(static_cast<size_t>(p.tokens * cols));
+  std::vector<float> scales(static_cast<size_t>(p.tokens * h.segments));
+  std::vector<int32_t> sums(scales.size());
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    const int64_t at = t * h.segments;
+    const int32_t status = fw_quantize(p.x.data() + t * p.x_stride, 1, cols, h.segment, nullptr, codes.data() + t * cols,
+                                       scales.data() + at, sums.data() + at, 1);
+    check(status == FW_OK, p.m.name + ": is quantised");
+  }
+  return expected_product(p.m, h, codes, scales, p.tokens);
+}
+
+void test_floats(Random& random, const Matrix& m, const Operand& operand, int64_t tokens) {
+  FloatProblem p = {m, operand, tokens, m.source.cols + random.below(3), {}};
+  for (int64_t i = 0; i < tokens * p.x_stride; ++i) p.x.push_back(random.symmetric());
+  fw_select_isa("baseline");
+  const std::vector<float> expected = p.run(FW_ACTIVATION_FLOAT, 1);
+  check_near(p, expected);
+  add_to_hash(expected);
+  const bool lanes_are_rows = m.values.empty();
+  const std::vector<float> integer = lanes_are_rows ? product_of_quantised(p) : expected;
+  add_to_hash(integer);
+  for (const char* isa : kIsas) {
+    fw_select_isa(isa);
+    for (int threads : {1, 2, 5}) {
+      check(same_bits(p.run(FW_ACTIVATION_FLOAT, threads), expected), m.name + ": floats, the same bits everywhere");
+      check(same_bits(p.run(FW_ACTIVATION_INT8, threads), integer), m.name + ": quantised activations, the same everywhere");
+    }
+    for (const int32_t precision : {FW_ACTIVATION_FLOAT, FW_ACTIVATION_INT8}) {
+      std::vector<float> sum = precision == FW_ACTIVATION_FLOAT ? expected : integer;
+      for (size_t i = 0; i < sum.size(); ++i)
+        sum[i] = static_cast<int64_t>(i) % (m.source.rows + kMargin) < m.source.rows ? 0.75F + sum[i] : 0.75F;
+      const std::vector<float> onto(sum.size(), 0.75F);
+      check(same_bits(p.run(precision, 2, &onto), sum), m.name + ": added to what is there");
+    }
+  }
+}
+
+void test_matrix(Random& random, Matrix& m) {
+  m.finish();
+  bool any = false;
+  for (const int32_t layout : m.layouts) {
+    const Operand operand = packed(m, layout, 1, 0);
+    if (operand.bytes < 0) continue;  // a layout that this shape does not have
+    any = true;
+    test_packing(m, layout, operand);
+    const int64_t tokens = random.one_of<int64_t>({1, 1, 2, 4, 5, 12, 13, 17, 33});
+    for (const char* isa : kIsas) {
+      fw_select_isa(isa);
+      test_rows(m, operand);
+    }
+    if (m.values.empty())
+      for (const Activations kind : {Activations::kRandom, Activations::kHighest, Activations::kLowest})
+        test_integers(random, m, operand, kind == Activations::kRandom ? tokens : 1 + tokens % 3, kind);
+    test_floats(random, m, operand, 1 + tokens % 7);
+  }
+  check(any, m.name + ": has a layout");
+  for (const char* isa : kIsas) {
+    fw_select_isa(isa);
+    check(fw_operand_bytes(&m.source, FW_AUTO) > 0, m.name + ": there is a layout for it");
+  }
+}
+
+// ---- cases ----
+
+struct Shape {
+  int64_t rows, cols, group, segment;
+};
+
+Shape random_shape(Random& random, int64_t multiple) {
+  Shape s = {};
+  s.rows = random.one_of<int64_t>({1, 2, 15, 16, 17, 33, 48, 65, 130});
+  s.group = multiple * random.one_of<int64_t>({1, 2, 8, 9, 16, 25, 32, 40, 64});
+  s.cols = s.group * random.below(4) + 1 + random.below(static_cast<int>(s.group));
+  if (random.below(4) == 0) s.group = s.cols;
+  // A segment is the group or divides it.
+  const int64_t divisor = random.one_of<int64_t>({1, 2, 4});
+  if (random.below(3) == 0 && s.group % (divisor * multiple) == 0) s.segment = s.group / divisor;
+  return s;
+}
+
+void test_shapes(int rounds) {
+  Random random;
+  Maker make(random);
+  const std::vector<int> kWeights[] = {{1, 0, 0}, {3, 1, 0}, {9, 3, 1}, {2, 1, 1}, {27, 27, 27}, {27, 9, 1}};
+  for (int round = 0; round < rounds; ++round) {
+    const Fill fill = random.one_of({Fill::kRandom, Fill::kRandom, Fill::kRandom, Fill::kLow, Fill::kHigh});
+    const int32_t dtype = random.one_of<int32_t>({FW_FLOAT32, FW_BFLOAT16, FW_FLOAT16, FW_LOG8});
+    const int32_t float_type = dtype == FW_LOG8 ? FW_FLOAT32 : dtype;
+    const int packing = random.below(2), bits = 1 + round % 8, planes = 1 + round % 3;
+    const auto test = [&](Matrix m, const Shape& s) {
+      m.source.segment = s.segment;
+      test_matrix(random, m);
+    };
+    Shape s = random_shape(random, random.one_of<int64_t>({1, 4}));
+    test(make.trits(s.rows, s.cols, s.group, planes, packing, {}, dtype, fill), s);
+    s = random_shape(random, 4);
+    std::vector<int> weights = random.one_of(kWeights);
+    weights.resize(static_cast<size_t>(weights[1] ? weights[2] ? 3 : 2 : 1));
+    test(make.trits(s.rows, s.cols, s.group, static_cast<int>(weights.size()), packing, weights, dtype, fill), s);
+    s = random_shape(random, random.one_of<int64_t>({1, 4}));
+    test(make.uniform(s.rows, s.cols, s.group, bits, random.below(2) == 1, dtype, fill), s);
+    const int stride = random.one_of({1, 1, 2, 8, 16});
+    s = random_shape(random, random.below(3) ? 4 * stride : 1);
+    test(make.sherry(s.rows, s.cols, s.group, stride, dtype, fill), s);
+    s = random_shape(random, 1);
+    s.segment = 0;
+    test(make.codebook(s.rows, s.cols, s.group, bits, float_type), s);
+    test(make.dense(s.rows, s.cols, float_type), s);
+  }
+}
+
+// One segment as long as they get, where sums of narrow integers would overflow.
+void test_long_segments(int64_t cols) {
+  Random random;
+  Maker make(random);
+  const int64_t rows = 17;
+  std::vector<Matrix> matrices;
+  for (const Fill fill : {Fill::kLow, Fill::kHigh}) {
+    for (const int bits : {1, 3, 4, 7, 8})
+      matrices.push_back(make.uniform(rows, cols, cols, bits, bits != 4, FW_FLOAT32, fill));
+    matrices.push_back(make.trits(rows, cols, cols, 2, FW_2BIT, {}, FW_FLOAT32, fill));
+    matrices.push_back(make.trits(rows, cols, cols, 3, FW_BASE3, {27, 27, 27}, FW_FLOAT32, fill));
+    matrices.push_back(make.sherry(rows, cols, cols, 16, FW_FLOAT32, fill));
+  }
+  for (Matrix& m : matrices) {
+    m.source.segment = cols;
+    m.finish();
+    for (const int32_t layout : m.layouts) {
+      const Operand operand = packed(m, layout, 2, 0);
+      if (operand.bytes < 0) continue;
+      check(operand.header().segments == 1, m.name + ": one segment");
+      test_integers(random, m, operand, 1, Activations::kHighest);
+      test_integers(random, m, operand, 2, Activations::kLowest);
+      test_integers(random, m, operand, 1, Activations::kOpposite);
+      test_integers(random, m, operand, 1, Activations::kRandom);
+    }
+  }
+  Matrix longer = make.uniform(1, 65537, 65537, 8, false, FW_FLOAT32, Fill::kLow);
+  longer.finish();
+  longer.source.segment = 65537;
+  check(fw_operand_bytes(&longer.source, FW_FIELDS) == -1, "a segment that 32 bits may not hold is refused");
+}
+
+void test_refusals() {
+  Random random;
+  Maker make(random);
+  Matrix m = make.trits(5, 12, 12, 2, FW_BASE3, {}, FW_FLOAT32, Fill::kRandom);
+  m.finish();
+  const Operand operand = packed(m, FW_FIELDS, 1, 0);
+  const auto refused = [&](const char* what, const auto& change) {
+    fw_source s = m.source;
+    change(s);
+    check(fw_operand_bytes(&s, FW_AUTO) == -1, std::string("refused: ") + what);
+  };
+  refused("no rows", [](fw_source& s) { s.rows = 0; });
+  refused("no codes", [](fw_source& s) { s.codes = nullptr; });
+  refused("no scales", [](fw_source& s) { s.scales = nullptr; });
+  refused("planes", [](fw_source& s) { s.planes = 4; });
+  refused("kind", [](fw_source& s) { s.kind = 9; });
+  refused("scale type", [](fw_source& s) { s.scale_dtype = 77; });
+  refused("negative segment", [](fw_source& s) { s.segment = -4; });
+  refused("too large", [](fw_source& s) { s.rows = s.cols = int64_t{1} << 40; });
+  check(fw_operand_bytes(&m.source, FW_TABLES) == -1, "a layout of another kind is refused");
+  m.codes[1] = 255;
+  int64_t bad = -1;
+  std::vector<float> out(64);
+  Memory space = allocate(operand.bytes);
+  check(fw_operand_pack(&m.source, FW_FIELDS, space.get(), 1, &bad) == FW_INVALID && bad == 1, "bytes that are no trits");
+  check(fw_product(operand.memory.get(), nullptr, 1, 12, out.data(), 5, FW_ACTIVATION_INT8, 0, 1) == FW_INVALID, "no input");
+  // Whatever a header says: refused, or an operand that fits its memory.
+  uint8_t* bytes = static_cast<uint8_t*>(space.get());
+  for (size_t at = 0; at < sizeof(fw_operand); ++at)
+    for (const int flip : {1, 0x55, 0x80, 0xff}) {
+      std::memcpy(bytes, operand.memory.get(), static_cast<size_t>(operand.bytes));
+      bytes[at] = static_cast<uint8_t>(bytes[at] ^ flip);
+      if (fw_operand_check(bytes, operand.bytes) != FW_OK) continue;
+      const fw_operand& h = *static_cast<const fw_operand*>(space.get());
+      std::vector<float> x(static_cast<size_t>(h.cols), 1.0F), y(static_cast<size_t>(h.rows));
+      check(h.bytes <= operand.bytes, "an accepted operand fits");
+      fw_product(bytes, x.data(), 1, h.cols, y.data(), h.rows, FW_ACTIVATION_INT8, 0, 1);
+      fw_product(bytes, x.data(), 1, h.cols, y.data(), h.rows, FW_ACTIVATION_FLOAT, 0, 1);
+    }
+}
+
+}  // namespace
+
+// Arguments: rounds of random shapes, and the columns of the longest segment.
+int main(int argc, char** argv) {
+  const int rounds = argc > 2 ? std::atoi(argv[1]) : 24;
+  const int64_t longest = argc > 2 ? std::atoll(argv[2]) : 65536;
+  test_refusals();
+  test_shapes(rounds);
+  test_long_segments(longest);
+  return report("products");
+}
