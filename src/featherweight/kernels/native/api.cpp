@@ -11,6 +11,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(FW_X86)
+#include "cpu_x86.h"
+#endif
 #include "featherweight.h"
 #include "kernels.h"
 #include "packing.h"
@@ -24,13 +27,8 @@ namespace {
 bool supported(const char* name) {
   if (std::strcmp(name, "baseline") == 0) return true;
 #if defined(FW_X86)
-  __builtin_cpu_init();
-  if (std::strcmp(name, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi2");
-  if (std::strcmp(name, "avx512") == 0)
-    return supported("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(name, "avx2") == 0) return x86_has_avx2();
+  if (std::strcmp(name, "avx512") == 0) return x86_has_avx512();
 #endif
   return false;
 }

@@ -11,6 +11,9 @@
 #if defined(FW_ARM)
 #include "cpu_arm.h"
 #endif
+#if defined(FW_X86)
+#include "cpu_x86.h"
+#endif
 #include "packing.h"
 #include "parallel.h"
 #include "product_kernels.h"
@@ -25,15 +28,10 @@ namespace {
 bool supported(const char* name) {
   if (std::strcmp(name, "baseline") == 0) return true;
 #if defined(FW_X86)
-  __builtin_cpu_init();
-  if (std::strcmp(name, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi2");
-  if (std::strcmp(name, "avx512") == 0)
-    return supported("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  if (std::strcmp(name, "vbmi") == 0) return supported("avx512") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("gfni");
+  if (std::strcmp(name, "avx2") == 0) return x86_has_avx2();
+  if (std::strcmp(name, "avx512") == 0) return x86_has_avx512() && __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(name, "vbmi") == 0)
+    return supported("avx512") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
 #if defined(FW_AMX)
   if (std::strcmp(name, "amx") == 0) return supported("vbmi") && amx_allowed();
 #endif

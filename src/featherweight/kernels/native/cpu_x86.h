@@ -1,0 +1,16 @@
+// What an x86 processor can do, for the choices of api.cpp and product.cpp.
+#ifndef FEATHERWEIGHT_CPU_X86_H
+#define FEATHERWEIGHT_CPU_X86_H
+
+inline bool x86_has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+inline bool x86_has_avx512() {
+  return x86_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+#endif
