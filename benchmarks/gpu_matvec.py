@@ -3,9 +3,10 @@
     python benchmarks/gpu_matvec.py [--rows 14336] [--columns 4096] [--tokens 1 16 512] [--layouts NAME ...] [--json F]
 
 Each layout multiplies as many copies of one random matrix as do not fit the second-level cache, one after another in a
-CUDA graph, so that weights come from memory and launches cost what they cost in a decoder. Bandwidth is that of a copy
-within the device's memory in the same run. Every result is first compared with the decoded matrix. Without a GPU it
-says so in one line and does nothing. These kernels have not been measured yet: no result of this command is on record.
+CUDA graph, so that weights come from memory and launches cost what they cost in a decoder. Bandwidth is that of reading
+alone in the same run (torch's sum of 4 GiB). With int8 activations "alone" is the product of activations that are
+rounded already, which layers share that have one input; the other time includes the rounding. Every result is first
+compared with the decoded matrix. Without a GPU it says so in one line and does nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from featherweight.codes.sherry import Sherry
 from featherweight.codes.trit_planes import TritPlanes
 from featherweight.codes.uniform import Uniform
 from featherweight.kernels import triton as gpu
+from featherweight.kernels.triton.operators import int8_product
 
 GROUP = 128
 WARM_BYTES = 4  # times the second-level cache that the copies of a matrix take
@@ -67,6 +69,8 @@ LAYOUTS = {  # name: (code, packing, precision, rotated)
     "trit-2 2bit": ("trit-2", "2bit", "float", False),
     "trit-2-tied base3": ("trit-2-tied", "base3", "float", False),
     "trit-2-tied 2bit": ("trit-2-tied", "2bit", "float", False),
+    "trit-1 2bit int8": ("trit-1", "2bit", "int8", False),
+    "trit-2 2bit int8": ("trit-2", "2bit", "int8", False),
     "trit-2-tied 2bit int8": ("trit-2-tied", "2bit", "int8", False),
     "trit-2-tied 2bit int8 rotated": ("trit-2-tied", "2bit", "int8", True),
     "trit-3 base3": ("trit-3", "base3", "float", False),
@@ -74,6 +78,9 @@ LAYOUTS = {  # name: (code, packing, precision, rotated)
     "uniform-3": ("uniform-3", "base3", "float", False),
     "uniform-4": ("uniform-4", "base3", "float", False),
     "uniform-8": ("uniform-8", "base3", "float", False),
+    "uniform-2 int8": ("uniform-2", "base3", "int8", False),
+    "uniform-4 int8": ("uniform-4", "base3", "int8", False),
+    "uniform-8 int8": ("uniform-8", "base3", "int8", False),
     "codebook-4": ("codebook-4", "base3", "float", False),
     "sherry": ("sherry", "base3", "float", False),
 }
@@ -103,11 +110,10 @@ def seconds(calls: list[Callable[[], object]], repeats: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB within the device's memory."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4)
+def read_bandwidth() -> float:
+    """Bytes a second of reading 4 GiB of the device's memory."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return 4 * source.numel() / seconds([lambda: source.sum()] * 2)
 
 
 def copies_for(nbytes: int) -> int:
@@ -139,12 +145,25 @@ def measure(layout: str, rows: int, columns: int, tokens: list[int], peers: dict
         time = seconds([lambda x=x, o=o: gpu.matmul(x, o, precision) for o in copies])  # type: ignore[arg-type, misc]
         found[count] = {
             "seconds": time,
+            "alone": alone_seconds(x, copies) if precision == "int8" and operand.int8_ready else time,
             "relative_error": error,
-            "bandwidth_share": operand.nbytes / time / bandwidth,
-            "speed_over_bf16": peers[count] / time,
-            "teraflops": 2e-12 * rows * columns * count / time,
+        }
+        alone = found[count]["alone"]
+        found[count] |= {
+            "bandwidth_share": operand.nbytes / alone / bandwidth,
+            "speed_over_bf16": peers[count] / alone,
+            "teraflops": 2e-12 * rows * columns * count / alone,
         }
     return {"bits_per_weight": operand.bits_per_weight, "tokens": found}
+
+
+def alone_seconds(x: Tensor, copies: list[gpu.GpuOperand]) -> float:
+    """Of the product with activations that are rounded already."""
+    layout = copies[0].layout
+    assert layout is not None
+    rounded = gpu.quantize(x, layout.group_size)
+    outs = [torch.empty(len(x), copies[0].shape[0], dtype=x.dtype, device=x.device) for _ in copies]
+    return seconds([lambda o=o, y=y: int8_product(*rounded, o, None, y) for o, y in zip(copies, outs, strict=True)])  # type: ignore[misc]
 
 
 def clone(operand: gpu.GpuOperand) -> gpu.GpuOperand:
@@ -165,17 +184,19 @@ def main() -> None:
     if not torch.cuda.is_available() or not gpu.available():
         print("not measured: this needs a CUDA device and Triton, and one of them is missing here", file=sys.stderr)
         return
-    bandwidth = copy_bandwidth()
+    bandwidth = read_bandwidth()
     peers = {count: torch_seconds(args.rows, args.columns, count) for count in args.tokens}
     device = torch.cuda.get_device_name(0)
-    print(f"{device}, copies {bandwidth / 1e9:.0f} GB/s; [{args.rows}, {args.columns}], groups of {GROUP}, bfloat16")
-    print(f"{'layout':30} {'bits':>6} {'tokens':>6} {'us':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error")
+    print(f"{device}, reads {bandwidth / 1e9:.0f} GB/s; [{args.rows}, {args.columns}], groups of {GROUP}, bfloat16")
+    print(
+        f"{'layout':30} {'bits':>6} {'tokens':>6} {'us':>9} {'alone':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error"
+    )
     results = {}
     for layout in args.layouts:
         results[layout] = measure(layout, args.rows, args.columns, args.tokens, peers, bandwidth)
         for count, row in results[layout]["tokens"].items():
             print(
-                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} "
+                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} {1e6 * row['alone']:9.1f} "
                 f"{row['bandwidth_share']:12.1%} {row['speed_over_bf16']:7.2f} {row['teraflops']:8.1f} "
                 f"{row['relative_error']:8.1e}",
                 flush=True,

@@ -67,6 +67,7 @@ def install(capability: int, seen: Callable[[str, Any], None]) -> None:
     for module in (operators, activations):
         for name in (
             "matvec_kernel",
+            "matvec_int8_kernel",
             "tiles_kernel",
             "group_tiles_kernel",
             "epilogue_kernel",

@@ -70,8 +70,9 @@ def test_rows_are_padded_and_neighbours_in_memory() -> None:
     assert words.shape == (1, 8, 1, ROW_TILE)
     assert words.is_contiguous()
     stored, _ = code.unpack()
-    for position in range(8):  # position i of element e is column i E + e
-        assert torch.equal(words[0, :, 0, :3].t() >> 4 * position & 15, stored[:, 8 * position : 8 * position + 8])
+    for position in range(8):  # position 2 b + j of element e is column 4 (j E + e) + b
+        first = 32 * (position % 2) + position // 2
+        assert torch.equal(words[0, :, 0, :3].t() >> 4 * position & 15, stored[:, first : first + 32 : 4])
 
 
 def test_what_cannot_be_packed_is_refused() -> None:

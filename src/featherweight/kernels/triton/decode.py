@@ -40,12 +40,20 @@ _PLUS3, _MINUS3 = tl.constexpr(_lane_digits(3, 0)), tl.constexpr(_lane_digits(3,
 
 @triton.jit
 def column_in_group(
-    inside, i: tl.constexpr, SCHEME: tl.constexpr, GROUP_ELEMENTS: tl.constexpr, LANE_STRIDE: tl.constexpr
+    inside,
+    i: tl.constexpr,
+    SCHEME: tl.constexpr,
+    GROUP_ELEMENTS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    QUADS: tl.constexpr,
+    LANE_STRIDE: tl.constexpr,
 ):
     """The column within the group of position i of elements `inside` the group; from GROUP on it is padding."""
     if SCHEME == QUARTETS:
         quartet = (i // 4) * GROUP_ELEMENTS + inside
         return quartet // LANE_STRIDE * (4 * LANE_STRIDE) + quartet % LANE_STRIDE + (i % 4) * LANE_STRIDE
+    elif QUADS:
+        return (i % (POSITIONS // 4) * GROUP_ELEMENTS + inside) * 4 + i // (POSITIONS // 4)
     else:
         return i * GROUP_ELEMENTS + inside
 
@@ -128,3 +136,44 @@ def load_scales(address, exponent, LOG8: tl.constexpr):
         return tl.where(code == 255, 0.0, value)
     else:
         return tl.load(address).to(tl.float32)
+
+
+@triton.jit
+def plane_scale(
+    address,
+    k: tl.constexpr,
+    plane_stride,
+    exponent,
+    LOG8: tl.constexpr,
+    TIED: tl.constexpr,
+    WEIGHT0: tl.constexpr,
+    WEIGHT1: tl.constexpr,
+    WEIGHT2: tl.constexpr,
+):
+    """The scale of plane k: its own, or the one of all planes times the plane's weight."""
+    if TIED:
+        scale = load_scales(address, exponent, LOG8)
+        if k == 0:
+            return scale * WEIGHT0
+        elif k == 1:
+            return scale * WEIGHT1
+        else:
+            return scale * WEIGHT2
+    else:
+        return load_scales(address + k * plane_stride, exponent, LOG8)
+
+
+@triton.jit
+def dot4(a, b, c, PTX: tl.constexpr):
+    """c + the product of four bytes of a, unsigned, with four of b, signed, all in words of 32 bits: exact.
+
+    One instruction on NVIDIA's GPUs; elsewhere, and in the interpreter, the same in plain arithmetic.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for byte in tl.static_range(4):
+            c += ((a >> (8 * byte)) & 255) * ((b << (24 - 8 * byte)) >> 24)
+        return c

@@ -1,8 +1,8 @@
 """Products with five tokens and more for fields that fill their words: whole tiles of a group on tensor cores.
 
-Shift by a vector of positions, and a block of words [elements, rows] becomes a tile of weights [positions, elements,
-rows], which is a matrix [columns, rows] as it stands: position i of element e is column i E + e of its group. One
-`tl.dot` a tile then takes up to 128 columns, and activations are read as they lie.
+Shift by a vector of positions, and a block of words [elements, rows] becomes a tile [shifts, elements, bytes,
+rows], which is a matrix [columns, rows] as it stands: fields lie in quads (`operand`). One `tl.dot` a tile then takes up
+to 128 columns, and activations are read as they lie.
 
 With activations of 8 bits the tile holds q - zero as int8 and the sums of a tile are integers, exact: at most 2^16
 columns of one scale, times 127 128, stay below 2^31. Zero points z enter as (zero - z) times the sum of the
@@ -58,16 +58,17 @@ def group_tiles_kernel(
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # BLOCK_N divides `padded`
     split = tl.program_id(2)
-    position = tl.arange(0, POSITIONS)
+    SHIFTS: tl.constexpr = POSITIONS // 4
+    shift = (tl.arange(0, SHIFTS)[:, None] + tl.arange(0, 4)[None, :] * SHIFTS) * BITS  # of byte b's j-th field
     place = tl.arange(0, TILE)
-    in_tile = place // BLOCK_E * GROUP_ELEMENTS + place % BLOCK_E
+    in_tile = place // (4 * BLOCK_E) * (4 * GROUP_ELEMENTS) + place % (4 * BLOCK_E)
     row_of_x = x + t.to(tl.int64)[:, None] * x_stride
     real = t < tokens
     total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
     for block in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
         group = block // BLOCKS_OF_GROUP
         first = (block % BLOCKS_OF_GROUP) * BLOCK_E
-        column = first + in_tile
+        column = 4 * first + in_tile
         used = real[:, None] & (place >= 0)[None, :]
         if not EVEN:
             used = used & ((column < GROUP) & (group * GROUP + column < cols))[None, :]
@@ -76,7 +77,7 @@ def group_tiles_kernel(
         for k in tl.static_range(PLANES):
             at = (k * groups * GROUP_ELEMENTS + e)[:, None] * padded + n[None, :]
             words = tl.load(codes + at)
-            q = (words[None, :, :] >> (position * BITS)[:, None, None]) & ((1 << BITS) - 1)
+            q = (words[None, :, None, :] >> shift[:, None, :, None]) & ((1 << BITS) - 1)
             scale = load_scales(scales + (k * groups + group) * padded + n, exponent, LOG8)
             if INT8:
                 weights = tl.reshape((q - ZERO).to(tl.int8), (TILE, BLOCK_N))
@@ -96,7 +97,7 @@ def group_tiles_kernel(
                     constant = -((1 << BITS) + tl.load(zeros + group * padded + n).to(tl.float32)) * scale
                 else:
                     constant = -((1 << BITS) + ZERO) * scale
-                weight = tl.fma(fraction, (scale * (1 << BITS))[None, None, :], constant[None, None, :])
+                weight = tl.fma(fraction, (scale * (1 << BITS))[None, None, None, :], constant[None, None, None, :])
                 weights = tl.reshape(weight.to(values.dtype), (TILE, BLOCK_N))
                 total = tl.dot(values, weights, total, input_precision="ieee")
     if HAS_BIAS:

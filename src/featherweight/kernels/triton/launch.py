@@ -18,23 +18,28 @@ WAVES = 4
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and elements of a program's tile, tokens of a tile (0: those of the call), warps, pipeline stages.
-
-    `padding`: how much larger than a group the blocks of `matvec` that cover it may be, in eighths.
-    """
+    """Rows of a program's tile and elements of it (`matvec`: chunks side by side), tokens (0: those of the call), warps,
+    pipeline stages."""
 
     block_n: int
     block_e: int
     tokens: int = 0
     num_warps: int = 4
     num_stages: int = 2
-    padding: int = 2
 
 
-MATVEC = (Config(256, 8, num_warps=8), Config(128, 8), Config(128, 16), Config(128, 16, num_warps=8, padding=0))
+# Four rows a lane: loads of 16 bytes.
+MATVEC = (
+    Config(64, 16, num_warps=8),
+    Config(32, 16),
+    Config(128, 8, num_warps=8),
+    Config(32, 32, num_warps=8),
+    Config(128, 4),
+    Config(64, 32, num_warps=16),
+)
 SMALL_BATCH = (Config(64, 32, 16, 4, 3), Config(128, 16, 16, 4, 3), Config(32, 64, 16, 4, 3))
 PREFILL = (Config(128, 32, 128, 8, 3), Config(64, 32, 128, 4, 3), Config(64, 32, 64, 4, 3))
-INTERPRETED = {"matvec": Config(64, 16), "tiles": Config(64, 16, 16), "group tiles": Config(64, 0, 16)}
+INTERPRETED = {"matvec": Config(64, 2), "tiles": Config(64, 16, 16), "group tiles": Config(64, 0, 16)}
 
 
 def interpreted() -> bool:
@@ -48,10 +53,11 @@ def _probe() -> None:
 
 
 def candidates(name: str, tokens: int) -> tuple[Config, ...]:
-    """The configurations worth trying for "matvec", "tiles", "group tiles" or "int8" (the last two: any `block_e`)."""
+    """The configurations worth trying for "matvec", "matvec int8", "tiles", "group tiles" or "int8" (the last two: any
+    `block_e`)."""
     if interpreted():
-        return (INTERPRETED["group tiles" if name == "int8" else name],)
-    if name == "matvec":
+        return (INTERPRETED["group tiles" if name == "int8" else name.removesuffix(" int8")],)
+    if name.startswith("matvec"):
         return MATVEC
     return SMALL_BATCH if tokens <= 16 else PREFILL
 
@@ -61,22 +67,19 @@ def divisor(most: int, count: int) -> int:
     return min(most, count & -count)
 
 
-def fitted(config: Config, padded_rows: int, group_elements: int) -> tuple[int, int]:
-    """Rows and elements of a block of `matvec`: of the configuration's size, with little padding at a group's end.
-
-    A group of 26 bytes of trits, say, is four blocks of eight with six places empty, or 13 of two with more rows.
-    """
-    block_e = config.block_e
-    while block_e > 1 and -(-group_elements // block_e) * block_e * 8 > group_elements * (8 + config.padding):
-        block_e //= 2
-    return divisor(config.block_n * (config.block_e // block_e), padded_rows), block_e
+def fitted(most: int, count: int) -> int:
+    """The largest number that divides `count` and is not above `most`; `most` where that would be under half of it."""
+    if count <= most:
+        return count
+    best = max(size for size in range(1, most + 1) if count % size == 0)
+    return best if 2 * best >= most else most
 
 
-def splits_for(programs: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """Parts, and blocks of a part, into which a sum over `blocks` is cut, for `WAVES` programs a multiprocessor."""
+def splits_for(programs: int, blocks: int, device: torch.device, waves: int = WAVES) -> tuple[int, int]:
+    """Parts, and blocks of a part, into which a sum over `blocks` is cut, for `waves` programs a multiprocessor."""
     wanted = 2  # without a GPU: the interpreter is to see the sum over splits too
     if device.type == "cuda":
-        wanted = max(1, WAVES * _multiprocessors(device.index or 0) // programs)
+        wanted = max(1, waves * _multiprocessors(device.index or 0) // programs)
     per_split = -(-blocks // min(wanted, blocks))
     return -(-blocks // per_split), per_split
 
@@ -104,6 +107,11 @@ def fastest(
             times[config] = triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=20)
     _fastest[key] = min(times, key=times.__getitem__) if times else configs[0]
     return _fastest[key]
+
+
+def has_ptx() -> bool:
+    """Whether kernels may contain NVIDIA's instructions."""
+    return not interpreted() and torch.version.hip is None
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

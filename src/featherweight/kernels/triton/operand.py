@@ -6,6 +6,10 @@ of G columns, of E = ceil(G / P) elements, holds columns e, E + e, 2 E + e, ...:
 is then a contiguous run of columns, so activations are read in runs whatever the kernel. Groups are padded to whole
 elements; no element has weights of two groups, so a scale belongs to an element.
 
+Fields that fill one word (1, 2, 4 or 8 bits) lie in quads: a shift and a mask leave four codes, one a byte, and these
+are four neighbouring columns, which four int8 activations in a word face. With F = 8 / b fields a byte, position
+i = F b + j of element e, in byte b, is column 4 (j E + e) + b of the group.
+
 Rows run fastest in memory: codes are [planes, elements, words, rows], scales [planes, groups, rows], rows padded to
 `ROW_TILE`. Neighbouring lanes of a warp thus read neighbouring rows of the same element: loads are coalesced, a lane
 adds up rows of its own, and an activation is one broadcast load for the warp instead of one load a lane. Of ternary
@@ -78,6 +82,7 @@ class Layout:
     weights: tuple[int, ...] = ()  # tied digit planes: one scale for all, times these
     exponent: int | None = None  # of log8 scales: 2^(exponent - byte / 32), byte 255 is 0
     lane_stride: int = 1
+    quads: bool = False  # the codes that a mask leaves in the bytes of a word are neighbouring columns
 
     @property
     def elements(self) -> int:

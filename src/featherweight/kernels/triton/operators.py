@@ -12,7 +12,7 @@ from featherweight.kernels.triton import activations, launch
 from featherweight.kernels.triton.epilogue import epilogue_kernel
 from featherweight.kernels.triton.group_tiles import group_tiles_kernel
 from featherweight.kernels.triton.launch import Config
-from featherweight.kernels.triton.matvec import matvec_kernel
+from featherweight.kernels.triton.matvec import matvec_int8_kernel, matvec_kernel
 from featherweight.kernels.triton.operand import (
     DENSE,
     FIELDS,
@@ -177,6 +177,8 @@ def int8_product(
     Returns float32 [splits, tokens, out] to be added up; None where there is one split, then written to `out` with
     the bias.
     """
+    if _faces_quads(operand) and len(x) <= MATVEC_TOKENS:
+        return _tuned("matvec int8", x, operand, lambda config: _matvec_int8(x, x_scales, operand, bias, out, config))
     rounding = x_scales, x_sums
     return _tuned("int8", x, operand, lambda config: _group_tiles(x, rounding, operand, bias, out, config))
 
@@ -188,6 +190,11 @@ def _tuned(name: str, x: Tensor, operand: GpuOperand, run: Callable[[Config], Te
     return run(launch.fastest(key, launch.candidates(name, len(x)), run, x.device))
 
 
+CHUNK_WEIGHTS = {"float": 64, "int8": 128}
+"""Weights of a chunk of `matvec` at most: what is spelled out, and the loads that are under way, grow with it, and in
+floating point so does what is lost when the constant part of x f is taken off (`decode`)."""
+
+
 def _float(
     name: str, x: Tensor, operand: GpuOperand, bias: Tensor | None, out: Tensor | None, config: Config
 ) -> Tensor | None:
@@ -195,14 +202,20 @@ def _float(
     layout, tensors, tokens = operand.layout, operand.tensors, len(x)
     assert layout is not None
     tile = config.tokens or launch.power_above(tokens)
-    if name == "matvec":
-        block_n, block_e = launch.fitted(config, operand.padded_rows, layout.group_elements)
-        blocks = layout.groups * -(-layout.group_elements // block_e)
-    else:
-        block_n, block_e = launch.divisor(config.block_n, operand.padded_rows), config.block_e
-        blocks = -(-layout.elements // block_e)
+    block_n = launch.divisor(config.block_n, operand.padded_rows)
     token_blocks, row_blocks = -(-tokens // tile), -(-operand.shape[0] // block_n)
-    splits, per_split = launch.splits_for(token_blocks * row_blocks, blocks, x.device)
+    if name == "matvec":
+        chunk = launch.fitted(max(1, CHUNK_WEIGHTS["float"] // layout.positions), layout.group_elements)
+        chunks = layout.groups * -(-layout.group_elements // chunk)
+        blocks = -(-chunks // config.block_e)
+        shape = {"LANES": config.block_e, "CHUNK": chunk}
+        counts = (layout.elements, chunks, blocks)
+        splits, per_split = launch.splits_for(row_blocks, blocks, x.device, waves=1)
+    else:
+        blocks = -(-layout.elements // config.block_e)
+        shape = {"BLOCK_E": config.block_e}
+        counts = (layout.elements, blocks)
+        splits, per_split = launch.splits_for(token_blocks * row_blocks, blocks, x.device)
     target, direct = _target(splits, tokens, operand, out, x.device)
     grid = (row_blocks, splits) if name == "matvec" else (token_blocks, row_blocks, splits)
     kernel = matvec_kernel if name == "matvec" else tiles_kernel
@@ -220,15 +233,72 @@ def _float(
             *operand.shape,
             x.stride(0),
             operand.padded_rows,
-            layout.elements,
-            blocks,
+            *counts,
             per_split,
             float(layout.exponent or 0),
             **_constants(operand, layout),
+            **shape,
             HAS_BIAS=direct and bias is not None,
             TOKENS=tile,
             BLOCK_N=block_n,
-            BLOCK_E=block_e,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return None if direct else target
+
+
+def _faces_quads(operand: GpuOperand) -> bool:
+    """Whether `matvec_int8_kernel` takes it: whole groups, so that four activations always fill a word."""
+    layout = operand.layout
+    return layout is not None and layout.quads and layout.groups * layout.group_size == operand.shape[1]
+
+
+def _matvec_int8(
+    x: Tensor, x_scales: Tensor, operand: GpuOperand, bias: Tensor | None, out: Tensor | None, config: Config
+) -> Tensor | None:
+    layout, tokens = operand.layout, len(x)
+    assert layout is not None
+    block_n = launch.divisor(config.block_n, operand.padded_rows)
+    most = max(1, CHUNK_WEIGHTS["int8"] // layout.positions)
+    chunk = launch.divisor(launch.power_above(most), layout.group_elements)
+    run = launch.divisor(launch.power_above(most // chunk), layout.groups) if chunk == layout.group_elements else 1
+    chunks = layout.groups // run * (layout.group_elements // chunk)
+    blocks, row_blocks = -(-chunks // config.block_e), -(-operand.shape[0] // block_n)
+    splits, per_split = launch.splits_for(row_blocks, blocks, x.device, waves=1)
+    target, direct = _target(splits, tokens, operand, out, x.device)
+    codes = operand.tensors["codes"]
+    words = x.view(torch.int32)
+    with launch.on_device(x):
+        matvec_int8_kernel[(row_blocks, splits)](
+            words,
+            x_scales,
+            codes,
+            operand.tensors["scales"],
+            operand.tensors.get("zeros", codes),
+            bias if direct and bias is not None else codes,
+            target,
+            tokens,
+            operand.shape[0],
+            words.stride(0),
+            operand.padded_rows,
+            layout.groups,
+            chunks,
+            blocks,
+            per_split,
+            float(layout.exponent or 0),
+            BITS=layout.bits,
+            GROUP_ELEMENTS=layout.group_elements,
+            PLANES=layout.planes,
+            ZERO=layout.zero,
+            HAS_ZEROS="zeros" in operand.tensors,
+            LOG8=layout.exponent is not None,
+            HAS_BIAS=direct and bias is not None,
+            PTX=launch.has_ptx(),
+            TOKENS=launch.power_above(tokens),
+            BLOCK_N=block_n,
+            LANES=config.block_e,
+            CHUNK=chunk,
+            RUN=run,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -252,6 +322,7 @@ def _constants(operand: GpuOperand, layout: Layout) -> dict[str, Any]:
         "WEIGHT0": weights[0],
         "WEIGHT1": weights[1],
         "WEIGHT2": weights[2],
+        "QUADS": layout.quads,
         "LANE_STRIDE": layout.lane_stride,
         "HAS_ZEROS": "zeros" in operand.tensors,
         "HAS_SIGNS": "signs" in operand.tensors,

@@ -225,10 +225,12 @@ def _layout(
     words: int = 1,
     weights: tuple[int, ...] = (),
     exponent: int | None = None,
+    quads: bool = False,
 ) -> Layout:
     size = min(group_size, shape[1])
     groups = -(-shape[1] // size)
-    return Layout(bits, words, positions, size, groups, -(-size // positions), planes, zero, weights, exponent)
+    elements = -(-size // positions)
+    return Layout(bits, words, positions, size, groups, elements, planes, zero, weights, exponent, quads=quads)
 
 
 def _field_layout(
@@ -244,6 +246,7 @@ def _field_layout(
         zero=zero,
         words=bits // common,
         exponent=exponent,
+        quads=bits == common,
     )
 
 
@@ -295,7 +298,11 @@ def _elements(codes: Tensor, layout: Layout, pack: Callable[[Tensor], Tensor], d
         part = torch.nn.functional.pad(
             part.view(planes, count, layout.groups, layout.group_size), (0, held - layout.group_size)
         )
-        runs = part.view(planes, count, layout.groups, layout.positions, layout.group_elements)
+        grouped = planes, count, layout.groups
+        if layout.quads:
+            quads = part.view(*grouped, layout.positions // 4, layout.group_elements, 4)
+            part = quads.movedim(-1, -3).reshape(*grouped, held)
+        runs = part.view(*grouped, layout.positions, layout.group_elements)
         words = pack(runs).reshape(planes, count, layout.elements)
         packed[:, :, first : first + count] = words.to(dtype).transpose(1, 2)  # wraps: the bits are what counts
     return packed

@@ -46,6 +46,7 @@ def tiles_kernel(
     WEIGHT0: tl.constexpr,
     WEIGHT1: tl.constexpr,
     WEIGHT2: tl.constexpr,
+    QUADS: tl.constexpr,
     LANE_STRIDE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_SIGNS: tl.constexpr,
@@ -93,7 +94,7 @@ def tiles_kernel(
                 scale2 = scale * WEIGHT2 if TIED else load_scales(at, exponent, LOG8)
                 constant -= ((1 << BITS) + zero) * scale2
         for i in tl.static_range(POSITIONS):
-            column = column_in_group(inside, i, SCHEME, GROUP_ELEMENTS, LANE_STRIDE)
+            column = column_in_group(inside, i, SCHEME, GROUP_ELEMENTS, POSITIONS, QUADS, LANE_STRIDE)
             used = real[None, :] & (t < tokens)[:, None]
             if not EVEN:
                 used = used & ((column < GROUP) & (group * GROUP + column < cols))[None, :]
