@@ -23,7 +23,7 @@ STRIP = 512  # rows of the feedback matrix that are made at once
 FLOOR = 1e-6  # added when damping alone does not help, as a share of the largest diagonal entry; then tenfold
 FLOORS = 6
 
-Order = Literal["none", "activation", "group-aware"]
+Order = Literal["none", "activation", "group-aware", "similarity"]
 
 
 class FactorSettings(BaseModel):
@@ -31,7 +31,10 @@ class FactorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    order: Order = Field("none", description="columns as they are, by falling second moment, or so inside whole groups")
+    order: Order = Field(
+        "none",
+        description="as they are, by falling second moment, so inside whole groups, or by similarity on the way",
+    )
     damping: float = Field(0.01, ge=0, description="added to the diagonal of H, as a share of its mean")
     damping_growth: float = Field(2.0, gt=1, description="factor by which damping grows when H cannot be factorised")
     damping_limit: float = Field(1.0, gt=0, description="largest damping before shares of the largest entry are added")
@@ -96,10 +99,11 @@ class Factor:
 
 
 def order_of_columns(gram: Tensor, order: Order, group_size: int) -> Tensor | None:
-    """The permutation in which columns are swept, int64 [in]; None for their own order. Stable in ties."""
+    """The permutation in which columns are swept, int64 [in]; None for their own order, and for similarity, of which
+    nothing is known before the sweep. Stable in ties."""
     weight = gram.diagonal().nan_to_num()
     columns = weight.numel()
-    if order == "none":
+    if order in ("none", "similarity"):
         return None
     if order == "activation":
         return weight.argsort(descending=True, stable=True)
