@@ -59,6 +59,20 @@ def test_presets(preset: str, changes: list[str], source: Path, tmp_path: Path) 
     assert divergence(source, tmp_path / "out") < divergence(source, tmp_path / "rtn-2")
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("preset", ["quarot-gptq", "rsq"])
+def test_rotated_experts(preset: str, family: str, tmp_path: Path) -> None:
+    """A mixture of experts through rotation, sweep and storage; few tokens reach each expert."""
+    shape = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    shape = shape if family == "qwen2-moe" else SHAPE
+    source = make_tiny(family, tmp_path / "source", torch.float32, tokenizer=True, **shape)
+    done = compress(source, load_recipe(preset, CHANGES), tmp_path / "out", threads=1)
+    compress(source, "rtn-2", tmp_path / "rtn-2", threads=1)
+    assert any(".experts." in layer["name"] for layer in done.layers)
+    assert divergence(source, tmp_path / "out") < divergence(source, tmp_path / "rtn-2")
+    assert verify(tmp_path / "out").whole
+
+
 def test_biases_and_absorbed_scales_are_loaded(source: Path, tmp_path: Path) -> None:
     compress(source, load_recipe("d2quant", CHANGES), tmp_path / "out", threads=1)
     block = loaded(tmp_path / "out").model.layers[1]
