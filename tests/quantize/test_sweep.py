@@ -243,7 +243,7 @@ def test_what_the_order_by_similarity_does_not_go_with(changes: dict[str, Any]) 
 
 ORDERS = [
     {"order": order, "groups": groups}
-    for order, groups in product(("none", "activation", "group-aware"), ("dynamic", "static"))
+    for order, groups in product(("none", "activation", "group-aware", "group-sum"), ("dynamic", "static"))
 ]
 
 
@@ -324,6 +324,12 @@ def test_group_aware_order_keeps_groups_whole() -> None:
     order = order_of_columns(torch.diag(h), "group-aware", 4)
     assert order is not None
     assert order.tolist() == [6, 4, 5, 7, 3, 1, 2, 0, 8, 9]  # the short last group stays behind
+    peaked = torch.diag(torch.tensor([9.0, 0, 0, 1, 4, 4, 4, 4, 100]))  # the larger sum has the smaller largest entry
+    by_sum, by_largest = (order_of_columns(peaked, order, 4) for order in ("group-sum", "group-aware"))
+    assert by_sum is not None
+    assert by_largest is not None
+    assert by_sum.tolist() == [4, 5, 6, 7, 0, 1, 2, 3, 8]
+    assert by_largest.tolist() == [0, 3, 1, 2, 4, 5, 6, 7, 8]
     assert order_of_columns(torch.diag(torch.ones(6)), "activation", 4).tolist() == list(range(6))  # type: ignore[union-attr]
 
 

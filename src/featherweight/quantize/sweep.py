@@ -33,7 +33,15 @@ from featherweight.quantize.base import Grid, SolveOptions, Statistics
 from featherweight.quantize.scales import scale_dtype_for
 from featherweight.quantize.similarity import Remaining, most_similar, with_first
 from featherweight.quantize.sweep_course import Work, blocks, joined, ordered, push, push_tail, sweep_segment
-from featherweight.quantize.sweep_factor import Attempt, Factor, FactorSettings, Piece, factorise, order_of_columns
+from featherweight.quantize.sweep_factor import (
+    WHOLE_GROUPS,
+    Attempt,
+    Factor,
+    FactorSettings,
+    Piece,
+    factorise,
+    order_of_columns,
+)
 
 
 class SweepSettings(FactorSettings):
@@ -119,7 +127,7 @@ class Sweeper:
 
     def factor(self, group_size: int) -> Factor:
         """The factor for grids of this group size, made at first use."""
-        key = group_size if self.settings.order == "group-aware" else 0
+        key = group_size if self.settings.order in WHOLE_GROUPS else 0
         if key not in self._factors:
             permutation = order_of_columns(self.statistics["gram"], self.settings.order, group_size)
             feedback = self.settings.needs_cross and self.settings.target == "per-neuron"
@@ -283,7 +291,7 @@ def _encode(work: Work, settings: SweepSettings) -> Code:
     back = order.argsort()
     if work.static is not None:
         return grid.encode(work.indices[:, back].contiguous(), fit)
-    if settings.order == "group-aware":  # groups are whole: their fits go back to their places
+    if settings.order in WHOLE_GROUPS:  # groups are whole: their fits go back to their places
         size = grid.group_size
         places = (order[::size] // size).argsort()
         moved = {k: v[:, places].contiguous() for k, v in fit.items()}

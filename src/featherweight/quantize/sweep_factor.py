@@ -23,7 +23,8 @@ STRIP = 512  # rows of the feedback matrix that are made at once
 FLOOR = 1e-6  # added when damping alone does not help, as a share of the largest diagonal entry; then tenfold
 FLOORS = 6
 
-Order = Literal["none", "activation", "group-aware", "similarity"]
+Order = Literal["none", "activation", "group-aware", "group-sum", "similarity"]
+WHOLE_GROUPS = ("group-aware", "group-sum")  # orders in which the columns of a group stay together
 
 
 class FactorSettings(BaseModel):
@@ -33,7 +34,8 @@ class FactorSettings(BaseModel):
 
     order: Order = Field(
         "none",
-        description="as they are, by falling second moment, so inside whole groups, or by similarity on the way",
+        description="as they are; by falling second moment; whole groups by their largest, and so inside; whole groups "
+        "by their sum, as they are inside; or by similarity, on the way",
     )
     damping: float = Field(0.01, ge=0, description="added to the diagonal of H, as a share of its mean")
     damping_growth: float = Field(2.0, gt=1, description="factor by which damping grows when H cannot be factorised")
@@ -110,8 +112,12 @@ def order_of_columns(gram: Tensor, order: Order, group_size: int) -> Tensor | No
     size = min(group_size, columns)
     whole = columns - columns % size
     groups = weight[:whole].view(-1, size)  # GAR, arXiv 2505.14638: the short last group stays where it is
-    inside = groups.argsort(dim=1, descending=True, stable=True)
-    outside = groups.amax(1).argsort(descending=True, stable=True)
+    if order == "group-sum":  # ShiftAddLLM's blocks of columns, arXiv 2406.05981
+        inside = torch.arange(size).expand_as(groups)
+        outside = groups.sum(1).argsort(descending=True, stable=True)
+    else:
+        inside = groups.argsort(dim=1, descending=True, stable=True)
+        outside = groups.amax(1).argsort(descending=True, stable=True)
     places = (inside + torch.arange(0, whole, size).unsqueeze(1))[outside]
     return torch.cat([places.reshape(-1), torch.arange(whole, columns)])
 
