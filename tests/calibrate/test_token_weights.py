@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import networks as n
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featherweight.calibrate import query_blocks
 from featherweight.calibrate.accumulate import Accumulator
 from featherweight.calibrate.errors import CalibrationError
 from featherweight.calibrate.session import BlockSession
 from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.calibrate.token_weights import attention_weights, normalised, received, text_scores
+from models import FAMILIES as MODELS
 
 CPU = torch.device("cpu")
 
@@ -89,6 +94,71 @@ def test_scores_by_rows_of_queries_are_the_whole_scores() -> None:
     probabilities = torch.rand(2, 3, 16, 16).softmax(-1)
     parts = sum(received(probabilities[:, :, i : i + 5]) for i in range(0, 16, 5))
     assert torch.allclose(received(probabilities), parts, atol=1e-5)
+
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": 5}),
+    ("gemma2", {"sliding_window": 5, "attn_logit_softcapping": 2.0}),
+    ("gemma3", {"sliding_window": 5}),
+    ("gpt-oss", {"sliding_window": 5}),
+    ("qwen3", {}),
+    ("mixtral", {}),
+    ("phi", {}),
+    ("bert", {}),
+    ("gpt2", {}),
+    ("opt", {}),
+    ("gpt-neox", {}),
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=[family for family, _ in FAMILIES])
+def test_blocks_of_queries_give_the_scores_of_whole_matrices(
+    family: str, settings: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the probabilities that the model itself gives, with scratch for three queries at a time."""
+    if not hasattr(transformers, MODELS[family][0]):
+        pytest.skip(f"transformers {transformers.__version__} does not know {family}")
+    monkeypatch.setattr(query_blocks, "SCRATCH", query_blocks.COPIES * 3 * 16 * 4 * 3)
+    seen: list[torch.Size] = []
+    original = query_blocks._plain_attention
+
+    def recorded(module: torch.nn.Module) -> Any:
+        plain = original(module)
+
+        def call(one: Any, query: torch.Tensor, *args: Any, **rest: Any) -> Any:
+            output, chances = plain(one, query, *args, **rest)  # type: ignore[misc]
+            seen.append(chances.shape)
+            return output, chances
+
+        return None if plain is None else call
+
+    monkeypatch.setattr(query_blocks, "_plain_attention", recorded)
+    mask = torch.ones(6, 16, dtype=torch.int64)
+    mask[1::2, 11:] = 0
+    path = n.folder(family, **settings)
+    weighted = n.SMALL.model_copy(update={"token_weights": "attention"})
+    extra = {"attention_mask": mask} if padded else {}
+    with n.opened(family, weighted, path=path, **extra) as calibration:
+        implementation = calibration.host.model.config._attn_implementation
+        session = next(calibration.blocks())
+        found = torch.cat([attention_weights(session, h, i) for i, h in enumerate(session.inputs)])
+        assert calibration.host.model.config._attn_implementation == implementation
+    with torch.no_grad():
+        wanted = n.whole(family, path)(n.ids(), output_attentions=True, **extra).attentions[0]
+    assert torch.allclose(found, wanted[..., :16].sum((1, 2)), rtol=1e-5, atol=1e-5)
+    assert len(seen) > 2 * 4 * 5
+    assert all(shape[1] == 1 and shape[2] <= 3 for shape in seen)
+
+
+def test_scratch_is_bounded_for_long_sequences() -> None:
+    """RSQ's own setting: 4096 tokens; the number of heads does not enter, as they are taken one by one."""
+    for batch, keys in ((1, 4096), (8, 4096), (1, 32768)):
+        step = query_blocks.query_step(batch, keys, torch.float32)
+        assert 1 <= step < keys
+        assert query_blocks.COPIES * step * batch * keys * 4 <= 64 << 20
+    assert query_blocks.query_step(1, 1 << 30, torch.float32) == 1
 
 
 def test_attention_weights_enter_all_statistics() -> None:

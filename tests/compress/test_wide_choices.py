@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 import featherweight.integrations.transformers  # noqa: F401  # teaches transformers the format
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.verify import verify
 from featherweight.compress.engine import compress
+from featherweight.engine.network import network_of
+from featherweight.engine.weights import load_weights
 from featherweight.quantize.recipe import load_recipe, recipe_from
 from models import make_tiny
 
@@ -54,12 +59,65 @@ def test_presets(preset: str, changes: list[str], source: Path, tmp_path: Path) 
     assert divergence(source, tmp_path / "out") < divergence(source, tmp_path / "rtn-2")
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("preset", ["quarot-gptq", "rsq"])
+def test_rotated_experts(preset: str, family: str, tmp_path: Path) -> None:
+    """A mixture of experts through rotation, sweep and storage; few tokens reach each expert."""
+    shape = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    shape = shape if family == "qwen2-moe" else SHAPE
+    source = make_tiny(family, tmp_path / "source", torch.float32, tokenizer=True, **shape)
+    done = compress(source, load_recipe(preset, CHANGES), tmp_path / "out", threads=1)
+    compress(source, "rtn-2", tmp_path / "rtn-2", threads=1)
+    assert any(".experts." in layer["name"] for layer in done.layers)
+    assert divergence(source, tmp_path / "out") < divergence(source, tmp_path / "rtn-2")
+    assert verify(tmp_path / "out").whole
+
+
 def test_biases_and_absorbed_scales_are_loaded(source: Path, tmp_path: Path) -> None:
     compress(source, load_recipe("d2quant", CHANGES), tmp_path / "out", threads=1)
     block = loaded(tmp_path / "out").model.layers[1]
     assert float(block.mlp.gate_proj.bias.abs().max()) > 0
     assert block.mlp.down_proj.bias is None
     assert block.mlp.down_proj.spec["kind"] == "binary-planes"
+
+
+SHIFTED = {
+    "name": "shifted",
+    "grid": {"kind": "uniform", "bits": 2, "group_size": 32},
+    "corrections": [{"kind": "mean-shift"}],
+    "calibration": {"sequences": 16, "length": 48},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_keeps_its_bias(tied: bool, tmp_path: Path) -> None:
+    """In transformers, once saved again, in the base model, and in the native decoder."""
+    import transformers
+
+    shape: dict[str, Any] = SHAPE | {"tie_word_embeddings": tied}
+    source = make_tiny("llama", tmp_path / "source", torch.float32, tokenizer=True, **shape)
+    compress(source, recipe_from(SHIFTED, "shifted"), tmp_path / "out", threads=1)
+    without = {**SHIFTED, "corrections": [{"kind": "mean-shift", "final": False}]}
+    compress(source, recipe_from(without, "shifted"), tmp_path / "without", threads=1)
+    model = loaded(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["biases"] == ["lm_head"]
+    bias = model.lm_head.bias
+    assert float(bias.abs().max()) > 0
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.allclose(logits - bias, loaded(tmp_path / "without")(ids).logits, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = loaded(tmp_path / "again")
+    assert torch.equal(again.lm_head.bias, bias)
+    assert again.lm_head.weight is again.model.embed_tokens.weight if tied else True
+    base = transformers.AutoModel.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
+    assert torch.isfinite(base(ids).last_hidden_state).all()
+    assert verify(tmp_path / "out").whole
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        head = load_weights(checkpoint, network_of(checkpoint.config)).head
+    assert head.bias is not None
+    assert torch.equal(head.bias, bias)
 
 
 @pytest.mark.parametrize("against", ["block", "model"])

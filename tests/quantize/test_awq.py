@@ -15,6 +15,7 @@ from featherweight.errors import RecipeError
 from featherweight.quantize.base import SolveOptions
 from featherweight.quantize.grids.uniform import UniformGrid
 from featherweight.quantize.scale_search import (
+    Unit,
     averaged,
     clamped,
     clip_bounds,
@@ -253,7 +254,7 @@ def test_quantlrm_on_a_block(tmp_path: Path) -> None:
     session = block(tmp_path)
     grid = UniformGrid(bits=3, group_size=32)
     statistics = session.statistics()
-    transform = QuantLrm(clip=False)
+    transform = QuantLrm(clip=False, extremes="block")
     with pytest.raises(RecipeError, match="base"):
         transform.transform_block(
             session, session.names, dict.fromkeys(session.names, grid), statistics, SolveOptions()
@@ -267,3 +268,22 @@ def test_quantlrm_on_a_block(tmp_path: Path) -> None:
     assert [fact["loss"] <= fact["rtn"] for fact in told if "loss" in fact] == [True, True, True]
     with torch.no_grad():
         assert torch.allclose(session.run(session.inputs[0], 0), session.targets[0], rtol=1e-3, atol=1e-4)
+
+
+def test_quantlrm_takes_the_range_of_the_whole_model(tmp_path: Path) -> None:
+    session = block(tmp_path)
+    name = session.names[0]
+    base = {"base": session.weight(name) + 1e-3 * random(*session.layers[name].shape)}
+    unit = Unit((name,), None, None)
+    with pytest.raises(RecipeError, match="extremes"):
+        QuantLrm().importance(session, unit, {name: base})
+    assert "update_range" in QuantLrm().needs
+    assert "update_range" not in QuantLrm(extremes="block").needs
+    wide = torch.tensor([1e-9, 1e-3, 1.0])  # elsewhere in the model there were smaller and larger changes
+    found = QuantLrm().importance(session, unit, {name: base | {"update_range": wide}})
+    expected = channel_importance((session.weight(name) - base["base"]).abs(), wide)
+    assert found is not None
+    assert torch.equal(found, expected)
+    alone = QuantLrm(extremes="block").importance(session, unit, {name: base})
+    assert alone is not None
+    assert not torch.allclose(found, alone, rtol=0.1)

@@ -110,6 +110,47 @@ def test_the_unchanged_block_needs_no_shift(tmp_path: Path) -> None:
     assert all(float(bias.abs().max()) == 0 for bias in session.changed.values())
 
 
+def final_states(session: TinyBlock) -> Tensor:
+    with torch.no_grad():
+        states = [session.output_inputs(session.run(hidden, i), i) for i, hidden in enumerate(session.inputs)]
+    return torch.cat(states).flatten(0, -2).double()
+
+
+def quantised_block(folder: Path, **overrides: Any) -> tuple[TinyBlock, dict[str, Tensor]]:
+    """A session whose layers are all rounded, and the weights of its MLP before."""
+    session = session_with(folder, initializer_range=0.3, **overrides)
+    floats = {name: session.weight(name) for name in session.names if ".mlp." in name}
+    for name in session.names:
+        session.set_weight(name, GRID.quantize(session.weight(name)).decode())
+    return session, floats
+
+
+def test_the_final_norm_is_shifted_against_a_float_mlp(tmp_path: Path) -> None:
+    session, floats = quantised_block(tmp_path, num_hidden_layers=1)
+    student = final_states(session)
+    with session.overridden(floats):  # attention stays rounded
+        teacher = final_states(session)
+    with session.original():
+        original = final_states(session)
+    assert MeanShift().correct_block(session, {}) == {}
+    assert set(session.changed) == {"lm_head.bias"}
+    head, bias = session.output_weight().double(), session.changed["lm_head.bias"].double()
+    shift = torch.linalg.lstsq(head, bias.unsqueeze(1)).solution.squeeze(1)
+    assert torch.allclose(shift, (teacher - student).mean(0), atol=1e-4)
+    assert not torch.allclose(shift, (original - student).mean(0), atol=1e-3)
+    assert torch.allclose(session.model.lm_head.bias.double(), head @ shift, atol=1e-4)
+    assert float(shift.norm()) > 0.01
+
+
+def test_only_the_last_block_shifts_the_final_norm_and_only_if_asked_to(tmp_path: Path) -> None:
+    session, _ = quantised_block(tmp_path / "first of two")
+    assert MeanShift().correct_block(session, {}) == {}
+    assert not session.changed
+    session, _ = quantised_block(tmp_path / "last", num_hidden_layers=1)
+    assert MeanShift(final=False).correct_block(session, {}) == {}
+    assert not session.changed
+
+
 # Absorption -----------------------------------------------------------------------------------------------------------
 
 

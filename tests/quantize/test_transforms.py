@@ -124,6 +124,23 @@ def test_statistics_are_those_of_the_transformed_input(maker: Maker, columns: in
         pytest.fail("the sample of inputs was given")
 
 
+@pytest.mark.parametrize("columns", [7, 96])
+def test_second_moments_are_exactly_symmetric_whatever_the_products_left(maker: Maker, columns: int) -> None:
+    weight, _, statistics = setting(columns)
+    for name in ("gram", "held_out_gram"):
+        statistics[name] = statistics[name] * (1 + 1e-15 * torch.arange(columns, dtype=torch.float64))
+        assert not torch.equal(statistics[name], statistics[name].T)
+    carried = maker(weight, statistics).statistics(statistics)
+    for name in ("gram", "held_out_gram"):
+        assert torch.equal(carried[name], carried[name].T)
+
+
+def test_a_symmetric_moment_of_an_unchanged_input_is_not_copied() -> None:
+    """Factors are kept for the very tensor they were made from."""
+    gram = torch.eye(4)
+    assert Identity().statistics({"gram": gram})["gram"] is gram
+
+
 def test_without_statistics_nothing_is_made_up(maker: Maker) -> None:
     weight, _, statistics = setting(96)
     transform = maker(weight, {})

@@ -256,6 +256,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         TritDescent().quantize_source(HeldWeight(weight.float()), UniformGrid(), {"gram": gram}, SolveOptions())
     with pytest.raises(ValueError, match="order"):
         TritDescent(order="activation")
+    with pytest.raises(ValueError, match="whole groups"):
+        TritDescent(order="similarity")
     with pytest.raises(ValueError, match="tied"):
         TritPlaneGrid(tied_ratio="3:2", fitting="weighted")
     with pytest.raises(ValueError, match="fitting"):

@@ -78,6 +78,18 @@ class TinyBlock:
         linear.bias = nn.Parameter((before + bias).to(linear.weight.dtype), requires_grad=False)
         self.changed[f"{name}.bias"] = linear.bias.detach().clone()
 
+    @property
+    def output_layer(self) -> str | None:
+        return "lm_head" if len(self.model.model.layers) == 1 else None
+
+    def output_weight(self) -> Tensor:
+        weight: Tensor = self.model.lm_head.weight.detach().clone()
+        return weight
+
+    def output_inputs(self, hidden: Tensor, batch_index: int) -> Tensor:
+        states: Tensor = self.model.model.norm(hidden)
+        return states
+
     @contextlib.contextmanager
     def original(self) -> Iterator[None]:
         now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

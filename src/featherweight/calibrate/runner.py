@@ -24,6 +24,7 @@ from featherweight.calibrate.errors import CalibrationError
 from featherweight.calibrate.host import Host
 from featherweight.calibrate.module import ModuleHost
 from featherweight.calibrate.observe import Observer, Probe
+from featherweight.calibrate.query_blocks import in_query_blocks
 from featherweight.calibrate.session import EXPERT_NUMBER, BlockSession
 from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.calibrate.skeleton import Skeleton
@@ -34,7 +35,7 @@ from featherweight.checkpoint.anatomy import Anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
 
 Tell = Callable[[dict[str, Any]], None]
-ATTENTION_BYTES = 256 << 20  # attention probabilities of one batch, where they are asked for
+ATTENTION_BYTES = 256 << 20  # attention probabilities of one batch, where they can only be had whole
 
 
 def _silent(event: dict[str, Any]) -> None:
@@ -111,12 +112,14 @@ class Calibration:
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = _expanded(windows, attention_mask, settings)
-        eager = settings.token_weights == "attention"
-        host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device, "eager" if eager else "sdpa")
+        host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device)
+        plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
+        if plain:  # its probabilities can only be had whole
+            host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device, "eager")
         _check_ids(windows, host)
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
-        size = _batch_size(windows, settings, host if eager else None)
+        size = _batch_size(windows, settings, host if plain else None)
         bounds = _bounds(len(windows), held_out, size)
         masks = None if attention_mask is None else [attention_mask[a:b].bool() for a, b in bounds]
         batches = [

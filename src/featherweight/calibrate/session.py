@@ -16,7 +16,8 @@ from featherweight.calibrate.host import parameter_of
 from featherweight.calibrate.observe import Observer, Probe, Seen
 from featherweight.calibrate.placement import Slot
 from featherweight.calibrate.statistics import FROM_ELSEWHERE, NAMES
-from featherweight.checkpoint.anatomy import LinearLayer
+from featherweight.calibrate.streams import Captured
+from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 
 if TYPE_CHECKING:
     from featherweight.calibrate.runner import Calibration
@@ -83,7 +84,8 @@ class BlockSession:
 
     def add_bias(self, name: str, bias: Tensor) -> None:
         """Add [out] to the bias of a layer; a layer without one gets one, noted in `changed` as NAME.bias."""
-        tensor_name = self.layers[name].bias or f"{name}.bias"
+        layer = self.layers.get(name) or self.host.layers.get(name)
+        tensor_name = (layer.bias if layer else None) or f"{name}.bias"
         self.set_tensor(tensor_name, self.tensor(tensor_name) + bias)
 
     def _set(self, slot: Slot, value: Tensor) -> None:
@@ -171,6 +173,39 @@ class BlockSession:
     def run(self, hidden: Any, batch_index: int) -> Tensor:
         """The block's output for `hidden` with the arguments captured for a batch; differentiable."""
         return self.calibration.call(self.index, hidden, batch_index)
+
+    @property
+    def output_layer(self) -> str | None:
+        """Name of the output layer behind the last block; None for other blocks, and where no checkpoint names one."""
+        anatomy = getattr(self.host, "anatomy", None)
+        if self.index != len(self.host.blocks) - 1 or not isinstance(anatomy, Anatomy):
+            return None
+        return anatomy.head.name if anatomy.head else next((head for head, _ in anatomy.tied), None)
+
+    def output_weight(self) -> Tensor:
+        """float32 [vocabulary, hidden] of the output layer, a copy."""
+        weight: Tensor = self._output_module().weight
+        return weight.detach().to("cpu", torch.float32, copy=True)
+
+    def output_inputs(self, hidden: Tensor, batch_index: int) -> Tensor:
+        """What the output layer reads [B, T, hidden] for the last block's output; its product is not computed."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found.append(arguments[0])
+            raise Captured
+
+        handle = self._output_module().register_forward_pre_hook(stop)
+        try:
+            with contextlib.suppress(Captured):
+                self.calibration.call(len(self.host.blocks), hidden, batch_index)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _output_module(self) -> Any:
+        model: Any = self.host.model
+        return model.get_output_embeddings()
 
     def _moved(self, hidden: Any, batch_index: int) -> Tensor:
         return self.run(hidden, batch_index).detach().to("cpu")

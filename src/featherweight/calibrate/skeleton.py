@@ -114,18 +114,22 @@ class Skeleton:
     def _give_bias(self, layer_name: str) -> None:
         """A bias of zeros for a linear layer that has none, for corrections that shift what it computes."""
         layer, slot = self.layers.get(layer_name), self.slots.get(layer_name)
-        if layer is None or slot is None or layer.bias or slot.expert is not None or slot.rows is not None:
+        if layer_name in dict(self.anatomy.tied):  # the weight is the embedding's, the bias its own
+            path, block = f"{layer_name}.bias", None
+            rows = self.model.get_submodule(layer_name).out_features
+        elif layer is None or slot is None or layer.bias or slot.expert is not None or slot.rows is not None:
             return
-        path = slot.parameter.removesuffix("weight") + "bias"
+        else:
+            path, block, rows = slot.parameter.removesuffix("weight") + "bias", layer.block, layer.shape[0]
         module = self.model.get_submodule(path.rpartition(".")[0])
         if getattr(module, "bias", self) is not None:
             return
-        zeros = torch.zeros(layer.shape[0], dtype=self.dtype, device=self.device)
+        zeros = torch.zeros(rows, dtype=self.dtype, device=self.device)
         module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
         self._owners[path] = [(module, "bias")]
         self.placement.slots[f"{layer_name}.bias"] = Slot(path)
         self.replaced[f"{layer_name}.bias"] = zeros.clone()
-        self._by_block[layer.block].append(f"{layer_name}.bias")
+        self._by_block[block].append(f"{layer_name}.bias")
 
     def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
         names = self.checkpoint.names

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from featherweight.calibrate.runner import Calibration
 
 NAMES = ("gram", "cross", "mean", "mean_abs", "inputs", "held_out_gram", "tokens")
-FROM_ELSEWHERE = ("fisher", "base", "targets")
-"""Statistics that no pass over a block gives: `fisher` [out, in] (`WholeModel.fisher`), `base` [out, in]."""
+FROM_ELSEWHERE = ("fisher", "base", "update_range", "targets")
+"""Statistics that no pass over a block gives: `fisher` [out, in] (`WholeModel.fisher`), `base` [out, in] and
+`update_range` [3] (the base model's weight, and how far all weights of the model are from theirs)."""
 
 METADATA_KEY = "featherweight_statistics"
 FILE_VERSION = 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.calibrate.errors import CalibrationError
+from featherweight.calibrate.query_blocks import attention_in_blocks, in_query_blocks
 
 if TYPE_CHECKING:
     from featherweight.calibrate.session import BlockSession
@@ -49,21 +50,28 @@ def text_scores(kind: str, ids: Tensor) -> Tensor:
 def attention_weights(session: BlockSession, hidden: Tensor, batch_index: int) -> Tensor:
     """Attention that each token receives in a block, summed over heads and queries: float32 [B, T].
 
-    The block runs with plain attention, so the probabilities [B, heads, T, T] of one batch are in memory;
+    Where the model's attention goes through transformers' attention functions, probabilities are made for one head and
+    some queries at a time, in SCRATCH bytes; elsewhere those of a whole batch [B, heads, T, T] are in memory, and
     `Calibration` makes batches small enough, down to one sequence.
     """
-    with torch.no_grad(), _probabilities(session.module) as found:
-        calibration = session.calibration
-        assert calibration.capture is not None
-        arguments = calibration.capture.arguments[batch_index][session.index]
-        args, kwargs = _asking_for_attention(session.module, hidden, arguments.args, arguments.kwargs)
-        session.module(hidden.to(session.host.device), *args, **kwargs)
-    if not found:
+    calibration = session.calibration
+    assert calibration.capture is not None
+    arguments = calibration.capture.arguments[batch_index][session.index]
+    hidden = hidden.to(session.host.device)
+    with torch.no_grad():
+        if in_query_blocks(session.module):
+            found = attention_in_blocks(session.module, hidden, arguments.args, arguments.kwargs)
+        else:
+            with _probabilities(session.module) as kept:
+                args, kwargs = _asking_for_attention(session.module, hidden, arguments.args, arguments.kwargs)
+                session.module(hidden, *args, **kwargs)
+            found = kept[0] if kept else None
+    if found is None:
         raise CalibrationError(
             f"calibration.token_weights is 'attention', but {type(session.module).__name__} does not give its "
             "attention probabilities; use 'first', 'frequency' or 'none'"
         )
-    return found[0].cpu()
+    return found.cpu()
 
 
 def received(probabilities: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featherweight.calibrate.errors import CalibrationError
 from featherweight.calibrate.host import parameter_of
+from featherweight.calibrate.placement import Slot
 from featherweight.calibrate.session import override_values
 from featherweight.calibrate.streams import hidden_of
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
@@ -28,14 +29,14 @@ class WholeModel:
     ----------
     layers : the linear layers of all blocks, and the head if it is one
     windows, held_out : token ids int64 [T] of the windows that methods may see, and of the others
-    changed : tensors that were set, by name in the checkpoint
     config_changes : fields of config.json that must change with them
     """
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration, self.host = calibration, calibration.host
         self.layers: dict[str, LinearLayer] = self.host.layers
-        self.changed: dict[str, Tensor] = {}
+        self._changed: dict[str, Tensor] = {}
+        self._altered: dict[str, None] = {}  # set since `changed` was last asked for
         self.config_changes: dict[str, Any] = {}
         self._base: dict[str, Tensor] = {}  # parameters under an override
         self._head_is_last: bool | None = None
@@ -49,7 +50,8 @@ class WholeModel:
         self.release()
 
     def release(self) -> None:
-        """Give the blocks' memory back."""
+        """Give the blocks' memory back; what was set is kept for when they are loaded again."""
+        self._keep()
         for number in range(len(self.host.blocks)):
             self.host.drop_block(number)
 
@@ -84,9 +86,9 @@ class WholeModel:
         return [row for batch in batches for row in batch["input_ids"]]
 
     def weight(self, name: str) -> Tensor:
-        """float32 [out, in], a copy."""
+        """float32 [out, in], a copy; float64 where the model is."""
         slot = self.host.slots[name]
-        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True).contiguous()
+        return self._copy(slot).contiguous()
 
     def set_weight(self, name: str, weight: Tensor) -> None:
         """Replace a linear layer's weight [out, in]."""
@@ -98,9 +100,12 @@ class WholeModel:
         self._note(layer.tensor)
 
     def tensor(self, tensor_name: str) -> Tensor:
-        """float32 copy of any tensor, by its name in the checkpoint and as it is stored there."""
-        slot = self.host.tensor_slot(tensor_name)
-        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True)
+        """float32 (float64) copy of any tensor, by its name in the checkpoint and as it is stored there."""
+        return self._copy(self.host.tensor_slot(tensor_name))
+
+    def _copy(self, slot: Slot) -> Tensor:
+        part = slot.view(parameter_of(self.host, slot.parameter))
+        return part.to("cpu", torch.promote_types(part.dtype, torch.float32), copy=True)
 
     def set_tensor(self, tensor_name: str, value: Tensor) -> None:
         """Replace any tensor. A head that the checkpoint lacks, because it is tied, gets a tensor of its own."""
@@ -109,9 +114,20 @@ class WholeModel:
         slot.view(parameter_of(self.host, slot.parameter)).copy_(self.host.as_stored(tensor_name, value))
         self._note(tensor_name)
 
+    @property
+    def changed(self) -> Mapping[str, Tensor]:
+        """Tensors that were set, by name in the checkpoint. Copied when asked for, not each time one of the experts in
+        a stacked tensor is set."""
+        self._keep()
+        return self._changed
+
+    def _keep(self) -> None:
+        for name in self._altered:
+            self._changed[name] = self.host.replaced[name] = self.tensor(name)
+        self._altered.clear()
+
     def _note(self, tensor_name: str) -> None:
-        self.changed[tensor_name] = self.tensor(tensor_name)
-        self.host.replaced[tensor_name] = self.changed[tensor_name]
+        self._altered[tensor_name] = None
 
     @contextlib.contextmanager
     def overridden(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:

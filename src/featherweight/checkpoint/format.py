@@ -23,9 +23,12 @@ NOTE = (
 )
 
 
-def quantization_config(specs: dict[str, dict[str, Any]], recipe: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(
+    specs: dict[str, dict[str, Any]], recipe: dict[str, Any], biases: list[str] | None = None
+) -> dict[str, Any]:
     """The `quantization_config` entry of config.json.
 
+    `biases` names linear modules that are not compressed and were given a bias that the source lacks.
     `specs` maps module names to code specs (with `shape`). Modules with equal settings are listed together, so the
     entry stays small for models with thousands of experts.
     """
@@ -39,6 +42,7 @@ def quantization_config(specs: dict[str, dict[str, Any]], recipe: dict[str, Any]
         "note": NOTE,
         "recipe": recipe,
         "codes": [{"code": json.loads(settings), "modules": modules} for settings, modules in alike.items()],
+        **({"biases": biases} if biases else {}),
     }
 
 

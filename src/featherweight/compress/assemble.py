@@ -61,15 +61,15 @@ def lay_out(
         "layers": records,
         "config": config or {},
         "changed": sorted(changed),
-        "added_bytes": sum(_nbytes(changed[name], name) for name in _added_biases(changed, checkpoint, records)),
+        "added_bytes": sum(_nbytes(changed[name], name) for name in _of_codes(added, records)),
         "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
     }
 
 
-def _added_biases(changed: Iterable[str], checkpoint: Checkpoint, records: list[dict[str, Any]]) -> list[str]:
-    """Biases that calibration gave to compressed layers that have none in the source."""
+def _of_codes(added: Iterable[str], records: list[dict[str, Any]]) -> list[str]:
+    """Those of the tensors that calibration added that are biases of compressed layers."""
     layers = {f"{record['name']}.bias" for record in records}
-    return [name for name in changed if name in layers and name not in checkpoint.names]
+    return [name for name in added if name in layers]
 
 
 def _nbytes(path: Path, name: str) -> int:
@@ -155,12 +155,14 @@ def write_rest(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / "model.safetensors.index.json", to_json(index))
     specs = {record["name"]: record["spec"] for record in records}
-    for name in _added_biases(assembly.get("changed", []), checkpoint, records):
+    added = [name for name in assembly.get("changed", []) if name not in checkpoint.names]
+    for name in _of_codes(added, records):
         layer = name.removesuffix(".bias")
         specs[layer] = {**specs[layer], "bias": True}
+    given = [name.removesuffix(".bias") for name in added if name.endswith(".bias")]
     recipe = plan.recipe.dump()
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
-    config["quantization_config"] = quantization_config(specs, recipe)
+    config["quantization_config"] = quantization_config(specs, recipe, [name for name in given if name not in specs])
     manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []), assembly.get("added_bytes", 0))
     with disk_errors(folder):
         for path in checkpoint.other_files():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from featherweight.compress.plan import Plan
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder
 from featherweight.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, output_error, record_of, solve_layer
+from featherweight.compress.updates import model_update_range
 from featherweight.errors import RecipeError
 from featherweight.quantize.base import Correction, HeldWeight, LayerTransform
 from featherweight.quantize.rounding.nearest import Nearest
@@ -276,9 +278,18 @@ class CalibratedRun:
         own: dict[str, Tensor] = {}
         if "base" in needs:
             own["base"] = self._base_weight(name)
+        if "update_range" in needs:
+            own["update_range"] = self._update_range
         if "fisher" in needs:
             own["fisher"] = self.calibration.fisher(name)
         return own
+
+    @cached_property
+    def _update_range(self) -> Tensor:
+        """Of all compressed layers of the blocks; see `featherweight.compress.updates`."""
+        assert self.base is not None
+        layers = [job.layer for _, job in self.jobs.values() if job.layer.block is not None]
+        return model_update_range(self.checkpoint, self.base, layers, self.plan.options, self.tell)
 
     def _base_weight(self, name: str) -> Tensor:
         if self.base is None:

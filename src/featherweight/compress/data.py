@@ -140,7 +140,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
 
 def calibration_needs(recipe: Recipe) -> set[str]:
     """The statistics that running a recipe gathers, and "targets" where a block's output is compared."""
-    needs = set(recipe.needs) - {"base"}
+    needs = set(recipe.needs) - {"base", "update_range"}
     scopes = {getattr(choice, "scope", "layer") for choice in (recipe.rounding, *recipe.corrections)}
     if "block" in scopes:
         needs.add("targets")

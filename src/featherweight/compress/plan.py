@@ -34,7 +34,7 @@ class Job:
 
     layer: LinearLayer
     grid: Grid
-    extra_bytes: int = 0  # what transforms and corrections store beside the codes
+    extra_bytes: int = 0  # what is stored beside the codes of the grid
 
     @property
     def nbytes(self) -> int:

@@ -71,7 +71,7 @@ def load_weights(
         if told:
             told(number + 1, network.layers)
     norm = loader.vector(family.norm, network.hidden)
-    head = embedding if network.tied else loader.linear(family.head, head_shape)
+    head = loader.tied(family.head, embedding) if network.tied else loader.linear(family.head, head_shape)
     loader.refuse_others(family.head if network.tied else None)
     return Weights(tuple(layers), _rows_operand(loader, embedding, family.embedding), norm, head)
 
@@ -145,6 +145,13 @@ class _Loader:
         finally:
             for name in tensors:
                 self.checkpoint.release(f"{module}.{name}")
+
+    def tied(self, module: str, embedding: PackedLinear) -> PackedLinear:
+        """The output layer with the embedding's matrix, and a bias where the compression gave it one."""
+        if not self.checkpoint.has(f"{module}.bias"):
+            return embedding
+        shape = (embedding.rows, embedding.cols)
+        return PackedLinear(shape, embedding.terms, self.vector(module, shape[0], "bias"), embedding.note)
 
     def decoded(self, module: str) -> Tensor:
         """The matrix of a module, float32."""

@@ -2,25 +2,30 @@
 
 Such a class (transformers 5.x mixtral, qwen-moe; gpt-oss and llama4 always) indexes `self.gate_up_proj[expert]`. The
 parameter is replaced with an `ExpertStack`, which decodes one expert when it is indexed, so the class's own forward
-goes on working. The codes live in children named as in the checkpoint: `experts.3.gate_proj` where the file has one
-matrix per expert, or `experts.gate_up_proj[3]` where it has slices of the 3-D tensor.
+goes on working; where codes ask for rounded inputs (`quantized-input`), what it multiplies a matrix with is rounded.
+The codes live in children named as in the checkpoint: `experts.3.gate_proj` where the file has one matrix per expert,
+or `experts.gate_up_proj[3]` where it has slices of the 3-D tensor.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.errors import CheckpointError
 from featherweight.integrations.modules import FeatherLinear, PlainMatrix
+from featherweight.quantize.activations import quantized_inputs
 
 SLICE = re.compile(r"(?P<experts>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+)\]")
 PER_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+
+PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 
 # the per-expert matrices whose concatenation along the outputs is a 3-D parameter, if the model class says nothing
 PARTS = (
@@ -62,35 +67,87 @@ def expert_name(path: str, find: Callable[[str], nn.Module | None]) -> ExpertNam
     return None
 
 
+class InputRounding(NamedTuple):
+    """How the inputs of an expert's matrix are rounded (`quantized-input`); `name` of a layer, for messages."""
+
+    bits: int
+    group_size: int
+    name: str
+
+    def product(
+        self, func: Any, factor: RoundingMatrix | ExpertStack, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A product func(x, factor, ...) with x rounded, in float32 as in `FeatherLinear`.
+
+        Raises:
+            CheckpointError: the function is another one, whose input cannot be told.
+        """
+        if func not in PRODUCTS or len(args) < 2 or not isinstance(args[0], Tensor) or args[1] is not factor:
+            raise CheckpointError(
+                f"the model class reads the expert matrix {self.name!r} otherwise than as second factor of a product, "
+                "so its input cannot be rounded as the code asks for: compress the experts without quantize-inputs"
+            )
+        rounded = quantized_inputs(args[0], self.bits, self.group_size)
+        matrix = factor.stacked() if isinstance(factor, ExpertStack) else factor.matrix
+        found: Tensor = func(rounded, matrix.float(), *args[2:], **kwargs)
+        return found.to(args[0].dtype)
+
+
+class RoundingMatrix:
+    """Stands for an expert's matrix [rows, columns] (or several, 3-D) whose input is rounded before a product."""
+
+    def __init__(self, matrix: Tensor, rounding: InputRounding) -> None:
+        self.matrix, self.rounding = matrix, rounding
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = next(_all_in((args, kwargs or {}), RoundingMatrix))
+        return own.rounding.product(func, own, args, kwargs or {})
+
+
 class ExpertStack:
     """Stands for a 3-D parameter [experts, rows, columns] whose slices are decoded when they are used.
 
     Indexing with an expert's number gives its matrix. Any torch function that receives the stack itself gets all
-    experts decoded, which is correct but costs the memory of the uncompressed layer for the time of the call.
+    experts decoded, which is correct but costs the memory of the uncompressed layer for the time of the call. With
+    `rounding`, what it is multiplied with is rounded first, and functions that are no products are refused.
     """
 
     _is_hf_initialized = True  # transformers must not initialise it
 
-    def __init__(self, matrices: Sequence[Sequence[nn.Module]], shape: Sequence[int], transposed: bool) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Sequence[nn.Module]],
+        shape: Sequence[int],
+        transposed: bool,
+        rounding: InputRounding | None = None,
+    ) -> None:
         self.matrices = matrices
+        self.rounding = rounding
         self.shape = torch.Size(shape)
         self.transposed = transposed
 
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def __getitem__(self, expert: Any) -> Tensor:
+    def __getitem__(self, expert: Any) -> Tensor | RoundingMatrix:
         """Matrix [rows, columns] of one expert, in the compute dtype; a slice or index tensor gives a 3-D tensor."""
+        matrix = self.decoded(expert)
+        return matrix if self.rounding is None else RoundingMatrix(matrix, self.rounding)
+
+    def decoded(self, expert: Any) -> Tensor:
+        """As indexing, always a tensor."""
         if isinstance(expert, slice) or (isinstance(expert, Tensor) and expert.dim() > 0):
             chosen = torch.arange(len(self))[expert.cpu() if isinstance(expert, Tensor) else expert]
-            return torch.stack([self[i] for i in chosen.reshape(-1)]).reshape(*chosen.shape, *self.shape[1:])
+            return torch.stack([self.decoded(i) for i in chosen.reshape(-1)]).reshape(*chosen.shape, *self.shape[1:])
         parts = [part() for part in self.matrices[int(expert)]]
         matrix: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return matrix.T if self.transposed else matrix
+        return matrix.T.contiguous() if self.transposed else matrix  # as the parameter lies, so that products agree
 
     def stacked(self) -> Tensor:
         """All experts, [experts, rows, columns]."""
-        return torch.stack([self[expert] for expert in range(len(self))])
+        return torch.stack([self.decoded(expert) for expert in range(len(self))])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +160,19 @@ class ExpertStack:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for stack in _all_in((args, kwargs or {}), ExpertStack):
+            if stack.rounding is not None:
+                return stack.rounding.product(func, stack, args, kwargs or {})
         return func(*_materialised(args), **_materialised(kwargs or {}))
+
+
+def _all_in(value: Any, kind: type[Any]) -> Iterator[Any]:
+    """All of a type in nested arguments of a function."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _all_in(part, kind)
 
 
 def _materialised(value: Any) -> Any:
@@ -191,7 +260,25 @@ def _replace_parameter(
                 experts.get_submodule(str(index)).add_module(leaf, layer)
             matrices[index].append(layer)
     del experts._parameters[parameter]
-    setattr(experts, parameter, ExpertStack(matrices, old.shape, transposed))
+    setattr(experts, parameter, ExpertStack(matrices, old.shape, transposed, _rounding_of(matrices)))
+
+
+def _rounding_of(matrices: list[list[nn.Module]]) -> InputRounding | None:
+    """The rounding of inputs that all matrices of a 3-D parameter ask for, None for none; CheckpointError if they do
+    not agree: a product of all of them has one input."""
+    found: dict[tuple[int, int] | None, str] = {}
+    for layer in (layer for row in matrices for layer in row):
+        spec: dict[str, Any] = layer.spec if isinstance(layer, FeatherLinear) else {"kind": "plain"}
+        settings = (spec["bits"], spec["group_size"]) if spec["kind"] == "quantized-input" else None
+        found.setdefault(settings, getattr(layer, "name", "one that is not compressed"))
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise CheckpointError(
+            f"the inputs of the experts {one!r} and {other!r} are to be rounded differently, but the model class "
+            "multiplies all with one input: give quantize-inputs the same bits for them"
+        )
+    ((settings, name),) = found.items()
+    return None if settings is None else InputRounding(*settings, name)
 
 
 def _layer(entry: tuple[str, dict[str, Any]] | None, shape: list[int], old: nn.Parameter) -> nn.Module:

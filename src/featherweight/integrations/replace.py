@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from featherweight.errors import CheckpointError
@@ -71,6 +72,34 @@ def replace_layers(
     for path, entries in experts.items():
         install_experts(modules[path], entries, parts)
     return Placed(list(experts), saved_names)
+
+
+def give_biases(model: Any, names: Iterable[str], rename: Callable[[str], str] = str) -> list[str]:
+    """Biases, to be loaded, for plain linear modules that the compression gave one; their names as this model saves
+    them. Modules of another head are left out, as in `replace_layers`.
+
+    Raises:
+        CheckpointError: a module is missing or no linear layer.
+    """
+    modules = dict(model.named_modules())
+    given = []
+    for name in names:
+        path, saved = next(((p, s) for p, s in _candidates(model, name, rename) if p in modules and p), ("", ""))
+        if not path and type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
+            logger.warning("%s has no module %r: its bias is not used", type(model).__name__, name)
+            continue
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"quantization_config gives a bias to {name!r}, which is no linear layer of {type(model).__name__}: "
+                "load the folder with the class named in its config.json (architectures)"
+            )
+        weight = module.weight
+        module.register_parameter(
+            "bias", nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+        )
+        given.append(saved)
+    return given
 
 
 def _candidates(model: Any, name: str, rename: Callable[[str], str]) -> Iterable[tuple[str, str]]:

@@ -29,7 +29,7 @@ from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, 
 from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import PARTS
 from featherweight.integrations.modules import CodedModule
-from featherweight.integrations.replace import replace_layers
+from featherweight.integrations.replace import give_biases, replace_layers
 
 LOADS_BY_CONVERSION = int(transformers.__version__.split(".")[0]) >= 5
 SAFETENSORS_DTYPES = {
@@ -74,6 +74,17 @@ class FeatherConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.stored["codes"] = [entry for entry in self.stored["codes"] if entry["modules"]]
         self.specs = module_specs(self.stored)
 
+    @property
+    def biases(self) -> list[str]:
+        """Plain linear modules that the compression gave a bias."""
+        return list(self.stored.get("biases", []))
+
+    def keep_biases(self, names: list[str]) -> None:
+        """List these modules only, under the names given."""
+        self.stored.pop("biases", None)
+        if names:
+            self.stored["biases"] = names
+
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.stored)
 
@@ -106,6 +117,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         rename, parts = conversions(model)
         placed = replace_layers(model, self.quantization_config.specs, rename, parts)
         self._expert_paths = placed.expert_paths
+        self.quantization_config.keep_biases(give_biases(model, self.quantization_config.biases, rename))
         if kwargs.get("checkpoint_files"):  # 5.x; 4.x does not say
             check_files(kwargs["checkpoint_files"], model)
         self.quantization_config.rename(placed.saved_names)

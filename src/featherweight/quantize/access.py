@@ -73,6 +73,19 @@ class BlockAccess(Protocol):
         """Add [out] to the bias of a layer, which gets one if it had none; listed in `changed` as NAME.bias."""
         ...
 
+    @property
+    def output_layer(self) -> str | None:
+        """Module of the network's output layer, if this is the last block before it; `add_bias` takes it too."""
+        ...
+
+    def output_weight(self) -> Tensor:
+        """float32 [vocabulary, hidden] of the output layer; a copy."""
+        ...
+
+    def output_inputs(self, hidden: Tensor, batch_index: int) -> Tensor:
+        """What the output layer reads [batch, tokens, hidden] for hidden states behind the last block."""
+        ...
+
     def original(self) -> AbstractContextManager[None]:
         """Within it, the block computes with its original weights and tensors."""
         ...

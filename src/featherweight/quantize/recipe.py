@@ -108,8 +108,8 @@ class Recipe(BaseModel):
         return tuple(sorted({name for choice in self.choices for name in choice.needs}))
 
     def extra_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes that transforms and corrections store for a matrix, as far as they can be told without data."""
-        return sum(choice.extra_bytes(shape) for choice in (*self.transforms, *self.corrections))
+        """Bytes stored for a matrix beside the codes of its grid, as far as they can be told without data."""
+        return sum(choice.extra_bytes(shape) for choice in (*self.transforms, self.rounding, *self.corrections))
 
     @property
     def choices(self) -> tuple[Choice, ...]:

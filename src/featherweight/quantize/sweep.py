@@ -7,6 +7,8 @@ GPTAQ, ResComp and FOEM.
   published per-neuron approximation, `target: shift` the exact solution W* = W (I + alpha D H_d^-1), then GPTQ.
 * ResComp (arXiv 2604.07955; reconstructed in part, from code and secondary sources): `residual_compensation` feeds back
   the difference of original and compensated weight, in the card's simplified form, which equals the published one.
+* PT2-LLM (arXiv 2510.03267; how its authors' sweep does it could not be read): `order: similarity` chooses the columns
+  of every group as the sweep reaches it, of those that remain, as they are then; see featherweight.quantize.similarity.
 * FOEM (arXiv 2507.11017; the paper's text was not at hand): `shrink` with `pull_back`. Its third variant, with a
   gradient that leaves H out, is not offered.
 
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.codes import Code
@@ -29,8 +31,17 @@ from featherweight.codes.permuted import Permuted
 from featherweight.kernels.sweep import FeedbackRule, SweptColumns
 from featherweight.quantize.base import Grid, SolveOptions, Statistics
 from featherweight.quantize.scales import scale_dtype_for
+from featherweight.quantize.similarity import Remaining, most_similar, with_first
 from featherweight.quantize.sweep_course import Work, blocks, joined, ordered, push, push_tail, sweep_segment
-from featherweight.quantize.sweep_factor import Attempt, Factor, FactorSettings, Piece, factorise, order_of_columns
+from featherweight.quantize.sweep_factor import (
+    WHOLE_GROUPS,
+    Attempt,
+    Factor,
+    FactorSettings,
+    Piece,
+    factorise,
+    order_of_columns,
+)
 
 
 class SweepSettings(FactorSettings):
@@ -50,6 +61,19 @@ class SweepSettings(FactorSettings):
         "dynamic", description="grids fitted to compensated weights on the way, or to the original ones beforehand"
     )
     block_size: int = Field(128, ge=1, description="columns between updates of the whole rest; changes speed only")
+
+    @model_validator(mode="after")
+    def _order_goes_with_the_rest(self) -> SweepSettings:
+        if self.order == "similarity" and self.groups == "static":
+            raise ValueError("order similarity makes groups on the way: set groups to dynamic")
+        if self.order == "similarity" and self.needs_cross and self.target == "per-neuron":
+            raise ValueError("order similarity has no per-neuron residual of later columns: set target to shift")
+        return self
+
+    @property
+    def stores_order(self) -> bool:
+        """Whether the columns of a group lie apart in the matrix, so that their order is stored."""
+        return self.order == "similarity" or (self.order == "activation" and self.groups == "dynamic")
 
     @property
     def needs_cross(self) -> bool:
@@ -103,7 +127,7 @@ class Sweeper:
 
     def factor(self, group_size: int) -> Factor:
         """The factor for grids of this group size, made at first use."""
-        key = group_size if self.settings.order == "group-aware" else 0
+        key = group_size if self.settings.order in WHOLE_GROUPS else 0
         if key not in self._factors:
             permutation = order_of_columns(self.statistics["gram"], self.settings.order, group_size)
             feedback = self.settings.needs_cross and self.settings.target == "per-neuron"
@@ -142,7 +166,10 @@ class Sweeper:
         with torch.no_grad():
             work = self._begin(weight, grid, own, factor, options)
             for piece in factor.pieces:
-                self._sweep_piece(work, piece)
+                if self.settings.order == "similarity":
+                    self._sweep_by_similarity(work, piece)
+                else:
+                    self._sweep_piece(work, piece)
             if not torch.isfinite(torch.tensor([work.loss, work.drift])).all():
                 return data_free(weight, grid, own, options, "the compensated weights ran away and are not finite")
             code = _encode(work, self.settings)
@@ -155,6 +182,9 @@ class Sweeper:
         order = factor.permutation
         if order is not None:
             start = start[:, order]
+        elif self.settings.order == "similarity":
+            order = torch.arange(weight.shape[1])
+            start = start.clone()  # both copies are put into order on the way
         start = start.masked_fill(factor.dead, 0) if bool(factor.dead.any()) else start
         if self.settings.target == "shift" and self.settings.needs_cross:
             start = self._shifted(start, factor)
@@ -164,7 +194,7 @@ class Sweeper:
             static = grid.fit(plain.float(), ordered(own, order) if vectors else own)
         return Work(
             start.clone(memory_format=torch.contiguous_format), start.contiguous(), grid, ordered(own, order), factor,
-            self.settings.rule, static, options, torch.empty(weight.shape, dtype=torch.uint8), [], [],
+            order, self.settings.rule, static, options, torch.empty(weight.shape, dtype=torch.uint8), [], [],
         )  # fmt: skip
 
     def _shifted(self, weight: Tensor, factor: Factor) -> Tensor:
@@ -180,11 +210,31 @@ class Sweeper:
             shifted[:, piece.first : piece.last] += self.settings.alpha * step
         return shifted
 
+    def _sweep_by_similarity(self, work: Work, piece: Piece) -> None:
+        """Group by group: the most similar columns that remain come next, then are swept as a piece of their own."""
+        assert work.order is not None
+        remaining, size = Remaining(piece.upper), work.grid.group_size
+        first = piece.first
+        while first < piece.last:
+            last = min(piece.last, (first // size + 1) * size)
+            rest = slice(first, piece.last)
+            places = with_first(most_similar(work.weight[:, rest], last - first), piece.last - first)
+            work.weight[:, rest] = work.weight[:, rest][:, places]
+            work.original[:, rest] = work.original[:, rest][:, places]
+            work.order[rest] = work.order[rest][places]
+            rows = remaining.take(places, last - first)
+            self._sweep_columns(work, Piece(first, piece.last, rows, None, ()), last)
+            first = last
+
     def _sweep_piece(self, work: Work, piece: Piece) -> None:
+        self._sweep_columns(work, piece, piece.last)
+
+    def _sweep_columns(self, work: Work, piece: Piece, stop: int) -> None:
+        """Columns piece.first to stop - 1, whose errors go into all of the piece."""
         dtype = work.weight.dtype
         upper = piece.upper.to(dtype)
         feedback = None if piece.feedback is None else piece.feedback.to(dtype)
-        for first, last, segments in blocks(piece, work, self.settings.block_size):
+        for first, last, segments in blocks(piece.first, stop, work, self.settings.block_size):
             swept: list[SweptColumns] = []
             for a, b in segments:
                 inside = slice(a - piece.first, b - piece.first)
@@ -228,7 +278,9 @@ def with_scale_dtype(grid: Grid, weight: Tensor) -> Grid:
 
 def _encode(work: Work, settings: SweepSettings) -> Code:
     """The code of what the sweep chose, in the columns' own order where the form allows it."""
-    order, grid = work.factor.permutation, work.grid
+    order, grid = work.order, work.grid
+    if order is not None and settings.order == "similarity" and torch.equal(order, torch.arange(len(order))):
+        order = None
     shape = (work.weight.shape[0], work.weight.shape[1])
     fit = work.static if work.static is not None else joined(work.fits)
     if grid.columns_jointly > 1:
@@ -239,7 +291,7 @@ def _encode(work: Work, settings: SweepSettings) -> Code:
     back = order.argsort()
     if work.static is not None:
         return grid.encode(work.indices[:, back].contiguous(), fit)
-    if settings.order == "group-aware":  # groups are whole: their fits go back to their places
+    if settings.order in WHOLE_GROUPS:  # groups are whole: their fits go back to their places
         size = grid.group_size
         places = (order[::size] // size).argsort()
         moved = {k: v[:, places].contiguous() for k, v in fit.items()}

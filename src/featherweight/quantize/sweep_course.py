@@ -22,6 +22,7 @@ class Work:
     grid: Grid
     statistics: Statistics
     factor: Factor
+    order: Tensor | None  # column of the matrix at each place; grows on the way where columns go by similarity
     rule: FeedbackRule
     static: Fit | None
     options: SolveOptions
@@ -69,24 +70,21 @@ def _statistics_of(work: Work, first: int, last: int) -> dict[str, Tensor]:
     return restricted(work.statistics, first, last)
 
 
-def blocks(piece: Piece, work: Work, block_size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Blocks of columns of a piece, each with its segments, which no group of a dynamic grid begins or ends inside.
+def blocks(first: int, stop: int, work: Work, block_size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Blocks of columns first to stop - 1 of a piece, each with its segments.
 
-    A group that begins inside a block and goes on behind it would be fitted to columns that are not up to date: the
-    block then ends before it.
+    No group of a dynamic grid begins or ends inside a segment. A group that begins inside a block and goes on behind it
+    would be fitted to columns that are not up to date: the block then ends before it.
     """
     size, jointly = work.grid.group_size, work.grid.columns_jointly
-    if jointly > 1 and piece.first % jointly:
-        raise ValueError(
-            f"pieces of {piece.first} columns do not hold whole vectors of {jointly}; change factor_columns"
-        )
+    if jointly > 1 and first % jointly:
+        raise ValueError(f"pieces of {first} columns do not hold whole vectors of {jointly}; change factor_columns")
     dynamic = work.static is None
     step = -(-block_size // jointly) * jointly
-    first = piece.first
-    while first < piece.last:
-        last = min(piece.last, first + step)
+    while first < stop:
+        last = min(stop, first + step)
         whole = last // size * size
-        if dynamic and last < piece.last and first < whole < last:
+        if dynamic and last < stop and first < whole < last:
             last = whole
         begins = range(-(-first // size) * size, last, size) if dynamic else range(0)
         edges = sorted({first, last, *begins})
@@ -142,7 +140,7 @@ def _levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
     if work.static is None:
         columns = torch.arange(first, last) - first // work.grid.group_size * work.grid.group_size
     else:
-        columns = torch.arange(first, last) if work.factor.permutation is None else work.factor.permutation[first:last]
+        columns = torch.arange(first, last) if work.order is None else work.order[first:last]
     own = levels[:, place.long()] * scales[columns].unsqueeze(-1)
     return own, torch.arange(last - first, dtype=torch.int32)
 
@@ -151,8 +149,8 @@ def _group_levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
     if work.static is None:
         return work.grid.levels(work.fits[-1]), torch.zeros(last - first, dtype=torch.int32)
     columns = torch.arange(first, last)
-    if work.factor.permutation is not None:
-        columns = work.factor.permutation[first:last]
+    if work.order is not None:
+        columns = work.order[first:last]
     of = columns // work.grid.group_size
     groups = torch.tensor(sorted(set(of.tolist())))
     place = torch.searchsorted(groups, of).to(torch.int32)

@@ -23,7 +23,8 @@ STRIP = 512  # rows of the feedback matrix that are made at once
 FLOOR = 1e-6  # added when damping alone does not help, as a share of the largest diagonal entry; then tenfold
 FLOORS = 6
 
-Order = Literal["none", "activation", "group-aware"]
+Order = Literal["none", "activation", "group-aware", "group-sum", "similarity"]
+WHOLE_GROUPS = ("group-aware", "group-sum")  # orders in which the columns of a group stay together
 
 
 class FactorSettings(BaseModel):
@@ -31,7 +32,11 @@ class FactorSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    order: Order = Field("none", description="columns as they are, by falling second moment, or so inside whole groups")
+    order: Order = Field(
+        "none",
+        description="as they are; by falling second moment; whole groups by their largest, and so inside; whole groups "
+        "by their sum, as they are inside; or by similarity, on the way",
+    )
     damping: float = Field(0.01, ge=0, description="added to the diagonal of H, as a share of its mean")
     damping_growth: float = Field(2.0, gt=1, description="factor by which damping grows when H cannot be factorised")
     damping_limit: float = Field(1.0, gt=0, description="largest damping before shares of the largest entry are added")
@@ -96,18 +101,23 @@ class Factor:
 
 
 def order_of_columns(gram: Tensor, order: Order, group_size: int) -> Tensor | None:
-    """The permutation in which columns are swept, int64 [in]; None for their own order. Stable in ties."""
+    """The permutation in which columns are swept, int64 [in]; None for their own order, and for similarity, of which
+    nothing is known before the sweep. Stable in ties."""
     weight = gram.diagonal().nan_to_num()
     columns = weight.numel()
-    if order == "none":
+    if order in ("none", "similarity"):
         return None
     if order == "activation":
         return weight.argsort(descending=True, stable=True)
     size = min(group_size, columns)
     whole = columns - columns % size
     groups = weight[:whole].view(-1, size)  # GAR, arXiv 2505.14638: the short last group stays where it is
-    inside = groups.argsort(dim=1, descending=True, stable=True)
-    outside = groups.amax(1).argsort(descending=True, stable=True)
+    if order == "group-sum":  # ShiftAddLLM's blocks of columns, arXiv 2406.05981
+        inside = torch.arange(size).expand_as(groups)
+        outside = groups.sum(1).argsort(descending=True, stable=True)
+    else:
+        inside = groups.argsort(dim=1, descending=True, stable=True)
+        outside = groups.amax(1).argsort(descending=True, stable=True)
     places = (inside + torch.arange(0, whole, size).unsqueeze(1))[outside]
     return torch.cat([places.reshape(-1), torch.arange(whole, columns)])
 

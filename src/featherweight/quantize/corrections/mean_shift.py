@@ -1,4 +1,4 @@
-"""Mean shift: a bias behind the norm before the MLP makes up for what quantised attention did to its mean output.
+"""Mean shift: biases behind norms make up for what quantised layers before them did to the mean of their output.
 
 D2Quant's deviation-aware correction (arXiv 2602.02546; reconstructed from a later package, the paper's text was not at
 hand). Once attention is quantised and before the MLP is: teacher y = output of the post-attention norm of the block
@@ -7,8 +7,11 @@ mu = mean over tokens of y - y', per channel, clipped to `largest`; the norm's o
 
 A norm without a bias cannot hold mu: the layers that read it get the biases W mu instead. W is the float weight, so
 mu itself suffers no rounding, and the statistics of these layers, taken without it, stay right; the published form
-rounds W first and takes the statistics with mu. The final norm's shift is not made. `skip_first` leaves out the first
-tokens of a window, whose attention sinks would dominate the mean (published: 0).
+rounds W first and takes the statistics with mu. `skip_first` leaves out the first tokens of a window, whose attention
+sinks would dominate the mean (published: 0).
+
+Behind the last block the final norm is shifted likewise: the teacher is that block with quantised attention and the
+corrected norm, but the MLP's float weights; the student has all layers quantised. The output layer gets W mu as bias.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ from featherweight.registry import register
 
 @register("correction", "mean-shift")
 class MeanShift(Correction):
-    """Shift the input of the MLP by the mean deviation that quantised attention causes (see the module)."""
+    """Shift the inputs of MLPs and output layer by the mean deviation that rounding causes (see the module)."""
 
     scope: ClassVar[Scope] = "block"
 
     largest: float = Field(10.0, gt=0, description="the shift of a channel is clipped to this")
     skip_first: int = Field(0, ge=0, description="tokens at the start of each window that are left out of the mean")
+
+    final: bool = Field(True, description="also shift the final norm, by a bias of the output layer")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -44,7 +49,17 @@ class MeanShift(Correction):
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:
-        """Nothing: the work is done between attention and MLP, by `after_group`."""
+        """Behind the last block: the final norm's shift, a bias of the output layer. Codes stay as they are."""
+        output_layer = session.output_layer if self.final else None
+        if output_layer is None:
+            return {}
+        student = self._mean_output(session)
+        with session.original():
+            floats = {name: session.weight(name) for name in session.names if session.layers[name].kind != "attention"}
+        with session.overridden(floats):
+            teacher = self._mean_output(session)
+        shift = self._shift(teacher, student, output_layer, tell)
+        session.add_bias(output_layer, session.output_weight() @ shift)
         return {}
 
     def after_group(
@@ -62,10 +77,13 @@ class MeanShift(Correction):
         student = self._mean_input(session, readers[0])
         with session.original():
             teacher = self._mean_input(session, readers[0])
-        shift = (teacher - student).clamp(-self.largest, self.largest).float()
-        tell({"event": "mean-shift", "norm": norm, "norm_of_shift": float(shift.norm())})
-        self._apply(session, norm, readers, shift)
+        self._apply(session, norm, readers, self._shift(teacher, student, norm, tell))
         return {}
+
+    def _shift(self, teacher: Tensor, student: Tensor, place: str, tell: Tell) -> Tensor:
+        shift = (teacher - student).clamp(-self.largest, self.largest).float()
+        tell({"event": "mean-shift", "place": place, "norm_of_shift": float(shift.norm())})
+        return shift
 
     def _readers(self, session: BlockAccess, group: Sequence[str]) -> list[str]:
         """The layers that read the norm behind the attention, if `group` is the attention's last."""
@@ -87,14 +105,10 @@ class MeanShift(Correction):
 
     def _mean_input(self, session: BlockAccess, name: str) -> Tensor:
         """Mean over tokens of what a layer reads: float64 [in]."""
-        total, count = torch.zeros(session.layers[name].shape[1], dtype=torch.float64), 0
+        mean = _Mean(self.skip_first)
 
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            nonlocal count
-            rows = arguments[0]
-            rows = rows[:, self.skip_first :] if rows.dim() == 3 else rows
-            total.add_(rows.reshape(-1, rows.shape[-1]).double().sum(0).cpu())
-            count += rows.numel() // rows.shape[-1]
+            mean.add(arguments[0])
 
         handle = submodule(session, name).register_forward_pre_hook(add)
         try:
@@ -103,4 +117,28 @@ class MeanShift(Correction):
                     session.run(hidden, index)
         finally:
             handle.remove()
-        return total / max(1, count)
+        return mean.finish()
+
+    def _mean_output(self, session: BlockAccess) -> Tensor:
+        """Mean over tokens of what the output layer reads: float64 [hidden]."""
+        mean = _Mean(self.skip_first)
+        with torch.no_grad():
+            for index, hidden in enumerate(session.inputs):
+                mean.add(session.output_inputs(session.run(hidden, index), index))
+        return mean.finish()
+
+
+class _Mean:
+    """Of rows [..., in] over tokens; the first `skipped` tokens of windows [batch, tokens, in] do not count."""
+
+    def __init__(self, skipped: int) -> None:
+        self.skipped, self.total, self.count = skipped, torch.zeros((), dtype=torch.float64), 0
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows[:, self.skipped :] if rows.dim() == 3 else rows
+        rows = rows.reshape(-1, rows.shape[-1])
+        self.total = self.total + rows.double().sum(0).cpu()
+        self.count += len(rows)
+
+    def finish(self) -> Tensor:
+        return self.total / max(1, self.count)

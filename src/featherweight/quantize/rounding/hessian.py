@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.codes import Code
+from featherweight.codes.nested import index_dtype
 from featherweight.quantize.base import Grid, Rounding, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.sweep import Sweeper, SweepResult, SweepSettings
 from featherweight.quantize.sweep_factor import Factor
@@ -21,6 +22,9 @@ class Hessian(Rounding, SweepSettings):
     @property
     def needs(self) -> tuple[str, ...]:
         return ("gram", "cross") if self.needs_cross else ("gram",)
+
+    def extra_bytes(self, shape: tuple[int, int]) -> int:
+        return shape[1] * index_dtype(shape[1]).itemsize if self.stores_order else 0
 
     def sweeper(self, statistics: Statistics) -> Sweeper:
         """A sweeper for all layers with these statistics."""

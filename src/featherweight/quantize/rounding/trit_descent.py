@@ -52,8 +52,8 @@ class TritDescent(Hessian):
 
     @model_validator(mode="after")
     def _supported(self) -> TritDescent:
-        if self.order == "activation":
-            raise ValueError("trit-descent needs whole groups: use order: none or group-aware")
+        if self.order in ("activation", "similarity"):
+            raise ValueError("trit-descent needs whole groups: use order: none, group-aware or group-sum")
         if self.alpha > 0 and self.target != "shift":
             raise ValueError("trit-descent needs the exact target: use target: shift with alpha")
         return self

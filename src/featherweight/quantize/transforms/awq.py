@@ -39,6 +39,7 @@ from featherweight.quantize.scale_search import (
     search,
     unit_of,
 )
+from featherweight.quantize.transforms.carrying import unchanged
 from featherweight.quantize.transforms.column_scale import ColumnScale
 from featherweight.registry import register
 
@@ -63,7 +64,7 @@ class Clipped:
         return self.inner.inputs(inputs) if self.inner else inputs
 
     def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
-        return self.inner.statistics(statistics) if self.inner else dict(statistics)
+        return self.inner.statistics(statistics) if self.inner else unchanged(statistics)
 
     def wrap(self, code: Code) -> Code:
         return self.inner.wrap(code) if self.inner else code

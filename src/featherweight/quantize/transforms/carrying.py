@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from featherweight.codes import Code
@@ -11,11 +12,26 @@ from featherweight.quantize.base import Statistics
 
 Map = Callable[[Tensor], Tensor]
 
-MOMENTS = ("gram", "cross", "held_out_gram")
+GRAMS = ("gram", "held_out_gram")
+MOMENTS = (*GRAMS, "cross")
+
+
+def symmetric(moment: Tensor) -> Tensor:
+    """The moment [in, in] itself if it equals its transpose in every bit, else (M + M') / 2, which does.
+
+    Products leave the two triangles apart by rounding, by how much depends on the BLAS. What is symmetric is not
+    copied: factors are kept for the very tensor they were made from.
+    """
+    return moment if torch.equal(moment, moment.mT) else (moment + moment.mT) / 2
+
+
+def unchanged(statistics: Statistics) -> dict[str, Tensor]:
+    """What calibration learned about an input that stays as it is; second moments exactly symmetric."""
+    return {name: symmetric(value) if name in GRAMS else value for name, value in statistics.items()}
 
 
 def carried(statistics: Statistics, inputs: Map, weights: Map, **others: Map | None) -> dict[str, Tensor]:
-    """What calibration would have learned about T x.
+    """What calibration would have learned about T x; second moments exactly symmetric.
 
     inputs : T x for [..., in]
     weights : W T^-1 for [out, in]
@@ -26,7 +42,7 @@ def carried(statistics: Statistics, inputs: Map, weights: Map, **others: Map | N
     for name, value in statistics.items():
         if name in MOMENTS:
             moment = inputs(inputs(value).mT.contiguous()).mT.contiguous()
-            kept[name] = moment if name == "cross" else (moment + moment.mT) / 2  # rounding left it not quite symmetric
+            kept[name] = symmetric(moment) if name in GRAMS else moment
         elif name in ("mean", "inputs"):
             kept[name] = inputs(value)
         elif name == "base":
@@ -55,7 +71,7 @@ class Identity:
         return inputs
 
     def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
-        return dict(statistics)
+        return unchanged(statistics)
 
     def wrap(self, code: Code) -> Code:
         return code

@@ -16,6 +16,7 @@ from featherweight.codes import Code
 from featherweight.codes.quantized_input import QuantizedInput
 from featherweight.quantize.activations import SENSITIVE, input_bits
 from featherweight.quantize.base import LayerTransform, Statistics, Transform
+from featherweight.quantize.transforms.carrying import unchanged
 from featherweight.registry import register
 
 
@@ -49,7 +50,7 @@ class RoundedInput:
         return inputs
 
     def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
-        return dict(statistics)
+        return unchanged(statistics)
 
     def wrap(self, code: Code) -> Code:
         return QuantizedInput(code, self.bits, self.group_size)

@@ -6,14 +6,14 @@ R, the median to 1 and the largest to R (R = 10); a channel's importance is the 
 plus its number of exact zeros. Layers that share an input use the importance of the first (q_proj, gate_proj). Scales
 are importance^alpha without AWQ's centring.
 
-The extremes and the median are those of all layers of the model where the statistic `update_range` [3] gives them
-(`update_range` computes it); otherwise those of the block at hand, which is a departure.
+The extremes and the median are those of all compressed layers of all blocks, as published: the statistic `update_range`
+[3], which is streamed from both checkpoints before the first block. `extremes: block` takes those of the block at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,31 +32,34 @@ BINS = 1 << 16
 def update_range(updates: Callable[[], Iterable[Tensor]]) -> Tensor:
     """Least, exact median and largest of all positive entries: float32 [3]; NaN where there is none.
 
-    updates : makes an iterator over |W - W_base| of all layers, twice, so that not all are in memory at once. The
-    median is the lower one of an even number. The first pass finds the range and counts, by the upper half of the bits
-    of the float, how many values there are of each; the second collects the values of the median's bin.
+    updates : makes an iterator over parts of |W - W_base| of all layers, twice, so that not all are in memory at once.
+    The median is the lower one of an even number. Positive floats are in the order of their bits: the first pass counts
+    their upper halves, the second the lower halves of those that share the median's upper half.
     """
-    counts = torch.zeros(BINS, dtype=torch.int64)
+    least, largest = torch.tensor(torch.inf), torch.tensor(0.0)
+    upper = torch.zeros(BINS, dtype=torch.int64)
     for update in updates():
-        bits = _positive(update).view(torch.int32)
-        counts += torch.bincount((bits >> 16).long(), minlength=BINS)
-    total = int(counts.sum())
+        values = _positive(update)
+        if values.numel():
+            least, largest = torch.minimum(least, values.amin()), torch.maximum(largest, values.amax())
+            upper += torch.bincount((values.view(torch.int32) >> 16).long(), minlength=BINS)
+    total = int(upper.sum())
     if total == 0:
         return torch.full((3,), torch.nan)
     rank = (total - 1) // 2
-    before = counts.cumsum(0)
-    bin_ = int((before > rank).to(torch.uint8).argmax())
-    within = rank - int(before[bin_] - counts[bin_])
-    occupied = counts.nonzero().flatten()
-    wanted = {"least": int(occupied[0]), "median": bin_, "largest": int(occupied[-1])}
-    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    high = _bin_of(rank, upper)
+    lower = torch.zeros(BINS, dtype=torch.int64)
     for update in updates():
-        values = _positive(update)
-        bins = values.view(torch.int32) >> 16
-        for name, place in wanted.items():
-            kept[name].append(values[bins == place])
-    median = torch.cat(kept["median"]).sort().values[within]
-    return torch.stack([torch.cat(kept["least"]).amin(), median, torch.cat(kept["largest"]).amax()])
+        bits = _positive(update).view(torch.int32)
+        lower += torch.bincount((bits[bits >> 16 == high] & (BINS - 1)).long(), minlength=BINS)
+    low = _bin_of(rank - int(upper[:high].sum()), lower)
+    median = torch.tensor([high * BINS + low], dtype=torch.int32).view(torch.float32)[0]
+    return torch.stack([least, median, largest])
+
+
+def _bin_of(rank: int, counts: Tensor) -> int:
+    """The bin in which the value of this rank, from 0, lies."""
+    return int((counts.cumsum(0) > rank).to(torch.uint8).argmax())
 
 
 def _positive(update: Tensor) -> Tensor:
@@ -88,18 +91,25 @@ class QuantLrm(ScaleSearch):
 
     centred: ClassVar[bool] = False
     ratio: float = Field(10.0, gt=1, description="importance of the least and the largest change, R")
+    extremes: Literal["model", "block"] = Field(
+        "model", description="least, median and largest change of the whole model, as published, or of each block"
+    )
     times_activations: bool = Field(False, description="multiply by mean |x|, as published for one 70B model")
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (*super().needs, "base")
+        return (*super().needs, "base", *(("update_range",) if self.extremes == "model" else ()))
 
     def importance(self, session: BlockAccess, unit: Unit, statistics: Mapping[str, Statistics]) -> Tensor | None:
         first = unit.names[0]
         if "base" not in statistics[first]:
             raise RecipeError(f"transform quantlrm needs the base model's weight of {first}; name it with --base")
-        known = statistics[first].get("update_range")
-        value_range = known if known is not None else update_range(lambda: self._updates(session, statistics))
+        if self.extremes == "block":
+            value_range = update_range(lambda: self._updates(session, statistics))
+        elif "update_range" in statistics[first]:
+            value_range = statistics[first]["update_range"]
+        else:
+            raise RecipeError("transform quantlrm needs the range of changes in the whole model: set extremes to block")
         update = (session.weight(first) - statistics[first]["base"]).abs()
         found = channel_importance(update, value_range, self.ratio)
         return found * statistics[first]["mean_abs"].float() if self.times_activations else found

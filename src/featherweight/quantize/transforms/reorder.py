@@ -5,7 +5,8 @@
 
 `similarity`: the light form of PT2-LLM's structural similarity reordering (arXiv 2510.03267, eq. 16): the columns most
 similar (cosine) to the mean of those that remain make the next group. The paper does this inside its sweep, on columns
-that have taken up the errors of earlier groups; here on the weights as they are, before any rounding.
+that have taken up the errors of earlier groups: that is `order: similarity` of the rounding `hessian`. Here it is done
+on the weights as they are, before any rounding, which is cheaper and serves roundings that have no sweep.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from featherweight.codes import Code
 from featherweight.codes.nested import index_dtype
 from featherweight.codes.permuted import Permuted, inverse_order
 from featherweight.quantize.base import LayerTransform, Statistics, Transform
+from featherweight.quantize.similarity import most_similar, with_first
 from featherweight.quantize.transforms.carrying import Identity, carried
 from featherweight.registry import register
 
@@ -33,17 +35,13 @@ def activation_order(gram: Tensor) -> Tensor:
 def similarity_order(weight: Tensor, group_size: int) -> Tensor:
     """The columns of a weight [out, in], group by group (see the module), rising within each: int64 [in]."""
     columns = weight.detach().double()
-    units = columns / columns.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
     remaining = torch.arange(weight.shape[1])
     order = []
     while remaining.numel():
-        towards = columns[:, remaining].sum(1)  # of the direction of the mean
-        cosines = towards @ units[:, remaining]
-        best = cosines.argsort(descending=True, stable=True)[:group_size].sort().values
-        order.append(remaining[best])
-        kept = torch.ones_like(remaining, dtype=torch.bool)
-        kept[best] = False
-        remaining = remaining[kept]
+        best = most_similar(columns[:, remaining], group_size)
+        places, count = with_first(best, remaining.numel()), best.numel()
+        order.append(remaining[places[:count]])
+        remaining = remaining[places[count:]]
     return torch.cat(order)
 
 

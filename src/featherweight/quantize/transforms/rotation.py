@@ -132,7 +132,7 @@ def _turn_layer(model: ModelAccess, layer: LinearLayer, turn: _Turn) -> None:
         model.set_weight(layer.name, turn(weight))
         return
     model.set_weight(layer.name, turn(weight.T).T)
-    if layer.bias:
+    if layer.bias and not (layer.fused_slice and layer.expert):  # one tensor holds the biases of all stacked experts
         model.set_tensor(layer.bias, turn(model.tensor(layer.bias).double()))
 
 
