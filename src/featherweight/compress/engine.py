@@ -156,7 +156,8 @@ def _make(
                 records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
             else:
                 records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
-            assembly = lay_out(plan, checkpoint, records, shard_bytes, run.changed_tensors(), config)
+            changed, verdicts = run.changed_tensors(), run.all_verdicts()
+            assembly = lay_out(plan, checkpoint, records, shard_bytes, changed, config, verdicts)
             write_text(run.assembly, to_json(assembly))
         else:
             lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]

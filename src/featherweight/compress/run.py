@@ -6,6 +6,7 @@ Beside the output OUT stands OUT.feather-run while the work lasts:
     lock             held by the process at work
     artifacts/N.safetensors   layer N, its code's tensors, hashes and error; the name appears when it is complete
     tuned/N.safetensors       layer N once more, after a stage that changed all layers together; all of them or none
+    verdicts/S.json           what step S, which changed the whole model, did on held-out windows, and whether it stays
     changed/B.safetensors     plain tensors (norms, biases) that a calibrated recipe changed in block B; it may be empty
     assembly.json    written when all layers are done: which tensors go to which shard, and what is known of the layers
     out/             the output being assembled; renamed to OUT when complete
@@ -52,6 +53,7 @@ class RunFolder:
         self.artifacts = self.path / "artifacts"
         self.changes = self.path / "changed"
         self.tuned = self.path / "tuned"
+        self.verdicts = self.path / "verdicts"
         self.assembled = self.path / "out"
         self.assembly = self.path / "assembly.json"
         self.replaced = self.path / "replaced"
@@ -85,6 +87,7 @@ class RunFolder:
         with disk_errors(self.path):
             self.artifacts.mkdir(exist_ok=True)
             self.changes.mkdir(exist_ok=True)
+            self.verdicts.mkdir(exist_ok=True)
             self.assembled.mkdir(exist_ok=True)
         if found != identity:
             write_text(self.path / "run.json", to_json(identity))
@@ -150,6 +153,25 @@ class RunFolder:
                 _write_layer(partial / f"{index:06d}.safetensors", code, record)
             shutil.rmtree(self.tuned, ignore_errors=True)
             os.rename(partial, self.tuned)
+
+    def keep_verdict(self, step: str, facts: dict[str, Any]) -> None:
+        """Store what came of a step that changed the whole model; `facts` hold `kept`."""
+        write_text(self.verdicts / f"{step}.json", to_json(facts))
+
+    def verdict(self, step: str) -> dict[str, Any] | None:
+        """What `keep_verdict` stored; None if there is nothing or it cannot be read."""
+        try:
+            found = json.loads((self.verdicts / f"{step}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("kept"), bool) else None
+
+    def all_verdicts(self) -> list[dict[str, Any]]:
+        """Of all steps: transforms, rounding, corrections, in their order."""
+        order = ("transform", "rounding", "correction")
+        steps = [path.stem for path in self.verdicts.glob("*.json")]
+        steps.sort(key=lambda step: (order.index(step.partition("-")[0]), step))
+        return [found for found in map(self.verdict, steps) if found is not None]
 
     def record(self, index: int, layer: str) -> dict[str, Any] | None:
         """What is known of a finished layer; None if its artifact is missing, damaged or of another layer."""
