@@ -80,6 +80,8 @@ class CalibratedRun:
             self.tally.note(
                 "calibration.held_out is 0: nothing is compared with its data-free form, whatever comes out"
             )
+        if not self._is_tuned():
+            self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self._transform_model()
         if self.plan.recipe.rounding.scope == "model":
             self._solve_model()
@@ -126,7 +128,9 @@ class CalibratedRun:
             rounding, grids = self.plan.recipe.rounding, {name: job.grid for name, (_, job) in self.jobs.items()}
             with self.calibration.whole_model() as whole:
                 inside = {name: grid for name, grid in grids.items() if name in whole.layers}
-                codes = rounding.quantize_model(whole, inside, self.plan.options, self.tell, self.seed)
+                codes = rounding.quantize_model(
+                    whole, inside, self.plan.options, self.tell, self.seed, self.run.training_of("rounding", self.tell)
+                )
                 guard = ModelGuard(whole)
                 plain = {name: self._plain(name, whole.weight(name)) for name in codes}
                 verdict = guard.verdict(f"the rounding {rounding.kind}", guard.loss(plain), guard.loss(codes))
@@ -137,6 +141,7 @@ class CalibratedRun:
                     self.run.keep(index, code, record_of(job, source, Solved(code, notes), self.plan.options.threads))
                     known[name] = self._known(name)
                 self._state("rounding", verdict)
+            self.run.end_training()
         for name, record in known.items():
             if record is not None:
                 self.tally.finish(self.jobs[name][0], record, resumed=False)
@@ -146,7 +151,7 @@ class CalibratedRun:
         chosen = [c for c in self.plan.recipe.corrections if c.scope == "model"]
         if not chosen:
             return
-        if self.run.tuned.exists():
+        if self._is_tuned():
             return
         own = (f"{TRANSFORMED:06d}", f"{TUNED:06d}")  # the latter left by a run that stopped just after it
         altered = [name for name, path in self.run.changed_tensors().items() if path.stem not in own]
@@ -162,7 +167,8 @@ class CalibratedRun:
             found = guard.loss(codes)
             for place, correction in enumerate(chosen):
                 former, before = whole.state(), found
-                changed = {**codes, **correction.tune_model(whole, codes, self.tell, self.seed)}
+                store = self.run.training_of(f"correction-{place}", self.tell)
+                changed = {**codes, **correction.tune_model(whole, codes, self.tell, self.seed, store)}
                 tensors = {n: t for n, t in whole.changed.items() if t is not former.changed.get(n)}
                 later = whole.state()
                 if tensors:
@@ -184,6 +190,10 @@ class CalibratedRun:
                 self.tally.records[index] = record
                 tuned[index] = (code, record)
             self.run.keep_tuned(tuned)
+        self.run.end_training()
+
+    def _is_tuned(self) -> bool:
+        return self.run.is_tuned([self.jobs[name][0] for name in self.jobs if name in self.calibration.host.layers])
 
     def _keep_changed(self, place: int, tensors: Mapping[str, Tensor]) -> None:
         """Store changed plain tensors in the dtype of the source."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from featherweight.codes import Code
 from featherweight.errors import RecipeError
-from featherweight.quantize.access import ModelAccess, Tell, silent
+from featherweight.quantize.access import FORGETFUL, ModelAccess, Tell, TrainingStore, silent
 from featherweight.quantize.base import Grid, Rounding, Scope, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.objectives import ModelObjective, Precision
 from featherweight.quantize.training import Schedule, minimise
@@ -55,6 +55,7 @@ class DiscQuant(Rounding):
         options: SolveOptions,
         tell: Tell = silent,
         seed: int = 0,
+        store: TrainingStore = FORGETFUL,
     ) -> dict[str, Code]:
         layers = {name: Neighbours(model.weight(name), grid, name) for name, grid in grids.items()}
         nearest = {name: layer.code(layer.share) for name, layer in layers.items()}
@@ -90,9 +91,8 @@ class DiscQuant(Rounding):
                 value.clamp_(0, 1)
 
         schedule = Schedule(self.steps, self.learning_rate, self.warmup)
-        minimise(
-            list(x.values()), gradients, max(1, objective.batches), schedule, tell, "discquant", seed, None, project
-        )
+        batches = max(1, objective.batches)
+        minimise(list(x.values()), gradients, batches, schedule, tell, "discquant", seed, None, project, store)
         tell({"event": "discquant", "fractional": _fractional(x, layers)})
         return {name: layer.code(x[name]) for name, layer in layers.items()}
 
