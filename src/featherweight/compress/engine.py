@@ -282,9 +282,9 @@ def _readable(out: Path) -> bool:
 def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
     # A shard of a single entry may be larger than shard_bytes.
     shard = min(plan.code_bytes, max(shard_bytes, max(job.nbytes for job in plan.jobs)))
-    need = plan.output_bytes + shard
+    need = plan.output_bytes + shard + plan.aside_bytes
     with disk_errors(run.path):
-        have = shutil.disk_usage(run.path).free + sum(p.stat().st_size for p in run.artifacts.iterdir())
+        have = shutil.disk_usage(run.path).free + run.kept_bytes()
     if have < need:
         raise OutputError(
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "

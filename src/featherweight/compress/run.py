@@ -111,6 +111,11 @@ class RunFolder:
         layers = any(self.artifacts.glob("*.safetensors"))
         return layers or any(path.exists() for path in kept) or any(self.training.glob("*.safetensors"))
 
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept until the output is assembled."""
+        folders = [folder for folder in (self.artifacts, self.tuned, self.training) if folder.exists()]
+        return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+
     def _clear(self) -> None:
         """Remove all but the lock; an old output that was already aside goes back to its place first."""
         with disk_errors(self.path):

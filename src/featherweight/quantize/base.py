@@ -70,6 +70,11 @@ class Choice(BaseModel):
         """Bytes a transform or correction adds to the code of a matrix, as far as can be told without data."""
         return 0
 
+    @property
+    def training_bytes(self) -> int:
+        """Bytes of memory for each weight trained, beside the network's float weights; 0: no training."""
+        return 0
+
     def settings(self) -> dict[str, Any]:
         """`kind` and all settings, JSON-able."""
         return {"kind": self.kind, **self.model_dump(mode="json")}

@@ -48,6 +48,10 @@ class ScaleTuning(Correction):
         return self.against
 
     @property
+    def training_bytes(self) -> int:
+        return 16  # digits, weights as decoded, their gradients, and values with moments, which are few
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return ("targets",) if self.against == "block" else ()
 

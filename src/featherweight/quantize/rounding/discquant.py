@@ -44,6 +44,10 @@ class DiscQuant(Rounding):
     start: Literal["weight", "random"] = Field("weight", description="x = y, or uniform in [0, 1] as published")
     precision: Precision = Field("float32", description="of the training passes; compared in float32 always")
 
+    @property
+    def training_bytes(self) -> int:
+        return 44  # weight, share, gap, lower value, x, its gradient and moments, w(x) and its gradient; indices
+
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         """Without a model to distil: round to nearest."""
         return grid.quantize_source(source, options, statistics)
