@@ -191,6 +191,7 @@ def test_training_is_planned_for(llama: Path) -> None:
     tuned = planned("trit-2")
     free = planned("trit-2", "corrections=[]")
     assert tuned.calibration_bytes() > free.calibration_bytes() + 16 * tuned.weights
-    assert tuned.disk_bytes > free.disk_bytes + free.code_bytes
+    assert tuned.disk_bytes >= free.disk_bytes + free.code_bytes
+    assert planned("rtn-3", "corrections=[{kind: scale-tuning}]").training_state_bytes > 32 * tuned.weights // 128
     by_block, blocks = planned("flexround-fast", "calibration.batch_tokens=64"), 2
     assert 44 * by_block.weights // blocks < by_block.calibration_bytes() < learned.calibration_bytes()

@@ -80,6 +80,7 @@ class CalibratedRun:
             self.tally.note(
                 "calibration.held_out is 0: nothing is compared with its data-free form, whatever comes out"
             )
+        self._check_base()
         if not self._is_tuned():
             self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self._transform_model()
@@ -249,6 +250,8 @@ class CalibratedRun:
         """Make the block what the recipe gives without data, if it came out worse."""
         verdict = guard.verdict()
         self.tell({"event": "block guard", "block": session.index, **verdict.facts()})
+        if verdict.before is None:
+            self.tally.note(verdict.sentence, block=session.index)
         if verdict.kept:
             return
         session.restore()
@@ -385,6 +388,19 @@ class CalibratedRun:
             own["fisher"] = self.calibration.fisher(name)
         return own
 
+    def _check_base(self) -> None:
+        """RecipeError for a base model that lacks a layer or has it in another shape, before anything is computed."""
+        for _, job in self.jobs.values() if self.base is not None else ():
+            assert self.base is not None
+            tensor, wanted = job.layer.tensor, self.checkpoint.entry(job.layer.tensor).shape
+            found = self.base.entry(tensor).shape if tensor in self.base.names else None
+            if found != wanted:
+                what = "lacks" if found is None else f"has {list(found)} for"
+                raise RecipeError(
+                    f"the model given with --base-model, {self.base.folder}, {what} {tensor} {list(wanted)} of the "
+                    "model that is compressed: name the one that this model was fine-tuned from"
+                )
+
     def _base_weight(self, name: str) -> Tensor:
         if self.base is None:
             raise RecipeError(
@@ -392,6 +408,7 @@ class CalibratedRun:
                 "name its folder with --base-model"
             )
         source = LayerWeight(self.base, self.jobs[name][1].layer)
+        source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
         weight = source.rows(0, source.shape[0]).float()
         source.release(0, source.shape[0])
         return weight

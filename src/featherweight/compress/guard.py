@@ -46,8 +46,13 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The verdict for people."""
-        if self.before is None or self.after is None:
-            return f"{self.step} was not compared with what there was before: no windows are held out for it"
+        if self.before is None or not math.isfinite(self.before):
+            reason = (
+                "the values computed for the held-out windows are not finite"
+                if self.windows
+                else "no windows are held out"
+            )
+            return f"{self.step} was not compared with what there was before: {reason}"
         change = f"{self.before:.4g} before and {self.after:.4g} after it on {self.windows} held-out windows"
         end = "it is kept" if self.kept else "that is worse, so the former state is kept"
         return f"{self.step}: {self.measure} {change}; {end}"
@@ -79,7 +84,7 @@ class BlockGuard:
     def verdict(self) -> Verdict:
         """On the block as it is now."""
         found = self._error()
-        kept = math.isfinite(found) and found <= MARGIN * self.without
+        kept = self.without is None or found is None or found <= MARGIN * self.without
         windows = sum(len(batch) for batch in self._inputs)
         step = f"what was done to block {self.session.index}"
         return Verdict(step, "its relative output error is", self.without, found, windows, kept)
@@ -88,16 +93,20 @@ class BlockGuard:
         with torch.no_grad():
             return [self.session.run(x, self._first + i).detach().to("cpu") for i, x in enumerate(self._inputs)]
 
-    def _error(self) -> float:
-        """inf where the output is not finite and the target is."""
+    def _error(self) -> float | None:
+        """inf where the output is not finite and the target is; None if no target is finite."""
+        tokens = 0
         missed = total = 0.0
         with torch.no_grad():
             for i, (inputs, target) in enumerate(zip(self._inputs, self._targets, strict=True)):
                 output = self.session.run(inputs, self._first + i).to("cpu")
                 sound = torch.isfinite(target).all(-1)
                 wanted = target[sound].double()
+                tokens += len(wanted)
                 missed += float((output[sound].double() - wanted).square().sum())
                 total += float(wanted.square().sum())
+        if tokens == 0:
+            return None
         if not math.isfinite(missed):
             return math.inf
         return missed / total if total > 0 else 0.0

@@ -198,7 +198,8 @@ def record_of(job: Job, source: WeightSource, solved: Solved, threads: int | Non
     if not math.isfinite(missed):
         raise RecipeError(
             f"the code of layer {job.layer.name} is not finite: its weights reach {source.largest:.3g}, which is more "
-            "than the recipe can store; set the grid's scale_dtype to auto or float32, or skip the layer"
+            "than the recipe can store; set scale_dtype (value_dtype of dense-and-sparse) to auto or float32, or "
+            "skip the layer"
         )
     return {
         "name": job.layer.name,
