@@ -57,7 +57,7 @@ class CalibrationSettings(BaseModel):
         if self.held_out == 0 or sequences < 2:
             raise CalibrationError(
                 f"held-out statistics are wanted, but {sequences} window{'s' * (sequences != 1)} with "
-                f"calibration.held_out {self.held_out} leave none; give more windows or a larger share, or set it to 0 in "
-                "a recipe to do without comparing codes on them"
+                f"calibration.held_out {self.held_out} leave none; give more windows or a larger share, or set it to 0 "
+                "in a recipe to do without comparing codes on them"
             )
         return min(sequences - 1, max(1, round(sequences * self.held_out)))

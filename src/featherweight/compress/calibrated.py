@@ -32,14 +32,8 @@ from featherweight.quantize.recipe import Recipe
 from featherweight.quantize.rounding.nearest import Nearest
 
 TRANSFORMED, TUNED = 900_000, 900_001  # numbers, behind those of all blocks, of what whole models changed
-KEPT_NOTES = (
-    "output_error",
-    "held_out_error",
-    "fallback",
-    "reason",
-    "unchecked",
-    "damping",
-)  # of a record whose code is exchanged
+# of a record whose code is exchanged
+KEPT_NOTES = ("output_error", "held_out_error", "fallback", "reason", "unchecked", "damping")
 
 Tell = Callable[[dict[str, Any]], None]
 

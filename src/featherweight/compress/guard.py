@@ -58,7 +58,9 @@ class Verdict:
         return f"{self.step}: {self.measure} {change}; {end}"
 
     def facts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """All fields; None for what is not finite, which JSON cannot hold."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 class BlockGuard:

@@ -116,7 +116,7 @@ def submodule(session: BlockAccess, name: str) -> nn.Module:
         except AttributeError:
             continue
     raise FeatherError(
-        f"layer {name} is not a module of its own in {type(session.module).__name__} (experts are often stacked in one): "
+        f"layer {name} is not a module of its own in {type(session.module).__name__} (experts are often stacked): "
         "what it puts out cannot be searched over; leave such layers out with layers.skip, or choose a recipe without "
         "a search, like gptq"
     )
