@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from feather_command import Outcome, feather_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from models import make_tiny
 
 SMALL = ("--set", "calibration.sequences=4", "--set", "calibration.length=32", "--threads", "1")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -154,3 +157,56 @@ def test_misuse_of_calibrate(llama: Path, text: Path, statistics: Path, tmp_path
     assert "no statistic 'cross'" in said(out, text, "--needs", "cross")
     assert "is no text but a file of tensors" in said(out, statistics)
     assert not out.exists()
+
+
+def test_a_base_model_of_another_shape(llama: Path, bert: Path, text: Path, tmp_path: Path) -> None:
+    """Said before the network is run."""
+    for base, said in ((bert, "lacks model.layers.0.self_attn.q_proj.weight"), (tmp_path / "wide", "has ")):
+        if base.name == "wide":
+            make_tiny("llama", base, hidden_size=128, head_dim=32)
+        made = feather_here("compress", llama, "--recipe", "quantlrm", "--base-model", base, "--calibration", text,
+                            "--out", tmp_path / "out", *SMALL)  # fmt: skip
+        assert said in made.last_sentence()
+        assert "fine-tuned from" in made.last_sentence()
+        assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_a_base_model(llama: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    spoil(model, lambda tensors: tensors[f"{DOWN}.weight"][3, 5].fill_(torch.nan))
+    made = feather_here("compress", llama, "--recipe", "quantlrm", "--base-model", model, "--calibration", text,
+                        "--out", tmp_path / "out", *SMALL)  # fmt: skip
+    assert f"tensor {DOWN}.weight holds nan at index [3, 5]" in made.last_sentence()
+
+
+@pytest.mark.parametrize("recipe", ["awq-3", "adadim-gptq-3"])
+def test_searches_over_stacked_experts_say_what_to_do(text: Path, tmp_path: Path, recipe: str) -> None:
+    moe = make_tiny("qwen3-moe", tmp_path / "moe", tokenizer=True)
+    made = compress(moe, text, tmp_path / "out", recipe)
+    if transformers.__version__.startswith("4."):  # a module for each expert
+        assert made.code == 0, made.errors
+    else:
+        assert "mlp.experts.0" in made.last_sentence()
+        assert "layers.skip" in made.last_sentence()
+
+
+@pytest.mark.parametrize("recipe", ["flexround-fast", "discquant-fast", "adadim"])
+def test_outputs_that_cannot_be_compared_are_said(model: Path, text: Path, tmp_path: Path, recipe: str) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("gate", "up"):
+            tensors[f"model.layers.0.mlp.{part}_proj.weight"] *= 1e20
+
+    spoil(model, enlarge)
+    steps = () if recipe == "adadim" else ("--set", "rounding.steps=2")
+    made = feather_here("compress", model, "--recipe", recipe, "--calibration", text, "--out", tmp_path / "out", *steps,
+                        *SMALL)  # fmt: skip
+    assert made.code == 0, made.errors
+    assert "was not compared with what there was before: the values computed" in made.errors
+
+
+def test_one_window_names_the_way_out(llama: Path, text: Path, tmp_path: Path) -> None:
+    one = ("--set", "calibration.sequences=1", "--set", "calibration.length=32")
+    command = ("compress", llama, "--recipe", "squeezellm", "--calibration", text, "--out", tmp_path / "out", *one)
+    assert "1 window with" in feather_here(*command).last_sentence()
+    made = feather_here(*command, "--set", "calibration.held_out=0.0")
+    assert made.code == 0, made.errors
+    assert "nothing is compared" in made.errors

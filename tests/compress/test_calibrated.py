@@ -12,9 +12,12 @@ import yaml
 from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 from featherweight import load
+from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.compress.engine import compress
 from featherweight.compress.inspect import inspect_folder
+from featherweight.compress.plan import Plan, make_plan
 from featherweight.errors import FeatherError
+from featherweight.quantize.recipe import load_recipe
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 SMALL = ("calibration.sequences=8", "calibration.length=64", "calibration.held_out=0.25")
@@ -171,3 +174,24 @@ def test_a_run_stopped_while_scales_are_tuned_resumes_with_the_same_result(
     assert_only_output(out, expected)
     plain = compress(llama, out=tmp_path / "plain", **options)
     assert [x["relative_error"] for x in result.layers] != [x["relative_error"] for x in plain.layers]
+
+
+def test_training_is_planned_for(llama: Path) -> None:
+    """Memory and disk of choices that train: by weights, and by the tokens of a pass."""
+    few = ("calibration.sequences=8", "calibration.length=64")
+
+    def planned(preset: str, *changes: str) -> Plan:
+        with Checkpoint.open(llama) as checkpoint:
+            return make_plan(checkpoint, load_recipe(preset, [*few, *changes]), 1)
+
+    learned = planned("discquant-fast")
+    assert learned.calibration_bytes() > planned("gptq").calibration_bytes() + 40 * learned.weights
+    assert planned("discquant-fast", "rounding.batch_size=32").calibration_bytes() > learned.calibration_bytes()
+    assert learned.disk_bytes == learned.output_bytes + learned.code_bytes + 32 * learned.weights
+    tuned = planned("trit-2")
+    free = planned("trit-2", "corrections=[]")
+    assert tuned.calibration_bytes() > free.calibration_bytes() + 16 * tuned.weights
+    assert tuned.disk_bytes >= free.disk_bytes + free.code_bytes
+    assert planned("rtn-3", "corrections=[{kind: scale-tuning}]").training_state_bytes > 32 * tuned.weights // 128
+    by_block, blocks = planned("flexround-fast", "calibration.batch_tokens=64"), 2
+    assert 44 * by_block.weights // blocks < by_block.calibration_bytes() < learned.calibration_bytes()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 
+from featherweight.quantize.access import TrainingState, TrainingStore
 from featherweight.quantize.objectives import evenly
 from featherweight.quantize.training import Schedule, minimise
 
@@ -71,3 +73,51 @@ def test_evenly() -> None:
     assert evenly(16, 0.125) == [4, 12]
     assert [len(evenly(n, 0.125)) for n in (0, 1, 2, 3)] == [0, 0, 1, 1]
     assert evenly(8, 0.0) == []
+
+
+class Held:
+    """A store in memory that keeps the state of one step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps, self.kept = at, 0, dict[str, Any]()
+
+    def load(self, task: dict[str, Any]) -> TrainingState | None:
+        return self.kept.get("state")
+
+    def due(self) -> bool:
+        self.steps += 1
+        return self.steps == self.at
+
+    def save(self, state: TrainingState) -> None:
+        copies = {name: value.clone() for name, value in state.tensors.items()}
+        self.kept["state"] = TrainingState(state.task, state.step, copy.deepcopy(state.facts), copies)
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 12])
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool) -> None:
+    """Also for a tensor without gradients, and for one that has them at some steps only."""
+    goal = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
+
+    def train(store: TrainingStore) -> tuple[list[torch.Tensor], list[int]]:
+        theta = [torch.zeros(5, 3), torch.ones(2), torch.zeros(3)]
+        batches = []
+
+        def gradients(batch: int) -> float:
+            batches.append(batch)
+            theta[0].grad = theta[0] - goal * (1 + batch)
+            theta[2].grad = theta[2] - 1 if batch == 2 else None
+            return 1.0
+
+        def check() -> float:
+            return float((theta[0] - goal).abs().sum())
+
+        schedule = Schedule(13, 0.3, warmup=0.2, checks=5)
+        minimise(theta, gradients, 4, schedule, lambda _: None, "test", 5, check if checked else None, store=store)
+        return theta, batches
+
+    store = Held(at)
+    whole, batches = train(store)
+    rest, later = train(store)
+    assert later == batches[at:]
+    assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True))

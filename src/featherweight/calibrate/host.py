@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Host(Protocol):
 
     def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
         """A value rounded to the dtype in which the finished model will hold a tensor of the checkpoint."""
+        ...
+
+    def revert(self, replaced: Mapping[str, Tensor]) -> None:
+        """Go back to `replaced`, an earlier state of the property; tensors outside of it are the checkpoint's again."""
         ...
 
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:

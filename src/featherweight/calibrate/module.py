@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,11 @@ class ModuleHost:
 
     def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
         return value.detach()
+
+    def revert(self, replaced: Mapping[str, Tensor]) -> None:
+        raise CalibrationError(
+            f"{type(self.model).__name__} is in memory only: what was changed in it cannot be undone"
+        )
 
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:
         shared = self._parameters[path]

@@ -41,6 +41,7 @@ class BlockSession:
     changed : tensors given to `set_tensor`, by name
     starved : layers whose last gathered statistics are of too few tokens -> tokens
     non_finite : layers into which NaN or infinity went -> where that began
+    remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it
     """
 
     def __init__(self, calibration: Calibration, index: int, module: nn.Module, layers: Sequence[LinearLayer]) -> None:
@@ -54,7 +55,9 @@ class BlockSession:
         self.starved: dict[str, int] = {}
         self.non_finite: dict[str, dict[str, Any]] = {}
         self.effective_tokens: float | None = None
+        self.remembers = False
         self._originals: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
         self._targets: list[Tensor] | None = None
         self._weights: list[Tensor] | None = None
         self._advanced = False
@@ -93,6 +96,8 @@ class BlockSession:
         data = parameter_of(self.host, slot.parameter)
         if self.calibration.keeps_originals and slot.parameter not in self._originals:
             self._originals[slot.parameter] = data.clone()
+        if self.remembers and slot.parameter not in self._loaded:
+            self._loaded[slot.parameter] = data.clone()
         part = slot.view(data)
         if part.shape != value.shape:
             raise ValueError(f"{slot.parameter} takes {list(part.shape)}, not {list(value.shape)}")
@@ -113,6 +118,13 @@ class BlockSession:
 
     def rebase(self) -> None:
         """Take the present weights for the original ones: a transform has changed them, but not the function."""
+        self._originals = {}
+
+    def restore(self) -> None:
+        """Make the block what it was before anything was set; `remembers` must have been true since."""
+        for path, value in self._loaded.items():
+            parameter_of(self.host, path).copy_(value)
+        self.changed.clear()
         self._originals = {}
 
     @property
@@ -215,7 +227,8 @@ class BlockSession:
     def gather(self, names: Collection[str], needs: Collection[str]) -> dict[str, dict[str, Tensor]]:
         """Statistics of layers, from one run of the block over all samples with its present weights.
 
-        Layers of one group share their tensors. `tokens` is always there; the others only where tokens were seen.
+        Layers of one group share their tensors. `tokens` is always there; the others only where tokens were seen. Asked
+        for "held_out_gram" alone, it runs held-out samples only: `tokens` is 0 then and no layer counts as starved.
         """
         unknown = [name for name in needs if name not in NAMES and name not in FROM_ELSEWHERE]
         if unknown:
@@ -231,7 +244,9 @@ class BlockSession:
             for name in members:
                 found[name] = statistics
                 self.starved.pop(name, None)
-                if tokens < self.calibration.settings.least_tokens(self.layers[name].shape[1]):
+                if wanted != ["held_out_gram"] and tokens < self.calibration.settings.least_tokens(
+                    self.layers[name].shape[1]
+                ):
                     self.starved[name] = tokens
                 if first in self.non_finite:
                     self.non_finite[name] = self.non_finite[first]
@@ -242,7 +257,7 @@ class BlockSession:
         kept = {name: Accumulator(self.layers[name].shape[1], needs, self.host.device) for name in firsts}
         observer = self._observer(firsts)
         stream = calibration.hidden
-        for index in range(len(stream)):
+        for index in range(calibration.batches_seen if needs == ["held_out_gram"] else 0, len(stream)):
             held_out = index >= calibration.batches_seen
             if held_out and "held_out_gram" not in needs:
                 break
@@ -346,7 +361,7 @@ class BlockSession:
         if not self._advanced:
             self._advanced = True
             self.calibration.move(self)
-            self._originals, self._targets, self._weights = {}, None, None
+            self._originals, self._loaded, self._targets, self._weights = {}, {}, None, None
 
 
 def override_values(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

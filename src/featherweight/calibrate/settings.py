@@ -26,7 +26,7 @@ class CalibrationSettings(BaseModel):
         description="whose activations are measured: those of the compressed model so far, or the original's",
     )
     held_out: float = Field(
-        0.125, ge=0, lt=1, description="share of the windows kept apart where a recipe needs held-out statistics"
+        0.125, ge=0, lt=1, description="share of the windows that only judge what was made with the others; 0 for none"
     )
     token_weights: Literal["none", "attention", "first", "frequency"] = Field(
         "none",
@@ -56,7 +56,8 @@ class CalibrationSettings(BaseModel):
         """How many of `sequences` are kept apart; at least one is, and at least one is left."""
         if self.held_out == 0 or sequences < 2:
             raise CalibrationError(
-                f"the recipe needs held-out statistics, but {sequences} windows with calibration.held_out "
-                f"{self.held_out} leave none; give more windows or a larger share"
+                f"held-out statistics are wanted, but {sequences} window{'s' * (sequences != 1)} with "
+                f"calibration.held_out {self.held_out} leave none; give more windows or a larger share, or set it to 0 "
+                "in a recipe to do without comparing codes on them"
             )
         return min(sequences - 1, max(1, round(sequences * self.held_out)))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.calibrate.errors import CalibrationError
+from featherweight.calibrate.host import parameter_of
 from featherweight.calibrate.placement import Placement, Slot
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.checkpoint.anatomy.anatomy import architectures
@@ -135,6 +136,18 @@ class Skeleton:
         names = self.checkpoint.names
         like = tensor_name if tensor_name in names else names[0]
         return value.detach().to(self.checkpoint.entry(like).torch_dtype)
+
+    def revert(self, replaced: Mapping[str, Tensor]) -> None:
+        """See `Host`. Blocks that are loaded must be loaded again; what stands outside of them is set here."""
+        moved = [name for name, value in self.replaced.items() if value is not replaced.get(name)]
+        self.replaced = dict(replaced)
+        outside = [name for name in moved if name in self._by_block[None]]
+        self._load(outside)
+        for head, embedding in self.anatomy.tied:  # a head that was untied is equal to the embedding again
+            name = f"{head}.weight"
+            if name in moved and name not in self._by_block[None]:
+                former = parameter_of(self, self.placement.tensor(embedding).parameter)
+                parameter_of(self, name).copy_(replaced.get(name, former))
 
     def owners(self, path: str) -> list[tuple[nn.Module, str]]:
         return self._owners[path]

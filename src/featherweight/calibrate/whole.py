@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,15 @@ from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 
 if TYPE_CHECKING:
     from featherweight.calibrate.runner import Calibration
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """Tensors and fields of config.json that had been set at some time; see `WholeModel.state`."""
+
+    replaced: dict[str, Tensor]
+    changed: dict[str, Tensor]
+    config_changes: dict[str, Any]
 
 
 class WholeModel:
@@ -128,6 +138,19 @@ class WholeModel:
 
     def _note(self, tensor_name: str) -> None:
         self._altered[tensor_name] = None
+
+    def state(self) -> WholeState:
+        """What was set so far, to come back to."""
+        return WholeState(dict(self.host.replaced), dict(self.changed), dict(self.config_changes))
+
+    def back_to(self, state: WholeState) -> None:
+        """Undo what was set since `state`."""
+        self.host.revert(state.replaced)
+        for number in range(len(self.host.blocks)):
+            self.host.load_block(number)
+        for found, former in ((self.changed, state.changed), (self.config_changes, state.config_changes)):
+            found.clear()
+            found.update(former)
 
     @contextlib.contextmanager
     def overridden(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:

@@ -29,11 +29,13 @@ def lay_out(
     shard_bytes: int,
     changed: dict[str, Path] | None = None,
     config: dict[str, Any] | None = None,
+    whole_model: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Which tensors go to which shard. Source order; a layer's tensors stay together.
 
     changed : plain tensors that calibration changed or added, and the files that hold them
     config : entries of config.json that must change with them
+    whole_model : what steps that changed the whole model did on held-out windows
     """
     changed = changed or {}
     jobs_of: dict[str, list[int]] = {}
@@ -60,6 +62,7 @@ def lay_out(
     return {
         "layers": records,
         "config": config or {},
+        "whole_model": whole_model or [],
         "changed": sorted(changed),
         "added_bytes": sum(_nbytes(changed[name], name) for name in _of_codes(added, records)),
         "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
@@ -164,6 +167,8 @@ def write_rest(
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
     config["quantization_config"] = quantization_config(specs, recipe, [name for name in given if name not in specs])
     manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []), assembly.get("added_bytes", 0))
+    if assembly.get("whole_model"):
+        manifest["whole_model"] = assembly["whole_model"]
     with disk_errors(folder):
         for path in checkpoint.other_files():
             shutil.copyfile(path, folder / path.name)

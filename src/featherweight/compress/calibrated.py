@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from featherweight.calibrate.runner import Calibration
 from featherweight.calibrate.session import BlockSession
+from featherweight.calibrate.statistics import NAMES
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.weights import LayerWeight
 from featherweight.codes import Code
+from featherweight.compress.guard import BlockGuard, ModelGuard, Verdict, folded, likelihood_loss
 from featherweight.compress.plan import Plan
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder
@@ -27,10 +30,12 @@ from featherweight.compress.solve import HELD_OUT, InputGroup, Solved, group_see
 from featherweight.compress.updates import model_update_range
 from featherweight.errors import RecipeError
 from featherweight.quantize.base import Correction, HeldWeight, LayerTransform
+from featherweight.quantize.recipe import Recipe
 from featherweight.quantize.rounding.nearest import Nearest
 
 TRANSFORMED, TUNED = 900_000, 900_001  # numbers, behind those of all blocks, of what whole models changed
-KEPT_NOTES = ("output_error", "held_out_error", "fallback", "reason", "damping")  # of a record whose code is exchanged
+# of a record whose code is exchanged
+KEPT_NOTES = ("output_error", "held_out_error", "fallback", "reason", "unchecked", "damping")
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -60,11 +65,20 @@ class CalibratedRun:
         self.block_transforms = [t for t in recipe.transforms if t.scope == "block"]
         self.block_corrections = [c for c in recipe.corrections if c.scope == "block"]
         self.needs = tuple(name for name in recipe.needs if name not in ("base", "fisher"))
-        if recipe.calibration.held_out > 0 and recipe.rounding.scope == "layer" and "gram" in self.needs:
+        self.compares = recipe.calibration.held_out > 0
+        self.compared = compared(recipe)
+        if "layer" in self.compared or (self.compares and "gram" in self.needs and recipe.rounding.scope == "layer"):
             self.needs = (*self.needs, HELD_OUT)
 
     def solve(self) -> list[dict[str, Any]]:
         """Records of all jobs in the plan's order."""
+        if not self.compares:
+            self.tally.note(
+                "calibration.held_out is 0: nothing is compared with its data-free form, whatever comes out"
+            )
+        self._check_base()
+        if not self._is_tuned():
+            self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self._transform_model()
         if self.plan.recipe.rounding.scope == "model":
             self._solve_model()
@@ -83,10 +97,26 @@ class CalibratedRun:
         if not chosen:
             return
         with self.calibration.whole_model() as whole:
-            for transform in chosen:
+            for place, transform in enumerate(chosen):
+                former, step = whole.state(), f"transform-{place}"
+                known = self.run.verdict(step)
+                before = None if known else likelihood_loss(whole)
                 transform.transform_model(whole, self.tell, self.seed)
+                if known is None:
+                    after = likelihood_loss(whole)
+                    verdict = folded(f"the transform {transform.kind}", before, after, len(whole.held_out))
+                    known = self._state(step, verdict)
+                if not known["kept"]:
+                    whole.back_to(former)
             self._keep_changed(TRANSFORMED, whole.changed)
             self.config |= whole.config_changes
+
+    def _state(self, step: str, verdict: Verdict) -> dict[str, Any]:
+        """Store what came of a step that changed the whole model, and say it; its facts."""
+        facts = verdict.facts()
+        self.run.keep_verdict(step, facts)
+        self.tally.note(verdict.sentence, whole_model=facts)
+        return facts
 
     def _solve_model(self) -> None:
         """Model-scope rounding: all codes at once."""
@@ -95,12 +125,20 @@ class CalibratedRun:
             rounding, grids = self.plan.recipe.rounding, {name: job.grid for name, (_, job) in self.jobs.items()}
             with self.calibration.whole_model() as whole:
                 inside = {name: grid for name, grid in grids.items() if name in whole.layers}
-                codes = rounding.quantize_model(whole, inside, self.plan.options, self.tell, self.seed)
-                for name, code in codes.items():
+                codes = rounding.quantize_model(
+                    whole, inside, self.plan.options, self.tell, self.seed, self.run.training_of("rounding", self.tell)
+                )
+                guard = ModelGuard(whole)
+                plain = {name: self._plain(name, whole.weight(name)) for name in codes}
+                verdict = guard.verdict(f"the rounding {rounding.kind}", guard.loss(plain), guard.loss(codes))
+                notes = {} if verdict.kept else {"fallback": "data-free", "reason": verdict.sentence}
+                for name, code in (codes if verdict.kept else plain).items():
                     index, job = self.jobs[name]
                     source = HeldWeight(whole.weight(name))
-                    self.run.keep(index, code, record_of(job, source, Solved(code), self.plan.options.threads))
+                    self.run.keep(index, code, record_of(job, source, Solved(code, notes), self.plan.options.threads))
                     known[name] = self._known(name)
+                self._state("rounding", verdict)
+            self.run.end_training()
         for name, record in known.items():
             if record is not None:
                 self.tally.finish(self.jobs[name][0], record, resumed=False)
@@ -110,9 +148,10 @@ class CalibratedRun:
         chosen = [c for c in self.plan.recipe.corrections if c.scope == "model"]
         if not chosen:
             return
-        if self.run.tuned.exists():
+        if self._is_tuned():
             return
-        altered = [name for name, path in self.run.changed_tensors().items() if path.stem != f"{TRANSFORMED:06d}"]
+        own = (f"{TRANSFORMED:06d}", f"{TUNED:06d}")  # the latter left by a run that stopped just after it
+        altered = [name for name, path in self.run.changed_tensors().items() if path.stem not in own]
         if altered:
             kinds = ", ".join(correction.kind for correction in chosen)
             raise RecipeError(
@@ -121,18 +160,37 @@ class CalibratedRun:
             )
         with self.calibration.whole_model() as whole:
             codes = {name: self._code(name) for name in self.jobs if name in whole.layers}
-            floats = {name: whole.weight(name) for name in codes}
-            for correction in chosen:
-                codes |= correction.tune_model(whole, codes, self.tell, self.seed)
+            guard = ModelGuard(whole)
+            found = guard.loss(codes)
+            for place, correction in enumerate(chosen):
+                former, before = whole.state(), found
+                store = self.run.training_of(f"correction-{place}", self.tell)
+                changed = {**codes, **correction.tune_model(whole, codes, self.tell, self.seed, store)}
+                tensors = {n: t for n, t in whole.changed.items() if t is not former.changed.get(n)}
+                later = whole.state()
+                if tensors:
+                    whole.back_to(former)  # the original's predictions are those without what was set
+                after = guard.loss(changed, tensors)
+                verdict = guard.verdict(f"the correction {correction.kind}", before, after)
+                self._state(f"correction-{place}", verdict)
+                if verdict.kept:
+                    codes, found = changed, after
+                    for name in tensors:
+                        whole.set_tensor(name, later.changed[name])
             self._keep_changed(TUNED, {n: t for n, t in whole.changed.items() if n not in self.calibration.host.layers})
             tuned = {}
             for name, code in codes.items():
                 index, job = self.jobs[name]
                 kept = {k: v for k, v in self.tally.records[index].items() if k in KEPT_NOTES}
-                record = record_of(job, HeldWeight(floats[name]), Solved(code, kept), self.plan.options.threads)
+                source = HeldWeight(whole.weight(name))
+                record = record_of(job, source, Solved(code, kept), self.plan.options.threads)
                 self.tally.records[index] = record
                 tuned[index] = (code, record)
             self.run.keep_tuned(tuned)
+        self.run.end_training()
+
+    def _is_tuned(self) -> bool:
+        return self.run.is_tuned([self.jobs[name][0] for name in self.jobs if name in self.calibration.host.layers])
 
     def _keep_changed(self, place: int, tensors: Mapping[str, Tensor]) -> None:
         """Store changed plain tensors in the dtype of the source."""
@@ -155,9 +213,10 @@ class CalibratedRun:
         if not names:
             session.skip({}, {})
             return
-        if self.block_corrections:  # they may have changed codes that are there: the block is done again from its start
-            known = dict.fromkeys(names)
+        if self.block_corrections or "block" in self.compared:
+            known = dict.fromkeys(names)  # codes that are there may have been changed: the block is done from its start
         self.tell({"event": "block", "number": session.index + 1, "layers": len(names)})
+        guard = self._guard(session, names)
         fixed = self._transform(session, names)
         self._solve_sets(session, names, known, fixed)
         for correction in self.block_corrections:
@@ -166,9 +225,42 @@ class CalibratedRun:
             codes = {name: self._code(name) for name in names}
             for name, code in correction.correct_block(session, codes, self.tell, self.seed).items():
                 self._replace(session, name, code)
+        if guard is not None:
+            self._judge(session, guard)
         self._keep_changed(session.index, session.changed)
         self._floats.clear()
         session.advance()
+
+    def _guard(self, session: BlockSession, names: list[str]) -> BlockGuard | None:
+        """What a block that is changed as a whole is compared with by the end; None where nothing does that."""
+        if "block" not in self.compared:
+            return None
+        if session.index >= len(self.calibration.host.blocks):
+            text = "what was done to it with the output layer in view is not compared with its data-free form"
+            self.tally.note(f"{names[0]}: {text}", layer=names[0])
+            return None
+        session.remembers = True
+        return BlockGuard(session, {name: self._plain(name, session.weight(name)) for name in names})
+
+    def _judge(self, session: BlockSession, guard: BlockGuard) -> None:
+        """Make the block what the recipe gives without data, if it came out worse."""
+        verdict = guard.verdict()
+        self.tell({"event": "block guard", "block": session.index, **verdict.facts()})
+        if verdict.before is None:
+            self.tally.note(verdict.sentence, block=session.index)
+        if verdict.kept:
+            return
+        session.restore()
+        self._floats = {name: session.weight(name) for name in guard.plain}
+        for name, code in guard.plain.items():
+            self._replace(session, name, code, {"fallback": "data-free", "reason": verdict.sentence})
+        self.tally.note(f"block {session.index} is compressed without data: {verdict.sentence}", block=session.index)
+
+    def _plain(self, name: str, weight: Tensor) -> Code:
+        """The code that the recipe gives a weight without data."""
+        job = self.jobs[name][1]
+        group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
+        return solve_layer(self.plan.recipe, job, HeldWeight(weight), group, self.plan.options, (), Nearest()).code
 
     def _transform(self, session: BlockSession, names: list[str]) -> dict[str, tuple[LayerTransform, ...]]:
         """Block-scope transforms, in the recipe's order; what each layer's input must go through on top."""
@@ -250,6 +342,10 @@ class CalibratedRun:
             plain = solve_layer(recipe, job, source, InputGroup({}, group.seed), options, before, Nearest())
             solved = Solved(plain.code, {**plain.notes, "fallback": "data-free", "reason": reason})
         self.tally.note_fallback(name, solved.notes)
+        if reason is None and "layer" in self.compared and HELD_OUT not in group.statistics:
+            unchecked = "no held-out token reached it"
+            self.tally.note(f"{name} is not compared with its data-free form: {unchecked}", layer=name)
+            solved = Solved(solved.code, {**solved.notes, "unchecked": unchecked})
         gram = group.statistics.get("gram")
         if gram is None or reason is not None:
             return solved
@@ -262,10 +358,16 @@ class CalibratedRun:
             return f"its inputs are not finite from {place} on"
         if name in session.starved:
             return f"only {session.starved[name]} calibration tokens reached it"
+        if "fisher" in self.plan.recipe.needs:
+            fisher = self.calibration.fisher(name)
+            if not bool(torch.isfinite(fisher).all()):
+                return "its Fisher information is not finite"
+            if not bool(fisher.any()):
+                return "its Fisher information is zero, as if no calibration token reached it"
         return None
 
     def _gather(self, session: BlockSession, names: list[str], needs: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-        wanted = tuple(name for name in needs if name not in ("base", "fisher"))
+        wanted = tuple(name for name in needs if name in NAMES)
         return session.gather(names, wanted) if wanted else {}
 
     def _own_statistics(self, group: InputGroup, name: str) -> InputGroup:
@@ -291,6 +393,19 @@ class CalibratedRun:
         layers = [job.layer for _, job in self.jobs.values() if job.layer.block is not None]
         return model_update_range(self.checkpoint, self.base, layers, self.plan.options, self.tell)
 
+    def _check_base(self) -> None:
+        """RecipeError for a base model that lacks a layer or has it in another shape, before anything is computed."""
+        for _, job in self.jobs.values() if self.base is not None else ():
+            assert self.base is not None
+            tensor, wanted = job.layer.tensor, self.checkpoint.entry(job.layer.tensor).shape
+            found = self.base.entry(tensor).shape if tensor in self.base.names else None
+            if found != wanted:
+                what = "lacks" if found is None else f"has {list(found)} for"
+                raise RecipeError(
+                    f"the model given with --base-model, {self.base.folder}, {what} {tensor} {list(wanted)} of the "
+                    "model that is compressed: name the one that this model was fine-tuned from"
+                )
+
     def _base_weight(self, name: str) -> Tensor:
         if self.base is None:
             raise RecipeError(
@@ -298,6 +413,7 @@ class CalibratedRun:
                 "name its folder with --base-model"
             )
         source = LayerWeight(self.base, self.jobs[name][1].layer)
+        source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
         weight = source.rows(0, source.shape[0]).float()
         source.release(0, source.shape[0])
         return weight
@@ -321,10 +437,10 @@ class CalibratedRun:
         session.set_weight(name, code.decode())
         self.tally.finish(index, record, resumed=known is not None)
 
-    def _replace(self, session: BlockSession, name: str, code: Code) -> None:
-        """Exchange the code of a finished layer."""
+    def _replace(self, session: BlockSession, name: str, code: Code, notes: Mapping[str, Any] | None = None) -> None:
+        """Exchange the code of a finished layer; `notes` take the place of what its record said of the former one."""
         index, job = self.jobs[name]
-        kept = {k: v for k, v in self.tally.records[index].items() if k in KEPT_NOTES}
+        kept = {k: v for k, v in self.tally.records[index].items() if k in KEPT_NOTES} if notes is None else dict(notes)
         record = record_of(job, HeldWeight(self._floats[name]), Solved(code, kept), self.plan.options.threads)
         self.run.keep(index, code, record)
         self.tally.records[index] = record
@@ -354,3 +470,19 @@ class CalibratedRun:
                 record = record_of(job, source, solved, self.plan.options.threads)
                 self.run.keep(index, solved.code, record)
             self.tally.finish(index, record, resumed)
+
+
+def compared(recipe: Recipe) -> set[str]:
+    """At which scopes a run compares what it makes with its data-free form on held-out windows: layer, block, model."""
+    if recipe.calibration.held_out == 0:
+        return set()
+    own = (*recipe.transforms, recipe.grid, recipe.rounding, *recipe.corrections)
+    scopes = {_scope(choice) for choice in own} & {"block", "model"}
+    if recipe.rounding.scope == "layer" and any(choice.needs for choice in own if _scope(choice) == "layer"):
+        scopes.add("layer")
+    return scopes
+
+
+def _scope(choice: Any) -> str:
+    """How much of the network a choice sees at once."""
+    return str(getattr(choice, "scope", "layer"))

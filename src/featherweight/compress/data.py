@@ -144,8 +144,8 @@ def calibration_needs(recipe: Recipe) -> set[str]:
     scopes = {getattr(choice, "scope", "layer") for choice in (recipe.rounding, *recipe.corrections)}
     if "block" in scopes:
         needs.add("targets")
-    if recipe.calibration.held_out > 0 and ("gram" in needs or scopes != {"layer"}):
-        needs.add("held_out_gram")  # keeps windows apart, also for choices that compare outputs
+    if recipe.calibration.held_out > 0:
+        needs.add("held_out_gram")  # keeps windows apart, also for comparisons of outputs
     return needs
 
 

@@ -156,7 +156,8 @@ def _make(
                 records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
             else:
                 records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
-            assembly = lay_out(plan, checkpoint, records, shard_bytes, run.changed_tensors(), config)
+            changed, verdicts = run.changed_tensors(), run.all_verdicts()
+            assembly = lay_out(plan, checkpoint, records, shard_bytes, changed, config, verdicts)
             write_text(run.assembly, to_json(assembly))
         else:
             lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
@@ -281,9 +282,9 @@ def _readable(out: Path) -> bool:
 def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
     # A shard of a single entry may be larger than shard_bytes.
     shard = min(plan.code_bytes, max(shard_bytes, max(job.nbytes for job in plan.jobs)))
-    need = plan.output_bytes + shard
+    need = plan.output_bytes + shard + plan.aside_bytes
     with disk_errors(run.path):
-        have = shutil.disk_usage(run.path).free + sum(p.stat().st_size for p in run.artifacts.iterdir())
+        have = shutil.disk_usage(run.path).free + run.kept_bytes()
     if have < need:
         raise OutputError(
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "

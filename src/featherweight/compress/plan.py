@@ -12,8 +12,9 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.memory import resident_bytes
-from featherweight.quantize.base import Grid, SolveOptions
+from featherweight.quantize.base import Choice, Grid, Rounding, SolveOptions
 from featherweight.quantize.grids.dense import DenseGrid
+from featherweight.quantize.objectives import CHUNK_ELEMENTS
 from featherweight.quantize.recipe import Recipe
 
 COPY_WINDOW = 16 << 20
@@ -78,7 +79,13 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Room needed while working: the output, and the artifacts of the shard being assembled once more."""
-        return self.output_bytes + min(self.code_bytes, SHARD_BYTES)
+        return self.output_bytes + min(self.code_bytes, SHARD_BYTES) + self.aside_bytes
+
+    @property
+    def aside_bytes(self) -> int:
+        """Room beside it: layers as they are before a stage that changes all of them, and states of trainings."""
+        tuned = any(getattr(choice, "scope", "layer") == "model" for choice in self.recipe.corrections)
+        return self.code_bytes * tuned + self.training_state_bytes
 
     def memory_bytes(self) -> int:
         """Expected peak of resident memory."""
@@ -96,14 +103,15 @@ class Plan:
         for layer in self.anatomy.layers:
             blocks[layer.block] = blocks.get(layer.block, 0) + layer.parameters
         block = max(blocks.values(), default=0)
-        two_streams = "cross" in recipe.needs
+        two_streams = bool({"cross", "targets"} & set(recipe.needs))
         wide = {getattr(choice, "scope", "layer") for choice in recipe.choices}
         whole = "model" in wide or "fisher" in recipe.needs
         held = 4 * (self.parameters if whole else block * (1 + two_streams))
-        if wide != {"layer"} or whole:  # gradients: decoded weights, theirs, moments, and a window's activations
-            trained = self.weights if whole else block
-            touched = sum(sum(job.layer.shape) for job in self.jobs) // (1 if whole else max(1, self.anatomy.blocks))
-            held += 16 * trained + 5 * settings.length * touched
+        if "block" in wide:
+            held += 4 * block  # the weights the block was loaded with
+        held += max((self._training_bytes(choice, block) for choice in recipe.choices), default=0)
+        if "fisher" in recipe.needs:  # gradients and their squares; the squares stay
+            held += 8 * self.linear_weights + self._passing_bytes(settings.length, True)
         widest = max(job.layer.shape[1] for job in self.jobs)
         tallest = max(job.layer.shape[0] for job in self.jobs)
         hidden = min(job.layer.shape[1] for job in self.jobs)
@@ -111,6 +119,41 @@ class Plan:
         moments = sum(name in ("gram", "cross") for name in recipe.needs) + (settings.held_out > 0)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
+
+    def _training_bytes(self, choice: Choice, block: int) -> int:
+        """Memory of a choice that trains, on top of the network's float weights."""
+        if not choice.training_bytes:
+            return 0
+        whole, settings = getattr(choice, "scope", "layer") == "model", self.recipe.calibration
+        tokens = settings.length * int(getattr(choice, "batch_size", 1)) if whole else settings.batch_tokens
+        return choice.training_bytes * (self.weights if whole else block) + self._passing_bytes(tokens, whole)
+
+    def _passing_bytes(self, tokens: int, whole: bool) -> int:
+        """What a forward pass keeps of so many tokens for the way back: what goes into layers, comes out of them and is
+        between them; with the whole model also logits, a chunk at a time."""
+        touched = sum(sum(layer.shape) for layer in self.anatomy.layers)
+        if not whole:
+            return 6 * tokens * touched // max(1, self.anatomy.blocks)
+        hidden = min(layer.shape[1] for layer in self.anatomy.layers)
+        vocabulary = (
+            self.parameters - self.linear_weights
+        ) // hidden  # or more: the head is not told from the embedding
+        return 6 * tokens * touched + 24 * min(CHUNK_ELEMENTS, tokens * vocabulary)
+
+    @property
+    def training_state_bytes(self) -> int:
+        """Most room that saved states of trainings of the whole model take: a new one is written beside the last."""
+        sizes = [0]
+        for choice in self.recipe.choices:
+            if choice.training_bytes and getattr(choice, "scope", "layer") == "model":
+                trained = self.weights if isinstance(choice, Rounding) else self._stored_floats()
+                sizes.append(2 * 16 * trained)  # value, two moments and the best value, in float32
+        return sum(sizes)
+
+    def _stored_floats(self) -> int:
+        """Scales, tables and the like of all codes."""
+        layouts = [code_layout(job.grid.spec(job.layer.shape)) for job in self.jobs]
+        return sum(math.prod(t.shape) for layout in layouts for t in layout.values() if t.dtype.is_floating_point)
 
     def _pages(self, layer: LinearLayer) -> int:
         """Mapped pages of the source that are resident at once."""

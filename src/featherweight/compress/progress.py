@@ -48,6 +48,10 @@ class Tally:
         if "fallback" in notes:
             self.tell({"event": "note", "layer": name, "text": f"{name} is compressed without data: {notes['reason']}"})
 
+    def note(self, text: str, **facts: Any) -> None:
+        """Something the user must know."""
+        self.tell({"event": "note", "text": text, **facts})
+
     def in_order(self) -> list[dict[str, Any]]:
         """All records, in the plan's order."""
         return [self.records[index] for index in range(len(self.plan.jobs))]

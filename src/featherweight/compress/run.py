@@ -6,6 +6,8 @@ Beside the output OUT stands OUT.feather-run while the work lasts:
     lock             held by the process at work
     artifacts/N.safetensors   layer N, its code's tensors, hashes and error; the name appears when it is complete
     tuned/N.safetensors       layer N once more, after a stage that changed all layers together; all of them or none
+    training/S.safetensors    how far the training of step S has come; it goes on from there
+    verdicts/S.json           what step S, which changed the whole model, did on held-out windows, and whether it stays
     changed/B.safetensors     plain tensors (norms, biases) that a calibrated recipe changed in block B; it may be empty
     assembly.json    written when all layers are done: which tensors go to which shard, and what is known of the layers
     out/             the output being assembled; renamed to OUT when complete
@@ -21,11 +23,10 @@ output depends on time or on where the work was interrupted.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, disk_errors, to_json, write_safetensors, write_text
 from featherweight.codes import Code, code_from
+from featherweight.compress.training_file import TrainingFile, damaged_tensors, sha256_of
 from featherweight.errors import CheckpointError, OutputError
 
 LAYER_KEY = "featherweight.layer"
@@ -52,6 +54,8 @@ class RunFolder:
         self.artifacts = self.path / "artifacts"
         self.changes = self.path / "changed"
         self.tuned = self.path / "tuned"
+        self.verdicts = self.path / "verdicts"
+        self.training = self.path / "training"
         self.assembled = self.path / "out"
         self.assembly = self.path / "assembly.json"
         self.replaced = self.path / "replaced"
@@ -85,6 +89,8 @@ class RunFolder:
         with disk_errors(self.path):
             self.artifacts.mkdir(exist_ok=True)
             self.changes.mkdir(exist_ok=True)
+            self.verdicts.mkdir(exist_ok=True)
+            self.training.mkdir(exist_ok=True)
             self.assembled.mkdir(exist_ok=True)
         if found != identity:
             write_text(self.path / "run.json", to_json(identity))
@@ -102,7 +108,13 @@ class RunFolder:
     def _has_work(self) -> bool:
         """Whether anything here is worth keeping."""
         kept = (self.assembly, self.replaced, self.marker)
-        return any(path.exists() for path in kept) or any(self.artifacts.glob("*.safetensors"))
+        layers = any(self.artifacts.glob("*.safetensors"))
+        return layers or any(path.exists() for path in kept) or any(self.training.glob("*.safetensors"))
+
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept until the output is assembled."""
+        folders = [folder for folder in (self.artifacts, self.tuned, self.training) if folder.exists()]
+        return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
 
     def _clear(self) -> None:
         """Remove all but the lock; an old output that was already aside goes back to its place first."""
@@ -151,6 +163,48 @@ class RunFolder:
             shutil.rmtree(self.tuned, ignore_errors=True)
             os.rename(partial, self.tuned)
 
+    def is_tuned(self, indices: Collection[int]) -> bool:
+        """Whether these layers were changed together and stored; some of them may be in shards already."""
+        names = (f"{index:06d}.safetensors" for index in indices)
+        return self.tuned.exists() and (self.assembly.exists() or all((self.tuned / name).exists() for name in names))
+
+    def drop_tuned(self) -> None:
+        """Layers are what they were before the stage that changed all of them."""
+        if not self.tuned.exists():
+            return
+        partial = self.path / "tuned.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(self.tuned, partial)  # at once: what is left of it never counts
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def training_of(self, step: str, tell: Callable[[dict[str, Any]], None]) -> TrainingFile:
+        """Where a training leaves its state."""
+        return TrainingFile(self.training / f"{step}.safetensors", tell)
+
+    def end_training(self) -> None:
+        """What came of the trainings is stored: their states are no longer needed."""
+        for path in self.training.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def keep_verdict(self, step: str, facts: dict[str, Any]) -> None:
+        """Store what came of a step that changed the whole model; `facts` hold `kept`."""
+        write_text(self.verdicts / f"{step}.json", to_json(facts))
+
+    def verdict(self, step: str) -> dict[str, Any] | None:
+        """What `keep_verdict` stored; None if there is nothing or it cannot be read."""
+        try:
+            found = json.loads((self.verdicts / f"{step}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("kept"), bool) else None
+
+    def all_verdicts(self) -> list[dict[str, Any]]:
+        """Of all steps: transforms, rounding, corrections, in their order."""
+        order = ("transform", "rounding", "correction")
+        steps = [path.stem for path in self.verdicts.glob("*.json")]
+        steps.sort(key=lambda step: (order.index(step.partition("-")[0]), step))
+        return [found for found in map(self.verdict, steps) if found is not None]
+
     def record(self, index: int, layer: str) -> dict[str, Any] | None:
         """What is known of a finished layer; None if its artifact is missing, damaged or of another layer."""
         path = self.artifact(index)
@@ -160,13 +214,16 @@ class RunFolder:
             with SafetensorsFile.open(path) as file:
                 text = file.metadata[LAYER_KEY]
                 found = json.loads(text)
-                intact = file.metadata[LAYER_HASH_KEY] == _sha256(text) and not damaged_tensors(file)
+                intact = file.metadata[LAYER_HASH_KEY] == sha256_of(text) and not damaged_tensors(file)
                 if intact and found["name"] == layer:
                     return dict(found)
         except (CheckpointError, KeyError, ValueError, TypeError, AttributeError):
             pass
         with disk_errors(path):
-            path.unlink()
+            if path.parent == self.tuned:  # its earlier form must not stand in for it among the others
+                self.drop_tuned()
+            else:
+                path.unlink()
         return None
 
     def code(self, index: int) -> Code:
@@ -264,7 +321,7 @@ class RunFolder:
 def _write_layer(path: Path, code: Code, record: dict[str, Any]) -> None:
     blobs = [blob_of(name, tensor) for name, tensor in code.tensors().items()]
     text = json.dumps(record)  # in the order of its keys, so that it reads back as it would be written
-    write_safetensors(path, blobs, {LAYER_KEY: text, LAYER_HASH_KEY: _sha256(text)}, sync=False)
+    write_safetensors(path, blobs, {LAYER_KEY: text, LAYER_HASH_KEY: sha256_of(text)}, sync=False)
 
 
 def occupants(folder: Path) -> list[Path]:
@@ -278,25 +335,6 @@ def _move_all(source: Path, target: Path) -> None:
     """Within one file system; config.json last, so that what is half there is never taken for a model."""
     for entry in sorted(occupants(source), key=lambda path: path.name == "config.json"):
         os.replace(entry, target / entry.name)
-
-
-def damaged_tensors(file: SafetensorsFile) -> list[str]:
-    """Names of tensors whose bytes do not have the hash the file states; KeyError if it states none."""
-    from featherweight.checkpoint.format import HASHES_KEY
-
-    hashes = json.loads(file.metadata[HASHES_KEY])
-    wrong = [name for name in hashes if name not in file.entries]
-    for name in file.entries:
-        digest = hashlib.sha256()
-        for window in file.raw_windows(name):
-            digest.update(window)
-        if digest.hexdigest() != hashes.get(name):
-            wrong.append(name)
-    return wrong
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

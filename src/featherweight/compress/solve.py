@@ -106,7 +106,7 @@ def solve_layer(
         held_out = group.statistics.get(HELD_OUT)
         if held_out is None or not statistics:
             return solved
-        return _guarded(solved, weight, job, group, transforms, corrections, options, fixed, held_out)
+        return _guarded(solved, weight, job, group, rounding, transforms, corrections, options, fixed, held_out)
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
 
@@ -145,6 +145,7 @@ def _guarded(
     weight: Tensor,
     job: Job,
     group: InputGroup,
+    rounding: Rounding,
     transforms: list[Transform],
     corrections: list[Any],
     options: SolveOptions,
@@ -158,6 +159,8 @@ def _guarded(
     from featherweight.quantize.rounding.nearest import Nearest
 
     notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out)}
+    if not any(choice.needs for choice in (*transforms, job.grid, rounding, *corrections)):
+        return Solved(solved.code, notes)  # this is the code without data: what was done before is judged by the block
     plain = _solve(weight, job, group, Nearest(), transforms, corrections, options, fixed, NO_STATISTICS)
     notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
@@ -195,7 +198,8 @@ def record_of(job: Job, source: WeightSource, solved: Solved, threads: int | Non
     if not math.isfinite(missed):
         raise RecipeError(
             f"the code of layer {job.layer.name} is not finite: its weights reach {source.largest:.3g}, which is more "
-            "than the recipe can store; set the grid's scale_dtype to auto or float32, or skip the layer"
+            "than the recipe can store; set scale_dtype (value_dtype of dense-and-sparse) to auto or float32, or "
+            "skip the layer"
         )
     return {
         "name": job.layer.name,

@@ -16,7 +16,7 @@ from featherweight.compress.events import Observer
 from featherweight.compress.plan import Plan
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder
-from featherweight.compress.solve import InputGroup, group_seed, record_of, solve_layer
+from featherweight.compress.solve import HELD_OUT, InputGroup, group_seed, record_of, solve_layer
 from featherweight.errors import RecipeError
 from featherweight.quantize.rounding.nearest import Nearest
 
@@ -42,6 +42,10 @@ def run_on_stored(
             raise RecipeError(
                 f"{path} does not hold {', '.join(never or lacking)}, which recipe {recipe.name} needs (it holds "
                 f"{', '.join(file.names)}): {remedy}{';' if never else ', or'} give a text"
+            )
+        if HELD_OUT not in file.names:
+            tally.note(
+                f"{path.name} holds no {HELD_OUT}: no code is compared with its data-free form; gather it as well"
             )
         group: tuple[str, InputGroup] | None = None
         for index, job in enumerate(plan.jobs):

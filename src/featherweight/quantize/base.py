@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from featherweight.codes import Code
-from featherweight.quantize.access import BlockAccess, ModelAccess, Tell, silent
+from featherweight.quantize.access import FORGETFUL, BlockAccess, ModelAccess, Tell, TrainingStore, silent
 
 
 class WeightSource(Protocol):
@@ -68,6 +68,11 @@ class Choice(BaseModel):
 
     def extra_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes a transform or correction adds to the code of a matrix, as far as can be told without data."""
+        return 0
+
+    @property
+    def training_bytes(self) -> int:
+        """Bytes of memory for each weight trained, beside the network's float weights; 0: no training."""
         return 0
 
     def settings(self) -> dict[str, Any]:
@@ -261,8 +266,12 @@ class Rounding(Choice, abc.ABC):
         options: SolveOptions,
         tell: Tell = silent,
         seed: int = 0,
+        store: TrainingStore = FORGETFUL,
     ) -> dict[str, Code]:
-        """Scope "model": the codes of all layers that have a grid, chosen together."""
+        """Scope "model": the codes of all layers that have a grid, chosen together.
+
+        store : where a training leaves its state, to go on from there in another process
+        """
         raise TypeError(f"rounding {self.kind!r} is not one of whole models")
 
 
@@ -362,9 +371,14 @@ class Correction(Choice):
         return {}
 
     def tune_model(
-        self, model: ModelAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
+        self,
+        model: ModelAccess,
+        codes: Mapping[str, Code],
+        tell: Tell = silent,
+        seed: int = 0,
+        store: TrainingStore = FORGETFUL,
     ) -> dict[str, Code]:
-        """Scope "model": better codes, when all blocks are done."""
+        """Scope "model": better codes, when all blocks are done. For `store` see `Rounding.quantize_model`."""
         raise TypeError(f"correction {self.kind!r} is not one of whole models")
 
 

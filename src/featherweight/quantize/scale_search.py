@@ -115,7 +115,11 @@ def submodule(session: BlockAccess, name: str) -> nn.Module:
             return session.module.get_submodule(".".join(parts[start:]))
         except AttributeError:
             continue
-    raise FeatherError(f"the block {type(session.module).__name__} has no module {name}")
+    raise FeatherError(
+        f"layer {name} is not a module of its own in {type(session.module).__name__} (experts are often stacked): "
+        "what it puts out cannot be searched over; leave such layers out with layers.skip, or choose a recipe without "
+        "a search, like gptq"
+    )
 
 
 class _Stop(Exception):

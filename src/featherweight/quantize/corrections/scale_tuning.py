@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from featherweight.codes import Code
-from featherweight.quantize.access import BlockAccess, ModelAccess, Tell, silent
+from featherweight.quantize.access import FORGETFUL, BlockAccess, ModelAccess, Tell, TrainingStore, silent
 from featherweight.quantize.base import Correction, Scope
 from featherweight.quantize.decoding import TunableCode
 from featherweight.quantize.objectives import BlockObjective, ModelObjective, Objective, Precision
@@ -48,6 +48,10 @@ class ScaleTuning(Correction):
         return self.against
 
     @property
+    def training_bytes(self) -> int:
+        return 16  # digits, weights as decoded, their gradients, and values with moments, which are few
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return ("targets",) if self.against == "block" else ()
 
@@ -63,12 +67,17 @@ class ScaleTuning(Correction):
         return tuned
 
     def tune_model(
-        self, model: ModelAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
+        self,
+        model: ModelAccess,
+        codes: Mapping[str, Code],
+        tell: Tell = silent,
+        seed: int = 0,
+        store: TrainingStore = FORGETFUL,
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
         objective = ModelObjective(model, self.batch_size, self.precision, self.held_out_share)
         norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
-        tuned, tensors = self.tune(objective, codes, norms, tell, seed)
+        tuned, tensors = self.tune(objective, codes, norms, tell, seed, store)
         for name, value in tensors.items():
             model.set_tensor(name, value)
         return tuned
@@ -84,6 +93,7 @@ class ScaleTuning(Correction):
         tensors: Mapping[str, Tensor],
         tell: Tell = silent,
         seed: int = 0,
+        store: TrainingStore = FORGETFUL,
     ) -> tuple[dict[str, Code], dict[str, Tensor]]:
         """The best codes and tensors by the held-out loss, the given ones among the candidates."""
         state = _State(codes, tensors)
@@ -100,6 +110,7 @@ class ScaleTuning(Correction):
             "scale-tuning",
             seed,
             check=lambda: objective.held_out_loss(*state.stored()),
+            store=store,
         )
         return state.result()
 

@@ -51,6 +51,10 @@ class FlexRound(Rounding):
     def needs(self) -> tuple[str, ...]:
         return ("targets",)
 
+    @property
+    def training_bytes(self) -> int:
+        return 44  # weight, divisor, its gradient, moments and best, both bounds, weight as decoded and its gradient
+
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         """Without a block to reconstruct: the start, round to nearest."""
         return grid.quantize_source(source, options, statistics)
