@@ -163,7 +163,8 @@ def alone_seconds(x: Tensor, copies: list[gpu.GpuOperand]) -> float:
     assert layout is not None
     rounded = gpu.quantize(x, layout.group_size)
     outs = [torch.empty(len(x), copies[0].shape[0], dtype=x.dtype, device=x.device) for _ in copies]
-    return seconds([lambda o=o, y=y: int8_product(*rounded, o, None, y) for o, y in zip(copies, outs, strict=True)])  # type: ignore[misc]
+    pairs = zip(copies, outs, strict=True)
+    return seconds([lambda o=o, y=y: int8_product(*rounded, o, None, y) for o, y in pairs])  # type: ignore[misc]
 
 
 def clone(operand: gpu.GpuOperand) -> gpu.GpuOperand:
@@ -196,7 +197,8 @@ def main() -> None:
         results[layout] = measure(layout, args.rows, args.columns, args.tokens, peers, bandwidth)
         for count, row in results[layout]["tokens"].items():
             print(
-                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} {1e6 * row['alone']:9.1f} "
+                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} "
+                f"{1e6 * row['alone']:9.1f} "
                 f"{row['bandwidth_share']:12.1%} {row['speed_over_bf16']:7.2f} {row['teraflops']:8.1f} "
                 f"{row['relative_error']:8.1e}",
                 flush=True,

@@ -18,7 +18,7 @@ WAVES = 4
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a program's tile and elements of it (`matvec`: chunks side by side), tokens (0: those of the call), warps,
+    """Rows of a program's tile and its elements (`matvec`: chunks side by side), tokens (0: those of the call), warps,
     pipeline stages."""
 
     block_n: int

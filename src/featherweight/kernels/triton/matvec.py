@@ -1,13 +1,13 @@
 """Products with one to four tokens: what decoding a text needs. The limit is reading the weights.
 
 A program has `BLOCK_N` rows, and `LANES` chunks of a row's elements go side by side, a warp or part of one to each. A
-chunk is elements of one group, spelled out, so that all its loads are on their way before the first is used; a lane has
-rows of its own and adds up in registers; lanes of different chunks meet only once, at the end. Where rows are too few to
-fill the GPU, splits of the chunks write partial results side by side, which `epilogue` adds in a fixed order: no
-atomics, the result does not depend on scheduling.
+chunk is elements of one group, spelled out, so that all its loads are on their way before the first is used; a lane
+has rows of its own and adds up in registers; lanes of different chunks meet only once, at the end. Where rows are too
+few to fill the GPU, splits of the chunks write partial results side by side, which `epilogue` adds in a fixed order:
+no atomics, the result does not depend on scheduling.
 """
 
-# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator, no-untyped-call, assignment"
 from __future__ import annotations
 
 import triton
