@@ -189,9 +189,8 @@ def main() -> None:
     peers = {count: torch_seconds(args.rows, args.columns, count) for count in args.tokens}
     device = torch.cuda.get_device_name(0)
     print(f"{device}, reads {bandwidth / 1e9:.0f} GB/s; [{args.rows}, {args.columns}], groups of {GROUP}, bfloat16")
-    print(
-        f"{'layout':30} {'bits':>6} {'tokens':>6} {'us':>9} {'alone':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error"
-    )
+    heads = f"{'us':>9} {'alone':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error"
+    print(f"{'layout':30} {'bits':>6} {'tokens':>6} {heads}")
     results = {}
     for layout in args.layouts:
         results[layout] = measure(layout, args.rows, args.columns, args.tokens, peers, bandwidth)
