@@ -163,7 +163,8 @@ def alone_seconds(x: Tensor, copies: list[gpu.GpuOperand]) -> float:
     assert layout is not None
     rounded = gpu.quantize(x, layout.group_size)
     outs = [torch.empty(len(x), copies[0].shape[0], dtype=x.dtype, device=x.device) for _ in copies]
-    return seconds([lambda o=o, y=y: int8_product(*rounded, o, None, y) for o, y in zip(copies, outs, strict=True)])  # type: ignore[misc]
+    pairs = zip(copies, outs, strict=True)
+    return seconds([lambda o=o, y=y: int8_product(*rounded, o, None, y) for o, y in pairs])  # type: ignore[misc]
 
 
 def clone(operand: gpu.GpuOperand) -> gpu.GpuOperand:
@@ -188,15 +189,15 @@ def main() -> None:
     peers = {count: torch_seconds(args.rows, args.columns, count) for count in args.tokens}
     device = torch.cuda.get_device_name(0)
     print(f"{device}, reads {bandwidth / 1e9:.0f} GB/s; [{args.rows}, {args.columns}], groups of {GROUP}, bfloat16")
-    print(
-        f"{'layout':30} {'bits':>6} {'tokens':>6} {'us':>9} {'alone':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error"
-    )
+    heads = f"{'us':>9} {'alone':>9} {'of bandwidth':>12} {'x bf16':>7} {'TFLOP/s':>8} error"
+    print(f"{'layout':30} {'bits':>6} {'tokens':>6} {heads}")
     results = {}
     for layout in args.layouts:
         results[layout] = measure(layout, args.rows, args.columns, args.tokens, peers, bandwidth)
         for count, row in results[layout]["tokens"].items():
             print(
-                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} {1e6 * row['alone']:9.1f} "
+                f"{layout:30} {results[layout]['bits_per_weight']:6.3f} {count:6d} {1e6 * row['seconds']:9.1f} "
+                f"{1e6 * row['alone']:9.1f} "
                 f"{row['bandwidth_share']:12.1%} {row['speed_over_bf16']:7.2f} {row['teraflops']:8.1f} "
                 f"{row['relative_error']:8.1e}",
                 flush=True,

@@ -1,8 +1,8 @@
 """Products with five tokens and more for fields that fill their words: whole tiles of a group on tensor cores.
 
 Shift by a vector of positions, and a block of words [elements, rows] becomes a tile [shifts, elements, bytes,
-rows], which is a matrix [columns, rows] as it stands: fields lie in quads (`operand`). One `tl.dot` a tile then takes up
-to 128 columns, and activations are read as they lie.
+rows], which is a matrix [columns, rows] as it stands: fields lie in quads (`operand`). One `tl.dot` a tile then takes
+up to 128 columns, and activations are read as they lie.
 
 With activations of 8 bits the tile holds q - zero as int8 and the sums of a tile are integers, exact: at most 2^16
 columns of one scale, times 127 128, stay below 2^31. Zero points z enter as (zero - z) times the sum of the

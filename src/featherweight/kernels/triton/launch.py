@@ -18,7 +18,7 @@ WAVES = 4
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a program's tile and elements of it (`matvec`: chunks side by side), tokens (0: those of the call), warps,
+    """Rows of a program's tile and its elements (`matvec`: chunks side by side), tokens (0: those of the call), warps,
     pipeline stages."""
 
     block_n: int
@@ -68,11 +68,8 @@ def divisor(most: int, count: int) -> int:
 
 
 def fitted(most: int, count: int) -> int:
-    """The largest number that divides `count` and is not above `most`; `most` where that would be under half of it."""
-    if count <= most:
-        return count
-    best = max(size for size in range(1, most + 1) if count % size == 0)
-    return best if 2 * best >= most else most
+    """Parts of at most this many make up `count` with the least padding in as few parts as that takes."""
+    return -(-count // -(-count // most))
 
 
 def splits_for(programs: int, blocks: int, device: torch.device, waves: int = WAVES) -> tuple[int, int]:

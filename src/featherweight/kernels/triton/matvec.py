@@ -1,13 +1,14 @@
 """Products with one to four tokens: what decoding a text needs. The limit is reading the weights.
 
 A program has `BLOCK_N` rows, and `LANES` chunks of a row's elements go side by side, a warp or part of one to each. A
-chunk is elements of one group, spelled out, so that all its loads are on their way before the first is used; a lane has
-rows of its own and adds up in registers; lanes of different chunks meet only once, at the end. Where rows are too few to
-fill the GPU, splits of the chunks write partial results side by side, which `epilogue` adds in a fixed order: no
-atomics, the result does not depend on scheduling.
+chunk is elements of one group, spelled out, so that all its loads are on their way before the first is used; a lane
+has rows of its own and adds up in registers; lanes of different chunks meet only once, at the end. Where rows are too
+few to fill the GPU, splits of the chunks write partial results side by side, which `epilogue` adds in a fixed order:
+no atomics, the result does not depend on scheduling.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator, no-untyped-call"
+# mypy: disable-error-code="assignment, var-annotated"
 from __future__ import annotations
 
 import triton
@@ -121,13 +122,22 @@ def matvec_kernel(
             part1, part2, part3 = part0, part0, part0
             sum0 = tl.zeros((LANES,), tl.float32)  # sum of x
             sum1, sum2, sum3 = sum0, sum0, sum0
+            # All elements are asked for before the first is used: the compiler leaves loads in their order.
+            states = ()
+            for step in tl.static_range(CHUNK):
+                inside = first + step
+                real = within if GROUP_ELEMENTS % CHUNK == 0 else within & (inside < GROUP_ELEMENTS)
+                e = group * GROUP_ELEMENTS + inside
+                address = codes + ((k * elements + e) * WORDS)[:, None] * padded + n[None, :]
+                live = tl.broadcast_to(real[:, None], (LANES, BLOCK_N))
+                states = states + (load_elements(address, live, SCHEME, BITS),)
             for step in tl.static_range(CHUNK):
                 inside = first + step
                 real = within if GROUP_ELEMENTS % CHUNK == 0 else within & (inside < GROUP_ELEMENTS)
                 live = tl.broadcast_to(real[:, None], (LANES, BLOCK_N))
                 e = group * GROUP_ELEMENTS + inside
                 address = codes + ((k * elements + e) * WORDS)[:, None] * padded + n[None, :]
-                state = load_elements(address, live, SCHEME, BITS)
+                state = states[step]
                 extra = tl.zeros((LANES, BLOCK_N), tl.int32)
                 if HAS_SIGNS:
                     extra = tl.load(signs + e[:, None] * padded + n[None, :], mask=live, other=0).to(tl.int32)
@@ -204,7 +214,6 @@ def matvec_int8_kernel(
     split = tl.program_id(1)
     SHIFTS: tl.constexpr = 8 // BITS
     PIECES: tl.constexpr = GROUP_ELEMENTS // CHUNK
-    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101 if BITS < 8 else -1
     total0 = tl.zeros((LANES, BLOCK_N), tl.float32)
     total1, total2, total3 = total0, total0, total0
     for block in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
@@ -229,19 +238,23 @@ def matvec_int8_kernel(
                 sum0 = tl.zeros((LANES,), tl.int32)  # sum of x
                 sum1, sum2, sum3 = sum0, sum0, sum0
                 at = codes + (((k * groups + group) * GROUP_ELEMENTS + first) * padded)[:, None] + n[None, :]
+                scale = load_scales(scales + k * groups * padded + at_group, exponent, LOG8)
+                # All words are asked for before the first is used: the compiler leaves loads in their order.
+                words = ()
                 for step in tl.static_range(CHUNK):
-                    word = tl.load(at + step * padded, mask=live, other=0)
-                    for j in tl.static_range(SHIFTS):
-                        four = (word >> (BITS * j)) & MASK
-                        place = j * GROUP_ELEMENTS + step
-                        part0, sum0 = _dotted(x0 + place, within, four, part0, sum0, PTX)
-                        if TOKENS > 1:
-                            part1, sum1 = _dotted(x1 + place, within, four, part1, sum1, PTX)
-                        if TOKENS > 2:
-                            part2, sum2 = _dotted(x2 + place, within, four, part2, sum2, PTX)
-                            part3, sum3 = _dotted(x3 + place, within, four, part3, sum3, PTX)
-                at_scale = scales + k * groups * padded + at_group
-                scale = load_scales(at_scale, exponent, LOG8)
+                    words = words + (tl.load(at + step * padded, mask=live, other=0),)
+                for j in tl.static_range(SHIFTS):
+                    place = j * GROUP_ELEMENTS
+                    values0 = _values(x0 + place, within, CHUNK)
+                    part0, sum0 = _dotted(words, values0, part0, sum0, BITS, j, CHUNK, PTX)
+                    if TOKENS > 1:
+                        values1 = _values(x1 + place, within, CHUNK)
+                        part1, sum1 = _dotted(words, values1, part1, sum1, BITS, j, CHUNK, PTX)
+                    if TOKENS > 2:
+                        values2 = _values(x2 + place, within, CHUNK)
+                        part2, sum2 = _dotted(words, values2, part2, sum2, BITS, j, CHUNK, PTX)
+                        values3 = _values(x3 + place, within, CHUNK)
+                        part3, sum3 = _dotted(words, values3, part3, sum3, BITS, j, CHUNK, PTX)
                 at_x = x_scales + group
                 total0 += _exact(part0, sum0, zero) * (scale * tl.load(at_x, mask=within, other=0.0)[:, None])
                 if TOKENS > 1:
@@ -256,11 +269,24 @@ def matvec_int8_kernel(
 
 
 @triton.jit
-def _dotted(address, used, four, part, sum, PTX: tl.constexpr):
-    """Four columns of one token: the sums of x q [lanes, rows] and of x [lanes], continued, exact."""
-    value = tl.load(address, mask=used, other=0)
-    ones = tl.full(value.shape, 0x01010101, tl.int32)
-    return dot4(four, tl.broadcast_to(value[:, None], four.shape), part, PTX), dot4(ones, value, sum, PTX)
+def _values(address, used, CHUNK: tl.constexpr):
+    """Words of four activations of one token, one [lanes] for each of `CHUNK` elements."""
+    values = ()
+    for step in tl.static_range(CHUNK):
+        values = values + (tl.load(address + step, mask=used, other=0),)
+    return values
+
+
+@triton.jit
+def _dotted(words, values, part, sum, BITS: tl.constexpr, j: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr):
+    """Field j of every byte, for one token: the sums of x q [lanes, rows] and of x [lanes], continued, exact."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) * 0x01010101 if BITS < 8 else -1
+    for step in tl.static_range(CHUNK):
+        four = (words[step] >> (BITS * j)) & MASK
+        ones = tl.full(values[step].shape, 0x01010101, tl.int32)
+        part = dot4(four, tl.broadcast_to(values[step][:, None], four.shape), part, PTX)
+        sum = dot4(ones, values[step], sum, PTX)
+    return part, sum
 
 
 @triton.jit

@@ -190,7 +190,7 @@ def _tuned(name: str, x: Tensor, operand: GpuOperand, run: Callable[[Config], Te
     return run(launch.fastest(key, launch.candidates(name, len(x)), run, x.device))
 
 
-CHUNK_WEIGHTS = {"float": 64, "int8": 128}
+CHUNK_WEIGHTS = {"float": 32, "int8": 128}
 """Weights of a chunk of `matvec` at most: what is spelled out, and the loads that are under way, grow with it, and in
 floating point so does what is lost when the constant part of x f is taken off (`decode`)."""
 
@@ -209,7 +209,7 @@ def _float(
         chunks = layout.groups * -(-layout.group_elements // chunk)
         blocks = -(-chunks // config.block_e)
         shape = {"LANES": config.block_e, "CHUNK": chunk}
-        counts = (layout.elements, chunks, blocks)
+        counts: tuple[int, ...] = (layout.elements, chunks, blocks)
         splits, per_split = launch.splits_for(row_blocks, blocks, x.device, waves=1)
     else:
         blocks = -(-layout.elements // config.block_e)
