@@ -141,16 +141,18 @@ class WholeModel:
 
     def state(self) -> WholeState:
         """What was set so far, to come back to."""
-        return WholeState(dict(self.host.replaced), dict(self.changed), dict(self.config_changes))
+        changed = dict(self.changed)  # first: what was set and not yet noted in the host is noted there by this
+        return WholeState(dict(self.host.replaced), changed, dict(self.config_changes))
 
     def back_to(self, state: WholeState) -> None:
         """Undo what was set since `state`."""
+        self._altered.clear()
         self.host.revert(state.replaced)
         for number in range(len(self.host.blocks)):
             self.host.load_block(number)
-        for found, former in ((self.changed, state.changed), (self.config_changes, state.config_changes)):
-            found.clear()
-            found.update(former)
+        self._changed = dict(state.changed)
+        self.config_changes.clear()
+        self.config_changes.update(state.config_changes)
 
     @contextlib.contextmanager
     def overridden(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
