@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import log_events
+from outputs import Stop, assert_only_output, contents, log_events, stopping
 from safetensors.torch import load_file
 
 from featherweight.calibrate.settings import CalibrationSettings
@@ -211,3 +211,16 @@ def test_every_calibrated_preset_keeps_windows_apart(preset: str) -> None:
     wide = {choice.scope for choice in (recipe.rounding, *recipe.transforms, *recipe.corrections)} - {"layer"}
     assert compared(recipe) >= (wide or {"layer"})
     assert not compared(load_recipe(recipe, ["calibration.held_out=0.0"]))
+
+
+@pytest.mark.parametrize("layer", [4, 10])
+@pytest.mark.parametrize("preset", ["awq-3", "d2quant-3"])
+def test_a_run_stopped_within_a_block_that_is_compared_resumes_with_the_same_result(
+    preset: str, layer: int, source: Path, misleading: Path, tmp_path: Path
+) -> None:
+    made(source, misleading, tmp_path / "whole" / "out", preset)
+    out, recipe = tmp_path / "cut" / "out", load_recipe(preset, CHANGES)
+    with pytest.raises(Stop):
+        compress(source, recipe, out, calibration=misleading, threads=1, observer=stopping("layer", layer))
+    made(source, misleading, out, preset)
+    assert_only_output(out, contents(tmp_path / "whole" / "out"))
