@@ -146,7 +146,7 @@ class WholeModel:
 
     def back_to(self, state: WholeState) -> None:
         """Undo what was set since `state`."""
-        self._altered.clear()
+        self._keep()  # what was set is then known to the host, which undoes it
         self.host.revert(state.replaced)
         for number in range(len(self.host.blocks)):
             self.host.load_block(number)
