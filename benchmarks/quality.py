@@ -3,6 +3,7 @@
 
     python benchmarks/quality.py --out build/quality                  # all presets, seeds 0 1 2
     python benchmarks/quality.py --presets trit-2 gptq-3 --seeds 0
+    python benchmarks/quality.py --workers 16 --threads 1             # runs side by side, where cores are many
     python benchmarks/quality.py --table --peers build/peers.json     # only the table and the plot of what is there
 
 Each run is a line of OUT/runs.jsonl; what is there is not run again, so the command can be stopped and repeated. The
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import statistics
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/quality"))
     parser.add_argument("--tokens", type=int, default=40960, help="of the evaluation text")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side, each with --threads")
     parser.add_argument("--peers", type=Path, help="JSON of quality_vs_peers.py, for table and plot")
     parser.add_argument("--table", action="store_true", help="run nothing")
     return parser.parse_args()
@@ -65,13 +69,30 @@ def run_missing(options: argparse.Namespace, log: Path) -> None:
     if ("original", 0) not in done:
         found = evaluate(options.model, threads=options.threads, limit=options.tokens)
         keep(log, {"preset": "original", "seed": 0, "bits": 16.0, "perplexity": found.perplexity})
-    for name in options.presets or presets():
-        recipe = load_recipe(name)
-        if name in options.skip or ("base" in recipe.needs and options.base_model is None):
-            continue
-        for seed in options.seeds if recipe.calibrated else options.seeds[:1]:
-            if (name, seed) not in done:
-                keep(log, run_one(name, seed, recipe.calibrated, options))
+    recipes = {name: load_recipe(name) for name in options.presets or presets() if name not in options.skip}
+    tasks = [
+        (name, seed, recipe.calibrated, options)
+        for seed in options.seeds
+        for name, recipe in recipes.items()
+        if ("base" not in recipe.needs or options.base_model is not None)
+        and (recipe.calibrated or seed == options.seeds[0])
+        and (name, seed) not in done
+    ]
+    if options.workers == 1:
+        for task in tasks:
+            keep(log, run_one(*task))
+        return
+    # Long runs first, so that none begins when the others are done.
+    tasks.sort(
+        key=lambda task: -sum(getattr(choice, "scope", "layer") != "layer" for choice in recipes[task[0]].choices)
+    )
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = {pool.submit(run_one, *task): task[:2] for task in tasks}
+        for run in as_completed(runs):
+            if (failure := run.exception()) is None:
+                keep(log, run.result())
+            else:
+                print(f"{runs[run]} failed: {type(failure).__name__}: {failure}", flush=True)
 
 
 def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace) -> dict[str, Any]:
