@@ -19,13 +19,15 @@ WAVES = 4
 @dataclass(frozen=True)
 class Config:
     """Rows of a program's tile and its elements (`matvec`: chunks side by side), tokens (0: those of the call), warps,
-    pipeline stages."""
+    pipeline stages; `halves` of the full size of a chunk (`matvec`): a full one has more loads under way, half a one
+    leaves registers for more programs."""
 
     block_n: int
     block_e: int
     tokens: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    halves: int = 2
 
 
 # Four rows a lane: loads of 16 bytes.
@@ -36,6 +38,8 @@ MATVEC = (
     Config(32, 32, num_warps=8),
     Config(128, 4),
     Config(64, 32, num_warps=16),
+    Config(64, 16, num_warps=8, halves=1),
+    Config(32, 16, halves=1),
 )
 SMALL_BATCH = (Config(64, 32, 16, 4, 3), Config(128, 16, 16, 4, 3), Config(32, 64, 16, 4, 3))
 PREFILL = (Config(128, 32, 128, 8, 3), Config(64, 32, 128, 4, 3), Config(64, 32, 64, 4, 3))

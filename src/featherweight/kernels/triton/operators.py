@@ -205,7 +205,9 @@ def _float(
     block_n = launch.divisor(config.block_n, operand.padded_rows)
     token_blocks, row_blocks = -(-tokens // tile), -(-operand.shape[0] // block_n)
     if name == "matvec":
-        chunk = launch.fitted(max(1, CHUNK_WEIGHTS["float"] // layout.positions), layout.group_elements)
+        chunk = launch.fitted(
+            max(1, CHUNK_WEIGHTS["float"] * config.halves // (2 * layout.positions)), layout.group_elements
+        )
         chunks = layout.groups * -(-layout.group_elements // chunk)
         blocks = -(-chunks // config.block_e)
         shape = {"LANES": config.block_e, "CHUNK": chunk}
@@ -259,7 +261,7 @@ def _matvec_int8(
     layout, tokens = operand.layout, len(x)
     assert layout is not None
     block_n = launch.divisor(config.block_n, operand.padded_rows)
-    most = max(1, CHUNK_WEIGHTS["int8"] // layout.positions)
+    most = max(1, CHUNK_WEIGHTS["int8"] * config.halves // (2 * layout.positions))
     chunk = launch.divisor(launch.power_above(most), layout.group_elements)
     run = launch.divisor(launch.power_above(most // chunk), layout.groups) if chunk == layout.group_elements else 1
     chunks = layout.groups // run * (layout.group_elements // chunk)
