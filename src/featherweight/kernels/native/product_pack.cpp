@@ -293,12 +293,31 @@ void pack_codebooks(const fw_source& s, const fw_operand& h, int64_t tile, float
     }
 }
 
+// Rows of elements (values, or pairs of them) to columns: a line of the cache from each row at a time, since rows whose
+// length is a power of two compete for the same places in it.
+template <typename Element>
+void interleave(const fw_source& s, int64_t tile, int64_t padded, int64_t row_bytes, uint8_t* to) {
+  constexpr int64_t kSize = sizeof(Element), kLine = 64 / kSize;
+  const int64_t count = padded / kLine * kLine, whole = row_bytes / 64 * kLine;
+  for (int64_t first = 0; first < count; first += kLine)
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int64_t row = tile * kTileRows + r;
+      const uint8_t* from = static_cast<const uint8_t*>(s.codes) + row * row_bytes + first * kSize;
+      Element line[kLine] = {};
+      if (row < s.rows && first < whole)
+        std::memcpy(line, from, 64);
+      else if (row < s.rows && first * kSize < row_bytes)
+        std::memcpy(line, from, static_cast<size_t>(row_bytes - first * kSize));
+      for (int64_t i = 0; i < kLine; ++i) std::memcpy(to + ((first + i) * kTileRows + r) * kSize, line + i, kSize);
+    }
+}
+
 void pack_plain(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
-  const int64_t size = scale_bytes(s.scale_dtype), stride = h.codes_per_tile / kTileRows;
-  for (int64_t r = 0; r < kTileRows; ++r, to += stride) {
-    const int64_t row = tile * kTileRows + r, used = row < s.rows ? s.cols * size : 0;
-    if (used) std::memcpy(to, static_cast<const char*>(s.codes) + row * s.cols * size, static_cast<size_t>(used));
-    std::memset(to + used, 0, static_cast<size_t>(stride - used));
+  const int64_t padded = padded_columns(&h), bytes = s.cols * scale_bytes(s.scale_dtype);
+  switch (s.scale_dtype) {
+    case FW_FLOAT32: return interleave<uint32_t>(s, tile, padded, bytes, to);
+    case FW_BFLOAT16: return interleave<uint32_t>(s, tile, padded / 2, bytes, to);  // pairs
+    default: return interleave<uint16_t>(s, tile, padded, bytes, to);
   }
 }
 
