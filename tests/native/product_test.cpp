@@ -385,6 +385,13 @@ void test_refusals() {
   std::vector<float> out(64);
   Memory space = allocate(operand.bytes);
   check(fw_operand_pack(&m.source, FW_FIELDS, space.get(), 1, &bad) == FW_INVALID && bad == 1, "bytes that are no trits");
+  Matrix large = make.trits(300, 1201, 1201, 2, FW_BASE3, {}, FW_FLOAT32, Fill::kRandom);
+  for (const int64_t at : {int64_t{70000}, int64_t{30000}, large.source.plane_bytes + 5}) large.codes[static_cast<size_t>(at)] = 250;
+  large.finish();
+  const Memory room = allocate(fw_operand_bytes(&large.source, FW_FIELDS));
+  for (const int threads : {1, 3})
+    check(fw_operand_pack(&large.source, FW_FIELDS, room.get(), threads, &bad) == FW_INVALID && bad == 30000,
+          "of several bytes that are no trits the first is named, by however many threads it is looked for");
   check(fw_product(operand.memory.get(), nullptr, 1, 12, out.data(), 5, FW_ACTIVATION_INT8, 0, 1) == FW_INVALID, "no input");
   // Whatever a header says: refused, or an operand that fits its memory.
   uint8_t* bytes = static_cast<uint8_t*>(space.get());

@@ -170,7 +170,9 @@ def threads_of(threads: int | None = None) -> int:
 def aligned(count: int) -> Tensor:
     """Zeroed memory uint8 [count] that begins at a multiple of 64 bytes, in huge pages where it is large."""
     if count >= HUGE:
-        block = mmap.mmap(-1, count)
+        # Private, since shared memory gets no huge pages by default; Windows knows no such flags.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        block = mmap.mmap(-1, count, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 block.madvise(mmap.MADV_HUGEPAGE)
