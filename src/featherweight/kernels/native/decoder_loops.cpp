@@ -361,7 +361,7 @@ void attend_part(const AttentionBlock& block, int64_t part, float* to) {
     p.total[r] = 0;
   }
   memset(p.sums, 0, (size_t)(block.rows * block.padded_dim) * sizeof(float));
-  const int64_t last = least(block.position[block.rows - 1] + 1, (part + 1) * kPart);
+  const int64_t all = block.position[block.rows - 1] + 1, last = least(all, (part + 1) * kPart);
   const int64_t first = greatest(first_position(block), part * kPart);
   for (int64_t page = first / kPage; page * kPage < last; ++page) {
     const int64_t begin = page * kPage, count = least(kPage, last - begin), skip = greatest(0, first - begin);
@@ -386,7 +386,8 @@ void attend_part(const AttentionBlock& block, int64_t part, float* to) {
       if (block.type == CacheType::kInt8)
         for (int64_t i = low; i < high; ++i) row[i] *= value_scales[i];
     }
-    const unsigned char* next = begin + kPage < last ? block.pages[page + 1] + block.keys_at : nullptr;
+    // Most likely the next part is this thread's as well.
+    const unsigned char* next = begin + kPage < all ? block.pages[page + 1] + block.keys_at : nullptr;
     product_with_cache(block, weights, {values, kPage, block.padded_dim, skip, count - skip, next}, block.padded_dim, p.sums,
                        block.padded_dim, true);
   }
