@@ -37,7 +37,7 @@ from synthetic_folder import VARIANTS, shapes, write_folder
 
 from featherweight.evaluate.size import measure_size
 from featherweight.evaluate.speed import read_bandwidth
-from featherweight.kernels.measure import int8_peak
+from featherweight.kernels.measure import bf16_peak, int8_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -259,6 +259,7 @@ def report(options: argparse.Namespace, contestants: list[Contestant], bandwidth
         "bandwidth_gb_s": max(bandwidth) / 1e9,
         "bandwidths_gb_s": [value / 1e9 for value in bandwidth],
         "int8_peak": int8_peak(options.threads),
+        "bf16_peak": bf16_peak(options.threads),
         "llama_cpp": options.llama_version,
         "rows": [row(contestant, max(bandwidth), linear) for contestant in contestants],
     }
@@ -328,10 +329,10 @@ def ratios(result: dict[str, Any]) -> str:
     ours = [entry for entry in rows.values() if entry["tool"] != "llama.cpp"]
     if theirs and ours:
         fastest = max(theirs, key=lambda entry: entry["prefill_tokens_per_second"])
-        lines += ["", f"| prompt: ours / {fastest['name']} | ratio | goal | share of int8 peak |", "|---|---|---|---|"]
+        lines += ["", f"| prompt: ours / {fastest['name']} | ratio | goal | share of peak |", "|---|---|---|---|"]
         for entry in ours:
             rate = entry["prefill_tokens_per_second"]
-            peak = result["int8_peak"]
+            peak = result["bf16_peak" if entry["name"] == "bf16" else "int8_peak"]
             share = "" if peak is None else f"{100 * rate * result['linear_weights'] / peak:.0f} %"
             ratio = rate / fastest["prefill_tokens_per_second"]
             lines.append(f"| {entry['name']} | {ratio:.2f} | {PREFILL_GOAL:.2f} | {share} |")

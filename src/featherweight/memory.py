@@ -1,15 +1,23 @@
-"""Peak memory of this process."""
+"""Memory of this process: how much is resident, and giving back what a file holds as well."""
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
+import functools
+import mmap
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 STATUS = Path("/proc/self/status")
+PAGEMAP = Path("/proc/self/pagemap")
+PRESENT, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61  # bits of its entries
 
 
 def reset_peak_memory() -> None:
@@ -46,6 +54,56 @@ def resident_bytes() -> int:
         if found:
             return int(found[1]) * 1024
     return 0
+
+
+def give_back_file_pages(tensor: Tensor) -> int:
+    """Take the pages of a tensor that is mapped from a file out of memory; the next access reads them from there again.
+
+    Nothing happens to memory that has no file behind it, or that has been written to since: it would be lost.
+
+    Returns:
+        the bytes given back: 0, or those of the whole pages inside of the tensor that were resident.
+    """
+    advise = _madvise()
+    first, count, flags = page_flags(tensor)
+    if advise is None or not count or any(flag & SWAPPED or (flag & PRESENT and not flag & OF_FILE) for flag in flags):
+        return 0
+    resident = sum(1 for flag in flags if flag & PRESENT)
+    if not resident or advise(first, count * mmap.PAGESIZE, mmap.MADV_DONTNEED) != 0:
+        return 0
+    return resident * mmap.PAGESIZE
+
+
+def page_flags(tensor: Tensor) -> tuple[int, int, array.array[int]]:
+    """The whole pages inside of a contiguous CPU tensor: address, number, and the entry of each in Linux's pagemap.
+
+    The number is 0 where the system does not tell.
+    """
+    nothing = 0, 0, array.array("Q")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return nothing
+    begin, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    first = -(-begin // mmap.PAGESIZE)
+    count = max(0, (begin + size) // mmap.PAGESIZE - first)
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            flags = array.array("Q", file.read(8 * count))
+    except (OSError, ValueError):
+        return nothing
+    return (first * mmap.PAGESIZE, count, flags) if len(flags) == count else nothing
+
+
+@functools.lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    return function
 
 
 def available_bytes() -> int:

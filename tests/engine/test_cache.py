@@ -82,6 +82,41 @@ def test_logits_of_a_batch(model: NativeModel) -> None:
     assert [model.length(sequence) for sequence in range(4)] == [5, 130, 40, 0]
 
 
+LONG = 4096
+
+
+@pytest.fixture(scope="module")
+def one_key_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All heads share their keys, so that threads can only share a sequence by its positions."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "num_hidden_layers": 2}
+    folder = tmp_path_factory.mktemp("one-key-head")
+    return make_model("llama", folder, torch.bfloat16, max_position_embeddings=LONG + 64, **sizes)
+
+
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_positions_shared_by_threads_do_not_change_a_bit(one_key_head: Path, cache: str) -> None:
+    tokens = some_tokens(LONG + 1)
+    others = {length: some_tokens(length, seed=length) for length in (3, 257, 1000)}
+    found = []
+    for threads in (1, 2, 5):
+        model = NativeModel.open(one_key_head, threads=threads, kv_cache=cache)
+        whole = model.feed(tokens)
+        model.reset()
+        model.feed(tokens[:-1])
+        assert torch.equal(model.feed(tokens[-1:]), whole), threads  # a step's parts are those of a prompt
+        model.reset()
+        model.feed(tokens[:-1])
+        for sequence, text in enumerate(others.values(), 1):
+            model.feed(text, sequence)
+        batch = model.step({0: tokens[-1], 1: 5, 2: 6, 3: 7})
+        assert torch.equal(batch[0], whole), threads
+        found.append((whole, batch, model.generate(tokens[:LONG], 20, WARM, stops=())))
+    for logits, batch, made in found[1:]:
+        assert torch.equal(logits, found[0][0])
+        assert torch.equal(batch, found[0][1])
+        assert made == found[0][2]
+
+
 @pytest.mark.parametrize("precision", ["float", "int8"])
 def test_threads_do_not_change_a_bit(folder: Path, precision: str) -> None:
     tokens = some_tokens(200)

@@ -134,12 +134,14 @@ def test_limits_of_the_machine_are_plausible() -> None:
         pytest.skip("needs the native library")
     assert 1e8 < bandwidth < 1e13
     assert 1e8 < peak < 1e14
+    assert 1e8 < (measure.bf16_peak(1) or 0) < 1e14
 
 
 def test_without_the_native_library_there_are_no_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATHERWEIGHT_NATIVE", "off")
     assert measure.read_bandwidth(1 << 20) is None
     assert measure.int8_peak() is None
+    assert measure.bf16_peak() is None
     assert speed.read_bandwidth(size=1 << 22) > 0
 
 

@@ -7,12 +7,14 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featherweight.codes import Code
@@ -31,6 +33,7 @@ from featherweight.integrations.modules import (
     set_precision,
 )
 from featherweight.kernels import operators
+from featherweight.memory import PAGEMAP, PRESENT, page_flags
 from featherweight.quantize.activations import quantized_inputs
 
 pytestmark = pytest.mark.skipif(not operators.ready(), reason="the native library is not built")
@@ -42,9 +45,9 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def trits() -> TritPlanes:
-    digits = torch.randint(-1, 2, (2, ROWS, COLUMNS), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    return TritPlanes.encode(digits, numbers(ROWS, 3, 2).abs(), 64)
+def trits(rows: int = ROWS, columns: int = COLUMNS) -> TritPlanes:
+    digits = torch.randint(-1, 2, (2, rows, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    return TritPlanes.encode(digits, numbers(rows, columns // 64, 2).abs(), 64)
 
 
 def summed() -> Sum:
@@ -183,6 +186,49 @@ def test_packed_layers_are_copied_and_saved() -> None:
         assert torch.equal(one(x), expected)
     assert layer._packed is not None
     assert set(layer.state_dict()) == keys == {*summed().tensors(), "bias"}
+
+
+def mapped_layer(folder: Path) -> tuple[FeatherLinear, dict[str, Tensor]]:
+    """A layer whose tensors are mapped from a file, as loaders leave them, and copies of these."""
+    code = trits(512, 1024)
+    save_file(code.tensors(), folder / "layer.safetensors")
+    layer, stored = FeatherLinear(code.spec), load_file(folder / "layer.safetensors")
+    for key, tensor in stored.items():
+        layer._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
+    return layer, {key: tensor.clone() for key, tensor in stored.items()}
+
+
+def resident_pages(layer: FeatherLinear) -> int:
+    return sum(bool(flag & PRESENT) for flag in page_flags(layer._parameters["trits"])[2])
+
+
+@pytest.mark.skipif(not PAGEMAP.exists(), reason="needs Linux")
+@torch.no_grad()
+def test_a_packed_layer_is_in_memory_once(tmp_path: Path) -> None:
+    layer, stored = mapped_layer(tmp_path)
+    assert resident_pages(layer) >= 2 * 512 * 1024 // 5 // 4096 - 2
+    x, prompt = numbers(1, 1024), numbers(2, 5, 1024)
+    layer(x)
+    assert layer._packed is not None
+    assert resident_pages(layer) == 0
+    expected = prompt @ trits(512, 1024).decode().T
+    assert torch.equal(layer(prompt), expected)  # decodes
+    assert resident_pages(layer) == 0
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, stored[key]), key
+    save_file(layer.state_dict(), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "layer.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_what_was_written_to_is_not_given_back(tmp_path: Path) -> None:
+    layer, stored = mapped_layer(tmp_path)
+    layer._parameters["trits"].data[1, 7000] = stored["trits"][1, 7000] = 13
+    layer(numbers(1, 1024))
+    assert torch.equal(layer._parameters["trits"], stored["trits"])
+    own = layer_of(trits(512, 1024))  # of no file
+    own(numbers(1, 1024))
+    assert torch.equal(own._parameters["trits"], trits(512, 1024).trits)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@
 
 inline std::vector<const char*> available_isas() {
   std::vector<const char*> found;
-  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512", "vbmi", "amx", "neon", "i8mm"})
+  for (const char* isa : {"baseline", "avx2", "avxvnni", "avx512", "vbmi", "bf16", "amx", "neon", "i8mm"})
     if (fw_select_isa(isa) == FW_OK && std::strcmp(fw_product_isa(), isa) == 0) found.push_back(isa);
   return found;
 }

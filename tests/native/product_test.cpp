@@ -1,6 +1,6 @@
 // The operators of product.h without Python, for every instruction set and layout: integers against sums in 64 bits, floats
-// against sums in double, instruction sets and numbers of threads against each other bit for bit. To be run under the
-// sanitizers and, for AArch64, under an emulator; the hash of all results is the same on all processors.
+// against sums in double, numbers of threads and of tokens against each other bit for bit, and so instruction sets, but for
+// matrices of plain values, which each multiplies in its own way. To be run under the sanitizers and, for AArch64, under an emulator; the hash of all results is the same on all processors.
 #include "product.h"
 
 #include <algorithm>
@@ -182,21 +182,53 @@ std::vector<float> product_of_quantised(const FloatProblem& p) {
   return expected_product(p.m, h, codes, scales, p.tokens);
 }
 
+// To the nearest bfloat16, ties to even.
+float bfloat_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fffU + (bits >> 16 & 1U)) & 0xffff0000U;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+// A token's results are the same alone and in company.
+void test_neighbours(const FloatProblem& p, int32_t precision, const std::vector<float>& expected) {
+  for (int64_t first = 0; first < p.tokens; first += 5) {
+    FloatProblem alone = {p.m, p.operand, std::min<int64_t>(1 + first % 3, p.tokens - first), p.x_stride, {}};
+    alone.x.assign(p.x.begin() + first * p.x_stride, p.x.begin() + (first + alone.tokens) * p.x_stride);
+    const int64_t width = p.m.source.rows + kMargin;
+    const std::vector<float> part(expected.begin() + first * width, expected.begin() + (first + alone.tokens) * width);
+    check(same_bits(alone.run(precision, 2), part), p.m.name + ": the same for tokens in other company");
+  }
+}
+
 void test_floats(Random& random, const Matrix& m, const Operand& operand, int64_t tokens) {
   FloatProblem p = {m, operand, tokens, m.source.cols + random.below(3), {}};
   for (int64_t i = 0; i < tokens * p.x_stride; ++i) p.x.push_back(random.symmetric());
+  const bool plain = operand.header().layout == FW_PLAIN;
+  FloatProblem rounded = p;
+  if (plain && operand.header().scale_dtype == FW_BFLOAT16)
+    for (float& x : rounded.x) x = bfloat_of(x);
   fw_select_isa("baseline");
-  const std::vector<float> expected = p.run(FW_ACTIVATION_FLOAT, 1);
+  std::vector<float> expected = p.run(FW_ACTIVATION_FLOAT, 1);
   check_near(p, expected);
   add_to_hash(expected);
   const bool lanes_are_rows = m.values.empty();
-  const std::vector<float> integer = lanes_are_rows ? product_of_quantised(p) : expected;
+  std::vector<float> integer = lanes_are_rows ? product_of_quantised(p) : rounded.run(FW_ACTIVATION_FLOAT, 1);
   add_to_hash(integer);
   for (const char* isa : kIsas) {
     fw_select_isa(isa);
+    if (plain) {
+      expected = p.run(FW_ACTIVATION_FLOAT, 1);
+      check_near(p, expected);
+      integer = p.run(FW_ACTIVATION_INT8, 1);
+      check_near(rounded, integer);
+    }
+    test_neighbours(p, FW_ACTIVATION_FLOAT, expected);
+    test_neighbours(p, FW_ACTIVATION_INT8, integer);
     for (int threads : {1, 2, 5}) {
-      check(same_bits(p.run(FW_ACTIVATION_FLOAT, threads), expected), m.name + ": floats, the same bits everywhere");
-      check(same_bits(p.run(FW_ACTIVATION_INT8, threads), integer), m.name + ": quantised activations, the same everywhere");
+      check(same_bits(p.run(FW_ACTIVATION_FLOAT, threads), expected), m.name + ": floats, the same bits for all threads");
+      check(same_bits(p.run(FW_ACTIVATION_INT8, threads), integer), m.name + ": rounded activations, the same for all threads");
     }
     for (const int32_t precision : {FW_ACTIVATION_FLOAT, FW_ACTIVATION_INT8}) {
       std::vector<float> sum = precision == FW_ACTIVATION_FLOAT ? expected : integer;
@@ -224,7 +256,7 @@ void test_matrix(Random& random, Matrix& m) {
     if (m.values.empty())
       for (const Activations kind : {Activations::kRandom, Activations::kHighest, Activations::kLowest})
         test_integers(random, m, operand, kind == Activations::kRandom ? tokens : 1 + tokens % 3, kind);
-    test_floats(random, m, operand, 1 + tokens % 7);
+    test_floats(random, m, operand, m.source.kind == FW_DENSE ? tokens : 1 + tokens % 7);
   }
   check(any, m.name + ": has a layout");
   for (const char* isa : kIsas) {
@@ -314,6 +346,20 @@ void test_long_segments(int64_t cols) {
   check(fw_operand_bytes(&longer.source, FW_FIELDS) == -1, "a segment that 32 bits may not hold is refused");
 }
 
+// More columns than a block of a product with plain values has, and more tokens than a group.
+void test_wide_dense_matrices() {
+  Random random;
+  Maker make(random);
+  for (const int32_t dtype : {FW_FLOAT32, FW_BFLOAT16, FW_FLOAT16})
+    for (const int64_t rows : {15, 150}) {
+      Matrix m = make.dense(rows, 1100 + random.below(900), dtype);
+      m.finish();
+      const Operand operand = packed(m, FW_PLAIN, 2, 0);
+      test_floats(random, m, operand, 1);
+      test_floats(random, m, operand, 29);
+    }
+}
+
 void test_refusals() {
   Random random;
   Maker make(random);
@@ -339,6 +385,13 @@ void test_refusals() {
   std::vector<float> out(64);
   Memory space = allocate(operand.bytes);
   check(fw_operand_pack(&m.source, FW_FIELDS, space.get(), 1, &bad) == FW_INVALID && bad == 1, "bytes that are no trits");
+  Matrix large = make.trits(300, 1201, 1201, 2, FW_BASE3, {}, FW_FLOAT32, Fill::kRandom);
+  for (const int64_t at : {int64_t{70000}, int64_t{30000}, large.source.plane_bytes + 5}) large.codes[static_cast<size_t>(at)] = 250;
+  large.finish();
+  const Memory room = allocate(fw_operand_bytes(&large.source, FW_FIELDS));
+  for (const int threads : {1, 3})
+    check(fw_operand_pack(&large.source, FW_FIELDS, room.get(), threads, &bad) == FW_INVALID && bad == 30000,
+          "of several bytes that are no trits the first is named, by however many threads it is looked for");
   check(fw_product(operand.memory.get(), nullptr, 1, 12, out.data(), 5, FW_ACTIVATION_INT8, 0, 1) == FW_INVALID, "no input");
   // Whatever a header says: refused, or an operand that fits its memory.
   uint8_t* bytes = static_cast<uint8_t*>(space.get());
@@ -363,6 +416,7 @@ int main(int argc, char** argv) {
   const int64_t longest = argc > 2 ? std::atoll(argv[2]) : 65536;
   test_refusals();
   test_shapes(rounds);
+  test_wide_dense_matrices();
   test_long_segments(longest);
   return report("products");
 }

@@ -132,7 +132,9 @@ class _Loader:
         bias = self.vector(module, shape[0], "bias") if has_bias else None
         spec = self.specs.get(module)
         if spec is None:
-            return pack_dense(self._matrix(module, shape), bias, threads=self.threads)
+            packed = pack_dense(self._matrix(module, shape), bias, threads=self.threads)
+            self.checkpoint.release(f"{module}.weight")
+            return packed
         if tuple(spec["shape"]) != shape:
             raise CheckpointError(
                 f"the layer {module!r} is {spec['shape']} in quantization_config, expected {list(shape)}"

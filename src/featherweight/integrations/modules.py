@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from featherweight.codes import TensorLayout, code_from, code_layout
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.kernels import operators
+from featherweight.memory import give_back_file_pages
 from featherweight.quantize.activations import quantized_inputs
 
 PRECISIONS = ("exact", "float", "int8")
@@ -103,6 +104,15 @@ class CodedModule(nn.Module):
             return code_from(self.spec, {key: tensor.cpu() for key, tensor in stored.items()}).decode().to(device)
         except ValueError as error:
             raise self._damaged(error) from None
+        finally:
+            if self._packed is not None and self._packed[1] is not None:
+                self._give_back(stored)
+
+    @staticmethod
+    def _give_back(stored: dict[str, Tensor]) -> None:
+        """Keep a layer in memory once: what is mapped from the checkpoint is read from there again when needed."""
+        for tensor in stored.values():
+            give_back_file_pages(tensor)
 
     def _damaged(self, error: ValueError) -> CheckpointError:
         return CheckpointError(
@@ -112,7 +122,8 @@ class CodedModule(nn.Module):
     def packed(self) -> Packed | None:
         """The matrix as the operators read it, made at the first call; None where they cannot be used.
 
-        Its memory is kept until the stored tensors move or are replaced. CheckpointError if these are damaged.
+        Its memory is kept until the stored tensors move or are replaced. Theirs is given back where they are mapped
+        from a file, and read again when something asks for them. CheckpointError if they are damaged.
         """
         parameters, held = self._parameters, self._packed
         key = tuple([parameters[name].data_ptr() for name in self.layout])  # type: ignore[union-attr]
@@ -131,7 +142,9 @@ class CodedModule(nn.Module):
     def _pack(self, stored: dict[str, Tensor], device: torch.device) -> Packed | None:
         try:
             if device.type == "cpu":
-                return operators.pack_linear(self.spec, stored)
+                packed = operators.pack_linear(self.spec, stored)
+                self._give_back(stored)
+                return packed
             with torch.cuda.device(device):
                 return operators.pack_gpu(self.spec, stored, device)
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""Limits of the machine, measured by the native library: memory read and 8-bit multiply-adds.
+"""Limits of the machine, measured by the native library: memory read and multiply-adds.
 
-A decoder reads every stored weight once for a token, so the first bounds generation; the second bounds prompts. Both
+A decoder reads every stored weight once for a token, so the first bounds generation; the others bound prompts. Both
 loops do nothing else (native/product.h).
 """
 
@@ -34,7 +34,19 @@ def read_bandwidth(size: int | None = None, repeats: int = 3, threads: int | Non
 
 def int8_peak(threads: int | None = None) -> float | None:
     """Multiply-adds a second of 8-bit dot products in registers; None without the native library."""
-    function = _function("fw_int8_peak", [ctypes.c_int32])
+    return _peak("fw_int8_peak", threads)
+
+
+def bf16_peak(threads: int | None = None) -> float | None:
+    """Multiply-adds a second of vector products with bfloat16 weights in the cache; None without the native library.
+
+    Tile registers (AMX) exceed it.
+    """
+    return _peak("fw_bf16_peak", threads)
+
+
+def _peak(name: str, threads: int | None) -> float | None:
+    function = _function(name, [ctypes.c_int32])
     if function is None:
         return None
     rate = float(function(thread_count(threads)))

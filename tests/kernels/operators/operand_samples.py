@@ -23,7 +23,7 @@ from featherweight.kernels.operators import source as c
 
 needs_native = pytest.mark.skipif(c.native() is None, reason="the native library is not built")
 
-ISAS = ("baseline", "avx2", "avxvnni", "avx512", "vbmi", "neon", "i8mm")
+ISAS = ("baseline", "avx2", "avxvnni", "avx512", "vbmi", "bf16", "amx", "neon", "i8mm")
 
 
 def generator(seed: int) -> torch.Generator:

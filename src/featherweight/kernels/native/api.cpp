@@ -256,7 +256,10 @@ const char* fw_isa(void) { return kernels().name; }
 // The operators know more instruction sets than the solvers, which then take the nearest one they have.
 int32_t fw_select_isa(const char* name) {
   const bool automatic = std::strcmp(name, "auto") == 0;
-  const char* nearest = std::strcmp(name, "vbmi") == 0 || std::strcmp(name, "amx") == 0 ? "avx512" : std::strcmp(name, "avxvnni") == 0 ? "avx2" : name;
+  const char* nearest = name;
+  for (const char* wider : {"vbmi", "bf16", "amx"})
+    if (std::strcmp(name, wider) == 0) nearest = "avx512";
+  if (std::strcmp(name, "avxvnni") == 0) nearest = "avx2";
   const ProductKernels* product = product_kernels_named(name);
   const Kernels* found = automatic ? best_kernels() : kernels_named(nearest);
   if (!found && product) found = kernels_baseline();  // ARM

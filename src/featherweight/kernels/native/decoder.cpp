@@ -52,7 +52,13 @@ fw_decoder::fw_decoder(const fw_decoder_settings& settings)
 
 // Pages for the tokens of a pass, and buffers for so many of them.
 void fw_decoder::make_room(int64_t count) {
-  for (const Token& token : tokens_) cache_.make_room(token.sequence, token.position);
+  int64_t parts = 0;
+  for (const Token& token : tokens_) {
+    cache_.make_room(token.sequence, token.position);
+    parts += token.position / kPart + 1;
+  }
+  if (count <= s_.sequences)  // else it is no pass of one token of every sequence
+    partials_.reserve(parts * s_.kv_heads * partial_floats(s_.heads / s_.kv_heads, padded_dim_));
   if (count <= room_) return;
   for (Buffer<float>* buffer : {&x_, &normed_, &delta_}) buffer->reserve(count * s_.hidden);
   for (Buffer<float>* buffer : {&query_, &mixed_}) buffer->reserve(count * query_width_);
@@ -107,7 +113,9 @@ int32_t fw_decoder::pass(Wanted wanted, float* logits) {
     one_each_ = tokens_[static_cast<size_t>(i)].sequence != tokens_[static_cast<size_t>(i - 1)].sequence;
   for (int64_t i = 0; i < s_.layers; ++i) next_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
   status_.store(FW_OK, std::memory_order_relaxed);
-  const int64_t useful = 1 + count * weight_bytes_ / kBytesPerThread;
+  int64_t read = count * weight_bytes_;
+  for (const Token& token : tokens_) read += (token.position / kPage + 1) * cache_.layout().bytes;
+  const int64_t useful = 1 + read / kBytesPerThread;
   run_team(static_cast<int>(std::min<int64_t>(s_.threads, useful)), [this](Team& team) { run(team); });
   ++stats_.passes;
   if (status_.load() != FW_OK) return status_.load();
@@ -244,26 +252,22 @@ void fw_decoder::rotate_queries(const fw_layer& layer, int64_t row, int64_t kv_h
                   cosines_.at(index * half), sines_.at(index * half), s_.head_dim, factor);
 }
 
-void fw_decoder::attend(Team& team, int64_t layer, const Span& span, int64_t kv_head) {
-  const float* queries[kMostRows];
-  float* out[kMostRows];
-  int64_t positions[kMostRows];
+// The block of the queries of a span that share a key head; `rows` is memory for it to point to.
+AttentionBlock fw_decoder::attention_block(Team& team, int64_t layer, const Span& span, int64_t kv_head, BlockRows& rows) {
   const int64_t group = s_.heads / s_.kv_heads;
-  int64_t rows = 0;
-  for (int64_t row = span.first; row < span.first + span.count; ++row) {
-    rotate_queries(layers_[static_cast<size_t>(layer)], row, kv_head);
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++rows) {
-      queries[rows] = query_.at(row * query_width_ + head * s_.head_dim);
-      out[rows] = mixed_.at(row * query_width_ + head * s_.head_dim);
-      positions[rows] = tokens_[static_cast<size_t>(token_of_row_[static_cast<size_t>(row)])].position;
+  int64_t count = 0;
+  for (int64_t row = span.first; row < span.first + span.count; ++row)
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++count) {
+      rows.query[count] = query_.at(row * query_width_ + head * s_.head_dim);
+      rows.out[count] = mixed_.at(row * query_width_ + head * s_.head_dim);
+      rows.position[count] = token_of(row).position;
     }
-  }
-  const Token& token = tokens_[static_cast<size_t>(token_of_row_[static_cast<size_t>(span.first)])];
+  const Token& token = token_of(span.first);
   AttentionBlock block = {};
-  block.query = queries;
-  block.out = out;
-  block.position = positions;
-  block.rows = rows;
+  block.query = rows.query;
+  block.out = rows.out;
+  block.position = rows.position;
+  block.rows = count;
   block.pages = cache_[token.sequence].pages.data();
   block.keys_at = cache_.layout().keys_at(layer, kv_head);
   block.values_at = cache_.layout().values_at(layer, kv_head);
@@ -272,15 +276,83 @@ void fw_decoder::attend(Team& team, int64_t layer, const Span& span, int64_t kv_
   block.window = layers_[static_cast<size_t>(layer)].window;
   block.type = cache_.type();
   block.work = scratch_.at(team.index() * attention_floats(padded_dim_));
-  loops_.attend(block);
+  return block;
 }
 
-// With one token of every sequence a unit's key and value are its own affair. Otherwise all keys and values are stored
+void fw_decoder::attend(Team& team, int64_t layer, const Span& span, int64_t kv_head) {
+  for (int64_t row = span.first; row < span.first + span.count; ++row)
+    rotate_queries(layers_[static_cast<size_t>(layer)], row, kv_head);
+  BlockRows rows;
+  loops_.attend(attention_block(team, layer, span, kv_head, rows));
+}
+
+// The parts (decoder_loops.h) that a row's token sees: the first, and how many.
+std::pair<int64_t, int64_t> fw_decoder::parts_of(int64_t layer, int64_t row) const {
+  const int64_t window = layers_[static_cast<size_t>(layer)].window, position = token_of(row).position;
+  const int64_t first = window ? std::max<int64_t>(0, position - window + 1) / kPart : 0;
+  return {first, position / kPart - first + 1};
+}
+
+// Whether units, divided among the members as they are, would leave some of them idle for long: few key heads, or sequences of
+// different lengths.
+bool fw_decoder::uneven(const Team& team, int64_t layer) const {
+  const int64_t units = rows_ * s_.kv_heads;
+  int64_t all = 0, most = 0;
+  for (int member = 0; member < team.size(); ++member) {
+    int64_t own = 0;
+    for (int64_t unit = units * member / team.size(); unit < units * (member + 1) / team.size(); ++unit)
+      own += parts_of(layer, unit / s_.kv_heads).second;
+    all += own;
+    most = std::max(most, own);
+  }
+  return most * team.size() > all + all / 8;
+}
+
+// One token of every sequence, units cut into parts that are divided evenly.
+void fw_decoder::attend_in_parts(Team& team, int64_t layer) {
+  const int64_t units = rows_ * s_.kv_heads, group = s_.heads / s_.kv_heads, size = partial_floats(group, padded_dim_);
+  const auto [first_unit, last_unit] = team.share(units);
+  for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+    store(layer, unit / s_.kv_heads, unit % s_.kv_heads);
+    rotate_queries(layers_[static_cast<size_t>(layer)], unit / s_.kv_heads, unit % s_.kv_heads);
+  }
+  team.barrier();
+  BlockRows rows;
+  // Calls body(unit, its first part, parts, parts of the units before).
+  const auto each_unit = [&](const auto& body) {
+    int64_t before = 0;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const auto [first, count] = parts_of(layer, unit / s_.kv_heads);
+      body(unit, first, count, before);
+      before += count;
+    }
+    return before;
+  };
+  const auto block_of = [&](int64_t unit) {
+    return attention_block(team, layer, spans_[static_cast<size_t>(unit / s_.kv_heads)], unit % s_.kv_heads, rows);
+  };
+  const int64_t parts = each_unit([](int64_t, int64_t, int64_t, int64_t) {});
+  const auto [begin, end] = team.share(parts);
+  each_unit([&, begin = begin, end = end](int64_t unit, int64_t first, int64_t count, int64_t before) {
+    const int64_t from = std::max(begin, before), to = std::min(end, before + count);
+    if (from >= to) return;
+    const AttentionBlock block = block_of(unit);
+    for (int64_t part = from; part < to; ++part) loops_.attend_part(block, first + part - before, partials_.at(part * size));
+  });
+  team.barrier();
+  each_unit([&, first_unit = first_unit, last_unit = last_unit](int64_t unit, int64_t, int64_t count, int64_t before) {
+    if (unit >= first_unit && unit < last_unit) loops_.merge_parts(block_of(unit), partials_.at(before * size), count);
+  });
+}
+
+// With one token of every sequence a unit's key and value are its own affair, unless there are too few units. Otherwise all keys and values are stored
 // first, and units are taken from the longest to the shortest, since the later tokens see more.
 void fw_decoder::attention(Team& team, int64_t layer) {
   const bool timed = team.index() == 0;
   const Clock::time_point begun = timed ? Clock::now() : Clock::time_point();
-  if (one_each_) {
+  if (one_each_ && uneven(team, layer)) {
+    attend_in_parts(team, layer);
+  } else if (one_each_) {
     const auto [first, last] = team.share(rows_ * s_.kv_heads);
     for (int64_t unit = first; unit < last; ++unit) {
       store(layer, unit / s_.kv_heads, unit % s_.kv_heads);

@@ -337,20 +337,32 @@ void soften(float* scores, int64_t columns, int64_t low, int64_t high, float* mo
   *total += sum_of(added);
 }
 
-// Softmax of scores and sum of values, page by page ("online", Milakov and Gimelshein, arXiv:1805.02867).
-void attend(const AttentionBlock& block) {
+// What a part of the positions comes to, for each row: [rows][padded_dim] sums of values, then the largest scores, then the
+// sums of e^(score - largest).
+struct Partial {
+  float *sums, *most, *total;
+
+  Partial(float* memory, int64_t rows, int64_t padded_dim)
+      : sums(memory), most(memory + rows * padded_dim), total(most + rows) {}
+};
+
+inline int64_t first_position(const AttentionBlock& block) {
+  return block.window ? greatest(0, block.position[0] - block.window + 1) : 0;
+}
+
+// Softmax of scores and sum of values, page by page ("online", Milakov and Gimelshein, arXiv:1805.02867), over the positions
+// of one part.
+void attend_part(const AttentionBlock& block, int64_t part, float* to) {
   float* scores = block.work + kPage * block.padded_dim;  // [rows, kPage]
-  float* sums = scores + kMostRows * kPage;               // [rows, padded_dim]
-  float* most = sums + kMostRows * block.padded_dim;      // [rows]
-  float* total = most + kMostRows;                        // [rows]
+  const Partial p(to, block.rows, block.padded_dim);
   const float* weights[kMostRows];
   for (int64_t r = 0; r < block.rows; ++r) {
-    most[r] = -INFINITY;
-    total[r] = 0;
+    p.most[r] = -INFINITY;
+    p.total[r] = 0;
   }
-  memset(sums, 0, (size_t)(block.rows * block.padded_dim) * sizeof(float));
-  const int64_t last = block.position[block.rows - 1] + 1;
-  const int64_t first = block.window ? greatest(0, block.position[0] - block.window + 1) : 0;
+  memset(p.sums, 0, (size_t)(block.rows * block.padded_dim) * sizeof(float));
+  const int64_t all = block.position[block.rows - 1] + 1, last = least(all, (part + 1) * kPart);
+  const int64_t first = greatest(first_position(block), part * kPart);
   for (int64_t page = first / kPage; page * kPage < last; ++page) {
     const int64_t begin = page * kPage, count = least(kPage, last - begin), skip = greatest(0, first - begin);
     const int64_t columns = (count + kPadding - 1) / kPadding * kPadding;
@@ -370,21 +382,67 @@ void attend(const AttentionBlock& block) {
       }
       if (block.type == CacheType::kInt8)
         for (int64_t i = low; i < high; ++i) row[i] *= key_scales[i];
-      soften(row, columns, low, high, most + r, total + r, sums + r * block.padded_dim, block.padded_dim);
+      soften(row, columns, low, high, p.most + r, p.total + r, p.sums + r * block.padded_dim, block.padded_dim);
       if (block.type == CacheType::kInt8)
         for (int64_t i = low; i < high; ++i) row[i] *= value_scales[i];
     }
-    const unsigned char* next = begin + kPage < last ? block.pages[page + 1] + block.keys_at : nullptr;
-    product_with_cache(block, weights, {values, kPage, block.padded_dim, skip, count - skip, next}, block.padded_dim, sums,
+    // Most likely the next part is this thread's as well.
+    const unsigned char* next = begin + kPage < all ? block.pages[page + 1] + block.keys_at : nullptr;
+    product_with_cache(block, weights, {values, kPage, block.padded_dim, skip, count - skip, next}, block.padded_dim, p.sums,
                        block.padded_dim, true);
-  }
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const float factor = 1.0F / total[r];
-    for (int64_t d = 0; d < block.head_dim; ++d) block.out[r][d] = sums[r * block.padded_dim + d] * factor;
   }
 }
 
-constexpr DecoderLoops kLoops = {add_norm, add, swiglu, rotate, store_key, store_value, attend};
+// Adds a part to what the parts before it came to. One function for all callers, so that its roundings are the same for all.
+__attribute__((noinline)) void merge(const Partial& to, const Partial& part, int64_t rows, int64_t padded_dim) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (part.total[r] == 0) continue;  // this row sees none of the part's positions
+    float* sums = to.sums + r * padded_dim;
+    const float* added = part.sums + r * padded_dim;
+    if (to.total[r] == 0) {
+      memcpy(sums, added, (size_t)padded_dim * sizeof(float));
+      to.most[r] = part.most[r];
+      to.total[r] = part.total[r];
+      continue;
+    }
+    const float peak = part.most[r] > to.most[r] ? part.most[r] : to.most[r];
+    const float before = exp_of(splat(to.most[r] - peak))[0], factor = exp_of(splat(part.most[r] - peak))[0];
+    for (int64_t d = 0; d < padded_dim; ++d) sums[d] = sums[d] * before + added[d] * factor;
+    to.total[r] = to.total[r] * before + part.total[r] * factor;
+    to.most[r] = peak;
+  }
+}
+
+void finish(const AttentionBlock& block, const Partial& all) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const float factor = 1.0F / all.total[r];
+    for (int64_t d = 0; d < block.head_dim; ++d) block.out[r][d] = all.sums[r * block.padded_dim + d] * factor;
+  }
+}
+
+void merge_parts(const AttentionBlock& block, float* partials, int64_t count) {
+  const Partial all(partials, block.rows, block.padded_dim);
+  for (int64_t i = 1; i < count; ++i)
+    merge(all, Partial(partials + i * partial_floats(block.rows, block.padded_dim), block.rows, block.padded_dim), block.rows,
+          block.padded_dim);
+  finish(block, all);
+}
+
+void attend(const AttentionBlock& block) {
+  float* memory = block.work + kPage * block.padded_dim + kMostRows * kPage;
+  float* other = memory + partial_floats(kMostRows, block.padded_dim);
+  const Partial all(memory, block.rows, block.padded_dim), added(other, block.rows, block.padded_dim);
+  const int64_t first = first_position(block) / kPart, last = block.position[block.rows - 1] / kPart;
+  attend_part(block, first, memory);
+  for (int64_t part = first + 1; part <= last; ++part) {
+    attend_part(block, part, other);
+    merge(all, added, block.rows, block.padded_dim);
+  }
+  finish(block, all);
+}
+
+constexpr DecoderLoops kLoops = {add_norm, add, swiglu, rotate, store_key, store_value, attend,
+                                 attend_part, merge_parts};
 
 }  // namespace
 

@@ -11,6 +11,9 @@ constexpr int64_t kPage = 128;
 constexpr int64_t kPanel = 64;
 constexpr int64_t kMostRows = 64;  // query heads of one attention block
 constexpr int64_t kPadding = 16;   // padded_dim is head_dim rounded up to this
+// Attention goes over positions in parts of so many, whose results are merged in their order. Parts can be given to different
+// threads; who does which has no influence on the result.
+constexpr int64_t kPart = 2 * kPage;
 
 // Cached keys or values of one head in one page; int8 codes are followed by a float scale for every position.
 enum class CacheType { kHalf, kInt8 };
@@ -28,8 +31,10 @@ struct AttentionBlock {
   float* work;  // attention_floats(padded_dim)
 };
 
+constexpr int64_t partial_floats(int64_t rows, int64_t padded_dim) { return rows * (padded_dim + 2); }
+
 constexpr int64_t attention_floats(int64_t padded_dim) {
-  return kPage * padded_dim + kMostRows * (kPage + padded_dim + 2);
+  return kPage * padded_dim + kMostRows * kPage + 2 * partial_floats(kMostRows, padded_dim);
 }
 
 struct DecoderLoops {
@@ -46,6 +51,10 @@ struct DecoderLoops {
   void (*store_value)(const float* value, int64_t head_dim, int64_t padded_dim, int64_t slot, CacheType type,
                       unsigned char* values);
   void (*attend)(const AttentionBlock& block);
+  // The same in pieces: what the positions [part * kPart, (part + 1) * kPart) come to, partial_floats(rows, padded_dim) floats,
+  // of which some must be seen by a row; and the result of consecutive parts, one behind the other in memory.
+  void (*attend_part)(const AttentionBlock& block, int64_t part, float* partial);
+  void (*merge_parts)(const AttentionBlock& block, float* partials, int64_t count);
 };
 
 const DecoderLoops* decoder_loops_baseline();

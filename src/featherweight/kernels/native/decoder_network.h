@@ -8,6 +8,7 @@
 #include <chrono>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "decoder.h"
@@ -88,6 +89,16 @@ struct fw_decoder {
   void norm_rows(Team& team, const float* delta, const float* weight);
   void store(int64_t layer, int64_t token, int64_t head);
   void rotate_queries(const fw_layer& layer, int64_t row, int64_t head);
+  struct BlockRows {  // of an AttentionBlock
+    const float* query[kMostRows];
+    float* out[kMostRows];
+    int64_t position[kMostRows];
+  };
+  const Token& token_of(int64_t row) const { return tokens_[static_cast<size_t>(token_of_row_[static_cast<size_t>(row)])]; }
+  AttentionBlock attention_block(Team& team, int64_t layer, const Span& span, int64_t head, BlockRows& rows);
+  std::pair<int64_t, int64_t> parts_of(int64_t layer, int64_t row) const;
+  bool uneven(const Team& team, int64_t layer) const;
+  void attend_in_parts(Team& team, int64_t layer);
   void attend(Team& team, int64_t layer, const Span& span, int64_t head);
   void attention(Team& team, int64_t layer);
   void find_angles(int64_t token, double* frequencies);
@@ -111,7 +122,7 @@ struct fw_decoder {
   int64_t rows_ = 0, wanted_rows_ = 0;
   bool one_each_ = false;  // one token of every sequence
   float* logits_ = nullptr;
-  Buffer<float> x_, normed_, query_, key_, value_, mixed_, delta_, gate_, up_, cosines_, sines_, scratch_;
+  Buffer<float> x_, normed_, query_, key_, value_, mixed_, delta_, gate_, up_, cosines_, sines_, scratch_, partials_;
   std::vector<double> frequencies_;
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // of each layer: the next unit of attention to be taken
   std::atomic<int32_t> status_{FW_OK};

@@ -1,5 +1,6 @@
 // The C interface of featherweight's native library. No function throws, keeps state between calls (but for the chosen
-// instruction set), or gives results that depend on the number of threads or on the instruction set.
+// instruction set), or gives results that depend on the number of threads; those that depend on the instruction set, in
+// the last bits, say so.
 //
 // Every function but fw_version and fw_isa returns an fw_status. Matrices are row-major.
 #ifndef FEATHERWEIGHT_H

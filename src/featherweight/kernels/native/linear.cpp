@@ -233,7 +233,7 @@ void linear_apply(Team& team, LinearWork& work, const LinearCall* calls, int cou
     for (int64_t at = first; at < last;) {
       const int64_t t = at / pieces, piece = at % pieces, end = std::min(pieces, piece + last - at);
       if (run > 0) rotate(*plan.chains[chain]->step, x + t * x_stride, piece * run, end * run, stepped(chain, t));
-      prepare_input(shape, row(chain, t), t, buffers.inputs[static_cast<size_t>(s)], piece * together, end * together);
+      prepare_input(shape, row(chain, t), t, tokens, buffers.inputs[static_cast<size_t>(s)], piece * together, end * together);
       at += end - piece;
     }
   }
@@ -260,7 +260,7 @@ void linear_apply(Team& team, LinearWork& work, const LinearCall* calls, int cou
       const InputShape shape = input_shape(left, FW_ACTIVATION_FLOAT);
       const auto [from, to] = team.share(tokens);
       for (int64_t t = from; t < to; ++t)
-        prepare_input(shape, buffers.ranks.get() + t * right->rows, t, buffers.rank_input, 0, shape.segments);
+        prepare_input(shape, buffers.ranks.get() + t * right->rows, t, tokens, buffers.rank_input, 0, shape.segments);
       team.barrier();
       product_share(left, shape, buffers.rank_input, tokens, first, last, out, own);
     } else {

@@ -161,7 +161,11 @@ void unpack_bit_string(const uint8_t* packed, int64_t count, int bits, uint8_t* 
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   for (int64_t first = 0; first < count; first += 8, packed += bits) {
     const int64_t present = count - first < 8 ? count - first : 8;
-    const uint64_t word = load_bytes(packed, (present * bits + 7) / 8);
+    uint64_t word;
+    if (count - first >= 64)  // eight bytes are there to be read
+      std::memcpy(&word, packed, sizeof word);
+    else
+      word = load_bytes(packed, (present * bits + 7) / 8);
     for (int64_t i = 0; i < present; ++i) values[first + i] = static_cast<uint8_t>(word >> (i * bits) & mask);
   }
 }

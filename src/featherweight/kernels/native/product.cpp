@@ -35,6 +35,9 @@ bool supported(const char* name) {
 #if defined(FW_AMX)
   if (std::strcmp(name, "amx") == 0) return supported("vbmi") && amx_allowed();
 #endif
+#if defined(FW_AVX512BF16)
+  if (std::strcmp(name, "bf16") == 0) return supported("vbmi") && __builtin_cpu_supports("avx512bf16");
+#endif
 #if defined(FW_AVXVNNI)
   if (std::strcmp(name, "avxvnni") == 0) {
     uint32_t a = 7, b = 0, c = 1, d = 0;
@@ -54,7 +57,7 @@ bool supported(const char* name) {
 
 const ProductKernels* product_kernels_named(const char* name) {
   if (std::strcmp(name, "auto") == 0) {
-    for (const char* better : {"amx", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon"})
+    for (const char* better : {"amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon"})
       if (const ProductKernels* found = product_kernels_named(better)) return found;
     return product_kernels_baseline();
   }
@@ -62,6 +65,9 @@ const ProductKernels* product_kernels_named(const char* name) {
 #if defined(FW_X86)
 #if defined(FW_AMX)
   if (std::strcmp(name, "amx") == 0) return product_kernels_amx();
+#endif
+#if defined(FW_AVX512BF16)
+  if (std::strcmp(name, "bf16") == 0) return product_kernels_bf16();
 #endif
   if (std::strcmp(name, "vbmi") == 0) return product_kernels_vbmi();
   if (std::strcmp(name, "avx512") == 0) return product_kernels_avx512();
@@ -110,8 +116,9 @@ void InputBuffers::reserve(const InputShape& shape, int64_t tokens) {
 }
 
 InputShape input_shape(const fw_operand* operand, int precision) {
-  const bool rows = operand->layout == FW_PLAIN || operand->layout == FW_TABLES;
-  return {!rows && precision == FW_ACTIVATION_INT8, padded_columns(operand), operand->segments, operand->segment,
+  const bool plain = operand->layout == FW_PLAIN, integer = !plain && operand->layout != FW_TABLES;
+  const bool rounds = precision == FW_ACTIVATION_INT8;
+  return {integer && rounds, plain, plain && rounds && operand->scale_dtype == FW_BFLOAT16, padded_columns(operand), operand->segments, operand->segment,
           operand->steps * 4, operand->lane_stride, operand->cols};
 }
 
@@ -125,8 +132,10 @@ int64_t source_column(int64_t c, int64_t stride) {
 
 }  // namespace
 
-void prepare_input(const InputShape& shape, const float* x, int64_t token, InputBuffers& to, int64_t first, int64_t last) {
+void prepare_input(const InputShape& shape, const float* x, int64_t token, int64_t tokens, InputBuffers& to, int64_t first,
+                   int64_t last) {
   const ProductKernels& kernels = product_kernels();
+  if (shape.plain) return kernels.plain_input({shape.cols, shape.columns, shape.rounded}, x, token, tokens, to.values());
   std::vector<float> permuted(shape.lane_stride > 1 ? static_cast<size_t>(shape.padded) : 0);
   for (int64_t g = first; g < last; ++g) {
     const float* from = x + g * shape.segment;
@@ -159,8 +168,9 @@ void product_share(const fw_operand* operand, const InputShape& shape, const Inp
     const IntegerInput x = {input.codes(), input.scales(), input.sums(), tokens, shape.columns, shape.segments};
     return kernels.integer_tiles(operand, x, first, last, out, work);
   }
+  if (shape.plain) return kernels.plain_tiles(operand, {input.values(), tokens, shape.rounded}, first, last, out, work);
   const FloatInput x = {input.values(), tokens, shape.columns};
-  if (operand->layout == FW_PLAIN || operand->layout == FW_TABLES) return kernels.float_rows(operand, x, first, last, out, work);
+  if (operand->layout == FW_TABLES) return kernels.float_rows(operand, x, first, last, out, work);
   kernels.float_tiles(operand, x, first, last, out, work);
 }
 
@@ -193,7 +203,7 @@ int32_t fw_product(const void* operand, const float* x, int64_t tokens, int64_t 
     input.reserve(shape, tokens);
     run_team(tokens * op->cols < 1 << 16 ? 1 : threads, [&](Team& team) {
       const auto [first, last] = team.share(tokens);
-      for (int64_t t = first; t < last; ++t) prepare_input(shape, x + t * x_stride, t, input, 0, shape.segments);
+      for (int64_t t = first; t < last; ++t) prepare_input(shape, x + t * x_stride, t, tokens, input, 0, shape.segments);
     });
     return multiply(op, shape, input, tokens, {out, out_stride, accumulate}, threads);
   });
@@ -263,7 +273,7 @@ void column_rows(const fw_operand& h, int64_t first, int64_t last, float* out) {
     for (int64_t c = 0; c < h.cols; ++c, ++out) {
       const uint8_t* from = tile_codes(&h, 0) + row * stride;
       if (h.layout == FW_PLAIN) {
-        *out = stored_value(from, h, c);
+        *out = stored_value(tile_codes(&h, row / kTileRows), h, plain_index(h.scale_dtype, row % kTileRows, c));
         continue;
       }
       const int64_t segment = c / h.segment, table = row * h.groups + segment / h.segments_per_group;
@@ -446,16 +456,23 @@ double fw_read_bandwidth(int64_t bytes, int32_t repeats, int32_t threads) {
   return best;
 }
 
-double fw_int8_peak(int32_t threads) {
+namespace {
+
+double peak(int64_t (*spin)(int64_t rounds), int32_t threads) {
   double best = 0.0;
   guarded_call([&]() -> int32_t {
     for (int round = 0; round < 5; ++round) {
       std::atomic<int64_t> work{0};
       const auto begin = std::chrono::steady_clock::now();
-      run_team(threads, [&](Team&) { work += product_kernels().spin(1 << 20); });
+      run_team(threads, [&](Team&) { work += spin(1 << 20); });
       best = std::max(best, static_cast<double>(work.load()) / seconds_since(begin));
     }
     return FW_OK;
   });
   return best;
 }
+
+}  // namespace
+
+double fw_int8_peak(int32_t threads) { return peak(product_kernels().spin, threads); }
+double fw_bf16_peak(int32_t threads) { return peak(product_kernels().plain_spin, threads); }

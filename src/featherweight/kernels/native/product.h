@@ -15,6 +15,8 @@ enum fw_source_kind { FW_TRIT_PLANES = 0, FW_UNIFORM = 1, FW_CODEBOOK = 2, FW_DE
 // How codes lie in an operand. FIELDS: a code is cut into parts of 4, 2 and 1 bits (or is a byte). BASE3: five trits a byte.
 enum fw_layout { FW_AUTO = -1, FW_FIELDS = 0, FW_TRITS = 1, FW_TABLES = 2, FW_PLAIN = 3, FW_QUARTETS = 4 };
 enum { FW_LOG8 = 4, FW_INT8 = 5 };  // further scale and value types after fw_dtype
+// Whether a product may round activations to what its instructions take: to 8 bits a segment where the operand holds integers,
+// to bfloat16 where it is a matrix of bfloat16 values. All others take them as they are.
 enum fw_precision { FW_ACTIVATION_INT8 = 0, FW_ACTIVATION_FLOAT = 1 };
 
 typedef struct fw_source {
@@ -53,7 +55,7 @@ typedef struct fw_operand {  // the header of an operand
   int32_t lane_stride, reserved;
 } fw_operand;
 
-// The instruction set of the operators: "baseline", "avx2", "avxvnni", "avx512" (with VNNI), "vbmi", "amx", "neon", "i8mm".
+// The instruction set of the operators: "baseline", "avx2", "avxvnni", "avx512" (with VNNI), "vbmi", "bf16", "amx", "neon", "i8mm".
 // fw_select_isa takes these names too.
 FW_API const char* fw_product_isa(void);
 
@@ -116,7 +118,9 @@ FW_API int32_t fw_quantize(const float* x, int64_t tokens, int64_t cols, int64_t
 
 // Bytes a second of reading `bytes` of memory that was just allocated, the best of several ways and `repeats` rounds.
 FW_API double fw_read_bandwidth(int64_t bytes, int32_t repeats, int32_t threads);
-// Multiply-adds a second of a bare loop of 8-bit dot products in registers.
+// Multiply-adds a second of a bare loop of 8-bit dot products in registers, and of vector products with bfloat16 weights and
+// rounded activations that are in the first cache.
 FW_API double fw_int8_peak(int32_t threads);
+FW_API double fw_bf16_peak(int32_t threads);
 
 #endif

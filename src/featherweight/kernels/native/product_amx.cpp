@@ -13,6 +13,7 @@
 #include <unistd.h>
 #endif
 
+#include "product_amx.h"
 #include "product_kernels.h"
 #include "product_lanes.h"
 #include "product_layout.h"
@@ -22,23 +23,6 @@ namespace {
 constexpr int kTiles = 4;        // unpacked at once: activations are then read from far away only once in 64 rows
 constexpr int64_t kTokens = 16;  // of a tile register
 constexpr int64_t kFewest = 8;   // below, the padding to sixteen tokens costs more than it gains
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Registers 0 to 3 are sums [16 tokens][16 rows], 4 and 5 activations [16 tokens][4 block], 6 and 7 codes [block][64].
-void configure(int64_t block) {
-  TileConfig config;
-  for (int r = 0; r < 8; ++r) {
-    config.row_bytes[r] = static_cast<uint16_t>(r == 4 || r == 5 ? 4 * block : 64);
-    config.rows[r] = static_cast<uint8_t>(r >= 6 ? block : 16);
-  }
-  // Not the intrinsic: GCC 12 thinks it reads eight bytes and drops the stores to the others.
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
 
 // Steps that one instruction takes: the largest divisor of a segment's that fits.
 int64_t block_steps(int64_t steps) {
@@ -224,7 +208,7 @@ void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first
   const Work work = divide(operand, x.tokens, memory);
   const int planes = planes_of(operand);
   const int64_t steps = operand->steps, block = block_steps(steps), bytes = code_bytes(operand), scales = scale_count(operand);
-  configure(block);
+  configure_tiles(kTokens, 4 * block, block);
   pack_tokens(x, block, work.x);
   for (int64_t tile = first; tile < last; tile += kTiles) {
     const int64_t tiles = std::min<int64_t>(kTiles, last - tile);
@@ -284,6 +268,8 @@ const ProductKernels* product_kernels_amx() {
     k.name = "amx";
     k.work_bytes = work_bytes;
     k.integer_tiles = integer_tiles;
+    k.plain_input = amx_plain_input;
+    k.plain_tiles = amx_plain_tiles;
     return k;
   }();
   return &kernels;
@@ -293,7 +279,7 @@ bool amx_allowed() {
 #if defined(__linux__) && defined(__x86_64__)
   uint32_t a = 7, b = 0, c = 0, d = 0;
   asm("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  if (!(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // AMX-TILE, AMX-INT8
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;  // AMX-BF16, AMX-TILE, AMX-INT8
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;  // for the whole process, threads to come included
 #else

@@ -72,49 +72,6 @@ FW_INLINE float total(Floats f) {
   return v[0];
 }
 
-FW_INLINE Floats load_values(const uint8_t* from, int32_t dtype, int64_t index) {
-  switch (dtype) {
-    case FW_FLOAT16: return load_halves(reinterpret_cast<const uint16_t*>(from) + index);
-    case FW_BFLOAT16: return load_bfloats(reinterpret_cast<const uint16_t*>(from) + index);
-    default: return load_floats(reinterpret_cast<const float*>(from) + index);
-  }
-}
-
-template <int Rows, int Tokens, int Dtype>
-FW_INLINE void plain_block(const fw_operand* operand, const FloatInput& x, int64_t token, int64_t row, const Output& out) {
-  const int64_t width = padded_columns(operand), stride = operand->codes_per_tile / kTileRows;
-  const uint8_t* from = tile_codes(operand, 0) + row * stride;
-  Floats sum[Rows][Tokens];
-  for (auto& r : sum)
-    for (Floats& f : r) f = zero_floats();
-  for (int64_t c = 0; c < width; c += 16) {
-    Floats value[Tokens];
-    for (int m = 0; m < Tokens; ++m) value[m] = load_floats(x.values + (token + m) * x.columns + c);
-    for (int r = 0; r < Rows; ++r) {
-      prefetch(from + r * stride + c * scale_bytes(Dtype) + 512);
-      const Floats weight = load_values(from + r * stride, Dtype, c);
-      for (int m = 0; m < Tokens; ++m) sum[r][m] = add(sum[r][m], times(weight, value[m]));
-    }
-  }
-  for (int r = 0; r < Rows; ++r)
-    for (int m = 0; m < Tokens; ++m) {
-      float& to = out.values[(token + m) * out.stride + row + r];
-      to = out.accumulate ? to + total(sum[r][m]) : total(sum[r][m]);
-    }
-}
-
-template <int Dtype>
-void plain_rows(const fw_operand* operand, const FloatInput& x, int64_t first, int64_t last, const Output& out) {
-  int64_t row = first;
-  for (; row + 4 <= last; row += 4) {
-    int64_t token = 0;
-    for (; token + 4 <= x.tokens; token += 4) plain_block<4, 4, Dtype>(operand, x, token, row, out);
-    for (; token < x.tokens; ++token) plain_block<4, 1, Dtype>(operand, x, token, row, out);
-  }
-  for (; row < last; ++row)
-    for (int64_t token = 0; token < x.tokens; ++token) plain_block<1, 1, Dtype>(operand, x, token, row, out);
-}
-
 // Codes of 16 columns as bytes; `unit` of 16-byte vectors.
 template <int Bits, int I>
 FW_INLINE void row_step(const uint8_t* unit, uint8_t* to) {
@@ -178,13 +135,6 @@ void table_rows(const fw_operand* operand, const FloatInput& x, int64_t first, i
 
 void float_rows(const fw_operand* operand, const FloatInput& x, int64_t first, int64_t last, const Output& out, void*) {
   const int64_t begin = first * kTileRows, end = std::min(operand->rows, last * kTileRows);
-  if (operand->layout == FW_PLAIN) {
-    switch (operand->scale_dtype) {
-      case FW_FLOAT16: return plain_rows<FW_FLOAT16>(operand, x, begin, end, out);
-      case FW_BFLOAT16: return plain_rows<FW_BFLOAT16>(operand, x, begin, end, out);
-      default: return plain_rows<FW_FLOAT32>(operand, x, begin, end, out);
-    }
-  }
   switch (operand->bits) {
     case 1: return table_rows<1>(operand, x, begin, end, out);
     case 2: return table_rows<2>(operand, x, begin, end, out);

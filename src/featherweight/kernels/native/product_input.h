@@ -13,10 +13,10 @@
 
 // What activations must look like for an operand; equal shapes can share them.
 struct InputShape {
-  bool integer;
+  bool integer, plain, rounded;  // plain: for PLAIN; rounded: to bfloat16
   int64_t columns, segments, segment, padded, lane_stride, cols;
   bool operator==(const InputShape& o) const {
-    return integer == o.integer && columns == o.columns && segments == o.segments && segment == o.segment && padded == o.padded &&
+    return integer == o.integer && plain == o.plain && rounded == o.rounded && columns == o.columns && segments == o.segments && segment == o.segment && padded == o.padded &&
            lane_stride == o.lane_stride && cols == o.cols;
   }
 };
@@ -36,8 +36,9 @@ class InputBuffers {
   int64_t codes_bytes_ = 0, scales_bytes_ = 0, sums_bytes_ = 0, values_bytes_ = 0;
 };
 
-// Segments [first, last) of token number `token`, whose values are at x.
-void prepare_input(const InputShape& shape, const float* x, int64_t token, InputBuffers& to, int64_t first, int64_t last);
+// Segments [first, last) of token number `token` of `tokens`, whose values are at x.
+void prepare_input(const InputShape& shape, const float* x, int64_t token, int64_t tokens, InputBuffers& to, int64_t first,
+                   int64_t last);
 
 // Tiles [first, last) of a product. `work`: product_work_bytes() of memory.
 void product_share(const fw_operand* operand, const InputShape& shape, const InputBuffers& input, int64_t tokens, int64_t first,

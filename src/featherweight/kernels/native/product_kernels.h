@@ -20,6 +20,18 @@ struct FloatInput {
   int64_t tokens, columns;
 };
 
+// What a matrix of plain values takes: `cols` columns, padded with zeros to `columns`; rounded to bfloat16 or not.
+struct PlainShape {
+  int64_t cols, columns;
+  bool rounded;
+};
+
+struct PlainInput {
+  const void* values;  // as plain_input leaves them
+  int64_t tokens;
+  bool rounded;
+};
+
 // Where results go: out[token * stride + row] for rows of tiles [first, last).
 struct Output {
   float* values;
@@ -35,7 +47,10 @@ struct ProductKernels {
   void (*integer_tiles)(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out,
                         void* work);
   void (*float_tiles)(const fw_operand* operand, const FloatInput& x, int64_t first, int64_t last, const Output& out, void* work);
-  // TABLES and PLAIN, rows [16 first, 16 last).
+  // PLAIN. Inputs are laid out by plain_input, token by token, at most 4 bytes a column.
+  void (*plain_input)(const PlainShape& shape, const float* x, int64_t token, int64_t tokens, void* to);
+  void (*plain_tiles)(const fw_operand* operand, const PlainInput& x, int64_t first, int64_t last, const Output& out, void* work);
+  // TABLES, rows [16 first, 16 last).
   void (*float_rows)(const fw_operand* operand, const FloatInput& x, int64_t first, int64_t last, const Output& out, void* work);
   // One token's segment: codes, their sum, and the scale.
   void (*quantize)(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum);
@@ -45,6 +60,7 @@ struct ProductKernels {
   void (*unpack)(const fw_operand* operand, int64_t tile, int plane, uint8_t* to);
   // Multiply-adds done by about `rounds` rounds of dot products in registers.
   int64_t (*spin)(int64_t rounds);
+  int64_t (*plain_spin)(int64_t rounds);  // of bfloat16
 };
 
 const ProductKernels* product_kernels_baseline();
@@ -52,6 +68,7 @@ const ProductKernels* product_kernels_avx2();
 const ProductKernels* product_kernels_avxvnni();
 const ProductKernels* product_kernels_avx512();
 const ProductKernels* product_kernels_vbmi();
+const ProductKernels* product_kernels_bf16();
 const ProductKernels* product_kernels_amx();
 bool amx_allowed();  // also asks the system for leave to use the tile registers
 const ProductKernels* product_kernels_neon();

@@ -1,7 +1,8 @@
 // The vectors of product_tiles.cpp for each instruction set: 64 codes (16 rows by 4 columns), 16 sums, 16 floats.
 //
 // dot() adds to each lane the products of its four codes (unsigned) and four activations (signed), exactly. Products and sums
-// of floats are kept apart (no fused multiply-add), so that every instruction set gives the same bits.
+// of floats are kept apart (no fused multiply-add), so that every instruction set gives the same bits; multiply_add() alone,
+// for matrices of plain values, is fused where there is an instruction for it.
 #ifndef FEATHERWEIGHT_PRODUCT_LANES_H
 #define FEATHERWEIGHT_PRODUCT_LANES_H
 
@@ -25,6 +26,14 @@ FW_INLINE int32_t load_word(const int8_t* from) {
   int32_t word;
   memcpy(&word, from, sizeof word);
   return word;
+}
+
+// To the nearest bfloat16, ties to even; a NaN stays one.
+FW_INLINE uint32_t bfloat_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = bits + 0x7fffU + (bits >> 16 & 1U);
+  return ((bits & 0x7fffffffU) > 0x7f800000U ? bits | 0x400000U : rounded) >> 16;
 }
 
 #if defined(FW_NEON)
@@ -88,6 +97,7 @@ FW_INLINE Floats to_floats(Sums a) { return {_mm512_cvtepi32_ps(a.v)}; }
 FW_INLINE Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 FW_INLINE Floats subtract(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FW_INLINE Floats times(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FW_INLINE Floats multiply_add(Floats to, Floats a, Floats b) { return {_mm512_fmadd_ps(a.v, b.v, to.v)}; }
 FW_INLINE Floats load_floats(const float* from) { return {_mm512_loadu_ps(from)}; }
 FW_INLINE void store_floats(float* to, Floats a) { _mm512_storeu_ps(to, a.v); }
 FW_INLINE Floats load_halves(const uint16_t* from) {
@@ -96,6 +106,13 @@ FW_INLINE Floats load_halves(const uint16_t* from) {
 FW_INLINE Floats load_bfloats(const uint16_t* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+// The first and the second bfloat16 of each lane's pair.
+FW_INLINE Floats even_bfloats(const uint8_t* from) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16))};
+}
+FW_INLINE Floats odd_bfloats(const uint8_t* from) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32(static_cast<int>(0xffff0000U))))};
 }
 // Entries of a table of 16 floats, or 32 (Large), by 16 bytes.
 FW_INLINE Floats look_up16(const float* table, const uint8_t* index) {
@@ -199,6 +216,9 @@ FW_INLINE Floats to_floats(Sums s) { return {_mm256_cvtepi32_ps(s.a), _mm256_cvt
 FW_INLINE Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 FW_INLINE Floats subtract(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 FW_INLINE Floats times(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+FW_INLINE Floats multiply_add(Floats to, Floats x, Floats y) {
+  return {_mm256_fmadd_ps(x.a, y.a, to.a), _mm256_fmadd_ps(x.b, y.b, to.b)};
+}
 FW_INLINE Floats load_floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 FW_INLINE void store_floats(float* to, Floats f) {
   _mm256_storeu_ps(to, f.a);
@@ -213,6 +233,15 @@ FW_INLINE __m256 bfloats256(const uint16_t* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 FW_INLINE Floats load_bfloats(const uint16_t* from) { return {bfloats256(from), bfloats256(from + 8)}; }
+FW_INLINE Floats even_bfloats(const uint8_t* from) {
+  const Codes c = load_codes(from);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(c.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(c.b, 16))};
+}
+FW_INLINE Floats odd_bfloats(const uint8_t* from) {
+  const Codes c = load_codes(from);
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
+  return {_mm256_castsi256_ps(_mm256_and_si256(c.a, upper)), _mm256_castsi256_ps(_mm256_and_si256(c.b, upper))};
+}
 FW_INLINE __m256 look_up256(const float* table, __m256i index) {  // 16 entries: two permutes, chosen between by bit 3
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
@@ -317,6 +346,10 @@ FW_INLINE Floats subtract(const Floats& a, const Floats& b) {
 FW_INLINE Floats times(const Floats& a, const Floats& b) {
   return made<Floats>(16, [&](int i) { return a.v[i] * b.v[i]; });
 }
+// Rounded twice: without hardware for it a fused one would take a call for every element.
+FW_INLINE Floats multiply_add(const Floats& to, const Floats& a, const Floats& b) {
+  return made<Floats>(16, [&](int i) { return to.v[i] + a.v[i] * b.v[i]; });
+}
 FW_INLINE Floats load_floats(const float* from) {
   Floats f;
   memcpy(f.v, from, sizeof f.v);
@@ -340,6 +373,17 @@ FW_INLINE Floats load_halves(const uint16_t* from) {
 }
 FW_INLINE Floats load_bfloats(const uint16_t* from) {
   return made<Floats>(16, [&](int i) { return float_of_bits(static_cast<uint32_t>(from[i]) << 16); });
+}
+FW_INLINE uint32_t pair_of(const uint8_t* from, int lane) {
+  uint32_t pair;
+  memcpy(&pair, from + 4 * lane, sizeof pair);
+  return pair;
+}
+FW_INLINE Floats even_bfloats(const uint8_t* from) {
+  return made<Floats>(16, [&](int i) { return float_of_bits(pair_of(from, i) << 16); });
+}
+FW_INLINE Floats odd_bfloats(const uint8_t* from) {
+  return made<Floats>(16, [&](int i) { return float_of_bits(pair_of(from, i) & 0xffff0000U); });
 }
 FW_INLINE Floats look_up16(const float* table, const uint8_t* index) {
   return made<Floats>(16, [&](int i) { return table[index[i]]; });

@@ -127,6 +127,9 @@ FW_INLINE Floats subtract(const Floats& a, const Floats& b) {
 FW_INLINE Floats times(const Floats& a, const Floats& b) {
   return quarters<Floats>(FW_QUARTER(i) { return vmulq_f32(a.v[i], b.v[i]); });
 }
+FW_INLINE Floats multiply_add(const Floats& to, const Floats& a, const Floats& b) {
+  return quarters<Floats>(FW_QUARTER(i) { return vfmaq_f32(to.v[i], a.v[i], b.v[i]); });
+}
 FW_INLINE Floats load_floats(const float* from) {
   return quarters<Floats>(FW_QUARTER(i) { return vld1q_f32(from + 4 * i); });
 }
@@ -138,6 +141,16 @@ FW_INLINE Floats load_halves(const uint16_t* from) {
 }
 FW_INLINE Floats load_bfloats(const uint16_t* from) {
   return quarters<Floats>(FW_QUARTER(i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
+}
+// The first and the second bfloat16 of each lane's pair.
+FW_INLINE Floats even_bfloats(const uint8_t* from) {
+  return quarters<Floats>(
+      FW_QUARTER(i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(from + 16 * i)), 16)); });
+}
+FW_INLINE Floats odd_bfloats(const uint8_t* from) {
+  return quarters<Floats>(FW_QUARTER(i) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(vld1q_u8(from + 16 * i)), vdupq_n_u32(0xffff0000U)));
+  });
 }
 
 // Sixteen words from their bytes, lowest first.

@@ -17,7 +17,8 @@
 //   lanes of a quartet are neighbours (product.cpp permutes them where lane_stride is not 1).
 // TABLES, lanes are columns. A row's group of codes: units as in FIELDS, but of 16-byte vectors, byte j of step s for column
 //   16 s + j. Tables float32 [rows, groups, 2^bits] instead of scales.
-// PLAIN, lanes are columns. Rows of values, padded with zeros to a multiple of 64.
+// PLAIN, lanes are rows. Values column by column, padded with zeros to a multiple of 64 columns; those of a column are sixteen
+//   neighbours. Of bfloat16 it is pairs of columns: the two values of row r are lane r.
 //
 // Scales [tile][group][plane][16], zero points uint8 [tile][group][16].
 #ifndef FEATHERWEIGHT_PRODUCT_LAYOUT_H
@@ -31,7 +32,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kPlainPadding = 64;
 constexpr uint32_t kOperandMagic = 0x646e7066;  // "fpnd"
-constexpr uint32_t kOperandVersion = 1;
+constexpr uint32_t kOperandVersion = 2;
 constexpr int kEscape = 216;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -58,6 +59,12 @@ inline const uint8_t* tile_scales(const fw_operand* operand, int64_t tile) {
 }
 inline const uint8_t* tile_zeros(const fw_operand* operand, int64_t tile) {
   return bytes_of(operand) + operand->zeros_at + tile * operand->zeros_per_tile;
+}
+
+// Where in a tile of PLAIN the value of a row and column is, in values.
+inline int64_t plain_index(int32_t dtype, int64_t row, int64_t column) {
+  if (dtype == FW_BFLOAT16) return column / 2 * 2 * kTileRows + 2 * row + column % 2;
+  return column * kTileRows + row;
 }
 
 // Columns of the padded activations that an operand reads: [segments][4 steps], or for lanes of columns one run.

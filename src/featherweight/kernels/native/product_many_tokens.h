@@ -12,6 +12,7 @@
 
 #include "product_codes.h"
 #include "product_kernels.h"
+#include "product_plain.h"
 #include "product_scales.h"
 
 namespace {  // compiled for several instruction sets
@@ -104,8 +105,8 @@ void unpack_tile(const fw_operand* operand, int64_t tile, int plane, uint8_t* to
 int64_t unpacked_bytes(const fw_operand* operand) { return operand->segments * operand->steps * kStepBytes; }
 
 int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
-  (void)tokens;
-  if (operand->layout == FW_PLAIN || operand->layout == FW_TABLES) return 64;
+  if (operand->layout == FW_PLAIN) return plain_work_bytes(tokens);
+  if (operand->layout == FW_TABLES) return 64;
   return kGemmTiles * 3 * unpacked_bytes(operand) + 4096;
 }
 

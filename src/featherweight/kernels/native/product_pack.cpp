@@ -10,6 +10,7 @@
 #include "product_kernels.h"
 #include "product_layout.h"
 #include "product_reader.h"
+#include "team.h"
 
 const float kLog8Fractions[32] = {
     0x1p+0F,        0x1.f50766p-1F, 0x1.ea4afap-1F, 0x1.dfc974p-1F, 0x1.d5818ep-1F, 0x1.cb720ep-1F, 0x1.c199bep-1F, 0x1.b7f770p-1F,
@@ -155,44 +156,83 @@ bool make_header(const fw_source& s, int32_t layout, fw_operand& h) {
   return true;
 }
 
-// Step `step` of 16 rows of codes: four columns of each.
-void gather_step(const uint8_t* rows, int64_t width, int64_t step, uint8_t* to) {
-  for (int64_t r = 0; r < kTileRows; ++r) std::memcpy(to + 4 * r, rows + r * width + 4 * step, 4);
+// ---- rows to steps ----
+
+typedef uint32_t Four __attribute__((vector_size(16)));
+
+// Words a0 b0 a1 b1, or a2 b2 a3 b3.
+inline Four zipped_low(Four a, Four b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#else
+  return __builtin_shuffle(a, b, Four{0, 4, 1, 5});
+#endif
 }
+inline Four zipped_high(Four a, Four b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
+  return __builtin_shuffle(a, b, Four{2, 6, 3, 7});
+#endif
+}
+
+// A line of the cache, 16 words, of each of 16 rows `stride` bytes apart to columns: [word][row].
+void transpose_lines(const uint8_t* rows, int64_t stride, uint8_t* to) {
+  for (int64_t r = 0; r < kTileRows; r += 4)
+    for (int64_t w = 0; w < 16; w += 4) {
+      Four row[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows + (r + i) * stride + 4 * w, sizeof row[i]);
+      const Four even_low = zipped_low(row[0], row[2]), even_high = zipped_high(row[0], row[2]);
+      const Four odd_low = zipped_low(row[1], row[3]), odd_high = zipped_high(row[1], row[3]);
+      const Four columns[4] = {zipped_low(even_low, odd_low), zipped_high(even_low, odd_low), zipped_low(even_high, odd_high),
+                               zipped_high(even_high, odd_high)};
+      for (int i = 0; i < 4; ++i) std::memcpy(to + (w + i) * kStepBytes + 4 * r, &columns[i], sizeof columns[i]);
+    }
+}
+
+int64_t total_steps(const fw_operand& h) { return h.segments * h.steps; }
+
+// All steps of 16 rows of codes, in whole lines: rows are readable for so long.
+void transpose_rows(const fw_operand& h, const uint8_t* rows, int64_t width, uint8_t* steps) {
+  for (int64_t step = 0; step < total_steps(h); step += 16) transpose_lines(rows + 4 * step, width, steps + kStepBytes * step);
+}
+
+// ---- steps to codes ----
 
 // `lanes` bytes a step (64 or 16) of a unit into vectors of as many bytes.
 template <int Lanes>
 void pack_unit(const uint8_t* steps, int bits, uint8_t* to) {
+  constexpr int kWords = Lanes / 8;
   const int unit = unit_steps(bits);
   if (bits == 8) {
     std::memcpy(to, steps, Lanes);
     return;
   }
-  std::memset(to, 0, static_cast<size_t>(unit * Lanes * bits / 8));
+  // Fields of all bytes of a word are moved at once: masked, they stay inside of their byte.
   const auto deposit = [&](int from, int count, int per_vector) {
-    for (int s = 0; s < unit; ++s) {
-      uint8_t* vector = to + Lanes * (s / per_vector);
-      const int shift = s % per_vector * count;
-      for (int j = 0; j < Lanes; ++j)
-        vector[j] = static_cast<uint8_t>(vector[j] | (steps[Lanes * s + j] >> from & ((1 << count) - 1)) << shift);
+    const uint64_t mask = 0x0101010101010101U * ((1U << count) - 1);
+    for (int first = 0; first < unit; first += per_vector, to += Lanes) {
+      uint64_t vector[kWords] = {};
+      for (int s = 0; s < per_vector; ++s) {
+        uint64_t words[kWords];
+        std::memcpy(words, steps + Lanes * (first + s), Lanes);
+        for (int j = 0; j < kWords; ++j) vector[j] |= (words[j] >> from & mask) << (s * count);
+      }
+      std::memcpy(to, vector, Lanes);
     }
-    to += Lanes * (unit / per_vector);
   };
   if (bits & 4) deposit(0, 4, 2);
   if (bits & 2) deposit(bits & 4, 2, 4);
   if (bits & 1) deposit(bits & 6, 1, 8);
 }
 
-void pack_fields(const fw_operand& h, const uint8_t* rows, int64_t width, int plane, uint8_t* to) {
+void pack_fields(const fw_operand& h, const uint8_t* steps, int plane, uint8_t* to) {
   const int unit = unit_steps(h.bits);
-  uint8_t steps[8 * kStepBytes];
   const int64_t bytes = unit * kStepBytes * h.bits / 8, per_plane = h.steps / unit * bytes;
   for (int64_t g = 0; g < h.segments; ++g) {
     uint8_t* place = to + (g * h.planes + plane) * per_plane;
-    for (int64_t s = 0; s < h.steps; s += unit, place += bytes) {
-      for (int i = 0; i < unit; ++i) gather_step(rows, width, g * h.steps + s + i, steps + kStepBytes * i);
-      pack_unit<kStepBytes>(steps, h.bits, place);
-    }
+    for (int64_t s = 0; s < h.steps; s += unit, place += bytes)
+      pack_unit<kStepBytes>(steps + kStepBytes * (g * h.steps + s), h.bits, place);
   }
 }
 
@@ -204,19 +244,14 @@ uint32_t trit_bytes(const uint32_t (&w)[5]) {
   return ((8 * r + q) & ~escape) | ((r + kEscape * kEach) & escape);
 }
 
-void pack_trit_vectors(const fw_operand& h, const uint8_t* rows, int64_t width, int plane, uint8_t* to) {
-  const int64_t total = h.segments * h.steps;
+// `steps` has room for four more behind the last one.
+void pack_trit_vectors(const fw_operand& h, uint8_t* steps, int plane, uint8_t* to) {
+  std::memset(steps + kStepBytes * total_steps(h), 1, 4 * kStepBytes);
   for (int64_t v = 0; v < trit_vectors(&h); ++v) {
-    uint8_t* place = to + (v * h.planes + plane) * kStepBytes;
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      uint32_t w[5];
-      for (int i = 0; i < 5; ++i) {
-        w[i] = 0x01010101U;
-        if (5 * v + i < total) std::memcpy(&w[i], rows + r * width + 4 * (5 * v + i), 4);
-      }
-      const uint32_t packed = trit_bytes(w);
-      std::memcpy(place + 4 * r, &packed, 4);
-    }
+    uint32_t step[5][kTileRows], packed[kTileRows];
+    std::memcpy(step, steps + 5 * kStepBytes * v, sizeof step);
+    for (int64_t r = 0; r < kTileRows; ++r) packed[r] = trit_bytes({step[0][r], step[1][r], step[2][r], step[3][r], step[4][r]});
+    std::memcpy(to + (v * h.planes + plane) * kStepBytes, packed, kStepBytes);
   }
 }
 
@@ -293,26 +328,66 @@ void pack_codebooks(const fw_source& s, const fw_operand& h, int64_t tile, float
     }
 }
 
-void pack_plain(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
-  const int64_t size = scale_bytes(s.scale_dtype), stride = h.codes_per_tile / kTileRows;
-  for (int64_t r = 0; r < kTileRows; ++r, to += stride) {
-    const int64_t row = tile * kTileRows + r, used = row < s.rows ? s.cols * size : 0;
-    if (used) std::memcpy(to, static_cast<const char*>(s.codes) + row * s.cols * size, static_cast<size_t>(used));
-    std::memset(to + used, 0, static_cast<size_t>(stride - used));
+// Lines of a tile's rows to columns, words or (Halves) half words; rows and columns that the matrix lacks are zeros.
+template <bool Halves>
+void pack_lines(const fw_source& s, int64_t tile, int64_t row_bytes, int64_t padded_bytes, uint8_t* to) {
+  const uint8_t* from = static_cast<const uint8_t*>(s.codes) + tile * kTileRows * row_bytes;
+  const int64_t rows = std::min(kTileRows, s.rows - tile * kTileRows);
+  for (int64_t at = 0; at < padded_bytes; at += 64, to += 64 * kTileRows) {
+    alignas(64) uint8_t padded[64 * kTileRows], columns[64 * kTileRows];
+    const bool whole = rows == kTileRows && at + 64 <= row_bytes;
+    if (!whole) {
+      std::memset(padded, 0, sizeof padded);
+      for (int64_t r = 0; r < rows && at < row_bytes; ++r)
+        std::memcpy(padded + 64 * r, from + r * row_bytes + at, static_cast<size_t>(std::min<int64_t>(64, row_bytes - at)));
+    }
+    transpose_lines(whole ? from + at : padded, whole ? row_bytes : 64, Halves ? columns : to);
+    if (!Halves) continue;
+    for (int64_t pair = 0; pair < 16; ++pair) {
+      uint32_t words[kTileRows];
+      uint16_t halves[2][kTileRows];
+      std::memcpy(words, columns + kStepBytes * pair, sizeof words);
+      for (int64_t r = 0; r < kTileRows; ++r) halves[0][r] = static_cast<uint16_t>(words[r]);
+      for (int64_t r = 0; r < kTileRows; ++r) halves[1][r] = static_cast<uint16_t>(words[r] >> 16);
+      std::memcpy(to + kStepBytes * pair, halves, sizeof halves);
+    }
   }
 }
 
-void pack_tile(const fw_source& s, const fw_operand& h, int64_t tile, std::vector<uint8_t>& rows, Reader& reader, int64_t width,
-               uint8_t* operand) {
+void pack_plain(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+  const int64_t size = scale_bytes(s.scale_dtype), bytes = s.cols * size, padded = padded_columns(&h) * size;
+  if (s.scale_dtype == FW_FLOAT16)
+    pack_lines<true>(s, tile, bytes, padded, to);
+  else
+    pack_lines<false>(s, tile, bytes, padded, to);  // of bfloat16 a word is a pair
+}
+
+// What a thread packs with.
+struct PackWork {
+  Reader reader;
+  int64_t width;
+  std::vector<uint8_t> rows, steps;
+
+  PackWork(const fw_source& s, const fw_operand& h, int64_t row_width)
+      : reader(s, h, row_width),
+        width(row_width),
+        rows(static_cast<size_t>(kTileRows * row_width + 64)),
+        steps(static_cast<size_t>(kStepBytes * (round_up(total_steps(h), 16) + 4))) {}
+};
+
+void pack_tile(const fw_source& s, const fw_operand& h, int64_t tile, PackWork& work, uint8_t* operand) {
   uint8_t* codes = operand + h.codes_at + tile * h.codes_per_tile;
   if (h.layout == FW_PLAIN) return pack_plain(s, h, tile, codes);
   for (int plane = 0; plane < h.planes; ++plane) {
-    reader.read(plane, tile, rows.data());
+    const uint8_t* rows = work.rows.data();
+    uint8_t* steps = work.steps.data();
+    work.reader.read(plane, tile, work.rows.data());
+    if (h.layout == FW_FIELDS || h.layout == FW_TRITS) transpose_rows(h, rows, work.width, steps);
     switch (h.layout) {
-      case FW_FIELDS: pack_fields(h, rows.data(), width, plane, codes); break;
-      case FW_TRITS: pack_trit_vectors(h, rows.data(), width, plane, codes); break;
-      case FW_QUARTETS: pack_quartet_words(h, rows.data(), width, codes); break;
-      default: pack_tables(h, rows.data(), width, codes);
+      case FW_FIELDS: pack_fields(h, steps, plane, codes); break;
+      case FW_TRITS: pack_trit_vectors(h, steps, plane, codes); break;
+      case FW_QUARTETS: pack_quartet_words(h, rows, work.width, codes); break;
+      default: pack_tables(h, rows, work.width, codes);
     }
   }
   uint8_t* scales = operand + h.scales_at + tile * h.scales_per_tile;
@@ -321,6 +396,29 @@ void pack_tile(const fw_source& s, const fw_operand& h, int64_t tile, std::vecto
   else
     pack_scales(s, h, tile, scales);
   if (h.has_zeros) pack_zeros(s, h, tile, operand + h.zeros_at + tile * h.zeros_per_tile);
+}
+
+constexpr int64_t kTilesAtOnce = 4;               // that a thread takes
+constexpr int64_t kBytesToShare = int64_t{1} << 16;  // packed faster than other threads are woken
+
+// The first byte of the planes, in the order they are looked through, that no trits pack to; -1 if there is none.
+int64_t bad_trit_byte(const fw_source& s, int threads) {
+  constexpr int64_t kNone = INT64_MAX;
+  const int64_t bytes = packed_trit_bytes(s.rows * s.cols, s.packing);
+  for (int k = 0; k < s.planes; ++k) {
+    const uint8_t* codes = static_cast<const uint8_t*>(s.codes) + k * s.plane_bytes;
+    std::atomic<int64_t> least{kNone};
+    run_team(bytes < kBytesToShare ? 1 : threads, [&](Team& team) {
+      const auto [first, last] = team.share(bytes, 64);
+      const int64_t found = find_bad_byte(codes + first, last - first, s.packing);
+      if (found < 0) return;
+      int64_t before = least.load();
+      while (first + found < before && !least.compare_exchange_weak(before, first + found)) {
+      }
+    });
+    if (least.load() != kNone) return least.load();
+  }
+  return -1;
 }
 
 }  // namespace
@@ -336,23 +434,23 @@ int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, 
     if (!source || !operand || !make_header(*source, layout, header)) return FW_INVALID;
     const fw_source& s = *source;
     if (bad) *bad = -1;
-    for (int k = 0; s.kind == FW_TRIT_PLANES && k < s.planes; ++k) {
-      const int64_t found = find_bad_byte(static_cast<const uint8_t*>(s.codes) + k * s.plane_bytes,
-                                          packed_trit_bytes(s.rows * s.cols, s.packing), s.packing);
-      if (found < 0) continue;
-      if (bad) *bad = found;
-      return FW_INVALID;
+    if (s.kind == FW_TRIT_PLANES) {
+      const int64_t found = bad_trit_byte(s, threads);
+      if (found >= 0) {
+        if (bad) *bad = found;
+        return FW_INVALID;
+      }
     }
     uint8_t* to = static_cast<uint8_t*>(operand);
     std::memcpy(to, &header, sizeof header);
     std::memset(to + sizeof header, 0, static_cast<size_t>(header.codes_at) - sizeof header);
     const int64_t width = padded_columns(&header) + 4 * (s.kind == FW_SHERRY ? s.lane_stride : 1) * 4;
-    const int64_t blocks = divide_up(header.tiles, 8);
-    parallel_for(blocks, threads, [&](int, int64_t block) {
-      Reader reader(s, header, width);
-      std::vector<uint8_t> rows(static_cast<size_t>(kTileRows * width + 64));
-      for (int64_t tile = 8 * block; tile < std::min(header.tiles, 8 * (block + 1)); ++tile)
-        pack_tile(s, header, tile, rows, reader, width, to);
+    std::atomic<int64_t> next{0};
+    run_team(header.tiles * header.codes_per_tile < kBytesToShare ? 1 : threads, [&](Team&) {
+      PackWork work(s, header, width);
+      for (int64_t first = next.fetch_add(kTilesAtOnce); first < header.tiles; first = next.fetch_add(kTilesAtOnce))
+        for (int64_t tile = first; tile < std::min(header.tiles, first + kTilesAtOnce); ++tile)
+          pack_tile(s, header, tile, work, to);
     });
     return FW_OK;
   });

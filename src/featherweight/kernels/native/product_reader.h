@@ -90,16 +90,23 @@ class Reader {
     }
   }
 
+  static void unpack_nibbles(const uint8_t* from, int64_t count, uint8_t* to) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+      uint8_t bytes[16];
+      uint16_t pairs[16];  // lower and upper half of a byte in two
+      std::memcpy(bytes, from + i / 2, sizeof bytes);
+      for (int k = 0; k < 16; ++k) pairs[k] = static_cast<uint16_t>((bytes[k] & 15) | (bytes[k] >> 4) << 8);
+      std::memcpy(to + i, pairs, sizeof pairs);
+    }
+    for (; i < count; ++i) to[i] = static_cast<uint8_t>(from[i / 2] >> (4 * (i % 2)) & 15);
+  }
+
   static void unpack_bit_range(const uint8_t* packed, int64_t first, int64_t count, int bits, uint8_t* to) {
     if (bits == 8) {
       std::memcpy(to, packed + first, static_cast<size_t>(count));
     } else if (bits == 4 && first % 2 == 0) {
-      const uint8_t* from = packed + first / 2;
-      for (int64_t i = 0; i + 1 < count; i += 2) {
-        to[i] = from[i / 2] & 15;
-        to[i + 1] = static_cast<uint8_t>(from[i / 2] >> 4);
-      }
-      if (count % 2) to[count - 1] = from[count / 2] & 15;
+      unpack_nibbles(packed + first / 2, count, to);
     } else if (first * bits % 8 == 0) {
       unpack_bit_string(packed + first * bits / 8, count, bits, to);
     } else {

@@ -12,6 +12,7 @@
 #include "product_kernels.h"
 #include "product_many_tokens.h"
 #include "product_one_token.h"
+#include "product_plain.h"
 
 #define FW_CONCAT_(a, b) a##b
 #define FW_CONCAT(a, b) FW_CONCAT_(a, b)
@@ -89,7 +90,8 @@ constexpr int32_t kTritsFaster = 0;
 #endif
 
 constexpr ProductKernels kKernels = {FW_STRING(FW_ISA), kTritsFaster, work_bytes, integer_tiles, float_tiles,
-                                     float_rows,        quantize,     hadamard,   unpack_tile, spin};
+                                     plain_input,       plain_tiles,  float_rows, quantize,      hadamard,
+                                     unpack_tile,       spin,         plain_spin};
 
 }  // namespace
 

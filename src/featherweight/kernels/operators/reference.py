@@ -83,16 +83,23 @@ def read_parts(memory: Tensor) -> Parts:
 def matmul(x: Tensor, memory: Tensor, precision: str = "float") -> Tensor:
     """x [..., cols] times the transposed operand: [..., rows] in the dtype of x, sums in float64.
 
-    With precision "int8" x is rounded as `quantize` does, per segment of the operand; operands of tables or plain
-    values always take x as it is.
+    With precision "int8" x is rounded as `quantize` does, per segment of the operand, or to bfloat16 where the operand
+    is a matrix of that type; operands of tables or other plain values take x as it is.
     """
     header = header_of(memory)
     if precision == "int8" and LAYOUT_NAMES.get(header.layout) in ("fields", "trits", "quartets"):
         codes, scales, _ = quantize(x.float().reshape(-1, header.cols), header.segment)
         out = matmul_int8(codes, scales, memory)
     else:
+        if precision == "int8" and rounds_to_bfloat16(header):
+            x = x.bfloat16().to(x.dtype)
         out = x.double().reshape(-1, header.cols) @ decode_operand(memory).double().T
     return out.to(x.dtype).view(*x.shape[:-1], header.rows)
+
+
+def rounds_to_bfloat16(header: Header) -> bool:
+    """Whether products of precision "int8" with this operand round their inputs to bfloat16."""
+    return LAYOUT_NAMES.get(header.layout) == "plain" and DTYPES[header.scale_dtype] == torch.bfloat16
 
 
 def matmul_int8(codes: Tensor, scales: Tensor, memory: Tensor) -> Tensor:
@@ -265,5 +272,7 @@ def _tables(memory: Tensor, header: Header) -> Tensor:
 
 
 def _plain(memory: Tensor, header: Header) -> Tensor:
-    rows = _tiled(memory, header.codes_at, header.codes_per_tile, header).reshape(header.tiles * TILE_ROWS, -1)
-    return rows.view(DTYPES[header.scale_dtype])[: header.rows, : header.cols].float()
+    values = _tiled(memory, header.codes_at, header.codes_per_tile, header).view(DTYPES[header.scale_dtype])
+    together = 2 if values.dtype == torch.bfloat16 else 1  # neighbours of a row
+    columns = values.view(header.tiles, -1, TILE_ROWS, together).transpose(1, 2)
+    return columns.reshape(header.tiles * TILE_ROWS, -1)[: header.rows, : header.cols].float()
