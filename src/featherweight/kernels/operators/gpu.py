@@ -16,9 +16,7 @@ from featherweight.kernels.operators import reference
 if TYPE_CHECKING:
     from featherweight.kernels.triton import GpuOperand
 
-PACKING: Literal["2bit"] = (
-    "2bit"  # of trits: at two to three times the speed of base 3 for a fifth more bytes (docs/results.md)
-)
+PACKING: Literal["2bit"] = "2bit"  # of trits: 2 to 3 times as fast as base 3, for a fifth more bytes (docs/results.md)
 CHECKED_TOKENS = (1, 16)  # one kernel for few tokens, another for many
 TOLERANCE = 5e-3  # relative; tensor cores round float32 inputs to 10 bits
 
