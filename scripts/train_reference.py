@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from this model, with its tokenizer and shape (fine-tuning)")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--ffn", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
@@ -157,8 +158,10 @@ def main() -> None:
 
     train_text = read_text(arguments.train)[: arguments.characters]
     valid_text = read_text(arguments.valid)[: arguments.characters]
-    if (arguments.out / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.out)
+    known = arguments.init or arguments.out
+    if (known / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(known)
+        tokenizer.save_pretrained(arguments.out)
     else:
         tokenizer = train_tokenizer(train_text, arguments.vocabulary)
         tokenizer.save_pretrained(arguments.out)
@@ -179,10 +182,13 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).to(device)
-    for name, parameter in model.named_parameters():  # residual projections start smaller (GPT-2, section 2.3)
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.data.mul_(1 / math.sqrt(2 * arguments.layers))
+    if arguments.init:
+        model = LlamaForCausalLM.from_pretrained(arguments.init).float().to(device)
+    else:
+        model = LlamaForCausalLM(config).to(device)
+        for name, parameter in model.named_parameters():  # residual projections start smaller (GPT-2, section 2.3)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.data.mul_(1 / math.sqrt(2 * arguments.layers))
     parameters = sum(p.numel() for p in model.parameters())
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
