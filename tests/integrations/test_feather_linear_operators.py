@@ -337,7 +337,7 @@ def test_gpu_kernels_are_checked_before_they_are_used(
 
     gpu._warn.cache_clear()
     kernels = SimpleNamespace(
-        available=lambda: True, pack_terms=lambda spec, tensors: [FakeGpuOperand()], linear=linear
+        available=lambda: True, pack_terms=lambda spec, tensors, packing: [FakeGpuOperand()], linear=linear
     )
     monkeypatch.setattr(gpu, "triton", kernels)
     if factor == 1.0 and failure is None:
