@@ -104,97 +104,153 @@ void unpack_tile(const fw_operand* operand, int64_t tile, int plane, uint8_t* to
 
 int64_t unpacked_bytes(const fw_operand* operand) { return operand->segments * operand->steps * kStepBytes; }
 
-int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
-  if (operand->layout == FW_PLAIN) return plain_work_bytes(tokens);
-  if (operand->layout == FW_TABLES) return 64;
-  return kGemmTiles * 3 * unpacked_bytes(operand) + 4096;
-}
-
 // Whether unpacked codes may be above 127: bytes, and joint codes of tied trits with large weights, whose largest is twice
 // the offset.
 bool wide_codes(const fw_operand* operand) {
   return (operand->layout == FW_FIELDS && operand->bits == 8) || (operand->tied && operand->offset > 63);
 }
 
+// Some tokens side by side, so that what a step needs of them lies in one piece: [steps][Tokens][4] codes, then scales, sums
+// and offset times sums, [segments][Tokens] each. Tokens that are missing repeat the last one.
 template <int Tokens>
 struct TokenBlock {
-  const int8_t* codes[Tokens];
-  const float* scales[Tokens];
-  const int32_t* sums[Tokens];
+  const int8_t* codes;
+  const float* scales;
+  const int32_t *sums, *offsets;
   int count;
-  TokenBlock(const IntegerInput& x, int64_t first) : count(static_cast<int>(std::min<int64_t>(Tokens, x.tokens - first))) {
+
+  static int64_t bytes(const fw_operand* operand) {
+    return Tokens * operand->segments * (4 * operand->steps + 3 * static_cast<int64_t>(sizeof(int32_t)));
+  }
+  TokenBlock(const fw_operand* operand, const uint8_t* place, int64_t tokens) : count(static_cast<int>(tokens)) {
+    const int64_t segments = Tokens * operand->segments;
+    codes = reinterpret_cast<const int8_t*>(place);
+    scales = reinterpret_cast<const float*>(place + 4 * segments * operand->steps);
+    sums = reinterpret_cast<const int32_t*>(scales + segments);
+    offsets = sums + segments;
+  }
+  static void fill(const fw_operand* operand, const IntegerInput& x, int64_t first, uint8_t* place) {
+    const int64_t segments = operand->segments, steps = segments * operand->steps;
+    uint8_t *scales = place + 4 * Tokens * steps, *sums = scales + 4 * Tokens * segments, *offsets = sums + 4 * Tokens * segments;
     for (int m = 0; m < Tokens; ++m) {
-      const int64_t token = first + std::min(m, count - 1);
-      codes[m] = x.codes + token * x.columns;
-      scales[m] = x.scales + token * x.segments;
-      sums[m] = x.sums + token * x.segments;
+      const int64_t token = std::min(first + m, x.tokens - 1);
+      const int8_t* from = x.codes + token * x.columns;
+      for (int64_t s = 0; s < steps; ++s) memcpy(place + 4 * (s * Tokens + m), from + 4 * s, 4);
+      for (int64_t s = 0; s < segments; ++s) {
+        const int32_t sum = x.sums[token * segments + s], offset = operand->offset * sum;
+        memcpy(scales + 4 * (s * Tokens + m), x.scales + token * segments + s, 4);
+        memcpy(sums + 4 * (s * Tokens + m), &sum, 4);
+        memcpy(offsets + 4 * (s * Tokens + m), &offset, 4);
+      }
     }
   }
 };
 
+// sum[tile][token] over `steps` steps. Indices are known where the code is written (`each`): else GCC keeps sums in memory.
 template <int Tiles, int Tokens, bool Wide>
-void gemm_block(const fw_operand* operand, const IntegerInput& x, int64_t first_token, const int64_t (&tiles)[Tiles],
-                const uint8_t* const (&codes)[Tiles][3], const Output& out) {
-  const TokenBlock<Tokens> block(x, first_token);
+FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x, int64_t steps, Sums (&sum)[Tiles][Tokens]) {
+  for (int64_t s = 0; s < steps; ++s, x += 4 * Tokens) {
+    Codes now[Tiles];
+    each<Tiles>([&](auto t) FW_LAMBDA { now[t] = load_codes(codes[t] + kStepBytes * s); });
+    each<Tokens>([&](auto m) FW_LAMBDA {
+      each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = dot<Wide>(sum[t][m], now[t], x + 4 * m); });
+    });
+  }
+}
+
+// One segment of one plane: the sums, and their addition to `totals`.
+template <int Tiles, int Tokens, bool Wide, bool Zeros>
+FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int64_t of_plane,
+                            const int64_t (&tiles)[Tiles], const uint8_t* const (&codes)[Tiles],
+                            float (&totals)[Tiles][Tokens][kTileRows]) {
+  const int64_t steps = operand->steps, group = segment / operand->segments_per_group, at = segment * Tokens;
+  Sums sum[Tiles][Tokens];
+  each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { sum[t][m] = zero_sums(); }); });
+  const uint8_t* from[Tiles];
+  for (int t = 0; t < Tiles; ++t) from[t] = codes[t] + kStepBytes * segment * steps;
+  gemm_steps<Tiles, Tokens, Wide>(from, block.codes + 4 * at * steps, steps, sum);
+  each<Tiles>([&](auto t) FW_LAMBDA {
+    const TileScales scales(operand, tiles[t]);
+    const Floats scale = load_scales(operand, scales.scales, of_plane);
+    const Sums zeros = Zeros ? load_bytes(scales.zeros + 16 * group) : zero_sums();
+    each<Tokens>([&](auto m) FW_LAMBDA {
+      const Sums zero = Zeros ? times(zeros, spread(block.sums[at + m])) : spread(block.offsets[at + m]);
+      const Floats part = times(to_floats(subtract(sum[t][m], zero)), times(scale, spread(block.scales[at + m])));
+      store_floats(totals[t][m], add(load_floats(totals[t][m]), part));
+    });
+  });
+}
+
+template <int Tiles, int Tokens, bool Wide>
+void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token, const int64_t (&tiles)[Tiles],
+                const uint8_t* const (&codes)[3][Tiles], const Output& out) {
   const int planes = unpacked_planes(operand);
   alignas(64) float totals[Tiles][Tokens][kTileRows] = {};
-  const int64_t steps = operand->steps;
-  for (int64_t segment = 0; segment < operand->segments; ++segment) {
-    const int64_t group = segment / operand->segments_per_group;
+  for (int64_t segment = 0; segment < operand->segments; ++segment)
     for (int plane = 0; plane < planes; ++plane) {
-      Sums sum[Tiles][Tokens];
-      for (auto& tile : sum)
-        for (Sums& s : tile) s = zero_sums();
-      for (int64_t step = segment * steps; step < (segment + 1) * steps; ++step) {
-        Codes now[Tiles];
-        for (int t = 0; t < Tiles; ++t) now[t] = load_codes(codes[t][plane] + kStepBytes * step);
-        for (int m = 0; m < Tokens; ++m)
-          for (int t = 0; t < Tiles; ++t) sum[t][m] = dot<Wide>(sum[t][m], now[t], block.codes[m] + 4 * step);
-      }
-      for (int t = 0; t < Tiles; ++t) {
-        const TileScales scales(operand, tiles[t]);
-        const Floats scale = load_scales(operand, scales.scales, group * planes + plane);
-        for (int m = 0; m < Tokens; ++m) {
-          Floats total = load_floats(totals[t][m]);
-          add_scaled(total, sum[t][m], scales.zeros, group, scale, block.scales[m][segment], block.sums[m][segment],
-                     operand->offset);
-          store_floats(totals[t][m], total);
-        }
-      }
+      const int64_t of_plane = segment / operand->segments_per_group * planes + plane;
+      if (operand->has_zeros)
+        gemm_segment<Tiles, Tokens, Wide, true>(operand, block, segment, of_plane, tiles, codes[plane], totals);
+      else
+        gemm_segment<Tiles, Tokens, Wide, false>(operand, block, segment, of_plane, tiles, codes[plane], totals);
     }
-  }
   for (int t = 0; t < Tiles; ++t)
     for (int m = 0; m < block.count; ++m) put(out, operand->rows, tiles[t], first_token + m, load_floats(totals[t][m]));
 }
 
+constexpr int kGemmTail = 4;  // so many tokens or fewer at the end are a block of their own size
+
+// Bytes of all tokens in blocks.
+int64_t blocks_bytes(const fw_operand* operand, int64_t tokens) {
+  return (tokens / kGemmTokens + 1) * TokenBlock<kGemmTokens>::bytes(operand) + TokenBlock<kGemmTail>::bytes(operand);
+}
+
+int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
+  if (operand->layout == FW_PLAIN) return plain_work_bytes(tokens);
+  if (operand->layout == FW_TABLES) return 64;
+  return kGemmTiles * 3 * unpacked_bytes(operand) + blocks_bytes(operand, tokens) + 4096;
+}
+
 template <int Tiles, bool Wide>
-void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out, void* work) {
+void many_tokens(const fw_operand* operand, int64_t tokens, const uint8_t* blocks, int64_t first, int64_t last,
+                 const Output& out, uint8_t* space) {
   const int64_t bytes = unpacked_bytes(operand);
   const int planes = unpacked_planes(operand);
-  uint8_t* space = static_cast<uint8_t*>(work);
   for (int64_t tile = first; tile + Tiles <= last; tile += Tiles) {
     int64_t tiles[Tiles];
-    const uint8_t* codes[Tiles][3] = {};
+    const uint8_t* codes[3][Tiles] = {};
     for (int t = 0; t < Tiles; ++t) {
       tiles[t] = tile + t;
       for (int plane = 0; plane < planes; ++plane) {
         uint8_t* to = space + (3 * t + plane) * bytes;
         unpack_tile(operand, tile + t, plane, to);
-        codes[t][plane] = to;
+        codes[plane][t] = to;
       }
     }
+    const uint8_t* block = blocks;
     int64_t token = 0;
-    for (; x.tokens - token > 4; token += kGemmTokens) gemm_block<Tiles, kGemmTokens, Wide>(operand, x, token, tiles, codes, out);
-    if (token < x.tokens) gemm_block<Tiles, 4, Wide>(operand, x, token, tiles, codes, out);
+    for (; tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand)) {
+      const TokenBlock<kGemmTokens> some(operand, block, std::min<int64_t>(kGemmTokens, tokens - token));
+      gemm_block<Tiles, kGemmTokens, Wide>(operand, some, token, tiles, codes, out);
+    }
+    if (token < tokens)
+      gemm_block<Tiles, kGemmTail, Wide>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, codes, out);
   }
 }
 
 template <bool Wide>
 void many_tokens_of(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out,
                     void* work) {
-  many_tokens<kGemmTiles, Wide>(operand, x, first, last, out, work);
+  uint8_t* space = static_cast<uint8_t*>(work);
+  uint8_t* blocks = space + (kGemmTiles * 3 * unpacked_bytes(operand) + 63) / 64 * 64;
+  uint8_t* block = blocks;
+  int64_t token = 0;
+  for (; x.tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand))
+    TokenBlock<kGemmTokens>::fill(operand, x, token, block);
+  if (token < x.tokens) TokenBlock<kGemmTail>::fill(operand, x, token, block);
+  many_tokens<kGemmTiles, Wide>(operand, x.tokens, blocks, first, last, out, space);
   const int64_t left = (last - first) % kGemmTiles;
-  if (left) many_tokens<1, Wide>(operand, x, last - left, last, out, work);
+  if (left) many_tokens<1, Wide>(operand, x.tokens, blocks, last - left, last, out, space);
 }
 
 }  // namespace

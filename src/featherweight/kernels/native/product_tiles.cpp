@@ -52,32 +52,24 @@ void integer_tiles(const fw_operand* operand, const IntegerInput& x, int64_t fir
   }
 }
 
+// Steps of the products of many tokens whose operands stay in the first cache.
 int64_t spin(int64_t rounds) {
-#if defined(FW_NEON)
-  constexpr int kChains = 6;  // sums in 24 of 32 registers
-#else
-  constexpr int kChains = 12;
-#endif
-  alignas(64) uint8_t codes[64];
-  int8_t x[4 * kChains];
-  memset(codes, 1, sizeof codes);
-  memset(x, 1, sizeof x);
-  Sums sum[kChains];
-  for (Sums& s : sum) s = zero_sums();
-  // The compiler must not know the values: it would find equal products in all lanes.
-  asm volatile("" : "+m"(codes), "+m"(x));
-  Codes c = load_codes(codes);
-  for (int64_t r = 0; r < rounds; ++r) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-    asm volatile("" ::: "memory");
-#endif
-    for (int k = 0; k < kChains; ++k) sum[k] = dot<false>(sum[k], c, x + 4 * k);
+  constexpr int64_t kSteps = 64;
+  alignas(64) uint8_t codes[kGemmTiles][kStepBytes * kSteps] = {};
+  alignas(64) int8_t x[4 * kGemmTokens * kSteps] = {};
+  const uint8_t* places[kGemmTiles];
+  for (int t = 0; t < kGemmTiles; ++t) places[t] = codes[t];
+  Sums sum[kGemmTiles][kGemmTokens];
+  each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { sum[t][m] = zero_sums(); }); });
+  for (int64_t r = 0; r < rounds; r += kSteps) {
+    asm volatile("" ::"r"(codes), "r"(x) : "memory");  // the values are not known to the compiler
+    gemm_steps<kGemmTiles, kGemmTokens, false>(places, x, kSteps, sum);
   }
-  Sums all = sum[0];
-  for (int k = 1; k < kChains; ++k) all = add(all, sum[k]);
+  Sums all = zero_sums();
+  each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { all = add(all, sum[t][m]); }); });
   alignas(64) float v[16];
   store_floats(v, to_floats(all));
-  return *std::min_element(v, v + 16) < -1.0F ? 0 : rounds * kChains * 64;  // reads all lanes: none is left out as unused
+  return *std::min_element(v, v + 16) < -1.0F ? 0 : rounds * kGemmTiles * kGemmTokens * 64;  // reads all lanes
 }
 
 #define FW_STRING_(a) #a

@@ -128,7 +128,7 @@ def quantize(x: Tensor, segment: int) -> tuple[Tensor, Tensor, Tensor]:
     largest = parts.abs().amax(-1)
     good = torch.isfinite(largest) & (largest / 127 > SMALLEST_SCALE)
     scales = torch.where(good, largest / 127, torch.where(torch.isfinite(largest), 0.0, torch.nan))
-    inverse = 127 / torch.where(good, largest, 1.0)
+    inverse = torch.full_like(largest, 127.0) / torch.where(good, largest, 1.0)  # 127 / x would be 127 times 1 / x
     codes = torch.where(good.unsqueeze(-1), (parts * inverse.unsqueeze(-1)).round().clamp(-127, 127), 0.0)
     codes = codes.to(torch.int8)
     return codes.flatten(-2)[..., :columns].contiguous(), scales, codes.sum(-1, dtype=torch.int32)
