@@ -18,7 +18,7 @@ TEXT = ("calibration.sequences=24", "calibration.length=1024")
 TOKENS = 12288
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtn-3": ("rtn-3", ()),
-    "gptq-3": ("gptq-3", TEXT),
+    "gptq-3": ("gptq-3", ()),  # its whole text: what the sweep gains grows with it
     "ptqtp": ("ptqtp", ()),
     "pt2-llm": ("pt2-llm", TEXT),
     "trit-1": ("trit-1", (*TEXT, "corrections=[]")),
