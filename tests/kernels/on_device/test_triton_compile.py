@@ -25,6 +25,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert kernels == {
         "matvec_kernel",
+        "matvec_int8_kernel",
         "tiles_kernel",
         "group_tiles_kernel",
         "epilogue_kernel",
