@@ -2,7 +2,7 @@
 
 Rounding, per token and `group_size` columns: scale = max |x| / 127, code = x / scale to the nearest integer, halves to
 even; the sums of the codes serve operands with zero points. A group of zeros has scale 0; one with a NaN or infinity
-has scale NaN and codes 0. These are the rules of the CPU's fw_quantize, and the results are the same bits.
+has scale NaN and codes 0. The CPU's fw_quantize multiplies with 127 / max |x| instead: codes may differ by one at ties.
 
 Rotation: butterflies at distances 1, 2, 4, ... in float32, then, for orders of 12, 20 or 28 times a power of two, the
 Paley matrix in the order of its columns, then the rounded 1 / sqrt(block): the order of sums of `codes.hadamard`.
