@@ -4,10 +4,12 @@
     python benchmarks/decode_vs_llamacpp.py --shape 1.1b --json bench-out/decode.json --plot docs/decode.png
 
 Random weights of the shape become GGUF files, quantised by llama.cpp itself, and folders of ours, made directly as
-codes. Every variant of either takes its turn in a process of its own, all in turn, for several rounds, and its best
-turn counts: a prompt of 512 tokens from an empty cache, and 64 tokens one by one after a short context. Memory
-bandwidth is measured before and after; the limit of a variant is that bandwidth over its bytes per token (weights and
-cache).
+codes. What is compared runs in one heat: all its models are loaded, each in a process of its own, and take turns of 32
+tokens, decoded one by one after a short context, in the first rounds also a prompt of 512 tokens from an empty cache.
+A rate is the median over all turns; a ratio is the median over rounds of the ratio within a round (turns.py), with its
+quartiles. Read bandwidth is measured between turns; the share of a turn is bytes per token (weights and cache) times
+tokens a second, over the bandwidth around that turn. Where others use the memory too, a turn can meet more bandwidth
+than the measurement beside it: see the quartiles.
 
 llama.cpp keeps the output layer in Q6_K (F16 and Q8_0: as named); ours is uniform 6 bit g128 there (8 bit and bf16: as
 named), and both are counted. A variant that crashes is reported as such. GCC 12 miscompiles llama.cpp's AMX path (it
@@ -15,7 +17,7 @@ drops the stores to the tile configuration, so Q4_0 and others end with a segmen
 builds without AMX, and `--setup --amx` with it and a corrected intrinsic.
 
 Threads of llama.cpp wait for each other in loops, so another busy process slows it many times over. `--idle` waits
-before every turn until the processors have nothing else to do; what was still going on is written into the JSON.
+before every heat until the processors have nothing else to do; what was still going on is written into the JSON.
 """
 
 from __future__ import annotations
@@ -23,27 +25,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from synthetic_folder import VARIANTS, shapes, write_folder
+from turns import PEERS, Contestant, Server, clean_environment, ratios, run_heat, why
 
 from featherweight.evaluate.size import measure_size
 from featherweight.evaluate.speed import read_bandwidth
 from featherweight.kernels.measure import bf16_peak, int8_peak
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = Path(__file__).resolve().parent / "peers"
 LLAMA_CPP = "0.3.36"
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "TQ2_0", "TQ1_0")
-TIME_LIMIT = 900
+BANDWIDTH_BYTES = 768 << 20  # read between turns
 
 DECODE_GOALS = (
     ("planes-1", "TQ2_0", 2.0),
@@ -64,7 +65,6 @@ DECODE_GOALS = (
     ("bf16", "F16", 1.0),
 )
 PREFILL_GOAL = 1.5  # times the fastest type of llama.cpp
-BANDWIDTH_GOAL = 0.75
 
 # GCC 12 takes the intrinsic for one that reads eight bytes and drops the stores to the others.
 AMX_HEADER = """#include <immintrin.h>
@@ -73,25 +73,6 @@ AMX_HEADER = """#include <immintrin.h>
 #define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])(config)))
 #endif
 """
-
-
-@dataclass
-class Contestant:
-    """One file or folder, and what its turns gave."""
-
-    name: str
-    tool: str
-    path: Path
-    title: str
-    bits: float | None = None  # a weight of the linear layers in the blocks
-    turns: list[dict[str, Any]] = field(default_factory=list)
-    failure: str | None = None
-
-    def best(self, key: str) -> float | None:
-        return max((turn[key] for turn in self.turns), default=None)
-
-    def bytes_per_token(self) -> int | None:
-        return self.turns[0]["bytes_per_token"] if self.turns else None
 
 
 def say(sentence: str) -> None:
@@ -120,23 +101,20 @@ def set_up(folder: Path, amx: bool) -> None:
     subprocess.run(install, env=environment, check=True)
 
 
-def peer_environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-
-
-def run_peer(python: Path, script: str, job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def make_gguf(options: argparse.Namespace, files: dict[str, Path]) -> None:
+    say("making GGUF files")
+    shape = asdict(shapes.SHAPES[options.shape])
     with tempfile.NamedTemporaryFile("w", suffix=".json") as stream:
-        json.dump(job, stream)
+        json.dump({"shape": shape, "files": {n: str(p) for n, p in files.items()}, "threads": options.threads}, stream)
         stream.flush()
-        command = [str(python), str(PEERS / script), stream.name]
-        return subprocess.run(command, env=peer_environment(), capture_output=True, text=True, timeout=TIME_LIMIT)
+        command = [str(options.peers_python), str(PEERS / "make_gguf.py"), stream.name]
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the GGUF files were not made: {why(done.returncode, done.stderr)}")
 
 
-def why(done: subprocess.CompletedProcess[str]) -> str:
-    """What ended a process."""
-    if done.returncode < 0:
-        return f"crashed ({signal.Signals(-done.returncode).name})"
-    return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+def job(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    return {key: getattr(options, key) for key in ("threads", "prompt", "context", "generate")} | more
 
 
 def their_contestants(options: argparse.Namespace) -> list[Contestant]:
@@ -146,73 +124,55 @@ def their_contestants(options: argparse.Namespace) -> list[Contestant]:
         return []
     files = {name: options.work / f"llama-{options.shape}-{name}.gguf" for name in dict.fromkeys(["F16", *wanted])}
     if not all(path.is_file() for path in files.values()):
-        say("making GGUF files")
-        shape = asdict(shapes.SHAPES[options.shape])
-        job = {"shape": shape, "files": {n: str(p) for n, p in files.items()}, "threads": options.threads}
-        done = run_peer(options.peers_python, "make_gguf.py", job)
-        if done.returncode:
-            raise SystemExit(f"the GGUF files were not made: {why(done)}")
-    return [Contestant(name, "llama.cpp", files[name], name) for name in wanted]
+        make_gguf(options, files)
+    shape = shapes.SHAPES[options.shape]
+    width = shape.hidden // shape.heads * shape.key_value_heads
+    cache = 2 * 2 * shape.blocks * width  # bytes of a token's keys and values, fp16
+
+    def contestant(name: str) -> Contestant:
+        task = job(options, file=str(files[name]), cache_bytes=cache)
+        start = lambda: Server(options.peers_python, "time_llama_cpp.py", task, clean_environment())  # noqa: E731
+        return Contestant(name, "llama.cpp", name, files[name], start)
+
+    return [contestant(name) for name in wanted]
 
 
 def our_contestants(options: argparse.Namespace) -> list[Contestant]:
-    found = []
-    for name in [name for name in options.variants.split(",") if name]:
+    def contestant(name: str) -> Contestant:
         folder = write_folder(options.work / f"{options.shape}-{name}", options.shape, name)
-        bits = measure_size(folder).linear_bits
-        found.append(Contestant(name, "featherweight", folder, VARIANTS[name].title, bits))
-    return found
+        task = job(options, folder=str(folder), engine=options.engine, kv_cache=options.kv_cache)
+        start = lambda: Server(Path(sys.executable), "time_featherweight.py", task, dict(os.environ))  # noqa: E731
+        about = {"bits": measure_size(folder).linear_bits}
+        return Contestant(name, "featherweight", VARIANTS[name].title, folder, start, about)
+
+    return [contestant(name) for name in options.variants.split(",") if name]
 
 
-def their_turn(contestant: Contestant, options: argparse.Namespace) -> None:
-    shape = shapes.SHAPES[options.shape]
-    width = shape.hidden // shape.heads * shape.key_value_heads
-    job = {key: getattr(options, key) for key in ("threads", "prompt", "context", "generate", "repeats")}
-    job |= {"file": str(contestant.path), "cache_bytes": 2 * 2 * shape.blocks * width}  # keys and values, fp16
-    done = run_peer(options.peers_python, "time_llama_cpp.py", job)
-    if done.returncode:
-        contestant.failure = why(done)
-        return
-    contestant.turns.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    contestant.bits = contestant.turns[-1]["bits"]
-
-
-def our_turn(contestant: Contestant, options: argparse.Namespace) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".json") as stream:
-        command = [sys.executable, "-m", "featherweight.cli.main", "bench", str(contestant.path)]
-        command += ["--json", stream.name, "--engine", options.engine, "--kv-cache", options.kv_cache]
-        for name in ("threads", "prompt", "context", "generate", "repeats"):
-            command += [f"--{name}", str(getattr(options, name))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-        if done.returncode:
-            contestant.failure = why(done)
-            return
-        contestant.turns.append(json.loads(Path(stream.name).read_text()))
-
-
-def in_turn(theirs: list[Contestant], ours: list[Contestant]) -> list[Contestant]:
-    """One of each tool after the other, so that both meet the machine in the same state."""
-    pairs = [pair for i in range(max(len(theirs), len(ours))) for pair in (theirs[i : i + 1], ours[i : i + 1])]
-    return [contestant for pair in pairs for contestant in pair]
+def heats(theirs: list[Contestant], ours: list[Contestant]) -> list[list[Contestant]]:
+    """What is compared with each other, together: ours that have the same rivals, with these between them."""
+    rivals = {one.name: tuple(name for who, name, _ in DECODE_GOALS if who == one.name) for one in ours}
+    found = []
+    for names in dict.fromkeys(rivals.values()):
+        group = [one for one in ours if rivals[one.name] == names]
+        others = [one for one in theirs if one.name in names]
+        found.append([one for i in range(max(len(group), len(others))) for one in group[i : i + 1] + others[i : i + 1]])
+    alone = [one for one in theirs if not any(one in heat for heat in found)]
+    return [*found, *([alone] if alone else [])]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     theirs, ours = their_contestants(options), our_contestants(options)
-    bandwidth = [read_bandwidth(threads=options.threads)]
-    for number in range(options.rounds):
-        for contestant in in_turn(theirs, ours):
-            if contestant.failure:
-                continue
-            busy = wait_until_idle(options.idle)
-            try:
-                (their_turn if contestant.tool == "llama.cpp" else our_turn)(contestant, options)
-            except subprocess.TimeoutExpired:
-                contestant.failure = f"took more than {TIME_LIMIT} s"
-            if contestant.turns and not contestant.failure:
-                contestant.turns[-1]["busy_before"] = busy
-            say(f"round {number + 1}: {contestant.tool} {contestant.name}: {last(contestant)}")
-    bandwidth.append(read_bandwidth(threads=options.threads))
-    return report(options, [*theirs, *ours], bandwidth)
+    measured: list[float] = []
+
+    def bandwidth() -> float:
+        measured.append(read_bandwidth(size=BANDWIDTH_BYTES, threads=options.threads))
+        return measured[-1]
+
+    busy = []
+    for number, heat in enumerate(heats(theirs, ours)):
+        busy.append(wait_until_idle(options.idle))
+        run_heat(number, heat, options.rounds, options.prompts, bandwidth, say)
+    return report(options, theirs, ours, measured, busy)
 
 
 def busy_share(seconds: float = 0.5) -> float | None:
@@ -242,63 +202,101 @@ def wait_until_idle(limit: float) -> float | None:
             return busy
 
 
-def last(contestant: Contestant) -> str:
-    if contestant.failure:
-        return contestant.failure
-    turn = contestant.turns[-1]
-    return f"{turn['decode_tokens_per_second']:.1f} and {turn['prefill_tokens_per_second']:.1f} tokens/s"
-
-
-def report(options: argparse.Namespace, contestants: list[Contestant], bandwidth: list[float]) -> dict[str, Any]:
+def report(
+    options: argparse.Namespace,
+    theirs: list[Contestant],
+    ours: list[Contestant],
+    bandwidth: list[float],
+    busy: list[float | None],
+) -> dict[str, Any]:
     shape = shapes.SHAPES[options.shape]
     linear = sum(dims[0] * dims[1] for name, dims in shapes.tensors(shape) if ".layers." in name and len(dims) > 1)
+    low, middle, high = quartiles(bandwidth)
     return {
         "shape": {"name": options.shape, **asdict(shape)},
         "linear_weights": linear,
-        **{key: getattr(options, key) for key in ("threads", "prompt", "context", "generate", "rounds", "repeats")},
-        "bandwidth_gb_s": max(bandwidth) / 1e9,
+        **{key: getattr(options, key) for key in ("threads", "prompt", "context", "generate", "rounds", "prompts")},
+        "bandwidth_gb_s": middle / 1e9,
+        "bandwidth_quartiles_gb_s": [low / 1e9, high / 1e9],
         "bandwidths_gb_s": [value / 1e9 for value in bandwidth],
         "int8_peak": int8_peak(options.threads),
         "bf16_peak": bf16_peak(options.threads),
         "llama_cpp": options.llama_version,
-        "rows": [row(contestant, max(bandwidth), linear) for contestant in contestants],
+        "busy_before": busy,
+        "rows": [row(contestant, middle, options) for contestant in [*theirs, *ours]],
+        "decode_ratios": decode_ratios(theirs, ours),
+        "prompt_ratios": prompt_ratios(theirs, ours),
     }
 
 
-def row(contestant: Contestant, bandwidth: float, linear: int) -> dict[str, Any]:
-    decode, read = contestant.best("decode_tokens_per_second"), contestant.bytes_per_token()
-    size = contestant.path.stat().st_size if contestant.path.is_file() else measure_size(contestant.path).bytes
-    known = decode is not None and read is not None
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def row(contestant: Contestant, bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:
+    path, read = contestant.path, contestant.about.get("bytes_per_token")
+    decode = [turn for turn in contestant.turns if turn.request == "decode"]
+    shares = [options.generate / turn.seconds * read / turn.bandwidth for turn in decode] if read else []
+    outside = [turn.outside / turn.seconds for turn in decode if turn.outside is not None]
     return {
         "name": contestant.name,
         "tool": contestant.tool,
         "title": contestant.title,
-        "bits": contestant.bits,
-        "bytes": size,
+        "bits": contestant.about.get("bits"),
+        "bytes": path.stat().st_size if path.is_file() else measure_size(path).bytes,
         "bytes_per_token": read,
-        "decode_tokens_per_second": decode,
-        "decode_median": statistics.median(t["decode_tokens_per_second"] for t in contestant.turns) if known else None,
-        "prefill_tokens_per_second": contestant.best("prefill_tokens_per_second"),
+        "decode_tokens_per_second": contestant.median("decode", options.generate),
+        "prefill_tokens_per_second": contestant.median("prompt", options.prompt),
         "limit_tokens_per_second": bandwidth / read if read else None,
-        "bandwidth_share": decode * read / bandwidth if known else None,
+        "bandwidth_share": quartiles(shares) if shares else None,
+        "outside_kernels_share": statistics.median(outside) if outside else None,
+        "load_seconds": contestant.about.get("load_seconds"),
         "failure": contestant.failure,
-        "turns": contestant.turns,
+        "turns": [asdict(turn) for turn in contestant.turns],
     }
+
+
+def decode_ratios(theirs: list[Contestant], ours: list[Contestant]) -> list[dict[str, Any]]:
+    """Every pair with a goal that ran in one heat."""
+    named = {one.name: one for one in [*theirs, *ours]}
+    found = []
+    for us, them, goal in DECODE_GOALS:
+        values = ratios(named[us], named[them], "decode") if us in named and them in named else []
+        if values:
+            entry = {"ours": us, "theirs": them, "goal": goal}
+            found.append(entry | {"quartiles": quartiles(values), "rounds": len(values)})
+    return found
+
+
+def prompt_ratios(theirs: list[Contestant], ours: list[Contestant]) -> list[dict[str, Any]]:
+    """Against the fastest of their types. Prompts are bound by arithmetic, which is steady: any two turns compare."""
+    rates = {one.name: one.median("prompt", 1) for one in [*theirs, *ours]}
+    fastest = max((one.name for one in theirs if rates[one.name]), key=lambda name: rates[name] or 0.0, default=None)
+    if fastest is None:
+        return []
+    pairs = [(one.name, (rates[one.name] or 0.0) / (rates[fastest] or 1.0)) for one in ours if rates[one.name]]
+    return [{"ours": name, "theirs": fastest, "goal": PREFILL_GOAL, "ratio": ratio} for name, ratio in pairs]
 
 
 def others(result: dict[str, Any]) -> str:
     """A warning where other processes were at work."""
-    shares = [turn["busy_before"] or 0.0 for entry in result["rows"] for turn in entry["turns"]]
-    if not shares or max(shares) < 0.05:
+    disturbed = sum((share or 0.0) >= 0.05 for share in result["busy_before"])
+    if not disturbed:
         return ""
-    disturbed = sum(share >= 0.05 for share in shares)
-    return f"{disturbed} of {len(shares)} turns began while other processes were at work: not to be quoted\n\n"
+    return (
+        f"{disturbed} of {len(result['busy_before'])} heats began while other processes were at work: "
+        "not to be quoted\n\n"
+    )
 
 
 def table(result: dict[str, Any]) -> str:
+    low, high = result["bandwidth_quartiles_gb_s"]
     lines = [
-        f"{result['shape']['name']} shape, {result['threads']} threads, {result['llama_cpp']}, read bandwidth "
-        f"{result['bandwidth_gb_s']:.1f} GB/s ({', '.join(f'{value:.1f}' for value in result['bandwidths_gb_s'])})",
+        f"{result['shape']['name']} shape, {result['threads']} threads, {result['llama_cpp']}, read bandwidth between "
+        f"turns {result['bandwidth_gb_s']:.1f} GB/s (quartiles {low:.1f} and {high:.1f})",
         "",
         "| | bits | size MB | MB a token | prompt tokens/s | decode tokens/s | limit | share of bandwidth |",
         "|---|---|---|---|---|---|---|---|",
@@ -309,33 +307,32 @@ def table(result: dict[str, Any]) -> str:
         if entry["decode_tokens_per_second"] is None:
             lines.append(f"{start}| {entry['failure']} | | | | |")
             continue
+        prompt = entry["prefill_tokens_per_second"]
+        share = [100 * value for value in entry["bandwidth_share"]]
         lines.append(
-            f"{start}| {entry['bytes_per_token'] / 1e6:.0f} | {entry['prefill_tokens_per_second']:.0f} "
+            f"{start}| {entry['bytes_per_token'] / 1e6:.0f} | {'' if prompt is None else f'{prompt:.0f}'} "
             f"| {entry['decode_tokens_per_second']:.1f} | {entry['limit_tokens_per_second']:.0f} "
-            f"| {100 * entry['bandwidth_share']:.0f} % |"
+            f"| {share[1]:.0f} % ({share[0]:.0f} to {share[2]:.0f}) |"
         )
     return "\n".join(lines)
 
 
-def ratios(result: dict[str, Any]) -> str:
-    """Ratios of the best turns, each with what was asked for."""
-    rows = {entry["name"]: entry for entry in result["rows"] if entry["decode_tokens_per_second"] is not None}
-    lines = ["| decode: ours / llama.cpp | ratio | goal | |", "|---|---|---|---|"]
-    for ours, theirs, goal in DECODE_GOALS:
-        if ours in rows and theirs in rows:
-            ratio = rows[ours]["decode_tokens_per_second"] / rows[theirs]["decode_tokens_per_second"]
-            lines.append(f"| {ours} / {theirs} | {ratio:.2f} | {goal:.2f} | {'yes' if ratio >= goal else 'no'} |")
-    theirs = [entry for entry in rows.values() if entry["tool"] == "llama.cpp"]
-    ours = [entry for entry in rows.values() if entry["tool"] != "llama.cpp"]
-    if theirs and ours:
-        fastest = max(theirs, key=lambda entry: entry["prefill_tokens_per_second"])
-        lines += ["", f"| prompt: ours / {fastest['name']} | ratio | goal | share of peak |", "|---|---|---|---|"]
-        for entry in ours:
-            rate = entry["prefill_tokens_per_second"]
-            peak = result["bf16_peak" if entry["name"] == "bf16" else "int8_peak"]
-            share = "" if peak is None else f"{100 * rate * result['linear_weights'] / peak:.0f} %"
-            ratio = rate / fastest["prefill_tokens_per_second"]
-            lines.append(f"| {entry['name']} | {ratio:.2f} | {PREFILL_GOAL:.2f} | {share} |")
+def goals(result: dict[str, Any]) -> str:
+    """Medians of the ratios, each with its quartiles and what was asked for."""
+    lines = ["| decode: ours / llama.cpp | ratio | quartiles | goal | |", "|---|---|---|---|---|"]
+    for entry in result["decode_ratios"]:
+        low, middle, high = entry["quartiles"]
+        met = "yes" if middle >= entry["goal"] else "no"
+        pair = f"{entry['ours']} / {entry['theirs']}"
+        lines.append(f"| {pair} | {middle:.2f} | {low:.2f} to {high:.2f} | {entry['goal']:.2f} | {met} |")
+    if result["prompt_ratios"]:
+        fastest = result["prompt_ratios"][0]["theirs"]
+        lines += ["", f"| prompt: ours / {fastest} | ratio | goal | share of peak |", "|---|---|---|---|"]
+    rates = {entry["name"]: entry["prefill_tokens_per_second"] for entry in result["rows"]}
+    for entry in result["prompt_ratios"]:
+        peak = result["bf16_peak" if entry["ours"] == "bf16" else "int8_peak"]
+        share = "" if peak is None else f"{100 * rates[entry['ours']] * result['linear_weights'] / peak:.0f} %"
+        lines.append(f"| {entry['ours']} | {entry['ratio']:.2f} | {entry['goal']:.2f} | {share} |")
     return "\n".join(lines)
 
 
@@ -375,11 +372,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--types", default=",".join(TYPES), help="of llama.cpp, with commas between; empty: none")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of ours, with commas between; empty: none")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2, help="within a turn, of which the best counts")
+    parser.add_argument("--rounds", type=int, default=12, help="of a heat, each a turn of all its models")
+    parser.add_argument("--prompts", type=int, default=3, help="rounds with a prompt as well")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--context", type=int, default=8, help="tokens before the decoded ones")
-    parser.add_argument("--generate", type=int, default=64)
+    parser.add_argument("--generate", type=int, default=32, help="tokens of a turn")
     parser.add_argument("--idle", type=float, default=0.0, help="seconds to wait at most for idle processors")
     parser.add_argument("--engine", default="auto", help="of ours: auto, native or transformers")
     parser.add_argument("--kv-cache", default="auto", help="of ours: auto, float16 or int8")
@@ -394,9 +391,9 @@ def llama_version(python: Path) -> str:
     if not python.is_file():
         raise SystemExit(f"there is no {python}: make it with --setup, or name a Python with --peers-python")
     ask = "import llama_cpp; print('llama-cpp-python', llama_cpp.__version__)"
-    done = subprocess.run([str(python), "-c", ask], env=peer_environment(), capture_output=True, text=True)
+    done = subprocess.run([str(python), "-c", ask], env=clean_environment(), capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{python} cannot import llama_cpp: {why(done)}")
+        raise SystemExit(f"{python} cannot import llama_cpp: {why(done.returncode, done.stderr)}")
     return done.stdout.strip()
 
 
@@ -409,7 +406,7 @@ def main() -> None:
     options.llama_version = llama_version(options.peers_python) if options.types else "none"
     result = run(options)
     print(table(result), others(result), sep="\n\n", end="")
-    print(ratios(result))
+    print(goals(result))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")

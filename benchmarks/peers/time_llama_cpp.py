@@ -1,18 +1,18 @@
-"""Speed of llama.cpp on one GGUF, through the C interface of llama-cpp-python: one JSON object on the last line.
+"""llama.cpp on one GGUF, through the C interface of llama-cpp-python, timed turn by turn as its caller asks.
 
     python time_llama_cpp.py JOB.json
 
-The job: `file`, `threads`, `prompt`, `context`, `generate`, `repeats`. As `llama-bench` does, prompts are processed in
-one batch from an empty cache; tokens are decoded one by one after a short context. The best of the repeats counts.
-`bytes_per_token` are the tensors that a token reads (the embedding gives one row) and the fp16 cache in the middle of
-the generation.
+The job: `file`, `threads`, `prompt`, `context`, `generate`, `cache_bytes`. The first line of output is a JSON object
+about the model; then each line of input, "prompt" or "decode", is answered by the seconds it took. As `llama-bench`
+does, prompts are processed in one batch from an empty cache; tokens are decoded one by one after a short context,
+which is not timed. `bytes_per_token` are the tensors that a token reads (the embedding gives one row) and the fp16
+cache in the middle of the generation.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import resource
 import sys
 import time
 from collections import Counter
@@ -79,21 +79,21 @@ def main() -> None:
     begun = time.perf_counter()
     model = Model(job)
     load = time.perf_counter() - begun
-    model.prefill(job["prompt"])
-    prefill = min(model.prefill(job["prompt"]) for _ in range(job["repeats"]))
-    decode = min(model.generate(job["context"], job["generate"]) for _ in range(job["repeats"]))
+    model.generate(job["context"], 1)
     read, total, bits, types = weight_bytes(Path(job["file"]))
     report = {
-        "decode_tokens_per_second": job["generate"] / decode,
-        "prefill_tokens_per_second": job["prompt"] / prefill,
         "bytes_per_token": read + job["cache_bytes"] * (job["context"] + job["generate"] // 2),
         "stored_bytes": total,
         "bits": bits,
         "types": types,
         "load_seconds": load,
-        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    print(json.dumps(report))
+    print(json.dumps(report), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "prompt":
+            print(model.prefill(job["prompt"]), flush=True)
+        else:
+            print(model.generate(job["context"], job["generate"]), flush=True)
 
 
 if __name__ == "__main__":

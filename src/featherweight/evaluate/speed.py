@@ -84,7 +84,7 @@ def measure_speed(
     bandwidth = read_bandwidth(threads=threads)
     reset_peak_memory()
     begun = time.perf_counter()
-    runner = _runner(folder, dtype, engine, cache, threads)
+    runner = open_runner(folder, dtype, engine, cache, threads)
     load_seconds = time.perf_counter() - begun
     prompt_tokens, new_tokens = _fitting(runner.context, prompt_tokens, new_tokens)
     before = prompt_tokens if context_tokens is None else min(context_tokens, prompt_tokens)
@@ -136,7 +136,10 @@ def _fitting(context: int | None, prompt: int, new: int) -> tuple[int, int]:
     return max(1, min(prompt, context - new)), new
 
 
-def _runner(folder: str | Path, dtype: str, engine: str, cache: str, threads: int | None) -> Runner:
+def open_runner(
+    folder: str | Path, dtype: str = "auto", engine: str = "auto", cache: str = "auto", threads: int | None = None
+) -> Runner:
+    """Load a model for measurements; the arguments are those of `measure_speed`."""
     if engine != "transformers" and not (engine == "auto" and torch.cuda.is_available()):
         try:
             return _native(folder, cache, threads)

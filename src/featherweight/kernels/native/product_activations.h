@@ -5,36 +5,66 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "product_lanes.h"
 
 namespace {  // compiled for several instruction sets
 
-void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum) {
-  float largest = 0.0F;
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = std::fabs(x[i]);
-    finite &= size <= 3.402823466e38F;
-    largest = size > largest ? size : largest;
-  }
-  const float step = largest / 127.0F;
-  const float inverse = step > 1e-35F && finite ? 127.0F / largest : 0.0F;  // smaller ones have no finite inverse
-  int32_t total_of_codes = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    // Adding and taking away 1.5 2^23 rounds to the nearest integer, halves to even.
-    const float rounded = (finite ? x[i] * inverse : 0.0F) + 12582912.0F;
-    const int32_t code = static_cast<int32_t>(rounded - 12582912.0F);
-    codes[i] = static_cast<int8_t>(code > 127 ? 127 : code < -127 ? -127 : code);
-    total_of_codes += codes[i];
-  }
-  *scale = finite ? (inverse > 0.0F ? step : 0.0F) : std::nanf("");
-  *sum = total_of_codes;
-}
-
 typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));  // of any row of floats
 typedef int32_t I16 __attribute__((vector_size(64)));
+typedef int8_t B16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int32_t kMagic = 0x4b400000;  // the bits of 1.5 2^23: adding it rounds to the nearest integer, halves to even
+
+FW_INLINE void copy_bits(I16& to, const F16& from) { memcpy(&to, &from, sizeof to); }
+
+void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum) {
+  const int64_t whole = count / 16 * 16;
+  // Sizes of floats are in the order of their bits.
+  I16 lanes = {};
+  for (int64_t i = 0; i < whole; i += 16) {
+    I16 size;
+    copy_bits(size, *reinterpret_cast<const F16*>(x + i));
+    size &= INT32_MAX;
+    lanes = size > lanes ? size : lanes;
+  }
+  int32_t largest_bits = 0;
+  for (int j = 0; j < 16; ++j) largest_bits = std::max(largest_bits, lanes[j]);
+  for (int64_t i = whole; i < count; ++i) {
+    int32_t size;
+    memcpy(&size, x + i, sizeof size);
+    largest_bits = std::max(largest_bits, size & INT32_MAX);
+  }
+  const bool finite = largest_bits < 0x7f800000;
+  float largest;
+  memcpy(&largest, &largest_bits, sizeof largest);
+  const float step = largest / 127.0F;
+  const float inverse = step > 1e-35F && finite ? 127.0F / largest : 0.0F;  // smaller ones have no finite inverse
+  *scale = finite ? (inverse > 0.0F ? step : 0.0F) : std::nanf("");
+  *sum = 0;
+  if (inverse == 0.0F) {
+    memset(codes, 0, static_cast<size_t>(count));
+    return;
+  }
+  I16 sums = {};
+  for (int64_t i = 0; i < whole; i += 16) {
+    // The sum's bits are those of the constant plus the integer. Products exceed 127 by no more than their last bit.
+    I16 code;
+    copy_bits(code, *reinterpret_cast<const F16*>(x + i) * inverse + 12582912.0F);
+    code -= kMagic;
+    sums += code;
+    *reinterpret_cast<B16*>(codes + i) = __builtin_convertvector(code, B16);
+  }
+  int32_t total = 0;
+  for (int j = 0; j < 16; ++j) total += sums[j];
+  for (int64_t i = whole; i < count; ++i) {
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(x[i] * inverse + 12582912.0F - 12582912.0F));
+    total += codes[i];
+  }
+  *sum = total;
+}
 
 #if defined(FW_NEON)
 template <int Distance>

@@ -110,39 +110,81 @@ bool wide_codes(const fw_operand* operand) {
   return (operand->layout == FW_FIELDS && operand->bits == 8) || (operand->tied && operand->offset > 63);
 }
 
-// Some tokens side by side, so that what a step needs of them lies in one piece: [steps][Tokens][4] codes, then scales, sums
-// and offset times sums, [segments][Tokens] each. Tokens that are missing repeat the last one.
+// Four tokens' codes of some steps, a word of four codes each, from one token after the other to one step after the other.
+FW_INLINE void interleave_four(const int8_t* const (&from)[4], int64_t steps, uint8_t* to, int64_t stride) {
+  typedef int32_t Words __attribute__((vector_size(16)));
+  int64_t s = 0;
+  for (; s + 4 <= steps; s += 4, to += 4 * stride) {
+    Words in[4], out[4];
+    for (int i = 0; i < 4; ++i) memcpy(&in[i], from[i] + 4 * s, sizeof in[i]);
+    for (int i = 0; i < 4; ++i) out[i] = Words{in[0][i], in[1][i], in[2][i], in[3][i]};
+    for (int i = 0; i < 4; ++i) memcpy(to + i * stride, &out[i], sizeof out[i]);
+  }
+  for (; s < steps; ++s, to += stride)
+    for (int i = 0; i < 4; ++i) memcpy(to + 4 * i, from[i] + 4 * s, 4);
+}
+
+// Some tokens side by side, so that what a step needs of them lies in one piece: [steps][Tokens][4] codes, then
+// [segments][Tokens] scales and the values that sums start from: minus the sum of the activations' codes, times the offset of
+// the weights' codes if all have the same. Tokens that are missing repeat the last one.
 template <int Tokens>
 struct TokenBlock {
+  static_assert(Tokens % 4 == 0, "tokens are interleaved four by four");
   const int8_t* codes;
   const float* scales;
-  const int32_t *sums, *offsets;
+  const int32_t* starts;
   int count;
 
   static int64_t bytes(const fw_operand* operand) {
-    return Tokens * operand->segments * (4 * operand->steps + 3 * static_cast<int64_t>(sizeof(int32_t)));
+    return Tokens * operand->segments * (4 * operand->steps + 2 * static_cast<int64_t>(sizeof(int32_t)));
   }
   TokenBlock(const fw_operand* operand, const uint8_t* place, int64_t tokens) : count(static_cast<int>(tokens)) {
     const int64_t segments = Tokens * operand->segments;
     codes = reinterpret_cast<const int8_t*>(place);
     scales = reinterpret_cast<const float*>(place + 4 * segments * operand->steps);
-    sums = reinterpret_cast<const int32_t*>(scales + segments);
-    offsets = sums + segments;
+    starts = reinterpret_cast<const int32_t*>(scales + segments);
   }
   static void fill(const fw_operand* operand, const IntegerInput& x, int64_t first, uint8_t* place) {
     const int64_t segments = operand->segments, steps = segments * operand->steps;
-    uint8_t *scales = place + 4 * Tokens * steps, *sums = scales + 4 * Tokens * segments, *offsets = sums + 4 * Tokens * segments;
+    const int32_t offset = operand->has_zeros ? 1 : operand->offset;
+    uint8_t *scales = place + 4 * Tokens * steps, *starts = scales + 4 * Tokens * segments;
+    for (int m = 0; m < Tokens; m += 4) {
+      const int8_t* from[4];
+      for (int i = 0; i < 4; ++i) from[i] = x.codes + std::min(first + m + i, x.tokens - 1) * x.columns;
+      interleave_four(from, steps, place + 4 * m, 4 * Tokens);
+    }
     for (int m = 0; m < Tokens; ++m) {
       const int64_t token = std::min(first + m, x.tokens - 1);
-      const int8_t* from = x.codes + token * x.columns;
-      for (int64_t s = 0; s < steps; ++s) memcpy(place + 4 * (s * Tokens + m), from + 4 * s, 4);
       for (int64_t s = 0; s < segments; ++s) {
-        const int32_t sum = x.sums[token * segments + s], offset = operand->offset * sum;
+        const int32_t start = -offset * x.sums[token * segments + s];
         memcpy(scales + 4 * (s * Tokens + m), x.scales + token * segments + s, 4);
-        memcpy(sums + 4 * (s * Tokens + m), &sum, 4);
-        memcpy(offsets + 4 * (s * Tokens + m), &offset, 4);
+        memcpy(starts + 4 * (s * Tokens + m), &start, 4);
       }
     }
+  }
+};
+
+// What a tile becomes once for all tokens: codes as bytes and scales as floats, [group][plane][16].
+struct UnpackedTile {
+  int64_t tile;
+  const uint8_t* codes[3];  // of each plane
+  const float* scales;
+  const uint8_t* zeros;
+
+  static int64_t bytes(const fw_operand* operand) {
+    return unpacked_planes(operand) * (unpacked_bytes(operand) + operand->groups * kTileRows * 4);
+  }
+  UnpackedTile(const fw_operand* operand, int64_t which, uint8_t* place)
+      : tile(which), codes(), zeros(operand->has_zeros ? tile_zeros(operand, which) : nullptr) {
+    const int planes = unpacked_planes(operand);
+    for (int plane = 0; plane < planes; ++plane, place += unpacked_bytes(operand)) {
+      unpack_tile(operand, tile, plane, place);
+      codes[plane] = place;
+    }
+    float* to = reinterpret_cast<float*>(place);
+    scales = to;
+    for (int64_t i = 0; i < operand->groups * planes; ++i)
+      store_floats(to + kTileRows * i, load_scales(operand, tile_scales(operand, tile), i));
   }
 };
 
@@ -158,44 +200,53 @@ FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x,
   }
 }
 
-// One segment of one plane: the sums, and their addition to `totals`.
+// One segment of one plane: the sums, and their addition to `totals`. Sums start from what their zero points take off, and
+// what is a token's is spread once for all tiles: where segments are short, half the time goes here.
 template <int Tiles, int Tokens, bool Wide, bool Zeros>
-FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int64_t of_plane,
-                            const int64_t (&tiles)[Tiles], const uint8_t* const (&codes)[Tiles],
-                            float (&totals)[Tiles][Tokens][kTileRows]) {
+FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int plane, int planes,
+                            const UnpackedTile* tiles, float (&totals)[Tokens][Tiles][kTileRows]) {
   const int64_t steps = operand->steps, group = segment / operand->segments_per_group, at = segment * Tokens;
-  Sums sum[Tiles][Tokens];
-  each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { sum[t][m] = zero_sums(); }); });
+  const int32_t* starts = block.starts + at;
+  const float* x_scales = block.scales + at;
   const uint8_t* from[Tiles];
-  for (int t = 0; t < Tiles; ++t) from[t] = codes[t] + kStepBytes * segment * steps;
-  gemm_steps<Tiles, Tokens, Wide>(from, block.codes + 4 * at * steps, steps, sum);
+  Floats scale[Tiles];
+  Sums zeros[Tiles], sum[Tiles][Tokens];
   each<Tiles>([&](auto t) FW_LAMBDA {
-    const TileScales scales(operand, tiles[t]);
-    const Floats scale = load_scales(operand, scales.scales, of_plane);
-    const Sums zeros = Zeros ? load_bytes(scales.zeros + 16 * group) : zero_sums();
-    each<Tokens>([&](auto m) FW_LAMBDA {
-      const Sums zero = Zeros ? times(zeros, spread(block.sums[at + m])) : spread(block.offsets[at + m]);
-      const Floats part = times(to_floats(subtract(sum[t][m], zero)), times(scale, spread(block.scales[at + m])));
-      store_floats(totals[t][m], add(load_floats(totals[t][m]), part));
+    from[t] = tiles[t].codes[plane] + kStepBytes * segment * steps;
+    scale[t] = load_floats(tiles[t].scales + kTileRows * (group * planes + plane));
+    zeros[t] = Zeros ? load_bytes(tiles[t].zeros + kTileRows * group) : zero_sums();
+  });
+  each<Tokens>([&](auto m) FW_LAMBDA {
+    const Sums start = spread(starts[m]);
+    each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = Zeros ? times(zeros[t], start) : start; });
+  });
+  gemm_steps<Tiles, Tokens, Wide>(from, block.codes + 4 * at * steps, steps, sum);
+  each<Tokens>([&](auto m) FW_LAMBDA {
+    const Floats x_scale = spread(x_scales[m]);
+    each<Tiles>([&](auto t) FW_LAMBDA {
+      const Floats part = times(to_floats(sum[t][m]), times(scale[t], x_scale));
+      store_floats(totals[m][t], add(load_floats(totals[m][t]), part));
     });
   });
 }
 
 template <int Tiles, int Tokens, bool Wide>
-void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token, const int64_t (&tiles)[Tiles],
-                const uint8_t* const (&codes)[3][Tiles], const Output& out) {
+__attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token, const UnpackedTile* tiles,
+                const Output& out) {
   const int planes = unpacked_planes(operand);
-  alignas(64) float totals[Tiles][Tokens][kTileRows] = {};
+  // Results go to as many pages as there are tokens: asked for now, their lines have come when the sums are done.
+  for (int m = 0; m < block.count; ++m)
+    for (int t = 0; t < Tiles; ++t) prefetch(out.values + (first_token + m) * out.stride + kTileRows * tiles[t].tile);
+  alignas(64) float totals[Tokens][Tiles][kTileRows] = {};
   for (int64_t segment = 0; segment < operand->segments; ++segment)
     for (int plane = 0; plane < planes; ++plane) {
-      const int64_t of_plane = segment / operand->segments_per_group * planes + plane;
       if (operand->has_zeros)
-        gemm_segment<Tiles, Tokens, Wide, true>(operand, block, segment, of_plane, tiles, codes[plane], totals);
+        gemm_segment<Tiles, Tokens, Wide, true>(operand, block, segment, plane, planes, tiles, totals);
       else
-        gemm_segment<Tiles, Tokens, Wide, false>(operand, block, segment, of_plane, tiles, codes[plane], totals);
+        gemm_segment<Tiles, Tokens, Wide, false>(operand, block, segment, plane, planes, tiles, totals);
     }
-  for (int t = 0; t < Tiles; ++t)
-    for (int m = 0; m < block.count; ++m) put(out, operand->rows, tiles[t], first_token + m, load_floats(totals[t][m]));
+  for (int m = 0; m < block.count; ++m)
+    for (int t = 0; t < Tiles; ++t) put(out, operand->rows, tiles[t].tile, first_token + m, load_floats(totals[m][t]));
 }
 
 constexpr int kGemmTail = 4;  // so many tokens or fewer at the end are a block of their own size
@@ -208,33 +259,22 @@ int64_t blocks_bytes(const fw_operand* operand, int64_t tokens) {
 int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
   if (operand->layout == FW_PLAIN) return plain_work_bytes(tokens);
   if (operand->layout == FW_TABLES) return 64;
-  return kGemmTiles * 3 * unpacked_bytes(operand) + blocks_bytes(operand, tokens) + 4096;
+  return kGemmTiles * UnpackedTile::bytes(operand) + blocks_bytes(operand, tokens) + 4096;
 }
 
-template <int Tiles, bool Wide>
+template <int Tiles, bool Wide, int... T>
 void many_tokens(const fw_operand* operand, int64_t tokens, const uint8_t* blocks, int64_t first, int64_t last,
-                 const Output& out, uint8_t* space) {
-  const int64_t bytes = unpacked_bytes(operand);
-  const int planes = unpacked_planes(operand);
+                 const Output& out, uint8_t* space, std::integer_sequence<int, T...>) {
   for (int64_t tile = first; tile + Tiles <= last; tile += Tiles) {
-    int64_t tiles[Tiles];
-    const uint8_t* codes[3][Tiles] = {};
-    for (int t = 0; t < Tiles; ++t) {
-      tiles[t] = tile + t;
-      for (int plane = 0; plane < planes; ++plane) {
-        uint8_t* to = space + (3 * t + plane) * bytes;
-        unpack_tile(operand, tile + t, plane, to);
-        codes[plane][t] = to;
-      }
-    }
+    const UnpackedTile tiles[Tiles] = {UnpackedTile(operand, tile + T, space + T * UnpackedTile::bytes(operand))...};
     const uint8_t* block = blocks;
     int64_t token = 0;
     for (; tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand)) {
       const TokenBlock<kGemmTokens> some(operand, block, std::min<int64_t>(kGemmTokens, tokens - token));
-      gemm_block<Tiles, kGemmTokens, Wide>(operand, some, token, tiles, codes, out);
+      gemm_block<Tiles, kGemmTokens, Wide>(operand, some, token, tiles, out);
     }
     if (token < tokens)
-      gemm_block<Tiles, kGemmTail, Wide>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, codes, out);
+      gemm_block<Tiles, kGemmTail, Wide>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, out);
   }
 }
 
@@ -242,15 +282,16 @@ template <bool Wide>
 void many_tokens_of(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out,
                     void* work) {
   uint8_t* space = static_cast<uint8_t*>(work);
-  uint8_t* blocks = space + (kGemmTiles * 3 * unpacked_bytes(operand) + 63) / 64 * 64;
+  uint8_t* blocks = space + kGemmTiles * UnpackedTile::bytes(operand);
   uint8_t* block = blocks;
   int64_t token = 0;
   for (; x.tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand))
     TokenBlock<kGemmTokens>::fill(operand, x, token, block);
   if (token < x.tokens) TokenBlock<kGemmTail>::fill(operand, x, token, block);
-  many_tokens<kGemmTiles, Wide>(operand, x.tokens, blocks, first, last, out, space);
+  many_tokens<kGemmTiles, Wide>(operand, x.tokens, blocks, first, last, out, space, std::make_integer_sequence<int, kGemmTiles>());
   const int64_t left = (last - first) % kGemmTiles;
-  if (left) many_tokens<1, Wide>(operand, x.tokens, blocks, last - left, last, out, space);
+  if (left)
+    many_tokens<1, Wide>(operand, x.tokens, blocks, last - left, last, out, space, std::integer_sequence<int, 0>());
 }
 
 }  // namespace
