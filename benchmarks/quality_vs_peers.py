@@ -351,6 +351,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.limit = options.limit or None
+    options.peers_python = options.peers_python.absolute()  # peers run in folders of their own
     return options
 
 
