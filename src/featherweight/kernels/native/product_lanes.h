@@ -195,6 +195,23 @@ FW_INLINE Sums dot(Sums to, Codes codes, const int8_t* x) {
   const __m256i four = _mm256_set1_epi32(load_word(x));
   return {dot256<Wide>(to.a, codes.a, four), dot256<Wide>(to.b, codes.b, four)};
 }
+
+// Sums of pairs in 16 bits hold eight steps of codes up to 15 (8 x 2 x 15 x 128 < 2^15), which saves two instructions of three
+// a step.
+#define FW_HAS_PAIRS 1
+struct Pairs {
+  __m256i a, b;
+};
+FW_INLINE Pairs zero_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+FW_INLINE Pairs dot_pairs(Pairs to, Codes codes, const int8_t* x) {
+  const __m256i four = _mm256_set1_epi32(load_word(x));
+  return {_mm256_add_epi16(to.a, _mm256_maddubs_epi16(codes.a, four)),
+          _mm256_add_epi16(to.b, _mm256_maddubs_epi16(codes.b, four))};
+}
+FW_INLINE Sums add(Sums to, Pairs pairs) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(to.a, _mm256_madd_epi16(pairs.a, ones)), _mm256_add_epi32(to.b, _mm256_madd_epi16(pairs.b, ones))};
+}
 #endif
 FW_INLINE Sums subtract(Sums x, Sums y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 FW_INLINE Sums add(Sums x, Sums y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }

@@ -104,10 +104,18 @@ void unpack_tile(const fw_operand* operand, int64_t tile, int plane, uint8_t* to
 
 int64_t unpacked_bytes(const fw_operand* operand) { return operand->segments * operand->steps * kStepBytes; }
 
-// Whether unpacked codes may be above 127: bytes, and joint codes of tied trits with large weights, whose largest is twice
-// the offset.
-bool wide_codes(const fw_operand* operand) {
-  return (operand->layout == FW_FIELDS && operand->bits == 8) || (operand->tied && operand->offset > 63);
+// How large unpacked codes may be: up to 15, to 127 or to 255.
+enum class Range { kNarrow, kSevenBits, kWide };
+
+#if defined(FW_HAS_PAIRS)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;  // then narrow codes are no special case
+#endif
+
+Range code_range(const fw_operand* operand) {
+  const int largest = operand->tied || operand->layout != FW_FIELDS ? 2 * operand->offset : (1 << operand->bits) - 1;
+  return largest > 127 ? Range::kWide : largest > 15 || !kPairs ? Range::kSevenBits : Range::kNarrow;
 }
 
 // Four tokens' codes of some steps, a word of four codes each, from one token after the other to one step after the other.
@@ -189,20 +197,35 @@ struct UnpackedTile {
 };
 
 // sum[tile][token] over `steps` steps. Indices are known where the code is written (`each`): else GCC keeps sums in memory.
-template <int Tiles, int Tokens, bool Wide>
+template <int Tiles, int Tokens, Range Of>
 FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x, int64_t steps, Sums (&sum)[Tiles][Tokens]) {
+#if defined(FW_HAS_PAIRS)
+  if constexpr (Of == Range::kNarrow) {
+    for (int64_t s = 0; s < steps;) {
+      Pairs pairs[Tiles][Tokens];
+      each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = zero_pairs(); }); });
+      for (const int64_t end = std::min(steps, s + 8); s < end; ++s, x += 4 * Tokens)
+        each<Tiles>([&](auto t) FW_LAMBDA {
+          const Codes now = load_codes(codes[t] + kStepBytes * s);
+          each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = dot_pairs(pairs[t][m], now, x + 4 * m); });
+        });
+      each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { sum[t][m] = add(sum[t][m], pairs[t][m]); }); });
+    }
+    return;
+  }
+#endif
   for (int64_t s = 0; s < steps; ++s, x += 4 * Tokens) {
     Codes now[Tiles];
     each<Tiles>([&](auto t) FW_LAMBDA { now[t] = load_codes(codes[t] + kStepBytes * s); });
     each<Tokens>([&](auto m) FW_LAMBDA {
-      each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = dot<Wide>(sum[t][m], now[t], x + 4 * m); });
+      each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = dot<Of == Range::kWide>(sum[t][m], now[t], x + 4 * m); });
     });
   }
 }
 
 // One segment of one plane: the sums, and their addition to `totals`. Sums start from what their zero points take off, and
 // what is a token's is spread once for all tiles: where segments are short, half the time goes here.
-template <int Tiles, int Tokens, bool Wide, bool Zeros>
+template <int Tiles, int Tokens, Range Of, bool Zeros>
 FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int plane, int planes,
                             const UnpackedTile* tiles, float (&totals)[Tokens][Tiles][kTileRows]) {
   const int64_t steps = operand->steps, group = segment / operand->segments_per_group, at = segment * Tokens;
@@ -220,7 +243,7 @@ FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>&
     const Sums start = spread(starts[m]);
     each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = Zeros ? times(zeros[t], start) : start; });
   });
-  gemm_steps<Tiles, Tokens, Wide>(from, block.codes + 4 * at * steps, steps, sum);
+  gemm_steps<Tiles, Tokens, Of>(from, block.codes + 4 * at * steps, steps, sum);
   each<Tokens>([&](auto m) FW_LAMBDA {
     const Floats x_scale = spread(x_scales[m]);
     each<Tiles>([&](auto t) FW_LAMBDA {
@@ -230,7 +253,7 @@ FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>&
   });
 }
 
-template <int Tiles, int Tokens, bool Wide>
+template <int Tiles, int Tokens, Range Of>
 __attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token, const UnpackedTile* tiles,
                 const Output& out) {
   const int planes = unpacked_planes(operand);
@@ -241,9 +264,9 @@ __attribute__((noinline)) void gemm_block(const fw_operand* operand, const Token
   for (int64_t segment = 0; segment < operand->segments; ++segment)
     for (int plane = 0; plane < planes; ++plane) {
       if (operand->has_zeros)
-        gemm_segment<Tiles, Tokens, Wide, true>(operand, block, segment, plane, planes, tiles, totals);
+        gemm_segment<Tiles, Tokens, Of, true>(operand, block, segment, plane, planes, tiles, totals);
       else
-        gemm_segment<Tiles, Tokens, Wide, false>(operand, block, segment, plane, planes, tiles, totals);
+        gemm_segment<Tiles, Tokens, Of, false>(operand, block, segment, plane, planes, tiles, totals);
     }
   for (int m = 0; m < block.count; ++m)
     for (int t = 0; t < Tiles; ++t) put(out, operand->rows, tiles[t].tile, first_token + m, load_floats(totals[m][t]));
@@ -262,7 +285,7 @@ int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
   return kGemmTiles * UnpackedTile::bytes(operand) + blocks_bytes(operand, tokens) + 4096;
 }
 
-template <int Tiles, bool Wide, int... T>
+template <int Tiles, Range Of, int... T>
 void many_tokens(const fw_operand* operand, int64_t tokens, const uint8_t* blocks, int64_t first, int64_t last,
                  const Output& out, uint8_t* space, std::integer_sequence<int, T...>) {
   for (int64_t tile = first; tile + Tiles <= last; tile += Tiles) {
@@ -271,14 +294,14 @@ void many_tokens(const fw_operand* operand, int64_t tokens, const uint8_t* block
     int64_t token = 0;
     for (; tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand)) {
       const TokenBlock<kGemmTokens> some(operand, block, std::min<int64_t>(kGemmTokens, tokens - token));
-      gemm_block<Tiles, kGemmTokens, Wide>(operand, some, token, tiles, out);
+      gemm_block<Tiles, kGemmTokens, Of>(operand, some, token, tiles, out);
     }
     if (token < tokens)
-      gemm_block<Tiles, kGemmTail, Wide>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, out);
+      gemm_block<Tiles, kGemmTail, Of>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, out);
   }
 }
 
-template <bool Wide>
+template <Range Of>
 void many_tokens_of(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out,
                     void* work) {
   uint8_t* space = static_cast<uint8_t*>(work);
@@ -288,10 +311,10 @@ void many_tokens_of(const fw_operand* operand, const IntegerInput& x, int64_t fi
   for (; x.tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand))
     TokenBlock<kGemmTokens>::fill(operand, x, token, block);
   if (token < x.tokens) TokenBlock<kGemmTail>::fill(operand, x, token, block);
-  many_tokens<kGemmTiles, Wide>(operand, x.tokens, blocks, first, last, out, space, std::make_integer_sequence<int, kGemmTiles>());
+  many_tokens<kGemmTiles, Of>(operand, x.tokens, blocks, first, last, out, space, std::make_integer_sequence<int, kGemmTiles>());
   const int64_t left = (last - first) % kGemmTiles;
   if (left)
-    many_tokens<1, Wide>(operand, x.tokens, blocks, last - left, last, out, space, std::integer_sequence<int, 0>());
+    many_tokens<1, Of>(operand, x.tokens, blocks, last - left, last, out, space, std::integer_sequence<int, 0>());
 }
 
 }  // namespace

@@ -25,8 +25,13 @@ void integer_tiles(const fw_operand* operand, const IntegerInput& x, int64_t fir
 #else
   const bool few = x.tokens == 1;
 #endif
-  if (!few) return wide_codes(operand) ? many_tokens_of<true>(operand, x, first, last, out, work)
-                                       : many_tokens_of<false>(operand, x, first, last, out, work);
+  if (!few) {
+    const Range range = code_range(operand);
+    if (range == Range::kWide) return many_tokens_of<Range::kWide>(operand, x, first, last, out, work);
+    if constexpr (kPairs)
+      if (range == Range::kNarrow) return many_tokens_of<Range::kNarrow>(operand, x, first, last, out, work);
+    return many_tokens_of<Range::kSevenBits>(operand, x, first, last, out, work);
+  }
   if (operand->layout == FW_QUARTETS) return stream_tiles<QuartetReader, 1, kStreams>(operand, x, first, last, out);
 #if defined(FW_HAS_TRITS)
   if (operand->layout == FW_TRITS) {
@@ -63,7 +68,7 @@ int64_t spin(int64_t rounds) {
   each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { sum[t][m] = zero_sums(); }); });
   for (int64_t r = 0; r < rounds; r += kSteps) {
     asm volatile("" ::"r"(codes), "r"(x) : "memory");  // the values are not known to the compiler
-    gemm_steps<kGemmTiles, kGemmTokens, false>(places, x, kSteps, sum);
+    gemm_steps<kGemmTiles, kGemmTokens, kPairs ? Range::kNarrow : Range::kSevenBits>(places, x, kSteps, sum);
   }
   Sums all = zero_sums();
   each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { all = add(all, sum[t][m]); }); });
