@@ -8,8 +8,8 @@ codes. What is compared runs in one heat: all its models are loaded, each in a p
 tokens, decoded one by one after a short context, in the first rounds also a prompt of 512 tokens from an empty cache.
 A rate is the median over all turns; a ratio is the median over rounds of the ratio within a round (turns.py), with its
 quartiles. Read bandwidth is measured between turns; the share of a turn is bytes per token (weights and cache) times
-tokens a second, over the bandwidth around that turn. Where others use the memory too, a turn can meet more bandwidth
-than the measurement beside it: see the quartiles.
+tokens a second, over the bandwidth around that turn; the limit is that bandwidth over the bytes. Where others use the
+memory too, a turn can meet more bandwidth than the measurement beside it: see the quartiles.
 
 llama.cpp keeps the output layer in Q6_K (F16 and Q8_0: as named); ours is uniform 6 bit g128 there (8 bit and bf16: as
 named), and both are counted. A variant that crashes is reported as such. GCC 12 miscompiles llama.cpp's AMX path (it
@@ -223,7 +223,7 @@ def report(
         "bf16_peak": bf16_peak(options.threads),
         "llama_cpp": options.llama_version,
         "busy_before": busy,
-        "rows": [row(contestant, middle, options) for contestant in [*theirs, *ours]],
+        "rows": [row(contestant, options) for contestant in [*theirs, *ours]],
         "decode_ratios": decode_ratios(theirs, ours),
         "prompt_ratios": prompt_ratios(theirs, ours),
     }
@@ -236,7 +236,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def row(contestant: Contestant, bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:
+def row(contestant: Contestant, options: argparse.Namespace) -> dict[str, Any]:
     path, read = contestant.path, contestant.about.get("bytes_per_token")
     decode = [turn for turn in contestant.turns if turn.request == "decode"]
     shares = [options.generate / turn.seconds * read / turn.bandwidth for turn in decode] if read else []
@@ -250,7 +250,7 @@ def row(contestant: Contestant, bandwidth: float, options: argparse.Namespace) -
         "bytes_per_token": read,
         "decode_tokens_per_second": contestant.median("decode", options.generate),
         "prefill_tokens_per_second": contestant.median("prompt", options.prompt),
-        "limit_tokens_per_second": bandwidth / read if read else None,
+        "limit_tokens_per_second": statistics.median(t.bandwidth for t in decode) / read if decode and read else None,
         "bandwidth_share": quartiles(shares) if shares else None,
         "outside_kernels_share": statistics.median(outside) if outside else None,
         "load_seconds": contestant.about.get("load_seconds"),
@@ -356,7 +356,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(
         f"tokens/s decoded, {result['shape']['name']} Llama shape, {result['threads']} threads "
-        f"(red: limit at {result['bandwidth_gb_s']:.0f} GB/s)"
+        f"(red: what the bandwidth around its turns allows)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
