@@ -196,9 +196,9 @@ FW_INLINE Sums dot(Sums to, Codes codes, const int8_t* x) {
   return {dot256<Wide>(to.a, codes.a, four), dot256<Wide>(to.b, codes.b, four)};
 }
 
-// Sums of pairs in 16 bits hold eight steps of codes up to 15 (8 x 2 x 15 x 128 < 2^15), which saves two instructions of three
-// a step.
+// Sums of pairs in 16 bits hold eight steps of codes up to 15 (8 x 2 x 15 x 128 < 2^15), which saves one instruction of three.
 #define FW_HAS_PAIRS 1
+constexpr int64_t kPairSteps = 8;
 struct Pairs {
   __m256i a, b;
 };

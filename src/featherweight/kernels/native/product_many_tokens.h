@@ -204,7 +204,7 @@ FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x,
     for (int64_t s = 0; s < steps;) {
       Pairs pairs[Tiles][Tokens];
       each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = zero_pairs(); }); });
-      for (const int64_t end = std::min(steps, s + 8); s < end; ++s, x += 4 * Tokens)
+      for (const int64_t end = std::min(steps, s + kPairSteps); s < end; ++s, x += 4 * Tokens)
         each<Tiles>([&](auto t) FW_LAMBDA {
           const Codes now = load_codes(codes[t] + kStepBytes * s);
           each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = dot_pairs(pairs[t][m], now, x + 4 * m); });
@@ -224,7 +224,7 @@ FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x,
 }
 
 // One segment of one plane: the sums, and their addition to `totals`. Sums start from what their zero points take off, and
-// what is a token's is spread once for all tiles: where segments are short, half the time goes here.
+// what is a token's is spread once for all tiles: where segments are short, much of the time goes here.
 template <int Tiles, int Tokens, Range Of, bool Zeros>
 FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int plane, int planes,
                             const UnpackedTile* tiles, float (&totals)[Tokens][Tiles][kTileRows]) {
@@ -253,9 +253,10 @@ FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>&
   });
 }
 
+// Not inlined: GCC 12 then keeps fewer of the sums' surroundings in registers, and is a twentieth slower.
 template <int Tiles, int Tokens, Range Of>
-__attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token, const UnpackedTile* tiles,
-                const Output& out) {
+__attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token,
+                                          const UnpackedTile* tiles, const Output& out) {
   const int planes = unpacked_planes(operand);
   // Results go to as many pages as there are tokens: asked for now, their lines have come when the sums are done.
   for (int m = 0; m < block.count; ++m)
