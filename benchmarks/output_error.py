@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("presets", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--model", type=Path, default=REFERENCE)
+    parser.add_argument("--set", nargs="+", default=(), dest="changes", help="recipe fields of all but the first")
     parser.add_argument("--tokens", type=int, default=16384, help="of the evaluation text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -84,7 +85,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 out = Path(work) / "compressed"
                 recipe = load_recipe(preset)
-                changes = [f"calibration.seed={seed}"] if recipe.calibrated else []
+                changes = list(options.changes) if preset != options.presets[0] else []
+                changes += [f"calibration.seed={seed}"] if recipe.calibrated else []
                 featherweight.compress(options.model, preset, out, seed=seed, threads=options.threads, changes=changes)
                 compressed, _ = featherweight.load(out, dtype="float32")
                 found = errors(original, compressed, inputs)

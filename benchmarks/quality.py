@@ -26,6 +26,7 @@ from typing import Any
 REFERENCE = Path(__file__).parents[1] / "src" / "featherweight" / "assets" / "reference"
 OURS = ("trit-2", "trit-1")
 SHOWN_BITS = 5.3  # the plot's right end
+CLOSE = ((2.85, 4.35), (1.1, 22.0))  # bits and excess of the plot's second part
 
 
 def arguments() -> argparse.Namespace:
@@ -221,36 +222,51 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "preset": {"color": "#1f5f8b", "marker": "o", "s": 28, "label": "presets of the field"},
         "peer": {"color": "#7a7a7a", "marker": "^", "s": 36, "label": "other tools"},
     }
-    figure, axes = pyplot.subplots(figsize=(11, 8))
-    axes.set_yscale("log")
+    figure, (wide, close) = pyplot.subplots(1, 2, figsize=(17, 9), width_ratios=(2, 3))
     shown = [r for r in rows if r["excess"] > 0 and r["bits"] < SHOWN_BITS]
-    for who, look in looks.items():
-        chosen = [r for r in shown if r["who"] == who]
-        axes.scatter([r["bits"] for r in chosen], [r["excess"] for r in chosen], **look)
-    axes.margins(x=0.06)
-    axes.set_xlabel("true bits per weight of the linear layers (everything stored counted)")
-    axes.set_ylabel("excess perplexity, % of the original (mean over seeds)")
-    axes.grid(True, which="both", alpha=0.25)
-    label(axes, sorted(shown, key=lambda r: r["who"] != "ours"), {who: look["color"] for who, look in looks.items()})
-    axes.legend()
+    for axes in (wide, close):
+        axes.set_yscale("log")
+        for who, look in looks.items():
+            chosen = [r for r in shown if r["who"] == who]
+            axes.scatter([r["bits"] for r in chosen], [r["excess"] for r in chosen], **look)
+        axes.set_xlabel("true bits per weight of the linear layers (everything stored counted)")
+        axes.grid(True, which="both", alpha=0.25)
+    wide.margins(x=0.12)
+    wide.set_ylabel("excess perplexity, % of the original (mean over seeds)")
+    (low_x, high_x), (low_y, high_y) = CLOSE
+    close.set(xlim=CLOSE[0], ylim=CLOSE[1], title="the frame on the left")
+    frame = pyplot.Rectangle((low_x, low_y), high_x - low_x, high_y - low_y, fill=False, color="#999999", linewidth=0.8)
+    wide.add_patch(frame)
+    colours = {who: look["color"] for who, look in looks.items()}
+    within = [r for r in shown if low_x < r["bits"] < high_x and low_y < r["excess"] < high_y]
+    wide.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    label(wide, [r for r in shown if r not in within], colours)
+    label(close, within, colours)
+    figure.savefig(path, dpi=110)
 
 
 def label(axes: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    """Names beside the points, each at the first place around its point where it covers no other name."""
+    """Names beside the points, ours first, each as near as it gets without covering another; far ones on a line."""
+    from matplotlib.text import Text
+
     axes.figure.canvas.draw()
-    places = [(6, 4), (6, -10), (-6, 4), (-6, -10), (6, 15), (6, -21), (-6, 15), (-6, -21), (6, 26), (-6, 26)]
+    renderer = axes.figure.canvas.get_renderer()
+    places = [(side, y) for y in sorted(range(-220, 221, 10), key=abs) for side in (8, -8, 40, -40)]
     taken: list[Any] = []
-    for found in rows:
+    for found in sorted(rows, key=lambda r: (r["who"] != "ours", r["bits"], r["excess"])):
         for x, y in places:
+            line = {"arrowstyle": "-", "color": colours[found["who"]], "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
             text = axes.annotate(
                 found["name"], (found["bits"], found["excess"]), xytext=(x, y), textcoords="offset points", fontsize=7,
-                color=colours[found["who"]], ha="left" if x > 0 else "right",
+                color=colours[found["who"]], ha="left" if x > 0 else "right", va="center",
                 weight="bold" if found["who"] == "ours" else "normal",
+                arrowprops=line if abs(y) > 10 or abs(x) > 8 else None,
             )  # fmt: skip
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) or (x, y) == places[-1]:
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text)  # of an annotation it holds the line as well
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y) == places[-1]:
                 taken.append(box)
                 break
             text.remove()
