@@ -233,9 +233,6 @@ void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first
           b.scales[t] = work.scales + (pair + t) * scales;
           b.zeros[t] = operand->has_zeros ? tile_zeros(operand, tile + pair + t) : nullptr;
         }
-        for (int m = 0; m < b.tokens; ++m)  // results' lines, a page apart each: here when the sums are done
-          for (int t = 0; t < b.tiles; ++t)
-            prefetch(out.values + (token + m) * out.stride + (tile + pair + t) * kTileRows);
         // Sums are turned into floats one product later: what a tile register just stored cannot be loaded without delay.
         const int64_t products = operand->segments * planes;
         for (int64_t i = 0; i <= products; ++i) {
