@@ -146,6 +146,7 @@ def test_nothing_ends_below_its_data_free_form(
     """Unless it says so: layers whose code is worse on held-out windows keep the data-free one."""
     found = measure(preset, *changes, *SHORT)
     assert mean(found) >= mean(measure(plain)) - NOISE or fallen(found)
-    for layer in found[1].layers:
-        if "held_out_error" in layer and "gptaq" not in preset:
-            assert layer["held_out_error"] <= 1.02 * layer["held_out_error_data_free"] or "fallback" in layer
+    compared = [layer for layer in found[1].layers if "held_out_error_data_free" in layer]
+    assert compared or preset == "awq"  # which rounds to nearest: its blocks are compared, not its layers
+    for layer in compared if "gptaq" not in preset else []:
+        assert layer["held_out_error"] <= 1.02 * layer["held_out_error_data_free"] or "fallback" in layer
