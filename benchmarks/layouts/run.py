@@ -1,12 +1,15 @@
 """Layouts of ternary and nine-level weights at matrix-vector products: the library's, and those tried and not taken.
 
     python benchmarks/layouts/run.py --threads 2 --json bench-out/layouts.json
+    python benchmarks/layouts/run.py --chosen        # only those that the library uses here
 
 All kernels run in one session on matrices that together exceed the last-level cache, so that every byte comes from
-memory; the best of several rounds counts, and the bandwidth of only reading is measured with each half. What counts is
-weights a second: a layout with fewer bits has more of them at the same bandwidth, unless unpacking costs more than the
-memory. The last column tells that cost: weights a second of one thread on about a megabyte, which its own cache holds.
-If this, times the threads, is more than the memory gives, a layout can be as fast as the memory.
+memory. Bandwidth of only reading is measured before and after each round of the library's, and the share is the median
+over rounds of a round's rate over the bandwidth around it (its quartiles are in the JSON); of the others the best round
+counts, beside the best reading. What counts is weights a second: a layout with fewer bits has more of them at the same
+bandwidth, unless unpacking costs more than the memory. The last column tells that cost: weights a second of one thread
+on about a megabyte, which its own cache holds. If this, times the threads, is more than the memory gives, a layout can
+be as fast as the memory.
 
 layouts.cpp holds the kernels that were not taken, the library's are called through its operators, with quantising the
 input and with their barriers. Two planes by table lookup share their tables and otherwise take twice the time of one.
@@ -17,10 +20,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +52,7 @@ CACHED_ROWS, CACHED_ROUNDS = 512, 2000
 @dataclass(frozen=True)
 class Row:
     """`bits` are those read, scales included; `share` that of the bandwidth measured beside it; `cached`: one thread on
-    weights in its own cache."""
+    weights in its own cache; `quartiles` of the share."""
 
     layout: str
     by: str
@@ -56,6 +61,7 @@ class Row:
     weights_a_second: float
     share: float
     cached_weights_a_second: float
+    quartiles: tuple[float, float] | None = None
 
 
 def not_taken(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -96,19 +102,20 @@ def codes(pool: Pool, rows: int) -> dict[str, Code]:
     }
 
 
-def seconds_of_products(memory: list[int], rows: int, rounds: int, threads: int) -> float:
-    """Best seconds of a matrix-vector product with every operand in turn."""
+def products(memory: list[int], rows: int, threads: int) -> Callable[[], float]:
+    """A function that multiplies a vector by every operand in turn, and returns the seconds it took."""
     library, precision = native.needed(), native.PRECISIONS["int8"]
     x, out = torch.randn(1, COLUMNS), torch.empty(1, rows)
-    best = float("inf")
-    for number in range(rounds + 1):
+
+    def once() -> float:
         begun = time.perf_counter()
         for address in memory:
             status = library.product(address, x.data_ptr(), 1, COLUMNS, out.data_ptr(), rows, precision, 0, threads)
             native.check(status, "a product")
-        if number:
-            best = min(best, time.perf_counter() - begun)
-    return best
+        return time.perf_counter() - begun
+
+    once()
+    return once
 
 
 def taken(options: argparse.Namespace) -> list[Row]:
@@ -124,6 +131,8 @@ def taken(options: argparse.Namespace) -> list[Row]:
                 operand = pack_code(code, layout=layout, threads=options.threads).operands[0]
             except ValueError:  # not one of this code's
                 continue
+            if options.chosen and operand.layout != chosen:
+                continue
             mark = " (chosen)" if operand.layout == chosen else ""
             cached = pack_code(small[title], layout=layout).operands[0]
             rows.append(measured(f"{title}: {operand.layout}{mark}", operand, cached, options))
@@ -138,15 +147,28 @@ def measured(title: str, operand: native.Operand, cached: native.Operand, option
     for i in range(count):
         ctypes.memmove(memory.data_ptr() + i * stride, operand.memory.data_ptr(), size)
     addresses = [memory.data_ptr() + i * stride for i in range(count)]
-    seconds = seconds_of_products(addresses, ROWS, options.rounds, options.threads)
+    run, rates, shares = products(addresses, ROWS, options.threads), [], []
+    before = _bandwidth(options)
+    for _ in range(options.rounds):
+        rates.append(count / run())
+        after = _bandwidth(options)
+        shares.append(rates[-1] * operand.weight_bytes * 2 / (before + after))
+        before = after
     del memory
-    bandwidth = read_bandwidth(options.megabytes << 20, options.rounds, options.threads)
-    rate = count * operand.weight_bytes / seconds
+    once = products([cached.memory.data_ptr()], CACHED_ROWS, 1)
+    in_cache = min(once() for _ in range(CACHED_ROUNDS))
+    rate = statistics.median(rates)  # products a second
+    low, share, high = statistics.quantiles(shares, n=4, method="inclusive")
     bits = 8 * operand.weight_bytes / (ROWS * COLUMNS)
-    weights = count * ROWS * COLUMNS / seconds
-    in_cache = seconds_of_products([cached.memory.data_ptr()], CACHED_ROWS, CACHED_ROUNDS, 1)
-    share = rate / bandwidth if bandwidth else float("nan")
-    return Row(title, "library", bits, rate, weights, share, CACHED_ROWS * COLUMNS / in_cache)
+    return Row(
+        title, "library", bits, rate * operand.weight_bytes, rate * ROWS * COLUMNS, share,
+        CACHED_ROWS * COLUMNS / in_cache, (low, high),
+    )  # fmt: skip
+
+
+def _bandwidth(options: argparse.Namespace) -> float:
+    """Bytes a second, of a single pass: the same conditions as a round of products."""
+    return read_bandwidth(options.megabytes << 20, 1, options.threads) or float("nan")
 
 
 def table(rows: list[Row]) -> str:
@@ -162,17 +184,25 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def at_least_two(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError("two or more are needed for quartiles")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_two, default=9)
+    parser.add_argument("--chosen", action="store_true", help="only the layouts that the library uses here")
     parser.add_argument("--megabytes", type=int, default=1536, help="of weights; more than the last-level cache")
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        rows = not_taken(options, Path(work))
-    rows += taken(options)
+    rows = taken(options)
+    if not options.chosen:
+        with tempfile.TemporaryDirectory() as work:
+            rows += not_taken(options, Path(work))
     print(table(rows))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from featherweight.evaluate.size import bytes_per_token
-from featherweight.evaluate.speed import Runner, open_runner
+from featherweight.evaluate.speed import Runner, bytes_read_per_token, open_runner
 
 
 def prefill(runner: Runner, tokens: int) -> float:
@@ -44,10 +43,8 @@ def main() -> None:
     runner = open_runner(job["folder"], engine=job["engine"], cache=job["kv_cache"], threads=job["threads"])
     load = time.perf_counter() - begun
     generate(runner, job["context"], 1)
-    weights = runner.weight_bytes()
     report = {
-        "bytes_per_token": (bytes_per_token(job["folder"]) if weights is None else weights)
-        + runner.cache_bytes() * (job["context"] + job["generate"] // 2),
+        "bytes_per_token": bytes_read_per_token(runner, job["folder"], job["context"] + job["generate"] // 2),
         "load_seconds": load,
         "engine": runner.name,
     }

@@ -97,8 +97,16 @@ class TritPlanes(Code):
             self._hold(*log8_encode(self.scales.abs()))
 
     def _hold(self, codes: Tensor, exponent: int) -> None:
+        """Scales as they are stored; `scales` is decoded when it is first asked for, which kernels never do."""
         object.__setattr__(self, "log8", (codes, exponent))
-        object.__setattr__(self, "scales", log8_decode(codes, exponent))
+        object.__delattr__(self, "scales")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "scales" or self.log8 is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        scales = log8_decode(*self.log8)
+        object.__setattr__(self, "scales", scales)
+        return scales
 
     @classmethod
     def encode(

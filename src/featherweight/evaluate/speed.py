@@ -92,9 +92,7 @@ def measure_speed(
     prefill = _best(lambda: runner.prefill(prompt), runner.device, repeats)
     decode, within = _decode(runner, prompt[:before], new_tokens, repeats)
     peak = peak_memory_bytes()
-    stored = bytes_per_token(folder)
-    weights = runner.weight_bytes()
-    bytes_read = (stored if weights is None else weights) + runner.cache_bytes() * (before + new_tokens // 2)
+    bytes_read = bytes_read_per_token(runner, folder, before + new_tokens // 2)
     bandwidth = max(bandwidth, read_bandwidth(runner.device, threads=threads))
     rate = new_tokens / decode
     return {
@@ -104,7 +102,7 @@ def measure_speed(
         "bandwidth_gb_s": bandwidth / 1e9,
         "bandwidth_share": rate * bytes_read / bandwidth,
         "peak_memory_bytes": peak,
-        "stored_bytes_per_token": stored,
+        "stored_bytes_per_token": bytes_per_token(folder),
         "load_seconds": load_seconds,
         "outside_kernels_share": None if within is None else max(0.0, 1 - within / decode),
         "prompt_tokens": prompt_tokens,
@@ -115,6 +113,12 @@ def measure_speed(
         "threads": torch.get_num_threads(),
         **runner.facts,
     }
+
+
+def bytes_read_per_token(runner: Runner, folder: str | Path, positions: int) -> int:
+    """Bytes of weights, as they lie in memory or else as stored, and of the cache at `positions` tokens."""
+    weights = runner.weight_bytes()
+    return (bytes_per_token(folder) if weights is None else weights) + runner.cache_bytes() * positions
 
 
 def _check(prompt: int, new: int, context: int | None, engine: str, cache: str) -> None:

@@ -176,7 +176,8 @@ def aligned(count: int) -> Tensor:
         # Private: a page of shared memory, the default, costs about half as much again. Windows knows no such flags.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         return torch.frombuffer(mmap.mmap(-1, count, **private), dtype=torch.uint8)
-    slack = torch.zeros(count + ALIGNMENT, dtype=torch.uint8)
+    # torch.zeros would wake PyTorch's threads, which then wait in a loop and take processors from those that pack.
+    slack = torch.frombuffer(bytearray(count + ALIGNMENT), dtype=torch.uint8)
     first = -slack.data_ptr() % ALIGNMENT
     return slack[first : first + count]
 
