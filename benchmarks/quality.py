@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE = Path(__file__).parents[1] / "src" / "featherweight" / "assets" / "reference"
-OURS = ("trit-2", "trit-1")
+OURS = ("trit-2", "trit-2-blockwise", "trit-1", "trit-1-blockwise")
 SHOWN_BITS = 5.3  # the plot's right end
 CLOSE = ((2.85, 4.35), (1.1, 22.0))  # bits and excess of the plot's second part
 

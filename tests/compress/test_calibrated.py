@@ -195,3 +195,44 @@ def test_training_is_planned_for(llama: Path) -> None:
     assert planned("rtn-3", "corrections=[{kind: scale-tuning}]").training_state_bytes > 32 * tuned.weights // 128
     by_block, blocks = planned("flexround-fast", "calibration.batch_tokens=64"), 2
     assert 44 * by_block.weights // blocks < by_block.calibration_bytes() < learned.calibration_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ((), "take fewer or shorter windows than 8 of 64 tokens"),
+        (("corrections=[{kind: scale-tuning, against: model}]",), "scale-tuning trains the whole model at once"),
+        (
+            ("grid={kind: codebook, bits: 3, weighting: fisher}", "rounding={kind: nearest}"),
+            "it takes gradients of the whole model",
+        ),
+    ],
+)
+def test_too_little_memory_is_told_before_the_work(
+    llama: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    changes: tuple[str, ...],
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("featherweight.compress.plan.available_bytes", lambda: 10**7)
+    options["changes"] += changes
+    with pytest.raises(
+        FeatherError, match=r"recipe rtn-3 needs about 0\.\d GB of memory .* 0\.0 GB are free"
+    ) as caught:
+        compress(llama, out=tmp_path / "out", **options)
+    assert advice in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FeatherError, match="--max-memory 0.01 GB is too little: recipe rtn-3 needs about") as caught:
+        compress(llama, out=tmp_path / "out", max_memory="10MB", **options)
+    assert advice in str(caught.value)
+
+
+def test_a_stated_limit_overrules_the_free_memory(
+    llama: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featherweight.compress.plan.available_bytes", lambda: 10**7)
+    assert compress(llama, out=tmp_path / "out", max_memory="64GB", **options).layers
+    free = compress(llama, "rtn-3", tmp_path / "free", changes=("grid.group_size=32",))  # runs no network
+    assert free.layers

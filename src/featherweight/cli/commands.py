@@ -164,7 +164,7 @@ def run_plan(
                 ),
                 ("size", f"{size_text(summary['source_bytes'])} become {size_text(summary['output_bytes'])}"),
                 ("disk while working", size_text(summary["disk_bytes"])),
-                ("memory", f"about {size_text(summary['memory_bytes'])}"),
+                ("memory", _memory_text(summary["memory_bytes"])),
                 ("time", f"about {time_text(summary['seconds'])} ({_time_note(made)})"),
                 ("needs", ", ".join(summary["needs"]) or "no data"),
             ]
@@ -183,6 +183,13 @@ def run_plan(
             size_text(row["bytes"]),
         )
     console.print(table)
+
+
+def _memory_text(need: int) -> str:
+    from featherweight.memory import available_bytes
+
+    free = available_bytes()
+    return f"about {size_text(need)}" + (f" ({size_text(free)} free)" if free else "")
 
 
 def _time_note(plan: Any) -> str:

@@ -19,7 +19,7 @@ from featherweight.checkpoint.writer import disk_errors, to_json, write_text
 from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.compress.data import CalibrationData, check_source
 from featherweight.compress.events import Events, Observer
-from featherweight.compress.plan import SHARD_BYTES, Job, Plan, make_plan, parse_size
+from featherweight.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder, occupants
 from featherweight.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
@@ -86,7 +86,8 @@ def compress(
     base_model : the model this one was fine-tuned from, for recipes that compare the two
     threads : of native kernels; results do not depend on it
     seed : for recipes with random choices; part of the run's identity
-    max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met
+    max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
+        without it, recipes that run the network are refused where the memory that is free now is too little
     overwrite : replace an existing output or another unfinished run
     observer : called with every event that goes to the log
 
@@ -122,6 +123,8 @@ def compress(
             done = _finished(out, identity, overwrite)  # once more: another process may have been at work until now
             if done is not None:
                 return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+            if limit is None and not run.publishing and run.read_assembly() is None:
+                check_memory(plan)
             with Events(out, observer) as events:
                 events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)

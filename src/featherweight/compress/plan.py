@@ -11,7 +11,7 @@ from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
 from featherweight.errors import CheckpointError, FeatherError
-from featherweight.memory import resident_bytes
+from featherweight.memory import available_bytes, resident_bytes
 from featherweight.quantize.base import Choice, Grid, Rounding, SolveOptions
 from featherweight.quantize.grids.dense import DenseGrid
 from featherweight.quantize.objectives import CHUNK_ELEMENTS
@@ -289,10 +289,47 @@ def _within(plan: Plan, max_memory: int) -> Plan:
         if trial.memory_bytes() <= max_memory:
             return trial
     smallest = _replace_options(plan, plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
+    too_little = f"--max-memory {max_memory / 1e9:.2f} GB is too little: "
+    if plan.recipe.calibrated:
+        raise FeatherError(
+            f"{too_little}recipe {plan.recipe.name} needs about {smallest.memory_bytes() / 1e9:.2f} GB for this model; "
+            f"{_with_less_memory(plan.recipe)}"
+        )
     largest = max(smallest.jobs, key=lambda job: job.grid.working_bytes(job.layer.shape, smallest.options))
     raise FeatherError(
-        f"--max-memory {max_memory / 1e9:.2f} GB is too little: layer {largest.layer.name} "
-        f"[{largest.layer.shape[0]}, {largest.layer.shape[1]}] needs {smallest.memory_bytes() / 1e9:.2f} GB"
+        f"{too_little}layer {largest.layer.name} [{largest.layer.shape[0]}, {largest.layer.shape[1]}] needs "
+        f"{smallest.memory_bytes() / 1e9:.2f} GB"
+    )
+
+
+def check_memory(plan: Plan) -> None:
+    """FeatherError if the network has to be run and there is not the memory: the system would end it hours later.
+
+    Recipes without data keep to one tensor, and have windows that can be made small.
+    """
+    free, need = available_bytes(), plan.memory_bytes() - resident_bytes()
+    if not plan.recipe.calibrated or not free or need <= free:
+        return
+    raise FeatherError(
+        f"recipe {plan.recipe.name} needs about {need / 1e9:.1f} GB of memory for this model, and {free / 1e9:.1f} GB "
+        f"are free: {_with_less_memory(plan.recipe)}, or name what may be used with --max-memory"
+    )
+
+
+def _with_less_memory(recipe: Recipe) -> str:
+    """What to do where a recipe that runs the network needs too much."""
+    trained = [c.kind for c in recipe.choices if c.training_bytes and getattr(c, "scope", "layer") == "model"]
+    if trained:
+        return (
+            f"{' and '.join(trained)} trains the whole model at once; take a recipe that treats one block at a time, "
+            "like trit-2-blockwise, trit-1-blockwise or gptq"
+        )
+    if "fisher" in recipe.needs:
+        return "it takes gradients of the whole model at once; take a recipe that treats one block at a time, like gptq"
+    settings = recipe.calibration
+    return (
+        f"take fewer or shorter windows than {settings.sequences} of {settings.length} tokens "
+        "(--set calibration.sequences=N calibration.length=N)"
     )
 
 
