@@ -17,6 +17,9 @@ from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 PAGEMAP = Path("/proc/self/pagemap")
+MEMINFO = Path("/proc/meminfo")
+MEMBERSHIP = Path("/proc/self/cgroup")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 PRESENT, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61  # bits of its entries
 
 
@@ -107,9 +110,36 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping; 0 where the system does not tell."""
+    """Memory that can be taken without swapping, nor passing the limit of a container; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(r"MemAvailable:\s*(\d+) kB", MEMINFO.read_text())
         if found:
-            return int(found[1]) * 1024
+            return max(1, min([int(found[1]) * 1024, *_left_in_groups()]))
     return 0
+
+
+def _left_in_groups() -> list[int]:
+    """What the control groups of this process, versions 1 and 2, leave it: each limit less what is used for good."""
+    left: list[int] = []
+    try:
+        memberships = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return left
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CONTROL_GROUPS / controllers
+        limit, used, cache = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        own = root / path.strip("/")
+        # In a container of its own the path is that of the host, and the group is the root.
+        for group in [own, *(parent for parent in own.parents if parent.is_relative_to(root))]:
+            with contextlib.suppress(OSError, ValueError):
+                most, taken = int((group / limit).read_text()), int((group / used).read_text())
+                found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                left.append(max(0, most - taken + (int(found[1]) if found else 0)))
+    return left
