@@ -110,7 +110,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping, nor passing the limit of a container; 0 where the system does not tell."""
+    """Memory that can be taken without swapping or passing a container's limit; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
         found = re.search(r"MemAvailable:\s*(\d+) kB", MEMINFO.read_text())
         if found:
