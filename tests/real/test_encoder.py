@@ -78,7 +78,12 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
             out = folder / f"{preset}-{len(known)}"
             made = compress(encoder, preset, out, changes=changes, threads=1)
             assert len(made.layers) == LAYERS
-            known[key] = (embed(out, texts[::every]) * original[::every]).sum(1), made
+            cosines = (embed(out, texts[::every]) * original[::every]).sum(1)
+            print(
+                f"\n{preset} {' '.join(changes)}: {made.bits_per_weight_linear:.3f} bits, {len(cosines)} sentences: "
+                f"mean cosine {float(cosines.mean()):.4f}, smallest {float(cosines.min()):.4f}"
+            )
+            known[key] = cosines, made
         return known[key]
 
     return measured
