@@ -204,7 +204,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         error = "-" if found["output_error"] is None else f"{found['output_error']:.4f}"
         spread = f"± {found['spread']:.2f}" if found["seeds"] > 1 else "-"
         kl = "-" if found["kl"] is None else f"{found['kl']:.4f}"
-        fallen = f" ({found['fallbacks']} layers without data)" if found["fallbacks"] else ""
+        fallen = f" (up to {found['fallbacks']} layers without data)" if found["fallbacks"] else ""
         print(
             f"| {name} | {found['bits']:.3f} | {found['excess']:+.2f}{fallen} | {spread} | {kl} | {found['seeds']} | "
             f"{error} | {found['seconds']:.0f} |"

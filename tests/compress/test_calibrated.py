@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,11 @@ def test_training_is_planned_for(llama: Path) -> None:
     ("changes", "advice"),
     [
         ((), "take fewer or shorter windows than 8 of 64 tokens"),
-        (("corrections=[{kind: scale-tuning, against: model}]",), "scale-tuning trains the whole model at once"),
+        (
+            ("corrections=[{kind: scale-tuning, against: model}]",),
+            "the whole model is in memory at once for scale-tuning;",
+        ),
+        (("transforms=[{kind: rotation}]",), "the whole model is in memory at once for rotation;"),
         (
             ("grid={kind: codebook, bits: 3, weighting: fisher}", "rounding={kind: nearest}"),
             "it takes gradients of the whole model",
@@ -223,7 +228,11 @@ def test_too_little_memory_is_told_before_the_work(
     ) as caught:
         compress(llama, out=tmp_path / "out", **options)
     assert advice in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    for recipe in re.findall(r"trit-\d-blockwise|gptq", str(caught.value)):  # what is named must exist, and do
+        proposed = load_recipe(recipe)
+        assert "fisher" not in proposed.needs
+        assert not any(getattr(choice, "scope", "layer") == "model" for choice in proposed.choices)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(FeatherError, match="--max-memory 0.01 GB is too little: recipe rtn-3 needs about") as caught:
         compress(llama, out=tmp_path / "out", max_memory="10MB", **options)
     assert advice in str(caught.value)

@@ -318,11 +318,11 @@ def check_memory(plan: Plan) -> None:
 
 def _with_less_memory(recipe: Recipe) -> str:
     """What to do where a recipe that runs the network needs too much."""
-    trained = [c.kind for c in recipe.choices if c.training_bytes and getattr(c, "scope", "layer") == "model"]
-    if trained:
+    whole = [c.kind for c in recipe.choices if getattr(c, "scope", "layer") == "model"]
+    if whole:
         return (
-            f"{' and '.join(trained)} trains the whole model at once; take a recipe that treats one block at a time, "
-            "like trit-2-blockwise, trit-1-blockwise or gptq"
+            f"the whole model is in memory at once for {' and '.join(whole)}; take a recipe that treats one block at a "
+            "time, like trit-2-blockwise, trit-1-blockwise or gptq"
         )
     if "fisher" in recipe.needs:
         return "it takes gradients of the whole model at once; take a recipe that treats one block at a time, like gptq"

@@ -319,7 +319,8 @@ def _histograms(page: _Page) -> str:
         parts.append(f'<h3><code>{escape(layer)}</code></h3>\n<div class="grid">{figures}</div>\n')
     note = (
         "Grey: how the weights of the whole layer are spread. Coloured lines: the values that the weights of one group "
-        "may take, for the group of median error. Ticks below: the weights of that group."
+        "may take, for the group of median error. Ticks below: the weights of that group. "
+        "Where a layer is rotated its weights have no fixed values, and there are no lines."
     )
     return _section("Weights and their levels", note, "".join(parts))
 
