@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import featherweight
 from featherweight.cli.main import main
+from featherweight.engine.model import NativeModel
 from models import make_tiny
 
 REFERENCE = Path(featherweight.__file__).parent / "assets" / "reference"
@@ -41,6 +44,57 @@ def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert write(1) == write(1)
     assert write(1) != write(2)
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_penalty_and_least_share(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(*options: str) -> str:
+        always = ("--prompt", "She said that", "--max-tokens", "40", "--dtype", "float32", "--engine", engine)
+        return run(capsys, "generate", str(REFERENCE), *always, *options)[0]
+
+    likeliest = write("--temperature", "0")
+    assert write("--temperature", "1.5", "--top-k", "0", "--min-p", "1") == likeliest  # nothing else has its share
+    assert write("--temperature", "1.5", "--top-k", "0", "--min-p", "0") != likeliest
+    penalised = write("--temperature", "0", "--repetition-penalty", "1.8")
+    assert penalised != likeliest
+    assert len(set(penalised.split())) > len(set(likeliest.split()))
+
+
+def test_both_engines_penalise_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--prompt", "She said that", "--max-tokens", "40", "--temperature", "0", "--repetition-penalty", "1.3")
+    written = {
+        run(capsys, "generate", str(REFERENCE), *options, "--dtype", "float32", "--engine", engine)[0]
+        for engine in ("native", "transformers")
+    }
+    assert len(written) == 1
+
+
+def test_the_folder_s_penalty_counts_until_another_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(REFERENCE, tmp_path / "model"))
+    found = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(found | {"repetition_penalty": 1.8}))
+
+    def write(model: Path, *options: str) -> str:
+        always = ("--prompt", "She said that", "--max-tokens", "30", "--temperature", "0", "--engine", "native")
+        return run(capsys, "generate", str(model), *always, *options)[0]
+
+    assert write(folder) == write(REFERENCE, "--repetition-penalty", "1.8")
+    assert write(folder, "--repetition-penalty", "1") == write(REFERENCE) != write(folder)
+
+
+def test_keys_and_values_in_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    original = NativeModel.open
+
+    def spy(*arguments: Any, **named: Any) -> NativeModel:
+        opened.append(original(*arguments, **named))
+        return opened[-1]
+
+    monkeypatch.setattr(NativeModel, "open", spy)
+    options = ("--prompt", "She said that", "--max-tokens", "8", "--temperature", "0", "--kv-cache")
+    for cache, expected in (("int8", "int8"), ("auto", "float16")):
+        assert run(capsys, "generate", str(REFERENCE), *options, cache)[0].startswith("She said that")
+        assert opened[-1].kv_cache == expected
 
 
 def test_transformers_is_not_imported() -> None:
@@ -76,6 +130,8 @@ def test_other_families_go_through_transformers(tmp_path: Path, capsys: pytest.C
     [
         (("--engine", "fast"), "--engine is 'fast'"),
         (("--engine", "native", "--dtype", "bfloat16"), "not in bfloat16"),
+        (("--kv-cache", "int4"), "--kv-cache is 'int4', expected one of auto, float16, int8"),
+        (("--kv-cache", "int8", "--engine", "transformers"), "--kv-cache int8 is the native decoder's"),
     ],
 )
 def test_options_that_cannot_be(options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:

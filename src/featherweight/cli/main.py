@@ -35,6 +35,21 @@ Calibration = Annotated[
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
+KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", min=0.0, max=1.0, help="Least share of the likeliest one's probability; else the model's."),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty", min=1e-6, help="Above 1, tokens that occurred are less likely; else the model's."
+    ),
+]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
 DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A model folder, compressed or not.")]
 
@@ -135,19 +150,23 @@ def generate(
     model: DirArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: SamplingSeed = 0,
     engine: Engine = "auto",
     dtype: Dtype = "auto",
+    kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.talk import run_generate
     from featherweight.cli.talkers import Choices
 
-    run_generate(model, prompt, Choices(max_tokens, temperature, top_k, top_p, seed), engine, dtype, threads)
+    choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    run_generate(model, prompt, choices, engine, dtype, kv_cache, threads)
 
 
 @app.command()
@@ -155,19 +174,23 @@ def chat(
     model: DirArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: SamplingSeed = 0,
     engine: Engine = "auto",
     dtype: Dtype = "auto",
+    kv_cache: KvCache = "auto",
     threads: Threads = None,
 ) -> None:
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends."""
     from featherweight.cli.talk import run_chat
     from featherweight.cli.talkers import Choices
 
-    run_chat(model, system, Choices(max_tokens, temperature, top_k, top_p, seed), engine, dtype, threads)
+    choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    run_chat(model, system, choices, engine, dtype, kv_cache, threads)
 
 
 @app.command()
@@ -202,7 +225,7 @@ def bench(
     context: Annotated[
         int | None, typer.Option("--context", min=1, help="Tokens before the generated ones; the prompt if not given.")
     ] = None,
-    cache: Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8.")] = "auto",
+    cache: KvCache = "auto",
     engine: Annotated[str, typer.Option("--engine", help="auto, native or transformers.")] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, of which the best counts.")] = 3,
     threads: Threads = None,

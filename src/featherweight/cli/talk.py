@@ -9,9 +9,11 @@ from featherweight.cli.talkers import Choices, Talker, open_talker
 from featherweight.errors import FeatherError
 
 
-def run_generate(folder: str, prompt: str, choices: Choices, engine: str, dtype: str, threads: int | None) -> None:
+def run_generate(
+    folder: str, prompt: str, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
+) -> None:
     """Print a prompt and its continuation."""
-    talker = open_talker(folder, engine, dtype, threads)
+    talker = open_talker(folder, engine, dtype, threads, cache)
     tokens = talker.encode(prompt)
     if not tokens:
         raise FeatherError("the prompt is empty; give some text to continue with --prompt")
@@ -19,9 +21,11 @@ def run_generate(folder: str, prompt: str, choices: Choices, engine: str, dtype:
     talker.write(tokens, choices)
 
 
-def run_chat(folder: str, system: str | None, choices: Choices, engine: str, dtype: str, threads: int | None) -> None:
+def run_chat(
+    folder: str, system: str | None, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
+) -> None:
     """Ask for a line, print the answer, and so on until a line is empty."""
-    talker = open_talker(folder, engine, dtype, threads)
+    talker = open_talker(folder, engine, dtype, threads, cache)
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []

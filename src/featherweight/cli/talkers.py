@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
 ENGINES = ("auto", "native", "transformers")
+CACHES = ("auto", "float16", "int8")
 Messages = Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How an answer is made: see `engine.sampling.Sampling`."""
+    """How an answer is made: see `engine.sampling.Sampling`. None: as the model's folder says."""
 
     max_tokens: int
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class Talker(Protocol):
@@ -47,18 +50,24 @@ class Talker(Protocol):
         """Continue `tokens`, print the text as it is made, return it."""
 
 
-def open_talker(folder: str, engine: str, dtype: str, threads: int | None) -> Talker:
-    """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype."""
-    if engine not in ENGINES:
-        raise FeatherError(f"--engine is {engine!r}, expected one of {', '.join(ENGINES)}")
-    if engine == "native":
-        return NativeTalker.open(folder, dtype, threads)
+def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache: str = "auto") -> Talker:
+    """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype.
+
+    A chosen KV cache speaks for the native decoder: transformers has none of ours.
+    """
+    for what, value, known in (("--engine", engine, ENGINES), ("--kv-cache", cache, CACHES)):
+        if value not in known:
+            raise FeatherError(f"{what} is {value!r}, expected one of {', '.join(known)}")
+    if engine == "transformers" and cache != "auto":
+        raise FeatherError(f"--kv-cache {cache} is the native decoder's: leave it out with --engine transformers")
+    if engine == "native" or cache != "auto":
+        return NativeTalker.open(folder, dtype, threads, cache)
     if engine == "transformers" or dtype != "auto" or not _is_folder(folder) or _has_gpu():
         return TransformersTalker(folder, dtype, threads)
     from featherweight.engine.families import UnsupportedModelError
 
     try:
-        return NativeTalker.open(folder, dtype, threads)
+        return NativeTalker.open(folder, dtype, threads, cache)
     except UnsupportedModelError as reason:
         talker = TransformersTalker(folder, dtype, threads)
         print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
@@ -91,7 +100,7 @@ class NativeTalker:
         self.has_template = tokenizer.chat_template is not None
 
     @classmethod
-    def open(cls, folder: str, dtype: str, threads: int | None) -> NativeTalker:
+    def open(cls, folder: str, dtype: str, threads: int | None, cache: str) -> NativeTalker:
         """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits."""
         from featherweight.engine.families import UnsupportedModelError
         from featherweight.engine.model import NativeModel
@@ -102,7 +111,8 @@ class NativeTalker:
                 f"the native engine computes in auto or float32, not in {dtype}; --engine transformers does"
             )
         tokenizer = Tokenizer.open(Path(folder))
-        model = NativeModel.open(folder, threads, precision="float" if dtype == "float32" else "int8")
+        kv_cache = "float16" if cache == "auto" else cache
+        model = NativeModel.open(folder, threads, kv_cache, "float" if dtype == "float32" else "int8")
         if tokenizer is None:
             if any(Path(folder).glob("*token*")) or any(Path(folder).glob("vocab*")):
                 raise UnsupportedModelError(f"the native decoder needs a tokenizer.json, which {folder} lacks")
@@ -122,8 +132,9 @@ class NativeTalker:
 
         stream = TextStream(self.tokenizer.decode, _print)
         sampling = Sampling(choices.temperature, choices.top_k, choices.top_p, seed=choices.seed)
+        sampling = self.model.defaults.apply(sampling, choices.min_p, choices.repetition_penalty)
         try:
-            self.model.generate(tokens, choices.max_tokens, self.model.defaults.apply(sampling), stream.put)
+            self.model.generate(tokens, choices.max_tokens, sampling, stream.put)
         finally:
             text = stream.end()
             print(flush=True)
@@ -182,6 +193,10 @@ class TransformersTalker:
                 "top_k": choices.top_k,
                 "top_p": choices.top_p,
             }
+            if choices.min_p is not None:
+                sampling["min_p"] = choices.min_p
+        if choices.repetition_penalty is not None:
+            sampling["repetition_penalty"] = choices.repetition_penalty
         padding = self.tokenizer.pad_token_id
         prompt = torch.tensor([tokens], device=self.model.device)
         with torch.inference_mode():

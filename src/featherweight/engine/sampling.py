@@ -45,14 +45,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What a model folder says about generation: tokens that end a text, and settings that nobody overrides."""
+    """What a model folder says about generation: tokens that end a text, and settings where nobody else sets them."""
 
     stops: tuple[int, ...]
     repetition_penalty: float = 1.0
     min_p: float = 0.0
 
-    def apply(self, sampling: Sampling) -> Sampling:
-        return replace(sampling, repetition_penalty=self.repetition_penalty, min_p=self.min_p)
+    def apply(
+        self, sampling: Sampling, min_p: float | None = None, repetition_penalty: float | None = None
+    ) -> Sampling:
+        """`sampling` with the folder's settings where None is given."""
+        return replace(
+            sampling,
+            min_p=self.min_p if min_p is None else min_p,
+            repetition_penalty=self.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        )
 
 
 def generation_defaults(folder: Path, config: dict[str, Any]) -> GenerationDefaults:
