@@ -11,7 +11,7 @@ import torch
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, write_safetensors
 from featherweight.codes import Code, code_from, code_layout
-from featherweight.compress.methods import choices_table, method_table
+from featherweight.compress.methods import choices_table, cost_text, method_table
 from featherweight.quantize.base import Grid, HeldWeight, SolveOptions
 from featherweight.quantize.grids.binary_planes import BinaryPlaneGrid
 from featherweight.quantize.grids.codebook import CodebookGrid
@@ -257,6 +257,13 @@ def test_every_preset_is_a_row_of_the_method_table() -> None:
     for row in rows:
         assert row["title"]
         assert row["paper"]
+    costs = {row["preset"]: cost_text(row) for row in rows}
+    assert costs["ptqtp"] == "one tensor"
+    assert costs["gptq"] == "one block, 65.5 k tokens"  # 128 windows of 512
+    assert costs["rsq"] == "whole model, 1.05 M tokens"  # rotated through the residual stream
+    assert costs["squeezellm"].startswith("whole model")  # gradients
+    assert costs["flexround"] == "one block, 262 k tokens, 5.12 M trained"  # 5000 steps of two windows
+    assert costs["discquant"] == "whole model, 16.8 M tokens, 16.8 M trained"  # 1024 steps of eight, each once
     bits = {row["preset"]: row["bits"] for row in rows}
     assert bits["ptqtp"] == pytest.approx(3.45, abs=1e-4)  # 2 x 1.6 + 2 x 16 / 128
     assert bits["ptqtp-tied"] == pytest.approx(3.325, abs=1e-4)

@@ -288,16 +288,17 @@ def run_verify(model: str) -> None:
 
 
 def run_methods(json: Path | None) -> None:
-    from featherweight.compress.methods import method_table
+    from featherweight.compress.methods import cost_text, method_table
 
     table_rows = method_table()
     write_json(json, table_rows)
     table = Table(box=None, pad_edge=False)
-    names = ("preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "paper")
+    names = ("preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "cost", "paper")
     for name in names:
-        table.add_column(name, justify="right" if name == "bits" else "left")
+        whole = name in ("preset", "bits")  # is never broken
+        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=whole)
     for row in table_rows:
-        table.add_row(*(str(row[name]) for name in names))
+        table.add_row(*(cost_text(row) if name == "cost" else str(row[name]) for name in names))
     out_console().print(table)
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from featherweight.codes import code_layout
+from featherweight.compress.plan import tokens_a_step
 from featherweight.quantize.base import Choice
 from featherweight.quantize.recipe import Recipe, load_recipe, presets
 from featherweight.registry import PACKAGES, registered
 
+HELD = {"tensor": "one tensor", "block": "one block", "model": "whole model"}
+WHOLE_ROW = 1 << 30  # the group size that presets with a scale a row have
 TYPICAL = (4096, 4096)  # the shape for which bits per weight are stated
 
 
 def method_table() -> list[dict[str, Any]]:
-    """A row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, paper, settings."""
+    """A row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, cost, paper.
+
+    The cost is what a machine cannot change: how much of the network is in memory, how many tokens run through it to
+    be seen, and how many forwards and backwards in trainings. `feather plan` measures seconds, on a model.
+    """
     return [_row(load_recipe(name)) for name in presets()]
 
 
@@ -32,6 +39,7 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "allocation": _words(recipe.allocation),
         "needs": _needs(recipe),
         "bits": round(8 * nbytes / (TYPICAL[0] * TYPICAL[1]), 4),
+        **_cost(recipe),
         "recipe": recipe.dump(),
     }
 
@@ -44,6 +52,37 @@ def _needs(recipe: Recipe) -> str:
     return ", ".join(["text", *(name for name in recipe.needs), *(f"whole {scope}" for scope in sorted(wide))])
 
 
+def _cost(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.calibrated:
+        return {"memory": "tensor", "seen_tokens": 0, "trained_tokens": 0}
+    wide = any(getattr(choice, "scope", "layer") == "model" for choice in recipe.choices)
+    settings = recipe.calibration
+    trained = sum(
+        int(getattr(choice, "steps", 0)) * tokens_a_step(choice, settings)
+        for choice in recipe.choices
+        if choice.training_bytes
+    )
+    return {
+        "memory": "model" if wide or "fisher" in recipe.needs else "block",
+        "seen_tokens": settings.sequences * settings.length,
+        "trained_tokens": trained,
+    }
+
+
+def cost_text(row: dict[str, Any]) -> str:
+    """One row's cost in words."""
+    parts = [HELD[row["memory"]]]
+    if row["seen_tokens"]:
+        parts.append(f"{_thousands(row['seen_tokens'])} tokens")
+    if row["trained_tokens"]:
+        parts.append(f"{_thousands(row['trained_tokens'])} trained")
+    return ", ".join(parts)
+
+
+def _thousands(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count >= 10**6 else f"{count / 1e3:.3g} k"
+
+
 def _join(choices: tuple[Choice, ...]) -> str:
     return ", ".join(_words(choice) for choice in choices) or "-"
 
@@ -51,8 +90,8 @@ def _join(choices: tuple[Choice, ...]) -> str:
 def _words(choice: Choice) -> str:
     """`kind` and the settings that differ from their defaults."""
     changed = [
-        f"{name} {value}" if not isinstance(value, bool) else name
-        for name, value in choice.model_dump(mode="json").items()
+        f"{name} {'row' if value == WHOLE_ROW else value}" if not isinstance(value, bool) else name
+        for name, value in choice.model_dump().items()
         if value != type(choice).model_fields[name].default
     ]
     return " ".join([choice.kind, *([f"({', '.join(changed)})"] if changed else [])])

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
@@ -124,8 +125,8 @@ class Plan:
         """Memory of a choice that trains, on top of the network's float weights."""
         if not choice.training_bytes:
             return 0
-        whole, settings = getattr(choice, "scope", "layer") == "model", self.recipe.calibration
-        tokens = settings.length * int(getattr(choice, "batch_size", 1)) if whole else settings.batch_tokens
+        whole = getattr(choice, "scope", "layer") == "model"
+        tokens = tokens_a_step(choice, self.recipe.calibration)
         return choice.training_bytes * (self.weights if whole else block) + self._passing_bytes(tokens, whole)
 
     def _passing_bytes(self, tokens: int, whole: bool) -> int:
@@ -280,6 +281,13 @@ def make_plan(
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
+
+
+def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:
+    """Tokens that a step of a choice that trains runs forwards and backwards: windows of the model, or a batch."""
+    if getattr(choice, "scope", "layer") == "model":
+        return settings.length * int(getattr(choice, "batch_size", 1))
+    return settings.batch_tokens
 
 
 def _within(plan: Plan, max_memory: int) -> Plan:
