@@ -1,0 +1,43 @@
+"""One wrapper around every call into transformers: whatever it raises becomes one sentence of ours.
+
+Third-party code raises what it likes (AttributeError for a null in config.json, IndexError for a token without a row,
+huggingface_hub's own validation errors), so nothing narrower than Exception can be caught. Our own errors, Ctrl-C and
+a lack of memory pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from featherweight.errors import CheckpointError, FeatherError
+
+LONGEST = 300
+"""Characters of a foreign message that are passed on."""
+
+
+@contextmanager
+def asking_transformers(action: str, hint: str = "", error: type[FeatherError] = CheckpointError) -> Iterator[None]:
+    """Turn exceptions of the calls within into `error`.
+
+    Args:
+        action: what is asked for, to follow "transformers cannot": "load FOLDER".
+        hint: what to do about it, put behind the reason.
+        error: class of the error raised.
+    """
+    try:
+        yield
+    except (FeatherError, MemoryError):
+        raise
+    except Exception as reason:
+        raise error(f"transformers cannot {action}: {one_line(reason)}{f'; {hint}' if hint else ''}") from reason
+
+
+def one_line(reason: BaseException) -> str:
+    """The text of an exception on one line, with its kind where the text alone says nothing (a KeyError's is a name)."""
+    text = " ".join(str(reason).split())
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 4].rstrip() + " ..."
+    if not text or isinstance(reason, LookupError | AttributeError | TypeError):
+        text = f"{type(reason).__name__} {text}".rstrip()
+    return text.rstrip(".")
