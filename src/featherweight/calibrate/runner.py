@@ -112,10 +112,11 @@ class Calibration:
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = _expanded(windows, attention_mask, settings)
-        host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device)
+        dtype = settings.torch_dtype(tell)
+        host = Skeleton(checkpoint, anatomy, dtype, device)
         plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
         if plain:  # its probabilities can only be had whole
-            host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device, "eager")
+            host = Skeleton(checkpoint, anatomy, dtype, device, "eager")
         _check_ids(windows, host)
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
