@@ -50,9 +50,8 @@ def tests_of(changed: list[Path], tests: dict[Path, str]) -> list[str]:
         elif path.suffix in (".cpp", ".h") and PACKAGE in path.parents:
             importing |= dict.fromkeys(NATIVE)
         elif path.suffix == ".py" and PACKAGE in path.parents:
-            module = ".".join(("featherweight", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-                ".__init__"
-            )
+            parts = path.relative_to(PACKAGE).with_suffix("").parts
+            module = ".".join(("featherweight", *parts)).removesuffix(".__init__")
             imports = re.compile(rf"(from|import) {re.escape(module)}\b(?!\.)")
             for test, text in tests.items():
                 if test.stem.endswith(f"_{path.stem}"):
