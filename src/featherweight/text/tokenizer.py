@@ -22,6 +22,7 @@ from featherweight.text.plain import EXTRA_TOKENS, plain_tokenizer
 
 FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.bpe", "*.spm")
 """Names of which a folder with a tokenizer has at least one."""
+DAMAGED = "the tokenizer's files may be damaged"
 SOME_TEXT = "The quick brown fox, 12 é"
 
 
@@ -67,17 +68,22 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; `special` adds what the model expects around one, such as its first token."""
-        return self.encode_all([text], special)[0]
+        with asking_transformers("turn the text into tokens", DAMAGED):
+            if self.direct:
+                return list(self.source.encode(text, add_special_tokens=special).ids)
+            return [int(token) for token in self._ask(text, special)]
 
     def encode_all(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """The same of several texts."""
         if not texts:
             return []
-        with asking_transformers("turn the text into tokens", "the tokenizer's files may be damaged", CheckpointError):
+        with asking_transformers("turn the text into tokens", DAMAGED):
             if self.direct:
                 return [e.ids for e in self.source.encode_batch(list(texts), add_special_tokens=special)]
-            made = self.source(list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-            return [[int(token) for token in tokens] for tokens in made]
+            return [[int(token) for token in tokens] for tokens in self._ask(list(texts), special)]
+
+    def _ask(self, texts: str | list[str], special: bool) -> Any:
+        return self.source(texts, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
