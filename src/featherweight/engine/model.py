@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.engine import native
 from featherweight.engine.native import Stats
 from featherweight.engine.network import Network, network_of
-from featherweight.engine.sampling import GenerationDefaults, Sampling, generation_defaults
+from featherweight.engine.sampling import GenerationDefaults, Sampling, derived_seed, generation_defaults
 from featherweight.engine.weights import Weights, load_weights
 from featherweight.errors import FeatherError
 from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
@@ -56,6 +58,7 @@ class NativeModel:
         self.precision = _choice("precision", precision, native.PRECISIONS)
         self.context = _context(context, network)
         self._lock = threading.Lock()
+        self._calls = itertools.count()
         settings, keep = self._settings()
         place = ctypes.c_void_p()
         status = self._c.fw_decoder_new(ctypes.addressof(settings), ctypes.addressof(place))
@@ -108,7 +111,8 @@ class NativeModel:
         Args:
             tokens: the prompt, at least one.
             max_new_tokens: it ends there, at a stop token, or where the context does.
-            sampling: default: the likeliest token.
+            sampling: default: the likeliest token. Its seed makes the call repeatable; without one, every call has
+                random numbers of its own, the same in every run of a program.
             on_token: called with every new token; returning True ends the generation.
             stops: tokens that end the text and do not belong to it; default: those the folder names.
 
@@ -131,7 +135,9 @@ class NativeModel:
     ) -> list[list[int]]:
         """Continue several prompts side by side, each as `generate` would.
 
-        `sampling` is one for all or one for each; `on_tokens` gets each step's tokens, -1 for texts that have ended.
+        `sampling` is one for each, or one for all: then the first text has its seed and the others seeds derived from
+        it, so that equal prompts give different texts. `on_tokens` gets each step's tokens, -1 for texts that have
+        ended.
         """
         if not 1 <= len(prompts) <= SEQUENCES:
             raise FeatherError(f"{len(prompts)} prompts were given, the decoder takes 1 to {SEQUENCES} at a time")
@@ -139,9 +145,7 @@ class NativeModel:
             raise FeatherError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         most = min(max_new_tokens, self.context)
         flat = torch.cat([self._tokens(prompt) for prompt in prompts])
-        each = [sampling or Sampling()] * len(prompts) if isinstance(sampling, Sampling | None) else list(sampling)
-        if len(each) != len(prompts):
-            raise FeatherError(f"{len(each)} samplings were given for {len(prompts)} prompts")
+        each = self._seeded(sampling, len(prompts))
         samplings = (native.SamplingStruct * len(each))(*[native.sampling_struct(one) for one in each])
         ends = torch.tensor(list(self.defaults.stops if stops is None else stops), dtype=torch.int32)
         lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
@@ -157,6 +161,20 @@ class NativeModel:
         watch.raise_caught()
         _check(status, "a generation")
         return [row[:count].tolist() for row, count in zip(made, counts.tolist(), strict=True)]
+
+    def _seeded(self, sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:
+        """One sampling for each of `count` prompts, all with seeds."""
+        own = derived_seed(0, next(self._calls) + 1)
+        if sampling is None or isinstance(sampling, Sampling):
+            one = sampling or Sampling()
+            first = own if one.seed is None else one.seed
+            return [replace(one, seed=derived_seed(first, place)) for place in range(count)]
+        each = list(sampling)
+        if len(each) != count:
+            raise FeatherError(f"{len(each)} samplings were given for {count} prompts")
+        return [
+            replace(one, seed=derived_seed(own, place)) if one.seed is None else one for place, one in enumerate(each)
+        ]
 
     def forward(self, tokens: Sequence[int]) -> Tensor:
         """Logits float32 [n, vocabulary] behind each of n tokens, from an empty cache."""

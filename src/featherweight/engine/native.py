@@ -140,5 +140,5 @@ def sampling_struct(sampling: Sampling) -> SamplingStruct:
         sampling.min_p,
         sampling.repetition_penalty,
         sampling.top_k,
-        sampling.seed % 2**64,
+        (sampling.seed or 0) % 2**64,
     )
