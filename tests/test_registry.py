@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from featherweight import registry
@@ -11,10 +9,9 @@ from featherweight.registry import find, register
 
 
 @pytest.fixture(autouse=True)
-def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def entries(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.registered("grid")
     monkeypatch.setattr(registry, "_entries", {axis: dict(known) for axis, known in registry._entries.items()})
-    yield
 
 
 def make(module: str, qualname: str) -> type:

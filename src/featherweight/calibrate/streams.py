@@ -37,7 +37,7 @@ class Captured(Exception):
 
 @contextlib.contextmanager
 def replaced_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """The blocks compute these functions instead; one that an instance had of its own (accelerate's hooks) comes back."""
+    """The blocks compute these functions instead; what an instance had of its own (accelerate's hooks) comes back."""
     own = [block.__dict__.get("forward") for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
         block.__dict__["forward"] = forward

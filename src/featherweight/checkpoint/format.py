@@ -73,7 +73,7 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def module_layout(module: str, spec: dict[str, Any]) -> dict[str, TensorLayout]:
-    """The stored tensors of a compressed module by name; CheckpointError naming the module where its spec is not read."""
+    """The stored tensors of a compressed module by name; CheckpointError naming the module if its spec is wrong."""
     try:
         return code_layout(spec)
     except UnknownCodeError as error:

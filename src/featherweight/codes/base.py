@@ -122,7 +122,8 @@ def code_class(spec: dict[str, Any]) -> type[Code]:
     kind, known = spec["kind"], registered("code")
     if not isinstance(kind, str) or kind not in known:
         raise UnknownCodeError(
-            f"this release knows no code of the kind {str(kind)[:80]!r}{nearest(str(kind), known)}: update featherweight"
+            f"this release knows no code of the kind {str(kind)[:80]!r}{nearest(str(kind), known)}: "
+            "update featherweight"
         )
     return known[kind]
 
@@ -137,7 +138,7 @@ def code_layout(spec: dict[str, Any]) -> dict[str, TensorLayout]:
 
 
 def code_from(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Code:
-    """Rebuild any kind of code. ValueError if a tensor is missing or has the wrong shape or dtype; see `code_layout`."""
+    """Rebuild any kind of code. As `code_layout`; ValueError also if a tensor is missing or has the wrong shape or dtype."""
     for name, (shape, dtype) in code_layout(spec).items():
         if name not in tensors:
             raise ValueError(f"tensor {name!r} of a {spec['kind']} code is missing")
