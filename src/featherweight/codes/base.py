@@ -138,7 +138,7 @@ def code_layout(spec: dict[str, Any]) -> dict[str, TensorLayout]:
 
 
 def code_from(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Code:
-    """Rebuild any kind of code. As `code_layout`; ValueError also if a tensor is missing or has the wrong shape or dtype."""
+    """Rebuild any kind of code. Raises like `code_layout`; ValueError also if a tensor is missing or does not fit."""
     for name, (shape, dtype) in code_layout(spec).items():
         if name not in tensors:
             raise ValueError(f"tensor {name!r} of a {spec['kind']} code is missing")
