@@ -160,6 +160,8 @@ class Calibration:
     ) -> Calibration:
         """Calibrate any module in memory; its linear layers are changed in place.
 
+        Until `close` the module is in evaluation mode and its parameters take no gradients; then both are as before.
+
         Args:
             forward: runs the module on one batch.
             batches: whatever `forward` takes, one at a time.
@@ -197,6 +199,7 @@ class Calibration:
         self.hidden, self.original_hidden, self.capture = [], [], None
         for number in range(len(self.host.blocks)):
             self.host.drop_block(number)
+        self.host.close()
 
     # Walking --------------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Pa
     if "base" in recipe.needs and base_model is None:
         raise RecipeError(
             f"recipe {recipe.name} compares the model with the one it was fine-tuned from: "
-            "name that one with --base-model"
+            "name that one with base_model= (on the command line --base-model)"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.integrity import Verify
 from featherweight.engine import native
 from featherweight.engine.native import Stats
 from featherweight.engine.network import Network, network_of
@@ -75,6 +76,7 @@ class NativeModel:
         precision: str = "int8",
         context: int | None = None,
         told: Callable[[int, int], None] | None = None,
+        verify: Verify = None,
     ) -> NativeModel:
         """Open a folder, compressed or not.
 
@@ -85,6 +87,8 @@ class NativeModel:
             precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
             context: most tokens of a sequence; default: what the model was made for.
             told: gets (done, total) blocks while weights are packed.
+            verify: whether each tensor is compared with its hash: "always", "never", or "auto", which here is always;
+                default: what FEATHERWEIGHT_VERIFY says, else "auto".
 
         Raises:
             UnsupportedModelError: the native decoder does not run this model; transformers may.
@@ -94,7 +98,7 @@ class NativeModel:
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
             _context(context, network)
-            weights = load_weights(checkpoint, network, threads, told)
+            weights = load_weights(checkpoint, network, threads, told, verify)
             defaults = generation_defaults(checkpoint.folder, checkpoint.config)
         return cls(network, weights, defaults, threads=threads, kv_cache=kv_cache, precision=precision, context=context)
 
