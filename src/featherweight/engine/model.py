@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from featherweight.engine.native import Stats
 from featherweight.engine.network import Network, network_of
 from featherweight.engine.sampling import GenerationDefaults, Sampling, derived_seed, generation_defaults
 from featherweight.engine.weights import Weights, load_weights
+from featherweight.engine.worker import Task, Worker
 from featherweight.errors import FeatherError
 from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
 
@@ -32,6 +33,9 @@ SEQUENCES = 64
 
 class NativeModel:
     """A decoder with its weights and cache. Calls are made one after the other, also from several threads.
+
+    Ctrl-C ends a call within a tenth of a second, wherever it is. What has gone through the network by then stays in
+    the cache, and the model can be used again. Callbacks run in the thread that called; they cannot use this model.
 
     Attributes:
         network: sizes and settings.
@@ -58,14 +62,15 @@ class NativeModel:
         self.kv_cache = _choice("kv_cache", kv_cache, native.CACHES)
         self.precision = _choice("precision", precision, native.PRECISIONS)
         self.context = _context(context, network)
-        self._lock = threading.Lock()
         self._calls = itertools.count()
         settings, keep = self._settings()
         place = ctypes.c_void_p()
         status = self._c.fw_decoder_new(ctypes.addressof(settings), ctypes.addressof(place))
         _check(status, "the network")
         self._place = int(place.value or 0)
-        self._finalizer = weakref.finalize(self, _free, self._c, self._place, (weights, keep))
+        self._worker = Worker(partial(_halt, self._c, self._place))
+        self._finalizer = weakref.finalize(self, _free, self._c, self._place, self._worker, (weights, keep))
+        self._finalizer.atexit = False  # a thread of the user's may be in a call even then
 
     @classmethod
     def open(
@@ -155,14 +160,19 @@ class NativeModel:
         lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
         made = torch.zeros(len(prompts), most, dtype=torch.int32)
         counts = torch.zeros(len(prompts), dtype=torch.int64)
-        watch = _Watch(on_tokens, len(prompts))
-        request = native.GenerationStruct(
-            len(prompts), flat.data_ptr(), lengths.data_ptr(), ctypes.addressof(samplings), ends.data_ptr(),
-            len(ends), most, made.data_ptr(), counts.data_ptr(), watch.function, None,
-        )  # fmt: skip
-        with self._lock:
-            status = self._c.fw_decoder_generate(self._place, ctypes.addressof(request))
-        watch.raise_caught()
+
+        def call(task: Task[int]) -> int:
+            tell = (
+                native.OnTokens(lambda tokens, context: task.ask(tokens[: len(prompts)])) if on_tokens else _NO_TOKENS
+            )
+            request = native.GenerationStruct(
+                len(prompts), flat.data_ptr(), lengths.data_ptr(), ctypes.addressof(samplings), ends.data_ptr(),
+                len(ends), most, made.data_ptr(), counts.data_ptr(), tell, None,
+            )  # fmt: skip
+            return int(self._c.fw_decoder_generate(self._place, ctypes.addressof(request)))
+
+        with self._worker.turn():
+            status = self._worker.run(call, on_tokens)
         _check(status, "a generation")
         return [row[:count].tolist() for row, count in zip(made, counts.tolist(), strict=True)]
 
@@ -184,33 +194,33 @@ class NativeModel:
         """Logits float32 [n, vocabulary] behind each of n tokens, from an empty cache."""
         flat = self._tokens(tokens)
         logits = torch.empty(len(flat), self.network.vocabulary)
-        with self._lock:
+        with self._worker.turn():
             self._c.fw_decoder_truncate(self._place, 0, 0)
-            status = self._c.fw_decoder_feed(self._place, 0, flat.data_ptr(), len(flat), logits.data_ptr(), 1)
-        _check(status, "a forward pass")
+            self._feed(0, flat, logits)
         return logits
 
     def feed(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
         """Put tokens behind those a sequence has in the cache; logits float32 [vocabulary] of the last one."""
-        length = self.length(sequence)
-        flat = self._tokens(tokens, length)
         logits = torch.empty(self.network.vocabulary)
-        with self._lock:
-            status = self._c.fw_decoder_feed(self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), 0)
-        _check(status, "a forward pass")
+        with self._worker.turn():
+            self._feed(sequence, self._tokens(tokens, self.length(sequence)), logits)
         return logits
+
+    def _feed(self, sequence: int, flat: Tensor, logits: Tensor) -> None:
+        """In a turn: tokens into the cache; logits of all of them, or, if they are a vector, of the last one."""
+        arguments = (self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), int(logits.dim() == 2))
+        _check(self._worker.run(lambda task: int(self._c.fw_decoder_feed(*arguments))), "a forward pass")
 
     def step(self, tokens: dict[int, int]) -> Tensor:
         """One further token for each of several sequences {sequence: token}; logits float32 [n, vocabulary]."""
-        for sequence, token in tokens.items():
-            self._tokens([token], self.length(sequence))
         sequences = torch.tensor(list(tokens), dtype=torch.int64)
         flat = torch.tensor(list(tokens.values()), dtype=torch.int32)
         logits = torch.empty(len(flat), self.network.vocabulary)
-        with self._lock:
-            status = self._c.fw_decoder_step(
-                self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr()
-            )
+        arguments = (self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr())
+        with self._worker.turn():
+            for sequence, token in tokens.items():
+                self._tokens([token], self.length(sequence))
+            status = self._worker.run(lambda task: int(self._c.fw_decoder_step(*arguments)))
         _check(status, "a step")
         return logits
 
@@ -221,8 +231,8 @@ class NativeModel:
         return int(self._c.fw_decoder_length(self._place, sequence))
 
     def reset(self) -> None:
-        """Forget all sequences and begin to count anew."""
-        with self._lock:
+        """Forget all sequences, give their memory back and begin to count anew."""
+        with self._worker.turn():
             for sequence in range(SEQUENCES):
                 self._c.fw_decoder_truncate(self._place, sequence, 0)
         self.stats(reset=True)
@@ -289,28 +299,16 @@ class NativeModel:
         return flat.to(torch.int32)
 
 
-class _Watch:
-    """Passes steps on to a Python function; an exception in it, Ctrl-C too, ends the generation and is raised after."""
-
-    def __init__(self, on_tokens: Callable[[list[int]], object] | None, count: int) -> None:
-        self.caught: BaseException | None = None
-
-        def call(tokens: Any, context: Any) -> int:
-            try:
-                return int(bool(on_tokens(tokens[:count]))) if on_tokens else 0
-            except BaseException as error:
-                self.caught = error
-                return 1
-
-        self.function = native.OnTokens(call)
-
-    def raise_caught(self) -> None:
-        if self.caught is not None:
-            raise self.caught
+_NO_TOKENS = native.OnTokens()
 
 
-def _free(c: Any, place: int, keep: Any) -> None:
-    """`keep` holds what the decoder points to until it is gone."""
+def _halt(c: Any, place: int, stop: bool) -> None:
+    c.fw_decoder_stop(place, int(stop))
+
+
+def _free(c: Any, place: int, worker: Worker, keep: Any) -> None:
+    """`keep` holds what the decoder points to until it is gone. No call is on its way: it would hold the model."""
+    worker.close()
     c.fw_decoder_free(place)
 
 

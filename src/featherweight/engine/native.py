@@ -106,6 +106,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fw_decoder_feed": (_i32, [_pointer, _i64, _pointer, _i64, _pointer, _i32]),
     "fw_decoder_step": (_i32, [_pointer, _pointer, _pointer, _i64, _pointer]),
     "fw_decoder_generate": (_i32, [_pointer, _pointer]),
+    "fw_decoder_stop": (None, [_pointer, _i32]),
     "fw_decoder_get_stats": (None, [_pointer, _pointer, _i32]),
     "fw_sample": (_i32, [_pointer, _i64, _pointer, _i64, _pointer, ctypes.c_uint64]),
 }
