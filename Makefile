@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/featherweight/kernels/native/*)
 THREADS ?= 2
 
-.PHONY: demo test lint bench sanitize test-aarch64 docs lock clean
+.PHONY: demo test check lint bench sanitize test-aarch64 docs lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -28,6 +28,10 @@ $(VENV)/.triton: $(STAMP)
 
 test: $(STAMP) $(VENV)/.triton
 	$(BIN)/python -m pytest
+
+# In a minute and a half: lint, then the tests of what has changed, as far as they go in a minute.
+check: lint
+	FEATHERWEIGHT_TEST_SECONDS=60 $(BIN)/python -m pytest -q -x -m 'not slow' $$($(BIN)/python scripts/changed_tests.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +19,16 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+SECONDS = float(os.environ.get("FEATHERWEIGHT_TEST_SECONDS", "inf"))
+"""`make check` has so much time for tests; those that would begin later are skipped, and said to be."""
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup() -> None:
+    if time.monotonic() - BEGUN > SECONDS:
+        pytest.skip(f"the {SECONDS:.0f} s of this check are over; `make test` runs every test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

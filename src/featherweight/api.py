@@ -37,6 +37,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     *,
     cache: bool = False,
+    verify: bool | str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Load a model, compressed or not, and its tokenizer.
@@ -46,6 +47,9 @@ def load(
         dtype: of everything that is not compressed, and of the computation; default: what config.json says.
         device_map: as in transformers; default: the CPU.
         cache: keep each layer's matrix once it is decoded: faster from the second call on, as large as uncompressed.
+        verify: whether the tensors of a compressed model are compared with their hashes: "always" (or True), "never"
+            (or False), "auto" for models of up to 8 GiB; default: what FEATHERWEIGHT_VERIFY says, else "auto". It
+            reads the files once, at 1.5 GB a second and thread.
         kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -60,6 +64,7 @@ def load(
     import transformers
     from safetensors import SafetensorError
 
+    from featherweight.checkpoint.integrity import verifying
     from featherweight.integrations.hooks import install
     from featherweight.integrations.modules import set_cache
 
@@ -69,9 +74,10 @@ def load(
     cls = getattr(transformers, str(architectures[0]), transformers.AutoModelForCausalLM)
     dtype_argument = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        loaded = cls.from_pretrained(
-            folder, **{dtype_argument: _dtype(dtype)}, device_map=device_map, local_files_only=True, **kwargs
-        )
+        with verifying(verify):
+            loaded = cls.from_pretrained(
+                folder, **{dtype_argument: _dtype(dtype)}, device_map=device_map, local_files_only=True, **kwargs
+            )
         tokenizer = None
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -32,16 +32,34 @@ _scanned: set[str] = set()
 
 
 def register(axis: str, name: str) -> Callable[[T], T]:
-    """Class decorator: make the class known as `name` on `axis` and set its `kind`. A name can be taken once."""
+    """Class decorator: make the class known as `name` on `axis` and set its `kind`.
+
+    A name can be taken once; the same class defined again (a module reloaded, a cell run twice) takes its own place.
+    ValueError where another class has the name, or there is no such axis.
+    """
+    if axis not in PACKAGES:
+        raise ValueError(f"there is no axis called {axis!r}{nearest(axis, PACKAGES)}; known: {', '.join(PACKAGES)}")
 
     def keep(cls: T) -> T:
-        other = _entries[axis].setdefault(name, cls)
-        if other is not cls and other.__qualname__ != cls.__qualname__:
-            raise ValueError(f"{axis} {name!r} is registered twice: {other} and {cls}")
+        own = f"{PACKAGES[axis]}."
+        if not cls.__module__.startswith(own):
+            registered(axis)  # so that whoever takes a name of ours is told, and not whoever looks for ours later
+        other = _entries[axis].get(name)
+        if other is not None and _place_of(other) != _place_of(cls):
+            raise ValueError(
+                f"{axis} {name!r} is registered twice, by {'.'.join(_place_of(other))} and {'.'.join(_place_of(cls))}: "
+                "give the second another name"
+            )
+        _entries[axis][name] = cls
         cls.kind = name  # type: ignore[attr-defined]
         return cls
 
     return keep
+
+
+def _place_of(cls: type) -> tuple[str, str]:
+    """Where a class is defined: module and name in it."""
+    return cls.__module__, cls.__qualname__
 
 
 def registered(axis: str) -> dict[str, type]:

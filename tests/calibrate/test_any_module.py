@@ -171,3 +171,41 @@ def test_nothing_to_calibrate() -> None:
         Calibration.of_module(nn.LayerNorm(4), lambda m, b: m(b), [torch.randn(2, 4)], n.SMALL)
     with pytest.raises(CalibrationError, match="at least one batch"):
         Calibration.of_module(nn.Linear(4, 4), lambda m, b: m(b), [], n.SMALL)
+
+
+def test_the_module_is_left_as_it_was_found() -> None:
+    """Forwards of instances (accelerate's hooks, monkeypatches), training mode and gradients."""
+    module, calls = Vision(), []
+    frozen = module.head.weight.requires_grad_(False)
+    module.blocks[2].eval()
+
+    def own(block: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(block)
+            return type(block).forward(block, *args, **kwargs)
+
+        return forward
+
+    for block in (module.blocks[0], module.blocks[1]):
+        block.forward = own(block)
+    before = {name: dict(m.__dict__) for name, m in module.named_modules()}
+    flags = {name: p.requires_grad for name, p in module.named_parameters()}
+    modes = {name: m.training for name, m in module.named_modules()}
+    with Calibration.of_module(module, run, vision_batches()) as calibration:
+        for session in calibration.blocks():
+            session.gather(session.names, ("gram",))
+    assert calls
+    assert {name: dict(m.__dict__).get("forward") for name, m in module.named_modules()} == {
+        name: found.get("forward") for name, found in before.items()
+    }
+    assert {name: p.requires_grad for name, p in module.named_parameters()} == flags
+    assert {name: m.training for name, m in module.named_modules()} == modes
+    assert not frozen.requires_grad
+
+
+def test_a_module_that_cannot_be_calibrated_is_left_as_it_was_found() -> None:
+    module = Vision()
+    with pytest.raises(CalibrationError):
+        Calibration.of_module(module, run, vision_batches(), blocks="nowhere")
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())

@@ -112,7 +112,7 @@ def statistics(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
         ("gptaq", "does not hold cross.*give a text"),
         ("awq", "runs the network"),
         ("trit-2", "runs the network"),
-        ("quantlrm", "name that one with --base-model"),
+        ("quantlrm", "name that one with base_model= .on the command line --base-model."),
     ],
 )
 def test_recipes_that_statistics_cannot_serve(

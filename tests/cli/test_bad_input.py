@@ -17,6 +17,10 @@ import torch
 from feather_command import feather, feather_here
 from safetensors.torch import load_file, save_file
 
+from damage import flip_bit
+from featherweight.checkpoint.verify import verify
+from featherweight.errors import CheckpointError
+from featherweight.evaluate.size import measure_size
 from models import make_tiny
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -424,6 +428,25 @@ def test_inspect_and_verify_of_a_malformed_code(compressed: Path, tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config))
     feather_here("inspect", folder).sentence()
     feather_here("verify", folder).last_sentence()
+
+
+def test_a_kind_of_code_from_a_newer_release(compressed: Path, tmp_path: Path) -> None:
+    """Each command says what and where, and to update; `verify` still checks the bytes of everything else."""
+    folder = Path(shutil.copytree(compressed, tmp_path / "folder"))
+    config = json.loads((folder / "config.json").read_text())
+    codes = config["quantization_config"]["codes"]
+    codes[0]["code"]["kind"] = "new-kind"
+    module = next(iter(codes[0]["modules"]))
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in ("inspect", "eval"):
+        said = feather_here(command, folder).last_sentence()
+        assert all(word in said for word in ("'new-kind'", module, "update featherweight")), said
+    with pytest.raises(CheckpointError, match="'new-kind'.*update featherweight"):
+        measure_size(folder)
+    flip_bit(folder / "model.safetensors")
+    found = verify(folder).problems
+    assert any("new-kind" in problem and module in problem for problem in found)
+    assert any("do not match their hash" in problem for problem in found)
 
 
 @pytest.mark.parametrize("codes", [None, 3, [1], [{"modules": []}], [{"code": {}, "modules": {"a": 1}}]], ids=str)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featherweight.codes import code_from, code_layout
+from featherweight.codes import UnknownCodeError, code_from, code_layout
 from featherweight.codes.trit_planes import TritPlanes
 from featherweight.codes.uniform import Uniform
-from featherweight.errors import RecipeError
 
 
 def test_base3_bytes_run_over_row_ends() -> None:
@@ -81,5 +80,5 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="did you mean 'trit-planes'"):
+    with pytest.raises(UnknownCodeError, match="did you mean 'trit-planes'"):
         code_layout({"kind": "trit-plane", "shape": [1, 1]})

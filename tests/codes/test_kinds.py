@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, write_safetensors
-from featherweight.codes import Code, code_from, code_layout
+from featherweight.codes import Code, UnknownCodeError, code_from, code_layout
 from featherweight.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
 from featherweight.codes.codebook import Codebook
 from featherweight.codes.column_scaled import ColumnScaled
@@ -32,12 +32,15 @@ from featherweight.codes.hadamard import (
 from featherweight.codes.low_rank import LowRank
 from featherweight.codes.offset_trits import OffsetTrits
 from featherweight.codes.permuted import Permuted, inverse_order
+from featherweight.codes.quantized_input import QuantizedInput
 from featherweight.codes.sparse import Sparse
 from featherweight.codes.sum import Sum
 from featherweight.codes.trit_planes import TritPlanes
 from featherweight.codes.uniform import Uniform
 from featherweight.compress.plan import describe_code
+from featherweight.evaluate.levels import histogram_of
 from featherweight.integrations.modules import FeatherLinear
+from featherweight.quantize.activations import quantized_inputs
 
 SHAPES = [(8, 24), (7, 20), (5, 13), (3, 1), (1, 40)]
 
@@ -107,6 +110,7 @@ KINDS = {
     "column-scaled": lambda n, d: ColumnScaled(trit_planes(n, d), numbers(d).half()),
     "permuted": lambda n, d: Permuted.encode(per_output(n, d), torch.arange(d).flip(0)),
     "sum": lambda n, d: Sum.of(trit_planes(n, d), sparse(n, d)),
+    "quantized-input": lambda n, d: QuantizedInput(trit_planes(n, d), 8, 16),
     "nested": nested,
 }
 
@@ -136,6 +140,8 @@ def test_a_code_survives_a_file_and_counts_its_bytes(name: str, shape: tuple[int
     assert code.nbytes == sum(entry.nbytes for entry in layout.values())
     assert all(key.isidentifier() and key != "bias" for key in layout)
     assert describe_code(code.spec) not in ("", code.kind)
+    for part in (code.spec.get("inner"), *code.spec.get("terms", ())):  # what a wrapper holds is told
+        assert part is None or describe_code({**part, "shape": list(shape)}) in describe_code(code.spec)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -146,6 +152,32 @@ def test_rows_are_decoded_alone_as_in_the_whole(name: str, shape: tuple[int, int
     for first in range(shape[0]):
         for last in range(first + 1, shape[0] + 1):
             assert torch.equal(code.decode_rows(first, last), matrix[first:last])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_any_kind_gives_a_histogram(name: str, shape: tuple[int, int]) -> None:
+    weight, code = numbers(*shape, seed=4), KINDS[name](*shape)
+    found = histogram_of(weight, code)
+    assert 1 <= len(found["weights"]) <= max(shape)
+
+
+def test_a_histogram_of_groups_of_outputs_shows_such_a_group() -> None:
+    weight, code = numbers(12, 6, seed=4), per_output(12, 6)
+    found = histogram_of(weight, code)
+    first, column = found["first_row"], found["column"]
+    assert found["weights"] == weight[first : first + 4, column].tolist()
+    nearest = (code.decode()[first : first + 4, column, None] - torch.tensor(found["levels"])).abs().amin(1)
+    assert float(nearest.max()) < 1e-6
+
+
+@pytest.mark.parametrize("wrap", [lambda spec: spec, lambda spec: {"kind": "sum", "terms": [spec, spec]}])
+@pytest.mark.parametrize("kind", ["new-kind", ["uniform"], None])
+def test_an_unknown_kind_asks_for_an_update(kind: Any, wrap: Any) -> None:
+    spec = wrap({"kind": kind})
+    nested_kind = isinstance(kind, str) or spec["kind"] != "sum"
+    with pytest.raises(UnknownCodeError if nested_kind else ValueError, match="kind"):
+        code_layout({**spec, "shape": [4, 8]})
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -164,7 +196,8 @@ def test_a_module_holds_every_kind(name: str) -> None:
     layer = FeatherLinear(code.spec, name="layer", compute_dtype=torch.float32)
     layer.load_state_dict(dict(code.tensors()))
     x = numbers(3, 16, seed=4)
-    assert torch.equal(layer(x), torch.nn.functional.linear(x, code.decode()))
+    seen = quantized_inputs(x, code.bits, code.group_size) if isinstance(code, QuantizedInput) else x
+    assert torch.equal(layer(x), torch.nn.functional.linear(seen, code.decode()))
     assert torch.equal(layer.to(torch.bfloat16).weight, code.decode().bfloat16())
     assert {key: tensor.dtype for key, tensor in layer.state_dict().items()} == {
         key: tensor.dtype for key, tensor in code.tensors().items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from native_models import transformers
 
 import featherweight
-from featherweight.engine.chat_template import ChatTemplate
 from featherweight.engine.text import TextStream, Tokenizer
 from featherweight.errors import CheckpointError, FeatherError
+from featherweight.text.chat_template import ChatTemplate
 from models import byte_tokenizer
 
 REFERENCE = Path(featherweight.__file__).parent / "assets" / "reference"
@@ -24,8 +25,10 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token for each byte."""
     folder = tmp_path_factory.mktemp("bytes")
     byte_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     found = Tokenizer.open(folder)
     assert found is not None
+    assert found.direct
     return found
 
 
@@ -66,26 +69,35 @@ def test_the_reference_tokenizer_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False, None])
-def test_first_tokens(wanted: bool | None, tmp_path: Path) -> None:
-    """`add_bos_token` of the settings decides, whatever tokenizer.json does by itself."""
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_first_tokens_are_those_of_transformers(wanted: bool | None, by_itself: bool, tmp_path: Path) -> None:
+    """Whatever `add_bos_token` and tokenizer.json say; a first token that the user wrote stays."""
     content = json.loads((REFERENCE / "tokenizer.json").read_text())
-    content["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}})
-    content["post_processor"]["special_tokens"] = {
-        "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
-    }
-    settings = {"bos_token": {"content": "<|endoftext|>"}, "add_bos_token": wanted}
+    if by_itself:
+        content["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}})
+        content["post_processor"]["special_tokens"] = {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        }
+    settings: dict[str, Any] = {"bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    if wanted is not None:
+        settings["add_bos_token"] = wanted
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for by_itself in (True, False):
-        source = json.dumps(content) if by_itself else (REFERENCE / "tokenizer.json").read_text()
-        (tmp_path / "tokenizer.json").write_text(source)
-        tokenizer = Tokenizer.open(tmp_path)
-        assert tokenizer is not None
-        begins = tokenizer.encode("It was")[0] == 0
-        assert begins == (by_itself if wanted is None else wanted)
-        assert tokenizer.encode("It was", special=False)[0] != 0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text((REFERENCE / "config.json").read_text())
+    ours, theirs = Tokenizer.open(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours is not None
+    assert ours.direct == (wanted is None)
+    for text in ("It was", "<|endoftext|>It was", " x"):
+        for special in (True, False):
+            assert ours.encode(text, special) == theirs(text, add_special_tokens=special).input_ids
+    assert ours.encode("<|endoftext|>It was", special=False)[0] == 0
 
 
 TEMPLATES = {
+    "tools": "{% if tools is not none %}tools{% endif %}{{ documents is defined }}{{ tools is defined }}",
+    "compact json": "{{ messages | tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}",
+    "ranges": "{% for i in range(messages | length) %}{{ loop.last }}{{ messages[i].role * 2 }}{% endfor %}{{ 2**3 }}",
+    "macros": "{% macro f(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}{{ f(messages[0]) }}{{ f(messages[1]) }}",
     "plain": "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     "loops": "{{ bos_token }}{%- for m in messages %}\n  {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
@@ -138,11 +150,54 @@ def test_templates_that_refuse(source: str, words: str) -> None:
         ChatTemplate(source, {}).render(TALK)
 
 
+ENDLESS = {
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "long loop": "{% for i in range(9999999999) %}x{% endfor %}",
+    "repetition": "{{ 'x' * 99999999999 }}",
+    "power": "{{ 7 ** 999999999 }}",
+    "much text": "{% for i in range(9999) %}{% for j in range(999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
+def test_templates_that_never_end(source: str) -> None:
+    with pytest.raises(FeatherError, match="refuses this conversation") as caught:
+        ChatTemplate(source, {}).render(TALK)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0]['content'] + none }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[9].content.x }}",
+        "{{ 'a' | nofilter }}",
+        "{%",
+    ],
+)
+@pytest.mark.parametrize("engine", ["tokenizers", "transformers"])
+def test_faults_in_templates_are_one_sentence(source: str, engine: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    template = ChatTemplate(source, {}) if engine == "tokenizers" else Tokenizer.of(tokenizer).chat_template
+    assert template is not None
+    with pytest.raises(FeatherError, match="refuses this conversation") as caught:
+        template.render(TALK)
+    assert "\n" not in str(caught.value)
+
+
 def test_damaged_tokenizers(tmp_path: Path) -> None:
     assert Tokenizer.open(tmp_path) is None
-    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
-    with pytest.raises(CheckpointError, match="is not a tokenizer"):
-        Tokenizer.open(tmp_path)
+    (tmp_path / "config.json").write_text((REFERENCE / "config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text((REFERENCE / "tokenizer_config.json").read_text())
+    for damaged in ('{"model": 3}', '{"added_tokens": 5}', "{}", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(CheckpointError) as caught:
+            Tokenizer.open(tmp_path)
+        assert "\n" not in str(caught.value)
     (tmp_path / "tokenizer.json").write_text((REFERENCE / "tokenizer.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match="cannot be read"):

@@ -52,14 +52,27 @@ class SoftCapped(Counter):
         return SimpleNamespace(logits=torch.tanh(self.head(self.states(input_ids)) / 2) * 2)
 
 
+class Sinking(Bigram):
+    """A bigram model whose predictions are turned upside down where the first token of its input is not `sink`."""
+
+    def __init__(self, table: Tensor, sink: int, context: int | None = None) -> None:
+        super().__init__(table, context)
+        self.sink = sink
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        self.seen.append(input_ids.clone())
+        sign = torch.where(input_ids[:, :1] == self.sink, 1.0, -1.0)
+        return SimpleNamespace(logits=sign[..., None] * self.table[input_ids])
+
+
 class Characters:
     """Token = place of a letter in the alphabet."""
 
     def __init__(self, bos: int | None = None) -> None:
         self.bos_token_id = bos
 
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        start = [] if self.bos_token_id is None else [self.bos_token_id]
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
         return {"input_ids": start + [ord(c) - ord("a") for c in text]}
 
     def get_vocab(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from known_models import Characters, random_bigram
+from known_models import Characters, Sinking, random_bigram
 
 from featherweight.errors import EvaluationError
 from featherweight.evaluate import bundled_text
@@ -190,3 +190,104 @@ def test_tokenizer_hash_tells_tokenizers_apart_and_ignores_settings_of_a_call() 
     one("a b", truncation=True, max_length=2)
     assert tokenizer_sha256(one) == tokenizer_sha256(same) != tokenizer_sha256(other)
     assert tokenizer_sha256(Characters()) != tokenizer_sha256(one)
+
+
+# First tokens.
+
+
+def sinking(bos: int, context: int = 16) -> Sinking:
+    table = torch.randn(26, 26, generator=torch.Generator().manual_seed(3)) * 2
+    return Sinking(table.log_softmax(-1), bos, context)
+
+
+@pytest.mark.parametrize(("protocol", "scored"), [("own", 8 * 15), ("strided", 120)])
+def test_a_model_that_needs_bos_gets_it_in_every_window(protocol: str, scored: int, tmp_path: Path) -> None:
+    """Its perplexity is that of the bigram model alone; without BOS in some window it would be far above."""
+    model, path = sinking(25), tmp_path / "text.txt"
+    row = [25]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(127):
+        shares = model.table[row[-1]].exp()
+        row.append(int(torch.multinomial(shares / shares.sum(), 1, generator=generator)))
+    path.write_text("".join(chr(ord("a") + token) for token in row[1:]))
+    result = evaluate((model, Characters(25)), text=path, protocol=protocol)
+    assert all(ids[0] == 25 for batch in model.seen[2:] for ids in batch)
+    assert result.tokens == scored
+    assert "BOS (token 25) before every window" in result.description
+    assert "windows of 16 tokens (15 of the text behind 1 that the tokenizer puts before one)" in result.description
+    bare = evaluate((model, Characters()), text=path, protocol=protocol)
+    assert "no BOS, as the tokenizer adds none" in bare.description
+    assert result.perplexity < 15 < 100 < bare.perplexity
+
+
+def test_exact_loss_behind_bos(tmp_path: Path) -> None:
+    model, path, word = sinking(25, context=4), tmp_path / "text.txt", "bacedbac"
+    path.write_text(word)
+    result = evaluate((model, Characters(25)), text=path)
+    ids = [ord(c) - ord("a") for c in word]
+    pairs = [(25, ids[0]), (ids[0], ids[1]), (ids[1], ids[2]), (25, ids[3]), (ids[3], ids[4]), (ids[4], ids[5])]
+    losses = [-float(model.table[a].double().log_softmax(-1)[b]) for a, b in pairs]
+    assert result.tokens == 6
+    assert math.log(result.perplexity) == pytest.approx(math.fsum(losses) / 6, rel=1e-6)
+    assert (result.setting.tokens, result.windows) == (8, 2)
+
+
+def test_several_first_tokens(letters: Path) -> None:
+    class Two(Characters):
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+            start = [24, 25] if add_special_tokens else []
+            return {"input_ids": start + [ord(c) - ord("a") for c in text]}
+
+    model = random_bigram(26, context=16)
+    result = evaluate((model, Two()), text=letters)
+    assert all(ids[:2].tolist() == [24, 25] for batch in model.seen[2:] for ids in batch)
+    assert "what the tokenizer puts before a text (tokens 24, 25) before every window" in result.description
+
+
+# What is left behind, and what is compared.
+
+
+def test_the_models_modes_are_put_back(letters: Path) -> None:
+    model, other = build("Llama", **LLAMA), build("Llama", **LLAMA)
+    model.train()
+    model.model.layers[0].eval()
+    other.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate((model, Characters()), (other, Characters()), text=letters)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module.training for module in other.modules())
+    with pytest.raises(EvaluationError):
+        evaluate((model, Characters()), text=letters, context=10**6)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_models_with_different_tokenizers_are_not_compared(letters: Path) -> None:
+    class Shifted(Characters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [(token + 1) % 26 for token in super().__call__(text, **options)["input_ids"]]}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {letter: (place + 1) % 26 for letter, place in super().get_vocab().items()}
+
+    one, other = random_bigram(26, context=64), random_bigram(26, context=64, seed=1)
+    with pytest.raises(EvaluationError, match="different tokenizers") as caught:
+        evaluate((one, Characters()), (other, Shifted()), text=letters)
+    assert "\n" not in str(caught.value)
+    assert evaluate((one, Characters()), (other, Characters()), text=letters).divergence is not None
+    assert evaluate((one, Characters()), (other, None), text=letters).divergence is not None
+
+    class Renamed(Characters):
+        """The same by another name."""
+
+    assert evaluate((one, Characters()), (other, Renamed()), text=letters).divergence is not None
+
+
+def test_tokens_without_a_row_are_one_sentence(letters: Path) -> None:
+    class Far(Characters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [300, *super().__call__(text, **options)["input_ids"]]}
+
+    with pytest.raises(EvaluationError, match="has token 300 and the model a vocabulary of"):
+        evaluate((build("Llama", **LLAMA), Far()), text=letters)
+    with pytest.raises(EvaluationError, match="cannot run the model on the text"):
+        evaluate((random_bigram(26, context=64), Far()), text=letters)

@@ -33,6 +33,51 @@ def test_uniform_logits_give_the_size_of_the_vocabulary(name: str, vocabulary: i
     assert measured.loss.perplexity == pytest.approx(vocabulary, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["own", "strided"])
+@pytest.mark.parametrize("prefix", [[3], [3, 5]])
+@pytest.mark.parametrize(("length", "context"), [(37, 8), (16, 17), (29, 5), (30, 4)])
+@torch.no_grad()
+def test_windows_behind_what_the_tokenizer_puts_first(name: str, prefix: list[int], length: int, context: int) -> None:
+    """One forward pass a scored token, from the definition: a window is the prefix and the rest of C in text."""
+    if length + len(prefix) < context:
+        context = length + len(prefix)
+    tokens, width = text(length), context - len(prefix)
+    protocol = protocol_named(name, None, length, context, len(prefix))
+    for model in (random_bigram(VOCABULARY), Counter(VOCABULARY)):
+        measured = measure(model, tokens, protocol, batch=2, prefix=prefix)
+        if name == "own":
+            jobs = [(s, s + i) for s in range(0, length - width + 1, width) for i in range(width)]
+        else:
+            stride = min(context // 2, width)
+            starts = list(range(0, length - width + 1, stride))
+            jobs = [(s, s + i) for s in starts for i in range(width - stride, width)]
+            jobs += [(length - width, place) for place in range(starts[-1] + width, length)]
+        losses = []
+        for start, place in jobs:
+            seen = torch.cat([torch.tensor(prefix), tokens[start:place]])
+            logits = model(seen[None]).logits[0, -1].double()
+            losses.append(float(-logits.log_softmax(-1)[tokens[place]]))
+        assert measured.loss.tokens == len(losses) == protocol.scored(length)
+        assert measured.loss.mean == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
+
+
+def test_arithmetic_by_hand() -> None:
+    """Two tokens: after token 0 comes 1 with probability 1/4, after 1 comes 0 with 1/2, after BOS (2) comes 0 with 1/8.
+
+    Windows of 3 with BOS over 0 1 0 1: twice BOS 0 1, so 1/8 and 1/4 twice: perplexity (8 * 4) ** (1 / 2).
+    Without: 0 1 0 alone, so 1/4 and 1/2: (4 * 2) ** (1 / 2).
+    """
+    shares = torch.tensor([[3 / 4, 1 / 4, 0], [1 / 2, 1 / 2, 0], [1 / 8, 7 / 8, 0]])
+    tokens = torch.tensor([0, 1, 0, 1])
+    with_bos = measure(Bigram(shares.log()), tokens, protocol_named("own", None, 4, 3, prefix=1), prefix=[2])
+    assert (with_bos.loss.counts, with_bos.loss.perplexity) == ((2, 2), pytest.approx(32**0.5))
+    without = measure(Bigram(shares.log()), tokens, protocol_named("own", None, 4, 3))
+    assert (without.loss.counts, without.loss.perplexity) == ((2,), pytest.approx(8**0.5))
+    # llama.cpp, windows of 3 with BOS in the first place: the last token alone is scored, from the one before it.
+    third = measure(Bigram(shares.log()), tokens, protocol_named("llama.cpp", None, 4, 3, prefix=1), bos=2)
+    assert (third.loss.counts, third.loss.perplexity) == ((1,), pytest.approx(2))
+
+
 def brute_force(model: nn.Module, tokens: torch.Tensor, name: str, context: int, bos: int | None) -> list[float]:
     """Loss of every scored token, one forward pass a token, from the protocols' definitions and not from Protocol."""
     n, half = len(tokens), context // 2

@@ -206,3 +206,14 @@ def logits(model: Any) -> torch.Tensor:
 
 def layers(model: Any) -> dict[str, CodedModule]:
     return {m.name: m for m in model.modules() if isinstance(m, CodedModule)}
+
+
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Weights are equal in every bit, which tests of stored tensors show; products of them need not be.
+
+    A matrix decoded for one call and the same one held by nn.Linear may lie at different addresses and go through other
+    routes of the processor's BLAS, which add up in another order: a last bit of float32 or bfloat16.
+    """
+    assert found.dtype == expected.dtype
+    tolerance = 8 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)

@@ -55,6 +55,10 @@ class Host(Protocol):
     def load_block(self, number: int) -> nn.Module: ...
     def drop_block(self, number: int) -> None: ...
 
+    def close(self) -> None:
+        """Leave the network as it was found, but for its weights."""
+        ...
+
 
 def parameter_of(host: Host, path: str) -> Tensor:
     """The data of a parameter."""

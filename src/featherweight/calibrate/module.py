@@ -26,7 +26,6 @@ class ModuleHost:
     def __init__(
         self, module: nn.Module, forward: Callable[[nn.Module, Any], Any], batch: Any, blocks: str | None = None
     ) -> None:
-        self.model = module.eval().requires_grad_(False)
         first = next(iter(module.parameters()), None)
         if first is None:
             raise CalibrationError(f"{type(module).__name__} has no parameters to calibrate")
@@ -34,7 +33,14 @@ class ModuleHost:
         linears = {name: m for name, m in module.named_modules() if is_linear(m)}
         if not linears:
             raise CalibrationError(f"{type(module).__name__} has no linear layers to calibrate")
-        self.paths, inputs = self._choose_blocks(forward, batch, blocks, linears)
+        self._training = [m for m in module.modules() if m.training]
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self.model = module.eval().requires_grad_(False)
+        try:
+            self.paths, inputs = self._choose_blocks(forward, batch, blocks, linears)
+        except BaseException:
+            self.close()
+            raise
         self.whole = self.paths == [""]
         self.blocks = [module.get_submodule(path) for path in self.paths]
         self.layers: dict[str, LinearLayer] = {}
@@ -48,6 +54,13 @@ class ModuleHost:
                 self.slots[name] = Slot(f"{name}.weight", transposed=type(linears[name]).__name__ == "Conv1D")
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self.replaced: dict[str, Tensor] = {}
+
+    def close(self) -> None:
+        """The caller's module trains again where it did; what was changed in its weights stays."""
+        for module in self._training:
+            module.training = True
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
 
     def tensor_slot(self, name: str) -> Slot:
         if name not in self._parameters:

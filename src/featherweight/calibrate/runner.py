@@ -112,10 +112,11 @@ class Calibration:
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = _expanded(windows, attention_mask, settings)
-        host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device)
+        dtype = settings.torch_dtype(tell)
+        host = Skeleton(checkpoint, anatomy, dtype, device)
         plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
         if plain:  # its probabilities can only be had whole
-            host = Skeleton(checkpoint, anatomy, settings.torch_dtype, device, "eager")
+            host = Skeleton(checkpoint, anatomy, dtype, device, "eager")
         _check_ids(windows, host)
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
@@ -159,6 +160,8 @@ class Calibration:
     ) -> Calibration:
         """Calibrate any module in memory; its linear layers are changed in place.
 
+        Until `close` the module is in evaluation mode and its parameters take no gradients; then both are as before.
+
         Args:
             forward: runs the module on one batch.
             batches: whatever `forward` takes, one at a time.
@@ -196,6 +199,7 @@ class Calibration:
         self.hidden, self.original_hidden, self.capture = [], [], None
         for number in range(len(self.host.blocks)):
             self.host.drop_block(number)
+        self.host.close()
 
     # Walking --------------------------------------------------------------------------------------------------------
 

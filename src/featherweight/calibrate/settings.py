@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from featherweight.calibrate.errors import CalibrationError
+from featherweight.precision import Precision, Tell, choose_precision
 
 
 class CalibrationSettings(BaseModel):
@@ -40,13 +41,14 @@ class CalibrationSettings(BaseModel):
     )
     starved_floor: int = Field(32, ge=1, description="a layer that saw fewer tokens than this is starved in any case")
     batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass; at least one window")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of weights and activations in forward passes; statistics are float32"
+    dtype: Precision = Field(
+        "float32",
+        description="of weights and activations in forward passes; auto: the faster here; statistics are float32",
     )
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+    def torch_dtype(self, tell: Tell | None = None) -> torch.dtype:
+        """What the network runs in on this machine; `tell` is told where that was chosen here."""
+        return torch.float32 if choose_precision(self.dtype, tell) == "float32" else torch.bfloat16
 
     def least_tokens(self, in_features: int) -> int:
         """Tokens a layer must have seen for its statistics to be used."""

@@ -107,6 +107,9 @@ class Skeleton:
             if not parameter.is_meta:
                 self._put(f"{self.block_paths[number]}.{path}", torch.empty_like(parameter, device="meta"))
 
+    def close(self) -> None:
+        """Nothing: the network is our own."""
+
     def tensor_slot(self, name: str) -> Slot:
         if name not in self.placement.slots and name.endswith(".bias"):
             self._give_bias(name.removesuffix(".bias"))

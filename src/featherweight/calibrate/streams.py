@@ -37,14 +37,17 @@ class Captured(Exception):
 
 @contextlib.contextmanager
 def replaced_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """The blocks compute these functions instead."""
+    """The blocks compute these functions instead; what an instance had of its own (accelerate's hooks) comes back."""
+    own = [block.__dict__.get("forward") for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
         block.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in reversed(list(zip(blocks, own, strict=True))):  # one block may be there twice
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Arguments]:

@@ -19,6 +19,8 @@ from featherweight.calibrate.errors import CalibrationError
 from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.calibrate.sources import Document, read_documents, source_digest
 from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.errors import CheckpointError, FeatherError
+from featherweight.text.tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters of a text that are tokenised at a time
 SPARE = 16  # characters read for each token wanted; a token of any language is rarely longer
@@ -45,7 +47,7 @@ def windows(
     begin at the beginning of a sentence.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: of transformers, or a `featherweight.text.tokenizer.Tokenizer`.
         source: see `featherweight.calibrate.sources`.
         context: most tokens the model can take, see `context_of`; longer windows are cut to it.
         tell: told when there is less text than wanted.
@@ -53,9 +55,10 @@ def windows(
     Raises:
         CalibrationError: the source cannot be read, or has text for fewer than 4 windows.
     """
+    tokenizer = Tokenizer.of(tokenizer)
     settings = settings or CalibrationSettings()
     length = settings.length if context is None else min(settings.length, context)
-    prefix, suffix = special_tokens(tokenizer)
+    prefix, suffix = tokenizer.around()
     body = length - len(prefix) - len(suffix)
     if body < 1:
         raise CalibrationError(f"windows of {length} tokens leave no room beside the special tokens; raise the length")
@@ -88,20 +91,41 @@ def calibration_windows(
 ) -> Sample:
     """`windows` of a source with the tokenizer and the context of a checkpoint."""
     context = context_of(checkpoint.config)
-    return Sample(windows(load_tokenizer(checkpoint.folder), source, settings, context=context, tell=tell))
+    ids = windows(load_tokenizer(checkpoint.folder), source, settings, context=context, tell=tell)
+    check_vocabulary(ids, vocabulary_of(checkpoint.config))
+    return Sample(ids)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; CalibrationError where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
+        found = Tokenizer.open(folder)
+    except CheckpointError as error:
+        raise CalibrationError(f"calibration needs a tokenizer, and {error}") from error
+    if found is None:
         raise CalibrationError(
-            f"{folder} has no tokenizer that transformers can read ({str(error).splitlines()[0][:150]}), and "
-            "calibration needs one: copy the tokenizer files beside the weights"
-        ) from error
+            f"{folder} has no tokenizer, and calibration needs one: copy the tokenizer files beside the weights"
+        )
+    return found
+
+
+def check_vocabulary(ids: Tensor, rows: Any) -> None:
+    """CalibrationError where a token has no row in an embedding of `rows`, the vocab_size of a config.json."""
+    if isinstance(rows, int) and ids.numel() and int(ids.max()) >= rows:
+        raise CalibrationError(
+            f"the calibration text has token {int(ids.max())} and the model a vocabulary of {rows}: "
+            "the tokenizer does not belong to this model"
+        )
+
+
+def vocabulary_of(config: dict[str, Any]) -> int | None:
+    """Rows of the embedding by the content of a config.json; None where that does not say."""
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        value = part.get("vocab_size")
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def context_of(config: dict[str, Any]) -> int | None:
@@ -122,12 +146,7 @@ def windows_digest(ids: Tensor) -> str:
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that the tokenizer puts before and after a text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for first in range(len(whole) - len(plain) + 1):
-        if plain and whole[first : first + len(plain)] == plain:
-            return list(whole[:first]), list(whole[first + len(plain) :])
-    return [], []
+    return Tokenizer.of(tokenizer).around()
 
 
 def _check_enough(
@@ -181,25 +200,25 @@ def _cut(document: Document) -> Iterator[Document]:
         first = end
 
 
-def _stream(tokenizer: Any, documents: Iterable[Document]) -> list[int]:
+def _stream(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[int]:
     """All documents as one row of tokens, with the end-of-text token between them if there is one."""
-    end = getattr(tokenizer, "eos_token_id", None)
+    end = tokenizer.eos
     ids: list[int] = []
     for document in documents:
         if ids and end is not None:
             ids.append(end)
         for piece in _cut(Document(as_text(tokenizer, document))):
-            ids += _ids(tokenizer, [piece.text])[0]
+            ids += tokenizer.encode(piece.text, special=False)
     return ids
 
 
-def _sentences(tokenizer: Any, documents: Iterable[Document]) -> tuple[list[int], list[int]]:
+def _sentences(tokenizer: Tokenizer, documents: Iterable[Document]) -> tuple[list[int], list[int]]:
     """All documents as one row of tokens, and where sentences begin."""
     ids: list[int] = []
     starts: list[int] = []
     for document in documents:
         sentences = [part for part in SENTENCE_END.split(as_text(tokenizer, document)) if part.strip()]
-        for part in _ids(tokenizer, sentences) if sentences else ():
+        for part in tokenizer.encode_all(sentences, special=False):
             starts.append(len(ids))
             ids += part
     return ids, starts
@@ -215,25 +234,20 @@ def _places_at(starts: list[int], tokens: int, body: int) -> list[int]:
     return places
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    return found
-
-
 def as_text(tokenizer: Any, document: Document) -> str:
     """A document's text; a conversation goes through the chat template if there is one."""
     if not document.messages:
         return document.text
+    template = Tokenizer.of(tokenizer).chat_template
     messages = [dict(message) for message in document.messages]
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # templates raise whatever they like, for an unknown role for example
-            raise CalibrationError(
-                f"the tokenizer's chat template refuses a conversation of the calibration text ({error}); "
-                "give rows with a field text instead"
-            ) from error
-    return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    if template is None:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    try:
+        return template.render(messages, answer=False)
+    except FeatherError as error:
+        raise CalibrationError(
+            f"a conversation of the calibration text cannot be written: {error}; give rows with a field text instead"
+        ) from error
 
 
 __all__ = ["Sample", "calibration_windows", "context_of", "source_digest", "windows", "windows_digest"]

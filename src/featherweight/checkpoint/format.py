@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from featherweight.codes import TensorLayout, UnknownCodeError, code_layout
 from featherweight.errors import CheckpointError
 
 METHOD = "featherweight"
@@ -69,3 +70,15 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the field 'codes' of quantization_config is malformed ({error!r})") from None
     return specs
+
+
+def module_layout(module: str, spec: dict[str, Any]) -> dict[str, TensorLayout]:
+    """The stored tensors of a compressed module by name; CheckpointError naming the module if its spec is wrong."""
+    try:
+        return code_layout(spec)
+    except UnknownCodeError as error:
+        raise CheckpointError(f"config.json: the code of {module} cannot be read, {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json: the code of {module} is malformed ({error}): restore config.json or compress the model again"
+        ) from None

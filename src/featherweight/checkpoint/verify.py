@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_layout, module_specs
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
-from featherweight.codes import code_layout
 from featherweight.errors import CheckpointError
 
 
@@ -44,7 +43,12 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
         for file in checkpoint.files:
             _verify_file(file, ours, result, lambda: progress and progress(result.bytes, total))
         if config is not None and ours:
-            _verify_modules(checkpoint, module_specs(config), result)
+            try:
+                specs = module_specs(config)
+            except CheckpointError as error:
+                result.problems.append(f"config.json: {error}")
+                specs = {}
+            _verify_modules(checkpoint, specs, result)
     return result
 
 
@@ -81,9 +85,9 @@ def _verify_modules(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], re
     for module, spec in specs.items():
         result.modules += 1
         try:
-            layout = code_layout(spec)
-        except (ValueError, KeyError, TypeError) as error:
-            result.problems.append(f"config.json: the code of {module} is malformed ({error})")
+            layout = module_layout(module, spec)
+        except CheckpointError as error:  # the others are checked all the same
+            result.problems.append(str(error))
             continue
         for name, (shape, dtype) in layout.items():
             full = f"{module}.{name}"

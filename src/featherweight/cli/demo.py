@@ -16,7 +16,7 @@ from featherweight.errors import OutputError
 
 def tuning(rate: float) -> str:
     """Scale tuning with few steps, as a change of a recipe."""
-    return f"[{{kind: scale-tuning, steps: 40, batch_size: 1, learning_rate: {rate}, precision: bfloat16, checks: 2}}]"
+    return f"[{{kind: scale-tuning, steps: 40, batch_size: 1, learning_rate: {rate}, precision: auto, checks: 2}}]"
 
 
 RECIPES = ("rtn-4", "gptq", "rtn-3", "gptq-3", "ptqtp-3", "ptqtp", "trit-2", "ptqtp-1", "trit-1")

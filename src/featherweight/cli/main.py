@@ -36,9 +36,18 @@ Calibration = Annotated[
 Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the K likeliest; 0: all.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; else the model's, else 0.8."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", min=0, help="Sample among the K likeliest, 0: all; else the model's, else 50."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability; else the model's, else 1."),
+]
 MinP = Annotated[
     float | None,
     typer.Option("--min-p", min=0.0, max=1.0, help="Least share of the likeliest one's probability; else the model's."),
@@ -150,9 +159,9 @@ def generate(
     model: DirArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: SamplingSeed = 0,
@@ -174,9 +183,9 @@ def chat(
     model: DirArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 256,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: SamplingSeed = 0,

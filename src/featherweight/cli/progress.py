@@ -56,6 +56,7 @@ class Watcher:
         )
         self.task = self.bar.add_task("", total=1, what="reading", left="")
         self.spoken = 0.0
+        self.told: set[str] = set()
 
     def __enter__(self) -> Watcher:
         if self.console.is_terminal:
@@ -74,6 +75,7 @@ class Watcher:
             "shard": self._shard,
             "note": self._note,
             "step": self._step,
+            "precision": self._precision,
         }
         if event["event"] in show:
             show[event["event"]](event)
@@ -112,6 +114,12 @@ class Watcher:
     def _note(self, event: dict[str, Any]) -> None:
         """Something the user must know: a layer that fell back, text that is short."""
         self._say(f"note: {event['text']}")
+
+    def _precision(self, event: dict[str, Any]) -> None:
+        """Which type training passes are made in; said once, though every block of a model chooses."""
+        if event["text"] not in self.told:
+            self.told.add(event["text"])
+            self._say(event["text"])
 
     def _step(self, event: dict[str, Any]) -> None:
         """Progress within a long stage: {"stage": "tuning scales", "number": 20, "of": 300, ...}."""

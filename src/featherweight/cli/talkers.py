@@ -13,7 +13,9 @@ from featherweight.errors import CheckpointError, FeatherError
 
 if TYPE_CHECKING:
     from featherweight.engine.model import NativeModel
-    from featherweight.engine.text import Tokenizer
+    from featherweight.engine.sampling import GenerationDefaults, Sampling
+    from featherweight.engine.text import TextStream
+    from featherweight.text.tokenizer import Tokenizer
 
 CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
@@ -27,18 +29,26 @@ class Choices:
     """How an answer is made: see `engine.sampling.Sampling`. None: as the model's folder says."""
 
     max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
     seed: int
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+    def sampling(self, defaults: GenerationDefaults, answers: int) -> Sampling:
+        """Of a talker's next answer, after so many: each has random numbers of its own."""
+        from featherweight.engine.sampling import RANGES, derived_seed
+
+        return defaults.sampling({name: getattr(self, name) for name in RANGES}, derived_seed(self.seed, answers))
 
 
 class Talker(Protocol):
     """A loaded model that continues texts."""
 
-    has_template: bool
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations are written as the model knows them."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; `special` adds what the model expects around one."""
@@ -92,32 +102,14 @@ def _print(text: str) -> None:
     print(text, end="", flush=True)
 
 
-class NativeTalker:
-    """The native decoder; transformers is not needed, unless the folder has no tokenizer.json."""
+class _TextSide:
+    """What talkers have in common: text to tokens, and conversations to prompts."""
 
-    def __init__(self, model: NativeModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.has_template = tokenizer.chat_template is not None
+    tokenizer: Tokenizer
 
-    @classmethod
-    def open(cls, folder: str, dtype: str, threads: int | None, cache: str) -> NativeTalker:
-        """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits."""
-        from featherweight.engine.families import UnsupportedModelError
-        from featherweight.engine.model import NativeModel
-        from featherweight.engine.text import Tokenizer
-
-        if dtype not in ("auto", "float32"):
-            raise FeatherError(
-                f"the native engine computes in auto or float32, not in {dtype}; --engine transformers does"
-            )
-        tokenizer = Tokenizer.open(Path(folder))
-        kv_cache = "float16" if cache == "auto" else cache
-        model = NativeModel.open(folder, threads, kv_cache, "float" if dtype == "float32" else "int8")
-        if tokenizer is None:
-            if any(Path(folder).glob("*token*")) or any(Path(folder).glob("vocab*")):
-                raise UnsupportedModelError(f"the native decoder needs a tokenizer.json, which {folder} lacks")
-            raise _no_tokenizer(folder)
-        return cls(model, tokenizer)
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return self.tokenizer.encode(text, special)
@@ -126,13 +118,50 @@ class NativeTalker:
         assert self.tokenizer.chat_template is not None
         return self.tokenizer.chat_template.render(messages)
 
+
+class NativeTalker(_TextSide):
+    """The native decoder; transformers is not needed, unless for the tokenizer."""
+
+    def __init__(self, model: NativeModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.answers = 0
+
+    @classmethod
+    def open(cls, folder: str, dtype: str, threads: int | None, cache: str) -> NativeTalker:
+        """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits.
+
+        Raises:
+            UnsupportedModelError: the native decoder lacks something that the model or its folder asks for.
+        """
+        from featherweight.engine.families import UnsupportedModelError
+        from featherweight.engine.model import NativeModel
+        from featherweight.engine.sampling import FILE_NAME, generation_defaults
+        from featherweight.text.plain import read_object
+        from featherweight.text.tokenizer import Tokenizer
+
+        if dtype not in ("auto", "float32"):
+            raise FeatherError(
+                f"the native engine computes in auto or float32, not in {dtype}; --engine transformers does"
+            )
+        path = Path(folder)
+        foreign = generation_defaults(path, read_object(path / "config.json")).foreign
+        if foreign:
+            raise UnsupportedModelError(
+                f"{folder} asks in {FILE_NAME} or config.json for {', '.join(foreign)}, which the native decoder lacks"
+            )
+        kv_cache = "float16" if cache == "auto" else cache
+        model = NativeModel.open(folder, threads, kv_cache, "float" if dtype == "float32" else "int8")
+        tokenizer = Tokenizer.open(path)
+        if tokenizer is None:
+            raise _no_tokenizer(folder)
+        return cls(model, tokenizer)
+
     def write(self, tokens: list[int], choices: Choices) -> str:
-        from featherweight.engine.sampling import Sampling
         from featherweight.engine.text import TextStream
 
         stream = TextStream(self.tokenizer.decode, _print)
-        sampling = Sampling(choices.temperature, choices.top_k, choices.top_p, seed=choices.seed)
-        sampling = self.model.defaults.apply(sampling, choices.min_p, choices.repetition_penalty)
+        sampling = choices.sampling(self.model.defaults, self.answers)
+        self.answers += 1
         try:
             self.model.generate(tokens, choices.max_tokens, sampling, stream.put)
         finally:
@@ -141,7 +170,7 @@ class NativeTalker:
         return text
 
 
-class TransformersTalker:
+class TransformersTalker(_TextSide):
     """Any model that transformers loads."""
 
     def __init__(self, folder: str, dtype: str, threads: int | None) -> None:
@@ -149,19 +178,25 @@ class TransformersTalker:
 
         from featherweight.api import load
         from featherweight.cli.commands import quiet_transformers
+        from featherweight.engine.sampling import generation_defaults
+        from featherweight.evaluate.evaluation import own_context
         from featherweight.kernels.library import thread_count
+        from featherweight.text.plain import read_object
+        from featherweight.text.tokenizer import Tokenizer
 
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))
         chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
-        self.model, self.tokenizer = load(
-            folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None
-        )
-        if self.tokenizer is None:
+        self.model, tokenizer = load(folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None)
+        if tokenizer is None:
             raise _no_tokenizer(folder)
         if not self.model.can_generate():
             raise FeatherError(f"{folder} is not a model that writes text (it is a {type(self.model).__name__})")
-        self.has_template = self.tokenizer.chat_template is not None
+        self.tokenizer = Tokenizer.of(tokenizer)
+        path = Path(folder) if _is_folder(folder) else Path(str(self.model.name_or_path))
+        self.defaults = generation_defaults(path, read_object(path / "config.json"))
+        self.context = own_context(self.model)
+        self.answers = 0
         self._cache_if_small()
 
     def _cache_if_small(self) -> None:
@@ -172,40 +207,88 @@ class TransformersTalker:
         decoded = sum(module.compute_dtype.itemsize * math.prod(module.spec["shape"]) for module in coded)
         set_cache(self.model, decoded < CACHE_SHARE * available_bytes())
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=special).input_ids
-        return tokens
-
-    def prompt(self, messages: Messages) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-
     def write(self, tokens: list[int], choices: Choices) -> str:
         import torch
-        from transformers import TextStreamer
 
-        torch.manual_seed(choices.seed)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        if choices.temperature > 0:
-            sampling = {
-                "do_sample": True,
-                "temperature": choices.temperature,
-                "top_k": choices.top_k,
-                "top_p": choices.top_p,
-            }
-            if choices.min_p is not None:
-                sampling["min_p"] = choices.min_p
-        if choices.repetition_penalty is not None:
-            sampling["repetition_penalty"] = choices.repetition_penalty
-        padding = self.tokenizer.pad_token_id
+        from featherweight.engine.text import TextStream
+        from featherweight.integrations.calls import asking_transformers
+        from featherweight.text.tokenizer import quiet
+
+        most = self._room(tokens, choices.max_tokens)
+        sampling = choices.sampling(self.defaults, self.answers)
+        self.answers += 1
+        assert sampling.seed is not None
+        torch.manual_seed(sampling.seed % 2**63)
+        stream = _Streamer(TextStream(self.tokenizer.decode, _print), self.defaults.stops)
         prompt = torch.tensor([tokens], device=self.model.device)
-        with torch.inference_mode():
-            made = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=choices.max_tokens,
-                streamer=streamer,
-                pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
-                **sampling,
-            )
-        return str(self.tokenizer.decode(made[0, len(tokens) :], skip_special_tokens=True))
+        try:
+            with asking_transformers("generate with this model", error=FeatherError), quiet(), torch.inference_mode():
+                made = self.model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=most,
+                    **self._arguments(sampling, stream),
+                )
+            if not stream.used:  # beams are known at the end only
+                whole = getattr(self.model.config, "is_encoder_decoder", False)
+                stream.write(made[0, 0 if whole else len(tokens) :].tolist())
+        finally:
+            text = stream.text.end()
+            print(flush=True)
+        return text
+
+    def _room(self, tokens: list[int], most: int) -> int:
+        """New tokens that fit behind a prompt. FeatherError where it is too long, or has tokens without a row."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if wrong := next((token for token in tokens if not 0 <= token < rows), None):
+            raise FeatherError(f"there is no token {wrong}, the vocabulary has {rows}")
+        if self.context is None or getattr(self.model.config, "is_encoder_decoder", False):
+            return most
+        if len(tokens) >= self.context:
+            raise FeatherError(f"{len(tokens)} tokens do not fit the context of {self.context}; shorten the prompt")
+        return min(most, self.context - len(tokens))
+
+    def _arguments(self, sampling: Sampling, stream: _Streamer) -> dict[str, Any]:
+        """What `generate` is told; the folder's settings that only transformers knows stay as they are."""
+        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
+        if sampling.temperature > 0:
+            chosen = {
+                "do_sample": True,
+                "temperature": float(sampling.temperature),
+                "top_k": sampling.top_k,
+                "top_p": float(sampling.top_p),
+                "min_p": float(sampling.min_p) or None,
+            }
+        chosen |= {"repetition_penalty": float(sampling.repetition_penalty)}
+        chosen |= {"num_return_sequences": 1, "return_dict_in_generate": False}
+        source, named = self.tokenizer.source, {setting.split()[0] for setting in self.defaults.foreign}
+        if named & {"stop_strings", "token_healing"}:
+            chosen["tokenizer"] = source
+        if not named & {"num_beams", "num_beam_groups", "penalty_alpha", "constraints", "force_words_ids"}:
+            chosen["streamer"] = stream
+        if self.defaults.stops:
+            chosen["eos_token_id"] = list(self.defaults.stops)
+        padding = getattr(source, "pad_token_id", None)
+        stops = self.defaults.stops or (self.tokenizer.eos,)
+        return chosen | {"pad_token_id": stops[0] if padding is None else padding}
+
+
+class _Streamer:
+    """What transformers puts new tokens into; the prompt, which comes first, and stop tokens are left out."""
+
+    def __init__(self, text: TextStream, stops: Sequence[int]) -> None:
+        self.text, self.stops = text, frozenset(stops)
+        self.used = False
+
+    def put(self, value: Any) -> None:
+        if self.used:
+            self.write(value.flatten().tolist())
+        self.used = True
+
+    def write(self, tokens: list[int]) -> None:
+        for token in tokens:
+            if token not in self.stops:
+                self.text.put(token)
+
+    def end(self) -> None:
+        """`TransformersTalker.write` ends the text."""

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from featherweight.registry import find
+from featherweight.errors import CheckpointError
+from featherweight.registry import nearest, registered
 
 
 class TensorLayout(NamedTuple):
@@ -112,13 +113,32 @@ class Code(abc.ABC):
         return 8 * self.nbytes / math.prod(self.shape)
 
 
+class UnknownCodeError(CheckpointError):
+    """A spec names a kind of code that this release does not have: a newer one, or a plugin, wrote it."""
+
+
+def code_class(spec: dict[str, Any]) -> type[Code]:
+    """The class of the kind that a spec names; UnknownCodeError where there is none."""
+    kind, known = spec["kind"], registered("code")
+    if not isinstance(kind, str) or kind not in known:
+        raise UnknownCodeError(
+            f"this release knows no code of the kind {str(kind)[:80]!r}{nearest(str(kind), known)}: "
+            "update featherweight"
+        )
+    return known[kind]
+
+
 def code_layout(spec: dict[str, Any]) -> dict[str, TensorLayout]:
-    """Shapes and dtypes of the stored tensors of any kind of code."""
-    return find("code", spec["kind"]).layout(spec)  # type: ignore[attr-defined, no-any-return]
+    """Shapes and dtypes of the stored tensors of any kind of code.
+
+    UnknownCodeError where its kind, or that of a part, is not known; ValueError, KeyError or TypeError where the spec
+    is wrong.
+    """
+    return code_class(spec).layout(spec)
 
 
 def code_from(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Code:
-    """Rebuild any kind of code. ValueError if a tensor is missing or has the wrong shape or dtype."""
+    """Rebuild any kind of code. Raises like `code_layout`; ValueError also if a tensor is missing or does not fit."""
     for name, (shape, dtype) in code_layout(spec).items():
         if name not in tensors:
             raise ValueError(f"tensor {name!r} of a {spec['kind']} code is missing")
@@ -128,4 +148,4 @@ def code_from(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Code:
                 f"tensor {name!r} of a {spec['kind']} code is {found.dtype} {list(found.shape)}, "
                 f"expected {dtype} {list(shape)}"
             )
-    return find("code", spec["kind"]).from_tensors(spec, tensors)  # type: ignore[attr-defined, no-any-return]
+    return code_class(spec).from_tensors(spec, tensors)

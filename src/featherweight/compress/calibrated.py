@@ -402,7 +402,7 @@ class CalibratedRun:
             if found != wanted:
                 what = "lacks" if found is None else f"has {list(found)} for"
                 raise RecipeError(
-                    f"the model given with --base-model, {self.base.folder}, {what} {tensor} {list(wanted)} of the "
+                    f"the base model {self.base.folder} {what} {tensor} {list(wanted)} of the "
                     "model that is compressed: name the one that this model was fine-tuned from"
                 )
 
@@ -410,7 +410,7 @@ class CalibratedRun:
         if self.base is None:
             raise RecipeError(
                 f"recipe {self.plan.recipe.name} compares with the model this one was fine-tuned from: "
-                "name its folder with --base-model"
+                "name its folder with base_model= (on the command line --base-model)"
             )
         source = LayerWeight(self.base, self.jobs[name][1].layer)
         source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from featherweight.calibrate.settings import CalibrationSettings
     from featherweight.compress.plan import Plan
     from featherweight.compress.run import RunFolder
+    from featherweight.text.tokenizer import Tokenizer
 
 Tell = Callable[[dict[str, Any]], None]
 QUIET = {"embedded", "gathered", "advanced"}  # what a run of the network tells of every batch
@@ -106,7 +107,7 @@ def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Pa
     if "base" in recipe.needs and base_model is None:
         raise RecipeError(
             f"recipe {recipe.name} compares the model with the one it was fine-tuned from: "
-            "name that one with --base-model"
+            "name that one with base_model= (on the command line --base-model)"
         )
 
 
@@ -120,22 +121,25 @@ def text_windows(
     checkpoint: Checkpoint, source: str | Path | None, settings: CalibrationSettings, tell: Tell | None = None
 ) -> Tensor:
     """Windows of the text in the model's own tokens."""
-    from featherweight.calibrate.text import context_of, windows
+    from featherweight.calibrate.text import check_vocabulary, context_of, vocabulary_of, windows
 
-    return windows(tokenizer_of(checkpoint), source, settings, context=context_of(checkpoint.config), tell=tell)
+    config = checkpoint.config
+    ids = windows(tokenizer_of(checkpoint), source, settings, context=context_of(config), tell=tell)
+    check_vocabulary(ids, vocabulary_of(config))
+    return ids
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Any:
-    """The tokenizer in a checkpoint's folder; CheckpointError if there is none that transformers can read."""
-    from transformers import AutoTokenizer
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder; CheckpointError if there is none that can be used."""
+    from featherweight.text.tokenizer import Tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    found = Tokenizer.open(checkpoint.folder)
+    if found is None:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}): "
-            "a recipe that runs the network needs one; put its files beside the weights"
-        ) from None
+            f"{checkpoint.folder} has no tokenizer, and a recipe that runs the network needs one: "
+            "put its files beside the weights"
+        )
+    return found
 
 
 def calibration_needs(recipe: Recipe) -> set[str]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import METHOD, module_specs
-from featherweight.codes import code_layout
+from featherweight.checkpoint.format import METHOD, module_layout, module_specs
 from featherweight.compress.assemble import read_manifest
 from featherweight.compress.plan import describe_code
 from featherweight.errors import CheckpointError
@@ -43,7 +42,7 @@ def _compressed(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manife
     try:
         errors = {record["name"]: record["relative_error"] for record in manifest.get("layers", [])}
         blocks = {record["block"] for record in manifest.get("layers", [])} - {None}
-        layouts = {name: code_layout(spec) for name, spec in specs.items()}
+        layouts = {name: module_layout(name, spec) for name, spec in specs.items()}
         described = {name: describe_code(spec) for name, spec in specs.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -216,6 +216,9 @@ def describe_code(spec: dict[str, Any]) -> str:
         return f"hadamard {spec['block']} of {describe_code({**_shape_of(spec), **spec['inner']})}"
     if kind in ("permuted", "column-scaled"):
         return f"{kind} {describe_code({**_shape_of(spec), **spec['inner']})}"
+    if "inner" in spec:
+        bits = f" {spec['bits']} bit" if "bits" in spec else ""
+        return f"{kind}{bits}{size} of {describe_code({**_shape_of(spec), **spec['inner']})}"
     return _describe_other(spec, size)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.codes import Code
+from featherweight.codes.sum import Sum
 from featherweight.compress.plan import Job, describe_code
 from featherweight.errors import RecipeError
 from featherweight.kernels.errors import squared_errors
@@ -129,12 +130,16 @@ def _solve(
         made.append(one)
         weight = one.apply(weight)
         statistics = group.carried(one, statistics)
+    parts: list[tuple[Any, Tensor, Code | None]] = []
     rest = weight
     for correction in corrections:
-        rest, _ = correction.split(rest, statistics)
+        whole = rest
+        rest, term = correction.split(whole, statistics)
+        parts.append((correction, whole, term))
     code, notes = rounding.quantize_reported(HeldWeight(rest), job.grid, statistics, options)
-    for correction in corrections:
-        code = correction.correct(weight, code, statistics)
+    for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of what it split
+        code = code if term is None else Sum.of(code, term)
+        code = correction.correct(whole, code, statistics)
     for one in reversed(made):
         code = one.wrap(code)
     return Solved(code, notes)

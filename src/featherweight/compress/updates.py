@@ -25,7 +25,7 @@ def updates_of(
             there = "no such tensor" if known is None else f"one of {list(known)}"
             raise RecipeError(
                 f"{layer.tensor} is {list(tuned.entry(layer.tensor).shape)}, but the base model {base.folder} has "
-                f"{there}: name the model with --base-model that this one was fine-tuned from"
+                f"{there}: name the one it was fine-tuned from with base_model= (on the command line --base-model)"
             )
         pair = LayerWeight(tuned, layer), LayerWeight(base, layer)
         step = options.window_rows(layer.shape, 4, 1)

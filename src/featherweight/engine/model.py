@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor
 
 from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.integrity import Verify
 from featherweight.engine import native
 from featherweight.engine.native import Stats
 from featherweight.engine.network import Network, network_of
-from featherweight.engine.sampling import GenerationDefaults, Sampling, generation_defaults
+from featherweight.engine.sampling import GenerationDefaults, Sampling, derived_seed, generation_defaults
 from featherweight.engine.weights import Weights, load_weights
+from featherweight.engine.worker import Task, Worker
 from featherweight.errors import FeatherError
 from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
 
@@ -29,6 +33,9 @@ SEQUENCES = 64
 
 class NativeModel:
     """A decoder with its weights and cache. Calls are made one after the other, also from several threads.
+
+    Ctrl-C ends a call within a tenth of a second, wherever it is. What has gone through the network by then stays in
+    the cache, and the model can be used again. Callbacks run in the thread that called; they cannot use this model.
 
     Attributes:
         network: sizes and settings.
@@ -55,13 +62,15 @@ class NativeModel:
         self.kv_cache = _choice("kv_cache", kv_cache, native.CACHES)
         self.precision = _choice("precision", precision, native.PRECISIONS)
         self.context = _context(context, network)
-        self._lock = threading.Lock()
+        self._calls = itertools.count()
         settings, keep = self._settings()
         place = ctypes.c_void_p()
         status = self._c.fw_decoder_new(ctypes.addressof(settings), ctypes.addressof(place))
         _check(status, "the network")
         self._place = int(place.value or 0)
-        self._finalizer = weakref.finalize(self, _free, self._c, self._place, (weights, keep))
+        self._worker = Worker(partial(_halt, self._c, self._place))
+        self._finalizer = weakref.finalize(self, _free, self._c, self._place, self._worker, (weights, keep))
+        self._finalizer.atexit = False  # a thread of the user's may be in a call even then
 
     @classmethod
     def open(
@@ -72,6 +81,7 @@ class NativeModel:
         precision: str = "int8",
         context: int | None = None,
         told: Callable[[int, int], None] | None = None,
+        verify: Verify = None,
     ) -> NativeModel:
         """Open a folder, compressed or not.
 
@@ -82,6 +92,8 @@ class NativeModel:
             precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
             context: most tokens of a sequence; default: what the model was made for.
             told: gets (done, total) blocks while weights are packed.
+            verify: whether each tensor is compared with its hash: "always", "never", or "auto", which here is always;
+                default: what FEATHERWEIGHT_VERIFY says, else "auto".
 
         Raises:
             UnsupportedModelError: the native decoder does not run this model; transformers may.
@@ -91,7 +103,7 @@ class NativeModel:
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
             _context(context, network)
-            weights = load_weights(checkpoint, network, threads, told)
+            weights = load_weights(checkpoint, network, threads, told, verify)
             defaults = generation_defaults(checkpoint.folder, checkpoint.config)
         return cls(network, weights, defaults, threads=threads, kv_cache=kv_cache, precision=precision, context=context)
 
@@ -108,7 +120,8 @@ class NativeModel:
         Args:
             tokens: the prompt, at least one.
             max_new_tokens: it ends there, at a stop token, or where the context does.
-            sampling: default: the likeliest token.
+            sampling: default: the likeliest token. Its seed makes the call repeatable; without one, every call has
+                random numbers of its own, the same in every run of a program.
             on_token: called with every new token; returning True ends the generation.
             stops: tokens that end the text and do not belong to it; default: those the folder names.
 
@@ -131,7 +144,9 @@ class NativeModel:
     ) -> list[list[int]]:
         """Continue several prompts side by side, each as `generate` would.
 
-        `sampling` is one for all or one for each; `on_tokens` gets each step's tokens, -1 for texts that have ended.
+        `sampling` is one for each, or one for all: then the first text has its seed and the others seeds derived from
+        it, so that equal prompts give different texts. `on_tokens` gets each step's tokens, -1 for texts that have
+        ended.
         """
         if not 1 <= len(prompts) <= SEQUENCES:
             raise FeatherError(f"{len(prompts)} prompts were given, the decoder takes 1 to {SEQUENCES} at a time")
@@ -139,56 +154,73 @@ class NativeModel:
             raise FeatherError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         most = min(max_new_tokens, self.context)
         flat = torch.cat([self._tokens(prompt) for prompt in prompts])
-        each = [sampling or Sampling()] * len(prompts) if isinstance(sampling, Sampling | None) else list(sampling)
-        if len(each) != len(prompts):
-            raise FeatherError(f"{len(each)} samplings were given for {len(prompts)} prompts")
+        each = self._seeded(sampling, len(prompts))
         samplings = (native.SamplingStruct * len(each))(*[native.sampling_struct(one) for one in each])
         ends = torch.tensor(list(self.defaults.stops if stops is None else stops), dtype=torch.int32)
         lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
         made = torch.zeros(len(prompts), most, dtype=torch.int32)
         counts = torch.zeros(len(prompts), dtype=torch.int64)
-        watch = _Watch(on_tokens, len(prompts))
-        request = native.GenerationStruct(
-            len(prompts), flat.data_ptr(), lengths.data_ptr(), ctypes.addressof(samplings), ends.data_ptr(),
-            len(ends), most, made.data_ptr(), counts.data_ptr(), watch.function, None,
-        )  # fmt: skip
-        with self._lock:
-            status = self._c.fw_decoder_generate(self._place, ctypes.addressof(request))
-        watch.raise_caught()
+
+        def call(task: Task[int]) -> int:
+            tell = (
+                native.OnTokens(lambda tokens, context: task.ask(tokens[: len(prompts)])) if on_tokens else _NO_TOKENS
+            )
+            request = native.GenerationStruct(
+                len(prompts), flat.data_ptr(), lengths.data_ptr(), ctypes.addressof(samplings), ends.data_ptr(),
+                len(ends), most, made.data_ptr(), counts.data_ptr(), tell, None,
+            )  # fmt: skip
+            return int(self._c.fw_decoder_generate(self._place, ctypes.addressof(request)))
+
+        with self._worker.turn():
+            status = self._worker.run(call, on_tokens)
         _check(status, "a generation")
         return [row[:count].tolist() for row, count in zip(made, counts.tolist(), strict=True)]
+
+    def _seeded(self, sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:
+        """One sampling for each of `count` prompts, all with seeds."""
+        own = derived_seed(0, next(self._calls) + 1)
+        if sampling is None or isinstance(sampling, Sampling):
+            one = sampling or Sampling()
+            first = own if one.seed is None else one.seed
+            return [replace(one, seed=derived_seed(first, place)) for place in range(count)]
+        each = list(sampling)
+        if len(each) != count:
+            raise FeatherError(f"{len(each)} samplings were given for {count} prompts")
+        return [
+            replace(one, seed=derived_seed(own, place)) if one.seed is None else one for place, one in enumerate(each)
+        ]
 
     def forward(self, tokens: Sequence[int]) -> Tensor:
         """Logits float32 [n, vocabulary] behind each of n tokens, from an empty cache."""
         flat = self._tokens(tokens)
         logits = torch.empty(len(flat), self.network.vocabulary)
-        with self._lock:
+        with self._worker.turn():
             self._c.fw_decoder_truncate(self._place, 0, 0)
-            status = self._c.fw_decoder_feed(self._place, 0, flat.data_ptr(), len(flat), logits.data_ptr(), 1)
-        _check(status, "a forward pass")
+            self._feed(0, flat, logits)
         return logits
 
     def feed(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
         """Put tokens behind those a sequence has in the cache; logits float32 [vocabulary] of the last one."""
-        length = self.length(sequence)
-        flat = self._tokens(tokens, length)
         logits = torch.empty(self.network.vocabulary)
-        with self._lock:
-            status = self._c.fw_decoder_feed(self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), 0)
-        _check(status, "a forward pass")
+        with self._worker.turn():
+            self._feed(sequence, self._tokens(tokens, self.length(sequence)), logits)
         return logits
+
+    def _feed(self, sequence: int, flat: Tensor, logits: Tensor) -> None:
+        """In a turn: tokens into the cache; logits of all of them, or, if they are a vector, of the last one."""
+        arguments = (self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), int(logits.dim() == 2))
+        _check(self._worker.run(lambda task: int(self._c.fw_decoder_feed(*arguments))), "a forward pass")
 
     def step(self, tokens: dict[int, int]) -> Tensor:
         """One further token for each of several sequences {sequence: token}; logits float32 [n, vocabulary]."""
-        for sequence, token in tokens.items():
-            self._tokens([token], self.length(sequence))
         sequences = torch.tensor(list(tokens), dtype=torch.int64)
         flat = torch.tensor(list(tokens.values()), dtype=torch.int32)
         logits = torch.empty(len(flat), self.network.vocabulary)
-        with self._lock:
-            status = self._c.fw_decoder_step(
-                self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr()
-            )
+        arguments = (self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr())
+        with self._worker.turn():
+            for sequence, token in tokens.items():
+                self._tokens([token], self.length(sequence))
+            status = self._worker.run(lambda task: int(self._c.fw_decoder_step(*arguments)))
         _check(status, "a step")
         return logits
 
@@ -199,8 +231,8 @@ class NativeModel:
         return int(self._c.fw_decoder_length(self._place, sequence))
 
     def reset(self) -> None:
-        """Forget all sequences and begin to count anew."""
-        with self._lock:
+        """Forget all sequences, give their memory back and begin to count anew."""
+        with self._worker.turn():
             for sequence in range(SEQUENCES):
                 self._c.fw_decoder_truncate(self._place, sequence, 0)
         self.stats(reset=True)
@@ -267,28 +299,16 @@ class NativeModel:
         return flat.to(torch.int32)
 
 
-class _Watch:
-    """Passes steps on to a Python function; an exception in it, Ctrl-C too, ends the generation and is raised after."""
-
-    def __init__(self, on_tokens: Callable[[list[int]], object] | None, count: int) -> None:
-        self.caught: BaseException | None = None
-
-        def call(tokens: Any, context: Any) -> int:
-            try:
-                return int(bool(on_tokens(tokens[:count]))) if on_tokens else 0
-            except BaseException as error:
-                self.caught = error
-                return 1
-
-        self.function = native.OnTokens(call)
-
-    def raise_caught(self) -> None:
-        if self.caught is not None:
-            raise self.caught
+_NO_TOKENS = native.OnTokens()
 
 
-def _free(c: Any, place: int, keep: Any) -> None:
-    """`keep` holds what the decoder points to until it is gone."""
+def _halt(c: Any, place: int, stop: bool) -> None:
+    c.fw_decoder_stop(place, int(stop))
+
+
+def _free(c: Any, place: int, worker: Worker, keep: Any) -> None:
+    """`keep` holds what the decoder points to until it is gone. No call is on its way: it would hold the model."""
+    worker.close()
     c.fw_decoder_free(place)
 
 

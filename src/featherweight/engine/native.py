@@ -10,6 +10,7 @@ from typing import Any
 from featherweight.engine.families import UnsupportedModelError
 from featherweight.engine.sampling import Sampling
 from featherweight.kernels import library
+from featherweight.kernels.operators import ready
 
 CACHES = {"float16": 2, "int8": 5}
 PRECISIONS = {"int8": 0, "float": 1}
@@ -105,19 +106,25 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "fw_decoder_feed": (_i32, [_pointer, _i64, _pointer, _i64, _pointer, _i32]),
     "fw_decoder_step": (_i32, [_pointer, _pointer, _pointer, _i64, _pointer]),
     "fw_decoder_generate": (_i32, [_pointer, _pointer]),
+    "fw_decoder_stop": (None, [_pointer, _i32]),
     "fw_decoder_get_stats": (None, [_pointer, _pointer, _i32]),
     "fw_sample": (_i32, [_pointer, _i64, _pointer, _i64, _pointer, ctypes.c_uint64]),
 }
 
 
 def functions() -> Any:
-    """The decoder's functions. UnsupportedModelError where the native library is missing or lacks them."""
+    """The decoder's functions. UnsupportedModelError where the native library is missing, lacks them, or computes wrong
+    products on this processor with every instruction set."""
     found = library.get()
     loaded = None if found is None else _functions(str(found.path))
     if loaded is None:
         raise UnsupportedModelError(
             "the native decoder needs featherweight's native library, which is missing, turned off or too old: install "
             "the package with a C++ compiler at hand"
+        )
+    if not ready():
+        raise UnsupportedModelError(
+            "the native decoder is not used: the products of featherweight's native library are wrong on this processor"
         )
     return loaded
 
@@ -140,5 +147,5 @@ def sampling_struct(sampling: Sampling) -> SamplingStruct:
         sampling.min_p,
         sampling.repetition_penalty,
         sampling.top_k,
-        sampling.seed % 2**64,
+        (sampling.seed or 0) % 2**64,
     )

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD, module_specs
+from featherweight.checkpoint.integrity import TensorHashes, Verify
 from featherweight.codes import code_from, code_layout
 from featherweight.engine.families import UnsupportedModelError
 from featherweight.engine.network import Network
 from featherweight.errors import CheckpointError, FeatherError
+from featherweight.kernels.library import thread_count
 from featherweight.kernels.operators import PackedLinear, pack_dense, pack_linear
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,15 +55,23 @@ class Weights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, network: Network, threads: int | None = None, told: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint,
+    network: Network,
+    threads: int | None = None,
+    told: Callable[[int, int], None] | None = None,
+    verify: Verify = None,
 ) -> Weights:
-    """Pack every layer; `told` gets (done, total) blocks.
+    """Pack every layer; `told` gets (done, total) blocks, `verify` says whether hashes are compared.
 
     Raises:
         UnsupportedModelError: the folder has tensors, or codes, that the native decoder does not know.
         CheckpointError: a tensor is missing, damaged or of the wrong shape.
     """
-    loader = _Loader(checkpoint, _specs(checkpoint), threads)
+    with TensorHashes(checkpoint.files, verify, thread_count(threads), used=True) as hashes:
+        return _packed(_Loader(checkpoint, _specs(checkpoint), threads, hashes), network, told)
+
+
+def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] | None) -> Weights:
     family = network.family
     head_shape = (network.vocabulary, network.hidden)
     embedding = loader.linear(family.embedding, head_shape)
@@ -111,14 +121,17 @@ def _rows_operand(loader: _Loader, embedding: PackedLinear, module: str) -> Tens
 class _Loader:
     """Reads modules of a checkpoint and remembers which tensors have been used."""
 
-    def __init__(self, checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], threads: int | None) -> None:
-        self.checkpoint, self.specs, self.threads = checkpoint, specs, threads
+    def __init__(
+        self, checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], threads: int | None, hashes: TensorHashes
+    ) -> None:
+        self.checkpoint, self.specs, self.threads, self.hashes = checkpoint, specs, threads, hashes
         self.used: set[str] = set()
 
     def tensor(self, name: str) -> Tensor:
         if not self.checkpoint.has(name):
             raise CheckpointError(f"{self.checkpoint.folder} has no tensor {name!r}, which its config.json asks for")
         self.used.add(name)
+        self.hashes.check(name)
         return self.checkpoint.tensor(name)
 
     def vector(self, module: str, size: int, name: str = "weight") -> Tensor:

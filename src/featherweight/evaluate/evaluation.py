@@ -22,7 +22,9 @@ from featherweight.evaluate.divergence import Divergence
 from featherweight.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
 from featherweight.evaluate.protocols import Setting, protocol_named
 from featherweight.evaluate.size import Size, measure_size
+from featherweight.integrations.calls import one_line
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.text.tokenizer import Tokenizer
 
 Source = str | Path | tuple[Any, Any]
 Report = Callable[[str], None]
@@ -121,7 +123,8 @@ def evaluate(
 
     `text` is a UTF-8 file, plain or .xz or .gz; None is the text that comes with the package. `protocol` is one of
     own, 2048, 4096, strided, llama.cpp; `context` overrides its window. `dtype` auto is float32 on a CPU and the
-    checkpoint's own on a GPU. `limit` keeps the first tokens only. EvaluationError where a measurement is impossible.
+    checkpoint's own on a GPU. `limit` keeps the first tokens only. Models given as objects are put into evaluation mode
+    meanwhile, and then back. EvaluationError where a measurement is impossible.
 
     Example::
 
@@ -135,25 +138,31 @@ def evaluate(
     content = read_text(text) if text is not None else bundled_text()
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
-    with _threads(threads):
+    with _threads(threads), contextlib.ExitStack() as stack:
         reset_peak_memory()
         begun = time.perf_counter()
         subject, tokenizer = _open(model, dtype)
-        original = None if against is None else _open(against, dtype)[0]
+        original, other_tokenizer = (None, None) if against is None else _open(against, dtype, needed=False)
         for one in (subject, original):
             if one is not None:
+                stack.enter_context(_evaluating(one))
                 check_causal(one)
-        tokens = _tokens(tokenizer, content)[:limit]
-        bos, bos_words = _bos(tokenizer, protocol)
+        if other_tokenizer is not None:
+            check_same_tokenizer(tokenizer, other_tokenizer, content)
+        read = _read(tokenizer, content, protocol)
+        tokens = read.tokens[:limit]
+        for one in (subject, original):
+            if one is not None:
+                _check_rows(one, tokens)
         setting = Setting(
-            protocol=protocol_named(protocol, own_context(subject), len(tokens), context),
+            protocol=protocol_named(protocol, own_context(subject), len(tokens), context, len(read.prefix)),
             tokens=len(tokens),
-            bos=bos_words,
+            bos=read.words,
             dtype=_dtype_of(subject),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             text_sha256=hashlib.sha256(content.encode()).hexdigest(),
         )
-        measured = measure(subject, tokens, setting.protocol, original, bos, progress=progress)
+        measured = measure(subject, tokens, setting.protocol, original, read.bos, progress=progress, prefix=read.prefix)
         seconds = time.perf_counter() - begun
     return _evaluation(measured, setting, seconds, model, against)
 
@@ -226,8 +235,8 @@ def own_context(model: Any) -> int | None:
     config = nested() if nested is not None else config
     for name in CONTEXT_FIELDS:
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
+        if isinstance(value, int | float) and value == int(value) > 0:
+            return int(value)
     return None
 
 
@@ -243,6 +252,8 @@ def check_causal(model: Any) -> None:
             pairs = [model(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in ([0, 1], [0, 2])]
     except (TypeError, ValueError) as error:  # encoders do not know `use_cache`, models of images no `input_ids`
         raise EvaluationError(f"{kind} is not a causal language model, so it has no next-token perplexity") from error
+    except (IndexError, KeyError, AttributeError, RuntimeError) as error:
+        raise EvaluationError(f"{kind} cannot be run on two tokens: {one_line(error)}") from error
     outputs = [logits for pair in pairs if isinstance(logits := getattr(pair, "logits", None), Tensor)]
     if len(outputs) < 2 or any(logits.shape[:2] != (1, 2) for logits in outputs):
         raise EvaluationError(f"{kind} gives no logits for every token, so it has no next-token perplexity")
@@ -255,37 +266,83 @@ def check_causal(model: Any) -> None:
         )
 
 
-def _open(source: Source, dtype: str) -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer."""
+def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
+    """EvaluationError unless tokens mean the same to both models: by definition, or by vocabulary and on this text."""
+    if tokenizer_sha256(one) == tokenizer_sha256(other):
+        return
+    first, second = Tokenizer.of(one), Tokenizer.of(other)
+    if one.get_vocab() != other.get_vocab() or first.encode(text) != second.encode(text):
+        raise EvaluationError(
+            "the two models have different tokenizers, so their predictions are about different tokens and cannot be "
+            "compared: measure each by itself"
+        )
+
+
+def _open(source: Source, dtype: str, needed: bool = True) -> tuple[Any, Any]:
+    """A model and its tokenizer, which is `needed` or may be None."""
     if isinstance(source, tuple):
-        model, tokenizer = source
-        return model.eval(), tokenizer
+        return source
     import featherweight
 
     if dtype == "auto":
         dtype = "auto" if torch.cuda.is_available() else "float32"
     model, tokenizer = featherweight.load(source, dtype=dtype)
-    if tokenizer is None:
+    if tokenizer is None and needed:
         raise EvaluationError(f"{source} has no tokenizer: copy the tokenizer files of the original beside the weights")
     if torch.cuda.is_available():
         model.to("cuda")
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    """int64 [n]: the whole text with the special tokens the tokenizer adds by itself."""
-    return torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode; then every module's mode is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
-def _bos(tokenizer: Any, protocol: str) -> tuple[int | None, str]:
-    """The BOS token if the tokenizer puts it before a text, and in words what is done with it."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenizer("a")["input_ids"]
-    if bos is None or not ids or ids[0] != bos:
-        return None, "no BOS, as the tokenizer adds none"
+@dataclass(frozen=True)
+class _Read:
+    """A text for a protocol: `tokens` int64 [n] without `prefix`, which stands before each window; `bos` in its first
+    place instead; in words."""
+
+    tokens: Tensor
+    prefix: tuple[int, ...]
+    bos: int | None
+    words: str
+
+
+def _read(tokenizer: Any, text: str, protocol: str) -> _Read:
+    """The whole text as tokens, and what is done with the tokens that the tokenizer puts before one."""
+    reader = Tokenizer.of(tokenizer)
+    tokens = reader.encode(text)
+    prefix, _ = reader.around()
+    if not prefix or tokens[: len(prefix)] != prefix:
+        return _Read(torch.tensor(tokens, dtype=torch.int64), (), None, "no BOS, as the tokenizer adds none")
     if protocol == "llama.cpp":
-        return bos, f"BOS (token {bos}) in place of the first token of every window"
-    return bos, f"BOS (token {bos}) once, before the text"
+        first = prefix[0]
+        words = f"BOS (token {first}) in place of the first token of every window"
+        return _Read(torch.tensor(tokens, dtype=torch.int64), (), first, words)
+    name = "BOS" if prefix == [reader.bos] else "what the tokenizer puts before a text"
+    numbers = ", ".join(str(token) for token in prefix)
+    words = f"{name} ({'token' if len(prefix) == 1 else 'tokens'} {numbers}) before every window"
+    return _Read(torch.tensor(tokens[len(prefix) :], dtype=torch.int64), tuple(prefix), None, words)
+
+
+def _check_rows(model: Any, tokens: Tensor) -> None:
+    """EvaluationError where a token has no row in the embedding."""
+    get = getattr(model, "get_input_embeddings", None)
+    weight = getattr(get() if get is not None else None, "weight", None)
+    if weight is not None and len(tokens) and int(tokens.max()) >= weight.shape[0]:
+        raise EvaluationError(
+            f"the text has token {int(tokens.max())} and the model a vocabulary of {weight.shape[0]}: "
+            "the tokenizer does not belong to this model"
+        )
 
 
 def _dtype_of(model: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codes import Code
+from featherweight.codes.quantized_input import QuantizedInput
 from featherweight.codes.trit_planes import TritPlanes
 from featherweight.codes.uniform import Uniform
 
@@ -39,23 +40,46 @@ def _(code: TritPlanes, row: int, group: int) -> list[float]:
 
 @levels_of.register
 def _(code: Uniform, row: int, group: int) -> list[float]:
+    if code.axis == "output":  # here a row is a column of the matrix, see `_along_groups`
+        row, group = group, row
     scale, zero_point = float(code.scales[row, group]), int(code.unpack()[1][row, group])
     return sorted({scale * (q - zero_point) for q in range(1 << code.bits)})
 
 
+@levels_of.register
+def _(code: QuantizedInput, row: int, group: int) -> list[float]:
+    found: list[float] = levels_of(code.inner, row, group)
+    return found
+
+
 def group_size_of(code: Code) -> int:
-    """Columns that share a set of levels; whole rows for a code without groups."""
-    return int(getattr(code, "group_size", code.shape[1]))
+    """Columns (rows for groups of outputs) that share a set of levels; whole rows for a code without groups."""
+    if isinstance(code, QuantizedInput):  # its own group size is that of the input
+        return group_size_of(code.inner)
+    whole = code.shape[0 if groups_outputs(code) else 1]
+    return min(int(getattr(code, "group_size", None) or whole), whole)
+
+
+def groups_outputs(code: Code) -> bool:
+    """Whether a group is of rows of one column, and not of columns of one row."""
+    inner = code.inner if isinstance(code, QuantizedInput) else code
+    return isinstance(inner, Uniform) and inner.axis == "output"
+
+
+def _along_groups(matrix: Tensor, code: Code) -> Tensor:
+    """The matrix with groups in its rows: transposed for groups of outputs."""
+    return matrix.T.contiguous() if groups_outputs(code) else matrix
 
 
 def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) -> dict[str, Any]:
     """Data of one figure: how the weights [out, in] of a layer are spread, and one group of them with its levels.
 
     The group is the one of median relative error. JSON-able; `edges` [bins + 1], `counts` [bins], and of the group
-    `row`, `first_column`, `weights`, `levels`, `relative_error`.
+    `row`, `first_column`, `weights`, `levels`, `relative_error`. Groups of outputs lie in a column: theirs are
+    `first_row` and `column`.
     """
-    weight, size = original.detach().float(), group_size_of(code)
-    row, group, error = _typical_group(weight, code.decode(), size)
+    weight, size = _along_groups(original.detach().float(), code), group_size_of(code)
+    row, group, error = _typical_group(weight, _along_groups(code.decode(), code), size)
     weights = weight[row, group * size : (group + 1) * size]
     levels = levels_of(code, row, group)
     reach = 1.08 * max([float(weights.abs().max()), *map(abs, levels), 1e-30])
@@ -64,12 +88,17 @@ def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) 
         "layer": layer,
         "edges": edges.tolist(),
         "counts": counts.tolist(),
-        "row": row,
-        "first_column": group * size,
+        **_place(code, row, group * size),
         "weights": weights.tolist(),
         "levels": levels if len(levels) <= MAX_LEVELS else [],
         "relative_error": error,
     }
+
+
+def _place(code: Code, row: int, first: int) -> dict[str, int]:
+    if groups_outputs(code):
+        return {"first_row": first, "column": row}
+    return {"row": row, "first_column": first}
 
 
 def _typical_group(weight: Tensor, decoded: Tensor, size: int) -> tuple[int, int, float]:

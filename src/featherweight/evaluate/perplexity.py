@@ -19,6 +19,7 @@ from torch import Tensor
 from featherweight.errors import EvaluationError
 from featherweight.evaluate.divergence import Divergence, DivergenceSum
 from featherweight.evaluate.protocols import Protocol, Window
+from featherweight.integrations.calls import asking_transformers
 
 Progress = Callable[[int, int], None]
 
@@ -154,13 +155,18 @@ def measure(
     bos: int | None = None,
     batch: int | None = None,
     progress: Progress | None = None,
+    prefix: Sequence[int] = (),
 ) -> Measurement:
     """Loss of `model` on the windows of `protocol` over `tokens` int64 [n], and its divergence from `against`.
 
-    Models are called as `model(input_ids=[batch, context], use_cache=False).logits`. `bos` replaces the first token of
-    each window where the protocol asks for it (None: the tokenizer adds none). `batch` is windows a forward pass;
-    `progress(done, total)` counts windows. EvaluationError where a model's output is not usable.
+    Models are called as `model(input_ids=[batch, context], use_cache=False).logits`. `prefix`, `protocol.prefix`
+    tokens, stands before each window; `bos` replaces the first token of each where the protocol asks for it (None: the
+    tokenizer adds none). `batch` is windows a forward pass; `progress(done, total)` counts windows. EvaluationError
+    where a model fails, or its output is not usable.
     """
+    if len(prefix) != protocol.prefix:
+        raise ValueError(f"the protocol has {protocol.prefix} tokens before a window, and {len(prefix)} are given")
+    before = torch.tensor(list(prefix), dtype=torch.int64)
     windows = list(protocol.windows(len(tokens)))
     batch = batch or max(1, BATCH_TOKENS // protocol.context)
     reader = LogitsReader(model)
@@ -170,14 +176,16 @@ def measure(
     divergence = DivergenceSum()
     with torch.inference_mode():
         for group in _batches(windows, batch):
-            ids = torch.stack([tokens[w.start : w.stop] for w in group])
+            ids = torch.stack([torch.cat([before, tokens[w.start : w.stop]]) for w in group])
             targets = ids.clone()
             if protocol.bos_each_window and bos is not None:
                 ids[:, 0] = bos
-            positions = reader(ids)
-            other_positions = None if other is None else other(ids)
+            with asking_transformers("run the model on the text", error=EvaluationError):
+                positions = reader(ids)
+                other_positions = None if other is None else other(ids)
             for row, window in enumerate(group):
-                loss, other_loss = _window(positions, other_positions, row, targets[row], window, divergence)
+                place = window.first - window.start + len(before)
+                loss, other_loss = _window(positions, other_positions, row, targets[row], window, place, divergence)
                 sums.append(loss)
                 other_sums.append(other_loss)
             if progress is not None:
@@ -200,11 +208,15 @@ def _window(
     row: int,
     targets: Tensor,
     window: Window,
+    first: int,
     divergence: DivergenceSum,
 ) -> tuple[float, float]:
-    """Summed losses of both models on one window, a slice of positions at a time; `divergence` is added to."""
+    """Summed losses of both models on one window, a slice of positions at a time; `divergence` is added to.
+
+    `first` is the place of the first scored token in the row.
+    """
     total = other_total = 0.0
-    first, stop = window.first - window.start, window.stop - window.start
+    stop = first + window.scored
     step = 1
     while first < stop:
         end = min(stop, first + step)

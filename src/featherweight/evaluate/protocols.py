@@ -7,9 +7,14 @@ A perplexity means nothing without the rule that made it: the same model on the 
     2048       non-overlapping windows of 2048 tokens, as in GPTQ (arXiv 2210.17323) and most papers after it
     4096       the same with 4096
     strided    windows of C tokens every C/2; each scored token has at least C/2 tokens before it
-    llama.cpp  non-overlapping windows of 512 that begin with BOS if the tokenizer adds one; second half scored
+    llama.cpp  non-overlapping windows of 512; second half scored
 
-In every protocol the text is tokenized once, as a whole, with whatever special tokens the tokenizer adds.
+The text is tokenized once, as a whole. Models whose tokenizer puts BOS before a text were trained with it in the first
+place and may compute nonsense without (their attention rests on it), so every window begins with it: in llama.cpp's
+protocol it stands in place of the window's first token, as there; in all others before the window's part of the text,
+which is one token shorter: a window of C tokens is BOS and C - 1 tokens of the text, all of which are scored where
+without BOS all but the first of C are. So as many tokens are scored, and the context stays C. What a tokenizer puts
+before a text is not always one token, or called BOS: the same holds for whatever it is.
 """
 
 from __future__ import annotations
@@ -42,8 +47,9 @@ class Protocol:
     """A rule that turns a number of tokens into windows.
 
     `first_scored` is the place in a window (from 0) of the first scored token. `to_the_end` adds a last window that
-    ends with the text and scores what is left; otherwise a partial last window is dropped. `bos_each_window` puts the
-    BOS token in place of the first token of every window.
+    ends with the text and scores what is left; otherwise a partial last window is dropped. `prefix` is the number of
+    tokens before each window's part of the text, which are counted in `context`. `bos_each_window` puts the BOS token
+    in place of the first token of every window.
     """
 
     name: str
@@ -52,16 +58,22 @@ class Protocol:
     first_scored: int = 1
     to_the_end: bool = False
     bos_each_window: bool = False
+    prefix: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the text in a window."""
+        return self.context - self.prefix
 
     def windows(self, tokens: int) -> Iterator[Window]:
-        """All windows of a text of so many tokens, in order. Every one is `context` long."""
+        """All windows of a text of so many tokens, in order. Every one has `width` tokens of it."""
         start = 0
-        while start + self.context <= tokens:
-            yield Window(start, start + self.context, start + self.first_scored)
+        while start + self.width <= tokens:
+            yield Window(start, start + self.width, start + self.first_scored - self.prefix)
             start += self.stride
-        done = start - self.stride + self.context
+        done = start - self.stride + self.width
         if self.to_the_end and start > 0 and done < tokens:
-            yield Window(tokens - self.context, tokens, done)
+            yield Window(tokens - self.width, tokens, done)
 
     def scored(self, tokens: int) -> int:
         """How many tokens of the text are scored."""
@@ -69,11 +81,13 @@ class Protocol:
 
     def rule(self) -> str:
         """The rule in words, without the text or model it is applied to."""
-        if self.stride == self.context:
-            kind = f"non-overlapping windows of {self.context} tokens"
-        else:
-            kind = f"windows of {self.context} tokens every {self.stride}"
-        if self.first_scored == 1:
+        windows = f"windows of {self.context} tokens"
+        if self.prefix:
+            windows += f" ({self.width} of the text behind {self.prefix} that the tokenizer puts before one)"
+        kind = f"non-overlapping {windows}" if self.stride == self.width else f"{windows} every {self.stride}"
+        if self.first_scored == self.prefix:
+            which = "all tokens of the text in a window scored"
+        elif self.first_scored == 1:
             which = "all but the first token of a window scored"
         else:
             which = f"tokens {self.first_scored} to {self.context - 1} of a window (counted from 0) scored"
@@ -81,36 +95,40 @@ class Protocol:
         return f"{kind}, {which}, {end}"
 
 
-def protocol_named(name: str, own_context: int | None, tokens: int, context: int | None = None) -> Protocol:
+def protocol_named(
+    name: str, own_context: int | None, tokens: int, context: int | None = None, prefix: int = 0
+) -> Protocol:
     """The protocol `name` for a model with `own_context` positions and a text of so many tokens.
 
-    `context` overrides the window length. EvaluationError where the name is unknown, the window is longer than the
-    model or the text allows, or the model's context is needed and not known.
+    `context` overrides the window length. `prefix` is the number of tokens that every window begins with, not counted
+    in `tokens`; llama.cpp's protocol puts BOS in place of a token instead. EvaluationError where the name is unknown,
+    the window is longer than the model or the text allows, or the model's context is needed and not known.
     """
     if name not in NAMES:
         raise EvaluationError(f"there is no protocol called {name!r}{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     if tokens == 0:
         raise EvaluationError("the text is empty: there are no tokens to score")
-    if tokens == 1:
+    prefix = 0 if name == "llama.cpp" else prefix
+    if tokens == 1 and not prefix:
         raise EvaluationError("the text has 1 token, and at least 2 are needed to score one: use a longer text")
-    length = _window_length(name, own_context, tokens, context)
-    protocol = _protocol(name, length)
+    length = _window_length(name, own_context, tokens + prefix, context, prefix)
+    protocol = _protocol(name, length, prefix)
     if own_context is not None and length > own_context:
         raise EvaluationError(
             f"protocol {name!r} needs a context of {length} tokens and the model has {own_context}: "
             f"use --protocol own or --context {own_context}"
         )
-    if length > tokens:
+    if protocol.width > tokens:
         raise EvaluationError(
-            f"protocol {name!r} needs at least {length} tokens for one window and the text has {tokens}: "
+            f"protocol {name!r} needs at least {protocol.width} tokens for one window and the text has {tokens}: "
             f"use a longer text or a smaller --context"
         )
     return protocol
 
 
-def _window_length(name: str, own_context: int | None, tokens: int, context: int | None) -> int:
+def _window_length(name: str, own_context: int | None, tokens: int, context: int | None, prefix: int) -> int:
     if context is not None:
-        least = 3 if name == "llama.cpp" else 2
+        least = 3 if name == "llama.cpp" else max(2, prefix + 1)
         if context < least:
             raise EvaluationError(f"the context is {context} tokens, and protocol {name!r} needs at least {least}")
         return context
@@ -125,14 +143,14 @@ def _window_length(name: str, own_context: int | None, tokens: int, context: int
     return min(own_context, tokens)
 
 
-def _protocol(name: str, length: int) -> Protocol:
+def _protocol(name: str, length: int, prefix: int) -> Protocol:
     if name == "strided":
-        stride = max(1, length // 2)
-        return Protocol(name, length, stride, first_scored=length - stride, to_the_end=True)
+        stride = max(1, min(length // 2, length - prefix))
+        return Protocol(name, length, stride, first_scored=length - stride, to_the_end=True, prefix=prefix)
     if name == "llama.cpp":
         # The logits at places length/2 .. length-2 are scored, so the tokens one place later.
         return Protocol(name, length, length, first_scored=length // 2 + 1, bos_each_window=True)
-    return Protocol(name, length, length)
+    return Protocol(name, length, length - prefix, first_scored=max(1, prefix), prefix=prefix)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import METHOD, module_specs
-from featherweight.codes import code_layout
+from featherweight.checkpoint.format import METHOD, module_layout, module_specs
 from featherweight.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -177,9 +176,5 @@ class OriginalView:
 
 
 def _stored_names(module: str, spec: dict[str, Any]) -> Iterator[str]:
-    try:
-        layout = code_layout(spec)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"quantization_config has a malformed code for {module} ({error})") from None
-    for name in layout:
+    for name in module_layout(module, spec):
         yield f"{module}.{name}"

@@ -34,7 +34,7 @@ def asking_transformers(action: str, hint: str = "", error: type[FeatherError] =
 
 
 def one_line(reason: BaseException) -> str:
-    """The text of an exception on one line, with its kind where the text alone says nothing (a KeyError's is a name)."""
+    """The text of an exception on one line, with its kind where that text says nothing (a KeyError's is a name)."""
     text = " ".join(str(reason).split())
     if len(text) > LONGEST:
         text = text[: LONGEST - 4].rstrip() + " ..."

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.checkpoint.integrity import check_paths
 from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import PARTS
 from featherweight.integrations.modules import CodedModule
 from featherweight.integrations.replace import give_biases, replace_layers
+from featherweight.kernels.library import thread_count
 
 LOADS_BY_CONVERSION = int(transformers.__version__.split(".")[0]) >= 5
 SAFETENSORS_DTYPES = {
@@ -120,6 +123,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config.keep_biases(give_biases(model, self.quantization_config.biases, rename))
         if kwargs.get("checkpoint_files"):  # 5.x; 4.x does not say
             check_files(kwargs["checkpoint_files"], model)
+        check_paths(weight_files(model, kwargs.get("checkpoint_files")), threads=thread_count())
         self.quantization_config.rename(placed.saved_names)
         self._built_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
 
@@ -298,6 +302,16 @@ def check_files(files: Iterable[str], model: nn.Module) -> None:
                     f"tensor {name!r} is {there[1]} {there[0]}, expected {dtype} {list(shape)}: "
                     "the file does not match its quantization_config, compress the model again"
                 )
+
+
+def weight_files(model: Any, named: Iterable[str] | None) -> list[str]:
+    """The safetensors files a model is loaded from: those named, or (4.x) those in the folder of its config."""
+    if named:
+        return [str(file) for file in named if str(file).endswith(".safetensors")]
+    folder = str(getattr(model.config, "_name_or_path", "") or "")
+    if LOADS_BY_CONVERSION or not folder or not Path(folder).is_dir():  # 5.x: from a state dict
+        return []
+    return [str(path) for path in sorted(Path(folder).glob("*.safetensors"))]
 
 
 def stored_names(model: nn.Module) -> list[str]:

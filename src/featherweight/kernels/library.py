@@ -1,7 +1,9 @@
 """Finding, checking and calling the native library (a plain C interface, see native/featherweight.h).
 
 `get()` gives the library, or None with one warning; every caller then uses its PyTorch reference. The environment
-variable FEATHERWEIGHT_NATIVE names another file, or turns the library `off`.
+variable FEATHERWEIGHT_NATIVE names another file, or turns the library `off`; FEATHERWEIGHT_ISA chooses an instruction
+set (`ISAS`) for everything in it. Both are read at first use. What is wrong with one instruction set runs with the next
+lower one: see `NativeLibrary.lower`.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featherweight.errors import FeatherError
 from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
 
 VERSION = 4
 FILE_NAME = "_featherweight_native.so"
+
+ISAS = ("amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon", "baseline")
+"""Instruction sets of the products, from the best down. The solvers have fewer, and take the nearest one."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 PACKINGS = {"base3": 0, "2bit": 1}
@@ -89,17 +95,58 @@ class NativeLibrary:
         for name, arguments in signatures.items():
             function = getattr(self._c, name)
             function.argtypes, function.restype = arguments, ctypes.c_int32
-        self._c.fw_isa.argtypes, self._c.fw_isa.restype = [], ctypes.c_char_p
+        for name in ("fw_isa", "fw_product_isa"):
+            function = getattr(self._c, name)
+            function.argtypes, function.restype = [], ctypes.c_char_p
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "baseline", "avx2" or "avx512"."""
+        """The instruction set in use by the solvers: "baseline", "avx2" or "avx512"."""
         return str(self._c.fw_isa().decode())
+
+    @property
+    def product_isa(self) -> str:
+        """The instruction set in use by the products, one of ISAS."""
+        return str(self._c.fw_product_isa().decode())
 
     def select_isa(self, name: str) -> None:
         """Use another instruction set for the whole process; "auto" for the best. ValueError if it is not there."""
-        if self._c.fw_select_isa(name.encode()) != OK:
+        before = self.isa, self.product_isa
+        # The products of one that is not there would be the baseline's.
+        if self._c.fw_select_isa(name.encode()) != OK or name not in ("auto", self.product_isa, self.isa):
+            self.restore_isa(*before)
             raise ValueError(f"this processor or build has no {name!r}")
+
+    def restore_isa(self, isa: str, product_isa: str) -> None:
+        """Go back to what `isa` and `product_isa` were."""
+        self._c.fw_select_isa(product_isa.encode())
+        if self.isa != isa:  # no VNNI: the solvers have AVX-512, the products do not
+            self._c.fw_select_isa(isa.encode())
+
+    def isas(self) -> tuple[str, ...]:
+        """The instruction sets of ISAS that this processor and build have."""
+        before, found = (self.isa, self.product_isa), []
+        for name in ISAS:
+            try:
+                self.select_isa(name)
+                found.append(name)
+            except ValueError:
+                continue
+        self.restore_isa(*before)
+        return tuple(found)
+
+    def lower(self, solvers: bool = False) -> bool:
+        """Use the next lower instruction set in products (in solvers, with `solvers`); False if there is none."""
+        before = self.isa, self.product_isa
+        for name in ISAS[ISAS.index(before[1]) + 1 :]:
+            try:
+                self.select_isa(name)
+            except ValueError:
+                continue
+            if (self.isa != before[0]) if solvers else (self.product_isa != before[1]):
+                return True
+        self.restore_isa(*before)
+        return False
 
     def pack_trits(self, flat: Tensor, packing: str) -> Tensor:
         per_byte = 5 if packing == "base3" else 4
@@ -253,8 +300,10 @@ def thread_count(threads: int | None = None) -> int:
 
 
 def get() -> NativeLibrary | None:
-    """The native library, found and checked once a process; None where it is missing, broken or turned off."""
-    return _load(os.environ.get("FEATHERWEIGHT_NATIVE", ""))
+    """The native library, found once a process; None where it is missing, turned off, or wrong with the instruction set
+    in use. FeatherError where FEATHERWEIGHT_ISA names one that is not there."""
+    found = _load(os.environ.get("FEATHERWEIGHT_NATIVE", ""))
+    return found if found is not None and _trusted(found, found.isa) else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -270,10 +319,38 @@ def _load(choice: str) -> NativeLibrary | None:
     except (OSError, AttributeError) as error:
         _warn(str(error))
         return None
-    if not _self_check(native):
-        _warn(f"{path} computes wrong results on this processor")
-        return None
+    _choose_isa(native, os.environ.get("FEATHERWEIGHT_ISA", "").strip().lower())
+    chosen = native.isa, native.product_isa
+    while not _trusted(native, wrong := native.isa):
+        if not native.lower(solvers=True):
+            native.restore_isa(*chosen)
+            _warn(f"{path} computes wrong results on this processor")
+            return None
+        warnings.warn(
+            f"featherweight uses {native.isa} instructions instead of {wrong}, with which {path} computes wrong results "
+            "on this processor",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return native
+
+
+def _choose_isa(native: NativeLibrary, name: str) -> None:
+    if name in ("", "auto"):
+        return
+    try:
+        native.select_isa(name)
+    except ValueError:
+        what = "which this processor or build does not have" if name in ISAS else "which is no instruction set"
+        raise FeatherError(
+            f"FEATHERWEIGHT_ISA is {name!r}, {what}: choose auto or {', '.join(native.isas())}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def _trusted(native: NativeLibrary, isa: str) -> bool:
+    """Whether the solvers compute what they should with the instruction set in use, `isa`."""
+    return _self_check(native)
 
 
 def _installed() -> Path | None:

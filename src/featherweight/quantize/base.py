@@ -91,19 +91,31 @@ Statistics = Mapping[str, Tensor]
 
 NO_STATISTICS: Statistics = {}
 
+STATISTIC_AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gram", "cross", "held_out_gram"), ("in", "in")),
+    **dict.fromkeys(("mean", "mean_abs"), ("in",)),
+    **dict.fromkeys(("fisher", "base"), ("out", "in")),
+    "inputs": ("tokens", "in"),
+    **dict.fromkeys(("tokens", "update_range"), ()),
+}
+"""Which dimensions of each statistic are input columns; those without any belong to the layer as a whole. A window of
+columns takes its part of them, so a statistic that is not listed is refused."""
+
+
+def unknown_statistic(name: str) -> str:
+    """What to say of a statistic that is not in STATISTIC_AXES."""
+    return f"known are {', '.join(STATISTIC_AXES)}; declare {name!r} in STATISTIC_AXES of featherweight.quantize.base"
+
 
 def restricted(statistics: Statistics, first: int, last: int) -> dict[str, Tensor]:
-    """The statistics of input columns first to last - 1 alone."""
+    """The statistics of input columns first to last - 1 alone. ValueError for one that STATISTIC_AXES does not know."""
+    window = slice(first, last)
     kept: dict[str, Tensor] = {}
     for name, value in statistics.items():
-        if name in ("gram", "cross", "held_out_gram"):
-            kept[name] = value[first:last, first:last]
-        elif name in ("mean", "mean_abs"):
-            kept[name] = value[first:last]
-        elif name in ("fisher", "base", "inputs"):
-            kept[name] = value[:, first:last]
-        else:
-            kept[name] = value
+        if name not in STATISTIC_AXES:
+            raise ValueError(f"the statistic {name!r} cannot be cut into columns: {unknown_statistic(name)}")
+        cut = tuple(window if axis == "in" else slice(None) for axis in STATISTIC_AXES[name])
+        kept[name] = value[cut] if cut else value
     return kept
 
 
@@ -341,16 +353,27 @@ class LayerTransform(Protocol):
 
 
 class Correction(Choice):
-    """What is added beside the codes: a further term for the part of the weight that the code misses."""
+    """What is added beside the codes: a further term for the part of the weight that the code misses.
+
+    Several corrections of layers are nested in their order: each splits what the one before left, and when that is
+    rounded, the last corrects first.
+    """
 
     scope: ClassVar[Scope] = "layer"
 
     def split(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Code | None]:
-        """Before rounding: what is left for the grid, and a term stored beside it (sparse outliers), or None."""
+        """Before rounding: what is left for the grid, and a term stored beside it (sparse outliers), or None.
+
+        The term need not add up with what is left: whatever is missing then is for `correct` to see to.
+        """
         return weight, None
 
     def correct(self, weight: Tensor, code: Code, statistics: Statistics) -> Code:
-        """After rounding: a code that stands for `code` plus the correction. `weight` is the whole original weight."""
+        """After rounding: a code that stands for `code` plus the correction.
+
+        weight : what `split` was given, before anything was taken from it: with one correction the whole weight
+        code : that of what `split` left, with the term of `split` in it
+        """
         return code
 
     def correct_block(

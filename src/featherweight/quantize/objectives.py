@@ -7,14 +7,14 @@ samples is held out: `held_out_loss` decides which step is kept, so that nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from featherweight.precision import Chosen, autocast
 from featherweight.quantize.access import BlockAccess, ModelAccess
 
-Precision = Literal["float32", "bfloat16"]
 Weights = Mapping[str, Tensor]
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
@@ -42,7 +42,7 @@ class BlockObjective:
     held_out_share : part of the batches, at least one where there are two, taken evenly from the whole
     """
 
-    def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Precision = "float32") -> None:
+    def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
         self.session = session
         self.precision = precision
         count = len(session.inputs)
@@ -69,9 +69,9 @@ class BlockObjective:
             losses = [float(self._loss(weights, tensors, i, "float32")) for i in self._held_out]
         return sum(losses) / len(losses)
 
-    def _loss(self, weights: Weights, tensors: Weights, index: int, precision: Precision) -> Tensor:
+    def _loss(self, weights: Weights, tensors: Weights, index: int, precision: Chosen) -> Tensor:
         target = self._targets[index].float()
-        with self.session.overridden({**weights, **tensors}), _autocast(precision):
+        with self.session.overridden({**weights, **tensors}), autocast(precision):
             output = self.session.run(self._inputs[index], index).float()
         return _relative(output, target)
 
@@ -91,7 +91,7 @@ class ModelObjective:
         self,
         model: ModelAccess,
         batch_size: int = 4,
-        precision: Precision = "float32",
+        precision: Chosen = "float32",
         held_out_share: float = 0.125,
     ) -> None:
         self.model = model
@@ -112,7 +112,7 @@ class ModelObjective:
         ids = self._training[batch]
         teacher = self._original(False, batch, ids)
         with self.model.overridden(weights, tensors):
-            with _autocast(self.precision):
+            with autocast(self.precision):
                 states = self.model.hidden(ids)
             leaf = states.detach().float().requires_grad_()
             loss = self._divergence(leaf, teacher, backward=True)
@@ -194,7 +194,3 @@ def _stacked(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
         else:
             batches.append([window])
     return [torch.stack(batch) for batch in batches]
-
-
-def _autocast(precision: Precision) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")

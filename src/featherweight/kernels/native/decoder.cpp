@@ -42,6 +42,7 @@ fw_decoder::fw_decoder(const fw_decoder_settings& settings)
       sampled_(static_cast<size_t>(settings.vocabulary)),
       next_(new std::atomic<int64_t>[static_cast<size_t>(settings.layers)]) {
   s_.layer = nullptr;
+  work_.stop = &stop_;
   s_.threads = std::min(s_.threads, 1024);
   scratch_.reserve(s_.threads * attention_floats(padded_dim_));
   frequencies_.resize(static_cast<size_t>(s_.threads * s_.head_dim / 2));
@@ -99,6 +100,7 @@ void fw_decoder::make_spans(std::vector<Span>& spans, int64_t first) {
 
 // Logits of the last token, of all, or of none, for what is in tokens_; then these tokens belong to their sequences.
 int32_t fw_decoder::pass(Wanted wanted, float* logits) {
+  if (stopped()) return FW_STOPPED;
   const auto count = static_cast<int64_t>(tokens_.size());
   make_room(count);
   wanted_rows_ = wanted == Wanted::kAll ? count : wanted == Wanted::kLast ? 1 : 0;
@@ -113,10 +115,12 @@ int32_t fw_decoder::pass(Wanted wanted, float* logits) {
     one_each_ = tokens_[static_cast<size_t>(i)].sequence != tokens_[static_cast<size_t>(i - 1)].sequence;
   for (int64_t i = 0; i < s_.layers; ++i) next_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
   status_.store(FW_OK, std::memory_order_relaxed);
+  given_up_ = false;
   int64_t read = count * weight_bytes_;
   for (const Token& token : tokens_) read += (token.position / kPage + 1) * cache_.layout().bytes;
   const int64_t useful = 1 + read / kBytesPerThread;
   run_team(static_cast<int>(std::min<int64_t>(s_.threads, useful)), [this](Team& team) { run(team); });
+  if (stopped()) return FW_STOPPED;
   ++stats_.passes;
   if (status_.load() != FW_OK) return status_.load();
   for (const Token& token : tokens_) cache_[token.sequence].tokens.push_back(token.id);
@@ -155,7 +159,7 @@ void fw_decoder::find_angles(int64_t index, double* frequencies) {
 // Every member looks after its own tokens here and in norm_rows; nothing is shared yet.
 void fw_decoder::begin(Team& team) {
   const auto [first, last] = team.share(rows_);
-  for (int64_t i = first; i < last; ++i) {
+  for (int64_t i = first; i < last && !stopped(); ++i) {
     const int64_t id = tokens_[static_cast<size_t>(i)].id;
     const int32_t status = fw_operand_rows(s_.embedding, id, id + 1, x_.at(i * s_.hidden));
     if (status != FW_OK) status_.store(status);
@@ -169,13 +173,20 @@ void fw_decoder::norm_rows(Team& team, const float* delta, const float* weight) 
   for (int64_t i = first; i < last; ++i)
     loops_.add_norm(x_.at(i * s_.hidden), delta ? delta + i * s_.hidden : nullptr, weight, s_.hidden, s_.epsilon,
                     normed_.at(i * s_.hidden));
+  meet(team);
+}
+
+// A barrier behind which all members know the same of whether the pass is to be given up. Another barrier lies between any
+// two of these, so that all have read given_up_ before it is written again.
+void fw_decoder::meet(Team& team) {
+  if (team.index() == 0) given_up_ = stopped();
   team.barrier();
 }
 
 void fw_decoder::linear(Team& team, const LinearCall* calls, int count, const float* x, int64_t tokens, int64_t stride) {
   const bool timed = team.index() == 0;
   const Clock::time_point begun = timed ? Clock::now() : Clock::time_point();
-  linear_apply(team, work_, calls, count, x, tokens, stride, s_.precision);
+  if (!given_up_) linear_apply(team, work_, calls, count, x, tokens, stride, s_.precision);
   team.barrier();
   if (timed) stats_.linear_seconds += seconds_since(begun);
 }
@@ -203,8 +214,8 @@ void fw_decoder::run_layer(Team& team, int64_t index) {
   const LinearCall gate_up[] = {{layer.gate, gate_.data(), s_.ffn}, {layer.up, up_.data(), s_.ffn}};
   linear(team, gate_up, 2, normed_.data(), rows_, hidden);
   const auto [from, to] = team.share(rows_ * s_.ffn, 64);
-  loops_.swiglu(gate_.at(from), up_.at(from), to - from);
-  team.barrier();
+  if (!stopped()) loops_.swiglu(gate_.at(from), up_.at(from), to - from);
+  meet(team);
   const LinearCall down = {layer.down, delta_.data(), hidden};
   linear(team, &down, 1, gate_.data(), rows_, s_.ffn);
   norm_rows(team, delta_.data(), last ? s_.norm : layers_[static_cast<size_t>(index + 1)].attention_norm);
@@ -231,7 +242,9 @@ void fw_decoder::finish(Team& team) {
 
 // ---- attention ----
 
+// Not if the pass is given up: what its inputs hold then may be no numbers, and pages must hold nothing but numbers.
 void fw_decoder::store(int64_t layer, int64_t index, int64_t head) {
+  if (stopped()) return;
   const Token& token = tokens_[static_cast<size_t>(index)];
   const int64_t half = s_.head_dim / 2, slot = token.position % kPage;
   unsigned char* page = cache_.page(token.sequence, token.position);
@@ -337,7 +350,7 @@ void fw_decoder::attend_in_parts(Team& team, int64_t layer) {
     const int64_t from = std::max(begin, before), to = std::min(end, before + count);
     if (from >= to) return;
     const AttentionBlock block = block_of(unit);
-    for (int64_t part = from; part < to; ++part) loops_.attend_part(block, first + part - before, partials_.at(part * size));
+    for (int64_t part = from; part < to && !stopped(); ++part) loops_.attend_part(block, first + part - before, partials_.at(part * size));
   });
   team.barrier();
   each_unit([&, first_unit = first_unit, last_unit = last_unit](int64_t unit, int64_t, int64_t count, int64_t before) {
@@ -354,7 +367,7 @@ void fw_decoder::attention(Team& team, int64_t layer) {
     attend_in_parts(team, layer);
   } else if (one_each_) {
     const auto [first, last] = team.share(rows_ * s_.kv_heads);
-    for (int64_t unit = first; unit < last; ++unit) {
+    for (int64_t unit = first; unit < last && !stopped(); ++unit) {
       store(layer, unit / s_.kv_heads, unit % s_.kv_heads);
       attend(team, layer, spans_[static_cast<size_t>(unit / s_.kv_heads)], unit % s_.kv_heads);
     }
@@ -366,9 +379,9 @@ void fw_decoder::attention(Team& team, int64_t layer) {
     const std::vector<Span>& spans = compacted ? last_spans_ : spans_;
     const auto units = static_cast<int64_t>(spans.size()) * s_.kv_heads;
     std::atomic<int64_t>& next = next_[static_cast<size_t>(layer)];
-    for (int64_t unit = next++; unit < units; unit = next++)
+    for (int64_t unit = next++; unit < units && !stopped(); unit = next++)
       attend(team, layer, spans[spans.size() - 1 - static_cast<size_t>(unit / s_.kv_heads)], unit % s_.kv_heads);
   }
-  team.barrier();
+  meet(team);
   if (timed) stats_.attention_seconds += seconds_since(begun);
 }

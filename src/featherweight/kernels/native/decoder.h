@@ -79,6 +79,7 @@ FW_API void fw_decoder_free(fw_decoder* decoder);
 
 // Tokens that sequence has in the cache; keep only the first `length` of them.
 FW_API int64_t fw_decoder_length(const fw_decoder* decoder, int64_t sequence);
+// Memory that no sequence needs any more is given back to the system, here and at the end of every call.
 FW_API int32_t fw_decoder_truncate(fw_decoder* decoder, int64_t sequence, int64_t length);
 // Keep what the cache has in common with `tokens`, and return how many tokens that are.
 FW_API int64_t fw_decoder_keep_prefix(fw_decoder* decoder, int64_t sequence, const int32_t* tokens, int64_t count);
@@ -93,6 +94,10 @@ FW_API int32_t fw_decoder_step(fw_decoder* decoder, const int64_t* sequences, co
 // Prompts in, tokens out. A prompt that begins like what its sequence has in the cache is continued from there. Ends at a
 // stop token, after `most` tokens, or at the end of the context. FW_NON_FINITE if logits are.
 FW_API int32_t fw_decoder_generate(fw_decoder* decoder, const fw_generation* generation);
+
+// From another thread: with `stop` the call in progress ends as soon as it can, within a layer, and it and all further ones
+// return FW_STOPPED, until this is called with 0. Tokens that have gone through the network stay in the cache.
+FW_API void fw_decoder_stop(fw_decoder* decoder, int32_t stop);
 
 FW_API void fw_decoder_get_stats(fw_decoder* decoder, fw_decoder_stats* stats, int32_t reset);
 

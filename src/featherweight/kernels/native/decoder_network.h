@@ -64,6 +64,8 @@ struct fw_decoder {
   KvCache& cache() { return cache_; }
   const KvCache& cache() const { return cache_; }
   fw_decoder_stats& stats() { return stats_; }
+  // From another thread: passes end as soon as they can, and begin no more, until it is called with false.
+  void set_stop(bool stop) { stop_.store(stop ? 1 : 0); }
 
   int64_t keep_prefix(int64_t sequence, const int32_t* tokens, int64_t count);
   bool known(const int32_t* tokens, int64_t count) const;
@@ -77,6 +79,8 @@ struct fw_decoder {
 
   int32_t feed_prompts(const fw_generation& request, Texts& texts);
   int32_t choose(const fw_generation& request, int64_t i, float* logits, std::vector<int32_t>& text, int32_t* token);
+  bool stopped() const { return stop_.load(std::memory_order_relaxed) != 0; }
+  int32_t feed_chunks(int64_t sequence, const int32_t* tokens, int64_t count, float* logits, bool all);
   int32_t pass(Wanted wanted, float* logits);
   void make_room(int64_t count);
   void make_spans(std::vector<Span>& spans, int64_t first);
@@ -87,6 +91,7 @@ struct fw_decoder {
   void linear(Team& team, const LinearCall* calls, int count, const float* x, int64_t tokens, int64_t stride);
   void compact(Team& team);
   void norm_rows(Team& team, const float* delta, const float* weight);
+  void meet(Team& team);
   void store(int64_t layer, int64_t token, int64_t head);
   void rotate_queries(const fw_layer& layer, int64_t row, int64_t head);
   struct BlockRows {  // of an AttentionBlock
@@ -126,6 +131,8 @@ struct fw_decoder {
   std::vector<double> frequencies_;
   std::unique_ptr<std::atomic<int64_t>[]> next_;  // of each layer: the next unit of attention to be taken
   std::atomic<int32_t> status_{FW_OK};
+  std::atomic<int32_t> stop_{0};
+  bool given_up_ = false;  // what the members have agreed on at their last meeting
 };
 
 #endif

@@ -22,6 +22,21 @@ int32_t fw_decoder::feed(int64_t index, const int32_t* tokens, int64_t count, fl
   const auto begun = Clock::now();
   const int64_t before = cache_[index].length();
   if (count < 1 || before + count > s_.context || !known(tokens, count)) return FW_INVALID;
+  int32_t status = FW_NO_MEMORY;
+  try {
+    status = feed_chunks(index, tokens, count, logits, all);
+  } catch (const std::bad_alloc&) {
+  }
+  // Of tokens that did not all go through, those that did stay; not where their keys depend on how many there were to be.
+  const bool scaled = s_.dynamic_base != 0 && before + count > s_.dynamic_length;
+  if (status != FW_OK) cache_.truncate(index, scaled ? before : cache_[index].length());
+  stats_.prompt_tokens += cache_[index].length() - before;
+  stats_.prompt_seconds += seconds_since(begun);
+  return status;
+}
+
+int32_t fw_decoder::feed_chunks(int64_t index, const int32_t* tokens, int64_t count, float* logits, bool all) {
+  const int64_t before = cache_[index].length();
   cache_[index].tokens.reserve(static_cast<size_t>(before + count));
   for (int64_t first = 0; first < count; first += s_.chunk) {
     const int64_t last = std::min(count, first + s_.chunk);
@@ -31,8 +46,6 @@ int32_t fw_decoder::feed(int64_t index, const int32_t* tokens, int64_t count, fl
     const int32_t status = pass(wanted, all && logits ? logits + first * s_.vocabulary : logits);
     if (status != FW_OK) return status;
   }
-  stats_.prompt_tokens += count;
-  stats_.prompt_seconds += seconds_since(begun);
   return FW_OK;
 }
 
@@ -170,6 +183,14 @@ int32_t without_exceptions(const Body& body) {
   }
 }
 
+// A call that changes sequences; when it is over, memory that none of them needs is given back.
+template <typename Body>
+int32_t changing(fw_decoder* decoder, const Body& body) {
+  const int32_t status = without_exceptions(body);
+  decoder->cache().trim();
+  return status;
+}
+
 }  // namespace
 
 int32_t fw_decoder_new(const fw_decoder_settings* settings, fw_decoder** decoder) {
@@ -188,7 +209,7 @@ int64_t fw_decoder_length(const fw_decoder* decoder, int64_t sequence) {
 
 int32_t fw_decoder_truncate(fw_decoder* decoder, int64_t sequence, int64_t length) {
   if (!has(decoder, sequence) || length < 0 || length > fw_decoder_length(decoder, sequence)) return FW_INVALID;
-  return without_exceptions([&]() -> int32_t {
+  return changing(decoder, [&]() -> int32_t {
     decoder->cache().truncate(sequence, length);
     return FW_OK;
   });
@@ -197,7 +218,7 @@ int32_t fw_decoder_truncate(fw_decoder* decoder, int64_t sequence, int64_t lengt
 int64_t fw_decoder_keep_prefix(fw_decoder* decoder, int64_t sequence, const int32_t* tokens, int64_t count) {
   if (!has(decoder, sequence) || count < 0 || (count && !tokens)) return -1;
   int64_t kept = -1;
-  without_exceptions([&]() -> int32_t {
+  changing(decoder, [&]() -> int32_t {
     kept = decoder->keep_prefix(sequence, tokens, count);
     return FW_OK;
   });
@@ -207,20 +228,24 @@ int64_t fw_decoder_keep_prefix(fw_decoder* decoder, int64_t sequence, const int3
 int32_t fw_decoder_feed(fw_decoder* decoder, int64_t sequence, const int32_t* tokens, int64_t count, float* logits,
                         int32_t all) {
   if (!has(decoder, sequence) || !tokens) return FW_INVALID;
-  return without_exceptions([&]() -> int32_t { return decoder->feed(sequence, tokens, count, logits, all != 0); });
+  return changing(decoder, [&]() -> int32_t { return decoder->feed(sequence, tokens, count, logits, all != 0); });
 }
 
 int32_t fw_decoder_step(fw_decoder* decoder, const int64_t* sequences, const int32_t* tokens, int64_t count, float* logits) {
   if (!decoder || !sequences || !tokens || !logits || count < 1) return FW_INVALID;
   for (int64_t i = 0; i < count; ++i)
     if (!has(decoder, sequences[i]) || std::find(sequences, sequences + i, sequences[i]) != sequences + i) return FW_INVALID;
-  return without_exceptions([&]() -> int32_t { return decoder->step(sequences, tokens, count, logits); });
+  return changing(decoder, [&]() -> int32_t { return decoder->step(sequences, tokens, count, logits); });
 }
 
 int32_t fw_decoder_generate(fw_decoder* decoder, const fw_generation* generation) {
   if (!decoder || !generation || !generation->prompts || !generation->lengths || !generation->sampling) return FW_INVALID;
   if (!generation->made || !generation->made_lengths || (generation->stop_count && !generation->stops)) return FW_INVALID;
-  return without_exceptions([&]() -> int32_t { return decoder->generate(*generation); });
+  return changing(decoder, [&]() -> int32_t { return decoder->generate(*generation); });
+}
+
+void fw_decoder_stop(fw_decoder* decoder, int32_t stop) {
+  if (decoder) decoder->set_stop(stop != 0);
 }
 
 void fw_decoder_get_stats(fw_decoder* decoder, fw_decoder_stats* stats, int32_t reset) {

@@ -2,29 +2,13 @@
 #ifndef FEATHERWEIGHT_KV_CACHE_H
 #define FEATHERWEIGHT_KV_CACHE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "decoder.h"
 #include "decoder_loops.h"
-
-// Zeroed memory of the cache. Attention goes through all of it for every token: huge pages of the system double its speed.
-class Page {
- public:
-  explicit Page(int64_t bytes);
-  Page(const Page&) = delete;
-  Page& operator=(const Page&) = delete;
-  ~Page() { ::operator delete(data_, alignment_); }
-  unsigned char* data() const { return data_; }
-
- private:
-  static constexpr int64_t kHuge = int64_t{1} << 21;
-  std::align_val_t alignment_;
-  unsigned char* data_;
-};
 
 // Keys and values of kPage positions of a sequence, in all layers: for every layer and head the keys, then the values.
 struct PageLayout {
@@ -51,10 +35,13 @@ struct Sequence {
 class KvCache {
  public:
   KvCache(const fw_decoder_settings& settings, int64_t padded_dim);
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+  ~KvCache();
 
   const PageLayout& layout() const { return layout_; }
   CacheType type() const { return type_; }
-  int64_t bytes() const { return static_cast<int64_t>(pages_.size()) * layout_.bytes; }
+  int64_t bytes() const { return pages_ * layout_.bytes; }
   Sequence& operator[](int64_t index) { return sequences_[static_cast<size_t>(index)]; }
   const Sequence& operator[](int64_t index) const { return sequences_[static_cast<size_t>(index)]; }
 
@@ -63,13 +50,16 @@ class KvCache {
   unsigned char* page(int64_t sequence, int64_t position) {
     return sequences_[static_cast<size_t>(sequence)].pages[static_cast<size_t>(position / kPage)];
   }
+  // Pages behind `length` are kept for what comes next, until trim.
   void truncate(int64_t sequence, int64_t length);
+  // Gives the system back what no sequence needs.
+  void trim();
 
  private:
   PageLayout layout_;
   CacheType type_;
   std::vector<Sequence> sequences_;
-  std::vector<std::unique_ptr<Page>> pages_;
+  int64_t pages_ = 0;  // of the sequences and free ones
   std::vector<unsigned char*> free_;
 };
 

@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "parallel.h"
@@ -185,6 +186,17 @@ void rotate(const fw_step& step, const float* x, int64_t first, int64_t last, fl
   product_kernels().hadamard(to + first, step.values ? step.values + first : nullptr, step.block, last - first);
 }
 
+// A member's share of a product, in pieces of some milliseconds between which it can be stopped. Whole pairs, quadruples and
+// eights of tiles stay together as the kernels take them.
+void product_in_pieces(const LinearWork& work, const fw_operand* operand, const InputShape& shape, const InputBuffers& input,
+                       int64_t tokens, int64_t first, int64_t last, const Output& out, void* own) {
+  constexpr int64_t kTogether = 8, kProducts = int64_t{1} << 27;
+  if (!work.stop || tokens == 1) return product_share(operand, shape, input, tokens, first, last, out, own);
+  const int64_t piece = round_up(kProducts / (kTileRows * operand->cols * tokens) + 1, kTogether);
+  for (int64_t at = first; at < last && work.stop->load(std::memory_order_relaxed) == 0; at += piece)
+    product_share(operand, shape, input, tokens, at, std::min(last, at + piece), out, own);
+}
+
 void sparse_product(const fw_term& term, const float* x, int64_t x_stride, int64_t tokens, int64_t first, int64_t last,
                     const Output& out) {
   for (int64_t row = first; row < last; ++row)
@@ -254,18 +266,18 @@ void linear_apply(Team& team, LinearWork& work, const LinearCall* calls, int cou
       const fw_operand* left = static_cast<const fw_operand*>(term.operand);
       const auto [begin, end] = team.share(right->tiles);
       team.barrier();  // the last product may still be read
-      product_share(right, plan.shapes[item.source], buffers.inputs[static_cast<size_t>(item.source)], tokens, begin, end,
-                    {buffers.ranks.get(), right->rows, 0}, own);
+      product_in_pieces(work, right, plan.shapes[item.source], buffers.inputs[static_cast<size_t>(item.source)], tokens, begin,
+                        end, {buffers.ranks.get(), right->rows, 0}, own);
       team.barrier();
       const InputShape shape = input_shape(left, FW_ACTIVATION_FLOAT);
       const auto [from, to] = team.share(tokens);
       for (int64_t t = from; t < to; ++t)
         prepare_input(shape, buffers.ranks.get() + t * right->rows, t, tokens, buffers.rank_input, 0, shape.segments);
       team.barrier();
-      product_share(left, shape, buffers.rank_input, tokens, first, last, out, own);
+      product_in_pieces(work, left, shape, buffers.rank_input, tokens, first, last, out, own);
     } else {
-      product_share(static_cast<const fw_operand*>(term.operand), plan.shapes[item.source],
-                    buffers.inputs[static_cast<size_t>(item.source)], tokens, first, last, out, own);
+      product_in_pieces(work, static_cast<const fw_operand*>(term.operand), plan.shapes[item.source],
+                        buffers.inputs[static_cast<size_t>(item.source)], tokens, first, last, out, own);
     }
     if (linear.bias && &term == linear.term + linear.terms - 1)
       for (int64_t t = 0; t < tokens; ++t)

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include <atomic>
 #include <memory>
 
 #include "product.h"
@@ -16,6 +17,8 @@ class LinearWork {
   ~LinearWork();
   struct Buffers;
   Buffers& buffers() { return *buffers_; }
+  // If set and not 0, members leave their products undone but meet at all barriers: what comes out is of no use then.
+  const std::atomic<int32_t>* stop = nullptr;
 
  private:
   std::unique_ptr<Buffers> buffers_;

@@ -20,10 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from featherweight.codes import Code
+from featherweight.precision import Precision, choose_precision
 from featherweight.quantize.access import FORGETFUL, BlockAccess, ModelAccess, Tell, TrainingStore, silent
 from featherweight.quantize.base import Correction, Scope
 from featherweight.quantize.decoding import TunableCode
-from featherweight.quantize.objectives import BlockObjective, ModelObjective, Objective, Precision
+from featherweight.quantize.objectives import BlockObjective, ModelObjective, Objective
 from featherweight.quantize.training import Schedule, minimise
 from featherweight.registry import register
 
@@ -40,7 +41,7 @@ class ScaleTuning(Correction):
     checks: int = Field(8, ge=1, description="how often the held-out samples are measured")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the samples, if none are apart: only for choosing")
     norms: bool = Field(False, description="also train the norms that feed the layers; they are stored anew")
-    precision: Precision = Field("float32", description="of the training passes; measured in float32 always")
+    precision: Precision = Field("float32", description="of training passes; auto: the faster here; measured in fp32")
 
     @property
     def scope(self) -> Scope:  # type: ignore[override]
@@ -59,7 +60,7 @@ class ScaleTuning(Correction):
         self, session: BlockAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
-        objective = BlockObjective(session, self.held_out_share, self.precision)
+        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, tell))
         norms = {name: session.tensor(name) for name in self._norms(session.layers, codes)}
         tuned, tensors = self.tune(objective, codes, norms, tell, seed)
         for name, value in tensors.items():
@@ -75,7 +76,7 @@ class ScaleTuning(Correction):
         store: TrainingStore = FORGETFUL,
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
-        objective = ModelObjective(model, self.batch_size, self.precision, self.held_out_share)
+        objective = ModelObjective(model, self.batch_size, choose_precision(self.precision, tell), self.held_out_share)
         norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
         tuned, tensors = self.tune(objective, codes, norms, tell, seed, store)
         for name, value in tensors.items():

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from featherweight.codes import Code
 from featherweight.errors import RecipeError
+from featherweight.precision import Precision, choose_precision
 from featherweight.quantize.access import FORGETFUL, ModelAccess, Tell, TrainingStore, silent
 from featherweight.quantize.base import Grid, Rounding, Scope, SolveOptions, Statistics, WeightSource
-from featherweight.quantize.objectives import ModelObjective, Precision
+from featherweight.quantize.objectives import ModelObjective
 from featherweight.quantize.training import Schedule, minimise
 from featherweight.registry import register
 
@@ -42,7 +43,7 @@ class DiscQuant(Rounding):
     rho: float = Field(200.0, ge=0, description="weight of the divergence")
     kappa: float = Field(0.5, gt=0, description="gradients of the divergence are clipped to this")
     start: Literal["weight", "random"] = Field("weight", description="x = y, or uniform in [0, 1] as published")
-    precision: Precision = Field("float32", description="of the training passes; compared in float32 always")
+    precision: Precision = Field("float32", description="of training passes; auto: the faster here; compared in fp32")
 
     @property
     def training_bytes(self) -> int:
@@ -65,7 +66,7 @@ class DiscQuant(Rounding):
         nearest = {name: layer.code(layer.share) for name, layer in layers.items()}
         errors = [float((code.decode() - layers[name].weight).square().mean()) for name, code in nearest.items()]
         scale = 12 * sum(errors) / max(1, len(errors))
-        objective = ModelObjective(model, self.batch_size, self.precision)
+        objective = ModelObjective(model, self.batch_size, choose_precision(self.precision, tell))
         if self.rho > 0 and (scale == 0 or objective.batches == 0):
             tell({"event": "discquant", "skipped": "nothing to distil"})
             return nearest

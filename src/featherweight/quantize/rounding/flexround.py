@@ -23,10 +23,11 @@ from torch import Tensor
 
 from featherweight.codes import Code
 from featherweight.errors import RecipeError
+from featherweight.precision import Precision, choose_precision
 from featherweight.quantize.access import BlockAccess, Tell, silent
 from featherweight.quantize.base import Grid, Rounding, Scope, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.objectives import BlockObjective, Precision
+from featherweight.quantize.objectives import BlockObjective
 from featherweight.quantize.training import Schedule, minimise
 from featherweight.registry import register
 
@@ -45,7 +46,7 @@ class FlexRound(Rounding):
     limit: float = Field(1.0, gt=0, description="divisors of weights stay within e^-limit and e^limit")
     checks: int = Field(10, ge=1, description="how often the held-out samples are measured")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="batches that only choose the best step")
-    precision: Precision = Field("float32", description="of the training passes; measured in float32 always")
+    precision: Precision = Field("float32", description="of training passes; auto: the faster here; measured in fp32")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ class FlexRound(Rounding):
             name: DividedWeight(session.weight(name), _uniform(grids[name], name), statistics.get(name, {}))
             for name in names
         }
-        objective = BlockObjective(session, self.held_out_share, self.precision)
+        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, tell))
         theta = [p for layer in layers.values() for p in layer.parameters(self.learn_divisors)]
 
         def gradients(batch: int) -> float:

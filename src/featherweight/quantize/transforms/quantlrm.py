@@ -103,7 +103,10 @@ class QuantLrm(ScaleSearch):
     def importance(self, session: BlockAccess, unit: Unit, statistics: Mapping[str, Statistics]) -> Tensor | None:
         first = unit.names[0]
         if "base" not in statistics[first]:
-            raise RecipeError(f"transform quantlrm needs the base model's weight of {first}; name it with --base")
+            raise RecipeError(
+                f"transform quantlrm needs the weight of {first} in the model that this one was fine-tuned from: name "
+                "that model with base_model= (on the command line --base-model)"
+            )
         if self.extremes == "block":
             value_range = update_range(lambda: self._updates(session, statistics))
         elif "update_range" in statistics[first]:

@@ -1,0 +1,1 @@
+"""How text becomes tokens and back, for every command alike."""
