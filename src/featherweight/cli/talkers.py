@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from featherweight.checkpoint.resolve import Place, resolve
 from featherweight.errors import CheckpointError, FeatherError
 
 if TYPE_CHECKING:
@@ -50,7 +51,14 @@ class Talker(Protocol):
         """Continue `tokens`, print the text as it is made, return it."""
 
 
-def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache: str = "auto") -> Talker:
+def open_talker(
+    model: str,
+    engine: str,
+    dtype: str,
+    threads: int | None,
+    cache: str = "auto",
+    trust_remote_code: bool = False,
+) -> Talker:
     """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype.
 
     A chosen KV cache speaks for the native decoder: transformers has none of ours.
@@ -60,22 +68,19 @@ def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache
             raise FeatherError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     if engine == "transformers" and cache != "auto":
         raise FeatherError(f"--kv-cache {cache} is the native decoder's: leave it out with --engine transformers")
+    place = resolve(model)
     if engine == "native" or cache != "auto":
-        return NativeTalker.open(folder, dtype, threads, cache)
-    if engine == "transformers" or dtype != "auto" or not _is_folder(folder) or _has_gpu():
-        return TransformersTalker(folder, dtype, threads)
+        return NativeTalker.open(place, dtype, threads, cache)
+    if engine == "transformers" or dtype != "auto" or _has_gpu():
+        return TransformersTalker(place.model, dtype, threads, trust_remote_code)
     from featherweight.engine.families import UnsupportedModelError
 
     try:
-        return NativeTalker.open(folder, dtype, threads, cache)
+        return NativeTalker.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
-        talker = TransformersTalker(folder, dtype, threads)
+        talker = TransformersTalker(place.model, dtype, threads, trust_remote_code)
         print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
         return talker
-
-
-def _is_folder(folder: str) -> bool:
-    return Path(folder).is_dir()
 
 
 def _has_gpu() -> bool:
@@ -84,7 +89,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _no_tokenizer(folder: str) -> CheckpointError:
+def _no_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights")
 
 
@@ -100,7 +105,7 @@ class NativeTalker:
         self.has_template = tokenizer.chat_template is not None
 
     @classmethod
-    def open(cls, folder: str, dtype: str, threads: int | None, cache: str) -> NativeTalker:
+    def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeTalker:
         """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits."""
         from featherweight.engine.families import UnsupportedModelError
         from featherweight.engine.model import NativeModel
@@ -110,11 +115,12 @@ class NativeTalker:
             raise FeatherError(
                 f"the native engine computes in auto or float32, not in {dtype}; --engine transformers does"
             )
-        tokenizer = Tokenizer.open(Path(folder))
+        folder = place.folder
+        tokenizer = Tokenizer.open(folder)
         kv_cache = "float16" if cache == "auto" else cache
-        model = NativeModel.open(folder, threads, kv_cache, "float" if dtype == "float32" else "int8")
+        model = NativeModel.open(place.model, threads, kv_cache, "float" if dtype == "float32" else "int8")
         if tokenizer is None:
-            if any(Path(folder).glob("*token*")) or any(Path(folder).glob("vocab*")):
+            if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
                 raise UnsupportedModelError(f"the native decoder needs a tokenizer.json, which {folder} lacks")
             raise _no_tokenizer(folder)
         return cls(model, tokenizer)
@@ -144,7 +150,7 @@ class NativeTalker:
 class TransformersTalker:
     """Any model that transformers loads."""
 
-    def __init__(self, folder: str, dtype: str, threads: int | None) -> None:
+    def __init__(self, folder: Path, dtype: str, threads: int | None, trust_remote_code: bool = False) -> None:
         import torch
 
         from featherweight.api import load
@@ -155,7 +161,10 @@ class TransformersTalker:
         torch.set_num_threads(thread_count(threads))
         chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
         self.model, self.tokenizer = load(
-            folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None
+            folder,
+            dtype=chosen,
+            device_map="auto" if torch.cuda.is_available() else None,
+            trust_remote_code=trust_remote_code,
         )
         if self.tokenizer is None:
             raise _no_tokenizer(folder)

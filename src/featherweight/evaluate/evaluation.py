@@ -116,12 +116,14 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure `model`, a folder or (model, tokenizer), and how far it is from `against`.
 
     `text` is a UTF-8 file, plain or .xz or .gz; None is the text that comes with the package. `protocol` is one of
     own, 2048, 4096, strided, llama.cpp; `context` overrides its window. `dtype` auto is float32 on a CPU and the
-    checkpoint's own on a GPU. `limit` keeps the first tokens only. EvaluationError where a measurement is impossible.
+    checkpoint's own on a GPU. `limit` keeps the first tokens only. `trust_remote_code` runs the code that a folder
+    brings for its class. EvaluationError where a measurement is impossible.
 
     Example::
 
@@ -138,8 +140,8 @@ def evaluate(
     with _threads(threads):
         reset_peak_memory()
         begun = time.perf_counter()
-        subject, tokenizer = _open(model, dtype)
-        original = None if against is None else _open(against, dtype)[0]
+        subject, tokenizer = _open(model, dtype, trust_remote_code)
+        original = None if against is None else _open(against, dtype, trust_remote_code)[0]
         for one in (subject, original):
             if one is not None:
                 check_causal(one)
@@ -255,7 +257,7 @@ def check_causal(model: Any) -> None:
         )
 
 
-def _open(source: Source, dtype: str) -> tuple[Any, Any]:
+def _open(source: Source, dtype: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer."""
     if isinstance(source, tuple):
         model, tokenizer = source
@@ -264,7 +266,7 @@ def _open(source: Source, dtype: str) -> tuple[Any, Any]:
 
     if dtype == "auto":
         dtype = "auto" if torch.cuda.is_available() else "float32"
-    model, tokenizer = featherweight.load(source, dtype=dtype)
+    model, tokenizer = featherweight.load(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise EvaluationError(f"{source} has no tokenizer: copy the tokenizer files of the original beside the weights")
     if torch.cuda.is_available():
