@@ -72,6 +72,7 @@ class Checkpoint:
     def at(cls, place: Place) -> Checkpoint:
         """Open what `resolve` has found."""
         config = _read_config(place.folder)
+        parse_object(place.folder / "config.json", config)  # its faults come before those of the weights
         shards = find_shards(place.folder) if place.file is None else Shards((place.file.name,), {})
         return cls._open_shards(place.folder, config, shards)
 

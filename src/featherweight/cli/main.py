@@ -50,9 +50,7 @@ RepetitionPenalty = Annotated[
     ),
 ]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, compressed or not, a .safetensors file or a hub id.")
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
 ]
