@@ -7,6 +7,10 @@ class FeatherError(Exception):
     """Base of all errors raised on purpose; the command line prints its text alone and exits with 1."""
 
 
+class FeatherWarning(UserWarning):
+    """What a person should know although the work goes on; the command line prints its text as a note."""
+
+
 class CheckpointError(FeatherError):
     """A source checkpoint cannot be read: missing, truncated, hostile, of a refused kind, or of unknown structure."""
 

@@ -45,7 +45,7 @@ class Skeleton:
         attention: str = "sdpa",
     ) -> None:
         self.checkpoint, self.anatomy, self.dtype, self.device = checkpoint, anatomy, dtype, torch.device(device)
-        self.model: Any = build_model(checkpoint, dtype, attention)
+        self.model: Any = build_model(checkpoint, dtype, attention, own_head=anatomy.head is not None)
         self.placement = Placement(self.model, checkpoint.names, lambda name: checkpoint.entry(name).shape)
         every = (*anatomy.layers, anatomy.head) if anatomy.head else anatomy.layers
         self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in every}
@@ -206,8 +206,11 @@ class Skeleton:
         return parameter.data
 
 
-def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
-    """The class named in config.json, parameters on the meta device, buffers computed."""
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_head: bool = False) -> Any:
+    """The class named in config.json, parameters on the meta device, buffers computed.
+
+    own_head : the output layer is not the embedding, whatever config.json says
+    """
     import transformers
 
     if checkpoint.quantization_config:
@@ -231,6 +234,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> A
     model_class = _model_class(transformers, checkpoint, config)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    if own_head and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
     with _building, _parameters_on_meta():
         try:
             model = _from_config(model_class, config, dtype, attention)

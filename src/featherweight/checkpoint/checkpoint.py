@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +10,19 @@ from typing import Any
 
 import torch
 
+from featherweight.checkpoint.prefixes import unwrapped
+from featherweight.checkpoint.resolve import PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
 from featherweight.checkpoint.safetensors_file import Entry, SafetensorsFile
+from featherweight.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards, find_shards, parse_object
 from featherweight.errors import CheckpointError
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint"]
+
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab")
 COPIED_NAMES = re.compile(r"(tokenizer|vocab|merges|licen[cs]e|notice|use_policy)", re.IGNORECASE)
 FOREIGN_SUFFIXES = (".safetensors", ".onnx", ".gguf", ".h5", ".msgpack", ".tflite", ".ot", ".npz", ".mlmodel")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+ADAPTER_NAME = re.compile(r"adapter_(config|model)\b")  # in an output they would name weights that are not there
+COMPARED_BYTES = 16 << 20
 
 
 class Checkpoint:
@@ -31,21 +33,32 @@ class Checkpoint:
     folder : Path
     config : dict, the content of config.json
     files : tuple[SafetensorsFile, ...], the shards in the order of their names
-    names : tuple[str, ...], all tensors by shard and, within it, by offset
+    names : tuple[str, ...], all tensors by shard and, within it, by offset; without the prefix of a wrapper
+    notes : tuple[str, ...], what is odd about the folder, a sentence each
     """
 
-    def __init__(self, folder: Path, config_bytes: bytes, files: tuple[SafetensorsFile, ...]) -> None:
+    def __init__(
+        self, folder: Path, config_bytes: bytes, files: tuple[SafetensorsFile, ...], notes: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = _parse_object(folder / "config.json", config_bytes)
+        self.config: dict[str, Any] = parse_object(folder / "config.json", config_bytes)
         self.files = files
         self._config_bytes = config_bytes
-        self._file_of: dict[str, SafetensorsFile] = {}
+        place: dict[str, SafetensorsFile] = {}
+        twice: list[str] = []
         for file in files:
-            for name in file.entries:
-                other = self._file_of.setdefault(name, file)
-                if other is not file:
-                    raise CheckpointError(f"tensor {name!r} is in two shards, {other.path.name} and {file.path}")
+            twice += [name for name in file.entries if name in place]
+            place |= dict.fromkeys(file.entries, file)  # of two, the later one counts, as in transformers
+        if twice:
+            notes += (f"tensor {twice[0]!r} is in two shards of {folder}: that in {place[twice[0]].path.name} is used",)
+        self.renamed = unwrapped(place)
+        self._stored = {name: stored for stored, name in self.renamed.items()}
+        self._file_of = {name: place[stored] for name, stored in self._stored.items()}
         self.names = tuple(self._file_of)
+        if any(name != stored for name, stored in self._stored.items()):
+            first = next((name, stored) for name, stored in self._stored.items() if name != stored)
+            notes += (f"the tensors of {folder} carry a wrapper's prefix: {first[1]!r} is read as {first[0]!r}",)
+        self.notes = notes
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
@@ -53,47 +66,27 @@ class Checkpoint:
 
         Raises CheckpointError, in one sentence, for whatever keeps the model from being read.
         """
-        path = Path(model).expanduser()
-        try:
-            exists, is_folder = path.exists(), path.is_dir()
-        except (OSError, ValueError) as error:  # too long a name, a NUL byte
-            raise CheckpointError(f"{str(model)[:200]!r} is neither a path nor a hub id ({error})") from error
-        if is_folder:
-            return cls._open_folder(path)
-        if exists:
-            return cls._open_file(path)
-        if not isinstance(model, str) or not HUB_ID.fullmatch(model):
-            raise CheckpointError(
-                f"there is no folder or file {model}, and it does not look like a hub id (owner/name)"
-            )
-        from featherweight.checkpoint.hub import download
-
-        return cls._open_folder(download(model, revision=revision, token=token))
+        return cls.at(resolve(model, revision=revision, token=token))
 
     @classmethod
-    def _open_folder(cls, folder: Path) -> Checkpoint:
-        config = _read_config(folder)
-        names, index = _find_shards(folder)
-        return cls._open_shards(folder, config, names, index)
+    def at(cls, place: Place) -> Checkpoint:
+        """Open what `resolve` has found."""
+        config = _read_config(place.folder)
+        parse_object(place.folder / "config.json", config)  # its faults come before those of the weights
+        shards = find_shards(place.folder) if place.file is None else Shards((place.file.name,), {})
+        return cls._open_shards(place.folder, config, shards)
 
     @classmethod
-    def _open_file(cls, path: Path) -> Checkpoint:
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise CheckpointError(_pickle_text(path))
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is not a model: give a folder, a .safetensors file or a hub id")
-        return cls._open_shards(path.parent, _read_config(path.parent), [path.name], {})
-
-    @classmethod
-    def _open_shards(cls, folder: Path, config: bytes, names: list[str], index: dict[str, str]) -> Checkpoint:
+    def _open_shards(cls, folder: Path, config: bytes, shards: Shards) -> Checkpoint:
         files: list[SafetensorsFile] = []
         try:
-            files.extend(SafetensorsFile.open(folder / name) for name in names)
-            shards = {file.path.name: file for file in files}
-            for tensor, shard in index.items():
-                if tensor not in shards[shard].entries:
-                    raise CheckpointError(f"{folder / INDEX_NAME} places tensor {tensor!r} in {shard}, which lacks it")
-            checkpoint = cls(folder, config, tuple(files))
+            for name in shards.names:
+                refuse_lfs_pointer(folder / name)
+                files.append(SafetensorsFile.open(folder / name))
+            there = {file.path.name: file.entries for file in files}
+            lost = [tensor for tensor, shard in shards.placed.items() if tensor not in there[shard]]
+            note = f"{folder / INDEX_NAME} places tensor {lost[0]!r} in a shard that lacks it" if lost else ""
+            checkpoint = cls(folder, config, tuple(files), (*shards.notes, note) if note else shards.notes)
             if not checkpoint.names:
                 raise CheckpointError(f"{folder} has no weights: its safetensors files hold no tensor")
             return checkpoint
@@ -121,12 +114,12 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
-        return sum(entry.nbytes for file in self.files for entry in file.entries.values())
+        return sum(self.entry(name).nbytes for name in self.names)
 
     @property
     def parameters(self) -> int:
         """Number of elements of all tensors."""
-        return sum(entry.elements for file in self.files for entry in file.entries.values())
+        return sum(self.entry(name).elements for name in self.names)
 
     def has(self, name: str) -> bool:
         return name in self._file_of
@@ -138,28 +131,46 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}") from None
 
     def entry(self, name: str) -> Entry:
-        return self.file_of(name).entry(name)
+        return self.file_of(name).entry(self._stored[name])
 
     def tensor(self, name: str) -> torch.Tensor:
         """See SafetensorsFile.tensor."""
-        return self.file_of(name).tensor(name)
+        return self.file_of(name).tensor(self._stored[name])
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """See SafetensorsFile.rows."""
-        return self.file_of(name).rows(name, first, last)
+        return self.file_of(name).rows(self._stored[name], first, last)
 
     def release(self, name: str, first: int | None = None, last: int | None = None) -> None:
         """See SafetensorsFile.release."""
-        self.file_of(name).release(name, first, last)
+        self.file_of(name).release(self._stored[name], first, last)
 
     def raw_windows(self, name: str, window_bytes: int = 16 << 20) -> Iterator[memoryview]:
         """See SafetensorsFile.raw_windows."""
-        return self.file_of(name).raw_windows(name, window_bytes)
+        return self.file_of(name).raw_windows(self._stored[name], window_bytes)
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether two tensors hold different values. Reads both up to the first window that differs."""
+        first, second = self.entry(one), self.entry(other)
+        if first.shape != second.shape:
+            return True
+        rows = first.shape[0] if first.shape else 0
+        step = max(1, COMPARED_BYTES * rows // max(1, first.nbytes))
+        for start in range(0, rows, step):
+            end = min(rows, start + step)
+            pair = (self.rows(one, start, end), self.rows(other, start, end))
+            same = torch.equal(*pair) if pair[0].dtype == pair[1].dtype else torch.equal(*(t.float() for t in pair))
+            self.release(one, start, end)
+            self.release(other, start, end)
+            if not same:
+                return True
+        return False
 
     def other_files(self) -> tuple[Path, ...]:
         """What belongs beside the weights: tokenizer, templates, generation config, code, licence; sorted by name.
 
-        Not among them: config.json (whoever writes an output amends it), weights of any format, their index, README.
+        Not among them: config.json (whoever writes an output amends it), weights of any format, their index, README,
+        and the description of an adapter, whose weights are not the model's.
         """
         return tuple(sorted(path for path in self.folder.iterdir() if _belongs_beside_weights(path)))
 
@@ -177,66 +188,8 @@ class Checkpoint:
 def _read_config(folder: Path) -> bytes:
     try:
         return (folder / "config.json").read_bytes()
-    except FileNotFoundError:
-        if (folder / "adapter_config.json").exists():
-            raise CheckpointError(f"{folder} is a PEFT adapter, not a model: merge it into its base first") from None
-        raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face model folder") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {folder / 'config.json'}: {error.strerror or error}") from error
-
-
-def _parse_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:200]}") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(parsed).__name__}")
-    return parsed
-
-
-def _find_shards(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the weight files and, for a sharded model, the index: tensor -> shard."""
-    present = sorted(path.name for path in folder.glob("*.safetensors"))
-    if SINGLE_NAME in present:
-        return [SINGLE_NAME], {}
-    if (folder / INDEX_NAME).exists():
-        index = _read_index(folder)
-        return sorted(set(index.values())), index
-    if len(present) == 1:
-        return present, {}
-    if present:
-        raise CheckpointError(
-            f"{folder} has {len(present)} safetensors files but no {INDEX_NAME} to say what they hold"
-        )
-    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(_pickle_text(pickles[0]))
-    raise CheckpointError(f"{folder} has no weights: there is no .safetensors file in it")
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX_NAME
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    weight_map = _parse_object(path, content).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
-    for shard in sorted(set(weight_map.values())):
-        if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {shard!r}, which is not a safetensors file in the same folder")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder} lacks the shard {shard} that its index names; download it again")
-    return weight_map
-
-
-def _pickle_text(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is read, and there are no safetensors: "
-        "convert the model first (load it where you trust it and call save_pretrained(..., safe_serialization=True))"
-    )
 
 
 def _belongs_beside_weights(path: Path) -> bool:
@@ -244,5 +197,7 @@ def _belongs_beside_weights(path: Path) -> bool:
     if name.startswith(".") or name == "config.json" or name.lower().startswith("readme") or not path.is_file():
         return False
     if suffix in PICKLE_SUFFIXES or suffix in FOREIGN_SUFFIXES or name.endswith(".index.json"):
+        return False
+    if ADAPTER_NAME.match(name):
         return False
     return suffix in COPIED_SUFFIXES or COPIED_NAMES.match(name) is not None

@@ -19,6 +19,7 @@ from featherweight.errors import CheckpointError
 class Verification:
     """problems : one sentence each; empty means the folder is whole
     tensors, hashed : how many there are, and how many of them had a hash to compare with
+    notes : what is odd but no fault
     modules : compressed modules whose tensors were checked against their spec
     """
 
@@ -27,6 +28,7 @@ class Verification:
     modules: int = 0
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -49,6 +51,7 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
                 result.problems.append(f"config.json: {error}")
                 specs = {}
             _verify_modules(checkpoint, specs, result)
+        _verify_completeness(checkpoint, result)
     return result
 
 
@@ -79,6 +82,20 @@ def _verify_file(file: SafetensorsFile, ours: bool, result: Verification, told: 
         elif hashes:
             result.problems.append(f"{file.path}: tensor {name} has no hash while others have")
         told()
+
+
+def _verify_completeness(checkpoint: Checkpoint, result: Verification) -> None:
+    """Whether the tensors are those of the model that config.json describes."""
+    from featherweight.integrations.accounting import check_complete, check_compressed
+
+    config = checkpoint.quantization_config
+    try:
+        if config is None:
+            result.notes += check_complete(checkpoint).notes
+        elif config.get("quant_method") == METHOD and not result.problems:
+            result.notes += check_compressed(checkpoint)
+    except CheckpointError as error:
+        result.problems.append(str(error))
 
 
 def _verify_modules(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], result: Verification) -> None:

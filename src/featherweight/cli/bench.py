@@ -18,6 +18,7 @@ def run_bench(
     cache: str,
     engine: str,
     repeats: int,
+    trust_remote_code: bool,
     json: Path | None,
 ) -> None:
     import torch
@@ -36,6 +37,7 @@ def run_bench(
         cache=cache,
         threads=thread_count(threads),
         repeats=repeats,
+        trust_remote_code=trust_remote_code,
     )
     write_json(json, report)
     out_console().print(facts(_rows(report)))

@@ -88,6 +88,7 @@ def run_compress(
     seed: int,
     max_memory: str | None,
     overwrite: bool,
+    trust_remote_code: bool,
     json: Path | None,
 ) -> None:
     from featherweight.compress.engine import compress
@@ -104,6 +105,7 @@ def run_compress(
             seed=seed,
             max_memory=max_memory,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
             observer=watcher,
         )
     write_json(json, result.to_json())
@@ -136,7 +138,13 @@ def run_compress(
 
 
 def run_plan(
-    model: str, recipe: str, changes: list[str], threads: int | None, max_memory: str | None, json: Path | None
+    model: str,
+    recipe: str,
+    changes: list[str],
+    threads: int | None,
+    max_memory: str | None,
+    trust_remote_code: bool,
+    json: Path | None,
 ) -> None:
     from featherweight.checkpoint.checkpoint import Checkpoint
     from featherweight.compress.engine import estimate_seconds
@@ -145,7 +153,10 @@ def run_plan(
 
     chosen = load_recipe(recipe, changes)
     with Checkpoint.open(model) as checkpoint:
-        made = make_plan(checkpoint, chosen, threads, parse_size(max_memory) if max_memory else None)
+        limit = parse_size(max_memory) if max_memory else None
+        made = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     summary = {**made.summary(), "seconds": estimate_seconds(made)}
     write_json(json, summary)
     console = out_console()
@@ -156,7 +167,10 @@ def run_plan(
                 ("recipe", summary["recipe"]),
                 ("family", f"{summary['family']}, {summary['blocks']} blocks"),
                 ("parameters", f"{summary['parameters']:,}"),
-                ("source tensors", f"{tensors['replaced']} replaced, {tensors['copied']} copied, 0 dropped"),
+                (
+                    "source tensors",
+                    f"{tensors['replaced']} replaced, {tensors['copied']} copied, {tensors['dropped']} dropped",
+                ),
                 ("weights compressed", f"{summary['weights']:,} in {summary['layers']} layers"),
                 (
                     "bits per weight",
@@ -208,13 +222,14 @@ def run_eval(
     dtype: str,
     limit: int | None,
     threads: int | None,
+    trust_remote_code: bool,
     json: Path | None,
 ) -> None:
     from featherweight.evaluate.evaluation import evaluate
 
     quiet_transformers()
     with steps("evaluating") as tell:
-        result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads)
+        result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads, trust_remote_code)
     report = result.to_json()
     write_json(json, report)
     bits = report["bits_per_weight"]
@@ -279,6 +294,8 @@ def run_verify(model: str) -> None:
         print(problem, file=sys.stderr)
     if not result.whole:
         raise CheckpointError(f"{model} is damaged: {len(result.problems)} problem(s); fetch or make it again")
+    for text in result.notes:
+        print(f"note: {text}", file=sys.stderr)
     unhashed = result.tensors - result.hashed
     note = f"; {unhashed} tensors carry no hash, only their headers were checked" if unhashed else ""
     print(
@@ -310,6 +327,7 @@ def run_calibrate(
     changes: list[str],
     threads: int | None,
     overwrite: bool,
+    trust_remote_code: bool,
     json: Path | None,
 ) -> None:
     import torch
@@ -340,9 +358,11 @@ def run_calibrate(
                 done += 1
                 tell(done, event.get("of", done))
 
+        chosen = [n.strip() for n in needs]
         written = gather_statistics(
-            model, out, calibration, [n.strip() for n in needs], settings, overwrite=overwrite, tell=watch
-        )
+            model, out, calibration, chosen, settings,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, tell=watch,
+        )  # fmt: skip
     size = written.stat().st_size
     write_json(json, {"file": str(written), "bytes": size, "needs": needs})
     out_console().print(facts([("statistics", str(written)), ("size", size_text(size))]))

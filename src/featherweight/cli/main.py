@@ -60,7 +60,9 @@ RepetitionPenalty = Annotated[
 ]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
-DirArgument = Annotated[str, typer.Argument(metavar="DIR", help="A model folder, compressed or not.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -89,12 +91,16 @@ def compress(
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Compress a model. Interrupted, the same command goes on where it stopped."""
     from featherweight.cli.commands import run_compress
 
-    run_compress(model, recipe, out, changes or [], calibration, base_model, threads, seed, max_memory, overwrite, json)
+    run_compress(
+        model, recipe, out, changes or [], calibration, base_model, threads, seed, max_memory, overwrite,
+        trust_remote_code, json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -108,12 +114,13 @@ def calibrate(
     changes: Changes = None,
     threads: Threads = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
     from featherweight.cli.commands import run_calibrate
 
-    run_calibrate(model, out, calibration, needs.split(","), changes or [], threads, overwrite, json)
+    run_calibrate(model, out, calibration, needs.split(","), changes or [], threads, overwrite, trust_remote_code, json)
 
 
 @app.command()
@@ -123,12 +130,13 @@ def plan(
     changes: Changes = None,
     threads: Threads = None,
     max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
+    trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Say what compressing a model would do and need, without doing it."""
     from featherweight.cli.commands import run_plan
 
-    run_plan(model, recipe, changes or [], threads, max_memory, json)
+    run_plan(model, recipe, changes or [], threads, max_memory, trust_remote_code, json)
 
 
 @app.command("eval")
@@ -146,17 +154,18 @@ def evaluate(
     dtype: Dtype = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
     threads: Threads = None,
+    trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity by a named protocol, true size, and the distance from the original."""
     from featherweight.cli.commands import run_eval
 
-    run_eval(model, against, text, protocol, context, dtype, limit, threads, json)
+    run_eval(model, against, text, protocol, context, dtype, limit, threads, trust_remote_code, json)
 
 
 @app.command()
 def generate(
-    model: DirArgument,
+    model: ModelArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
     temperature: Temperature = None,
@@ -169,18 +178,19 @@ def generate(
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
     threads: Threads = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.talk import run_generate
     from featherweight.cli.talkers import Choices
 
     choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_generate(model, prompt, choices, engine, dtype, kv_cache, threads)
+    run_generate(model, prompt, choices, engine, dtype, kv_cache, threads, trust_remote_code)
 
 
 @app.command()
 def chat(
-    model: DirArgument,
+    model: ModelArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 256,
     temperature: Temperature = None,
@@ -193,17 +203,18 @@ def chat(
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
     threads: Threads = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends."""
     from featherweight.cli.talk import run_chat
     from featherweight.cli.talkers import Choices
 
     choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_chat(model, system, choices, engine, dtype, kv_cache, threads)
+    run_chat(model, system, choices, engine, dtype, kv_cache, threads, trust_remote_code)
 
 
 @app.command()
-def inspect(model: DirArgument, json: JsonFile = None) -> None:
+def inspect(model: ModelArgument, json: JsonFile = None) -> None:
     """Show what a folder holds: layers, codes, bits, errors."""
     from featherweight.cli.commands import run_inspect
 
@@ -211,7 +222,7 @@ def inspect(model: DirArgument, json: JsonFile = None) -> None:
 
 
 @app.command()
-def verify(model: DirArgument) -> None:
+def verify(model: ModelArgument) -> None:
     """Check every tensor of a folder against its hash and its spec. Exit code 1 if anything is wrong."""
     from featherweight.cli.commands import run_verify
 
@@ -228,7 +239,7 @@ def methods(json: JsonFile = None) -> None:
 
 @app.command()
 def bench(
-    model: DirArgument,
+    model: ModelArgument,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
     generate: Annotated[int, typer.Option("--generate", min=1, help="Tokens to generate.")] = 64,
     context: Annotated[
@@ -238,12 +249,13 @@ def bench(
     engine: Annotated[str, typer.Option("--engine", help="auto, native or transformers.")] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, of which the best counts.")] = 3,
     threads: Threads = None,
+    trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
     from featherweight.cli.bench import run_bench
 
-    run_bench(model, threads, prompt, generate, context, cache, engine, repeats, json)
+    run_bench(model, threads, prompt, generate, context, cache, engine, repeats, trust_remote_code, json)
 
 
 @app.command()
@@ -263,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     from featherweight.errors import FeatherError
 
     arguments = _one_set_each(sys.argv[1:] if arguments is None else arguments)
+    _say_warnings()
     try:
         app(args=arguments, prog_name="feather")
     except SystemExit as stop:
@@ -291,6 +304,25 @@ def _one_set_each(arguments: list[str]) -> list[str]:
             within = argument == "--set"
         spread.append(argument)
     return spread
+
+
+def _say_warnings() -> None:
+    """Our own warnings become notes, each said once."""
+    import warnings
+
+    from featherweight.errors import FeatherWarning
+
+    show, said = warnings.showwarning, set[str]()
+
+    def note(message: Any, category: Any, *rest: Any, **named: Any) -> None:
+        if not issubclass(category, FeatherWarning):
+            show(message, category, *rest, **named)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"note: {message}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = note
+    warnings.simplefilter("always", FeatherWarning)
 
 
 def _interrupted(arguments: list[str]) -> None:

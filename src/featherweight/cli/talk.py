@@ -10,10 +10,17 @@ from featherweight.errors import FeatherError
 
 
 def run_generate(
-    folder: str, prompt: str, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
+    folder: str,
+    prompt: str,
+    choices: Choices,
+    engine: str,
+    dtype: str,
+    cache: str,
+    threads: int | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Print a prompt and its continuation."""
-    talker = open_talker(folder, engine, dtype, threads, cache)
+    talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
     tokens = talker.encode(prompt)
     if not tokens:
         raise FeatherError("the prompt is empty; give some text to continue with --prompt")
@@ -22,10 +29,17 @@ def run_generate(
 
 
 def run_chat(
-    folder: str, system: str | None, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
+    folder: str,
+    system: str | None,
+    choices: Choices,
+    engine: str,
+    dtype: str,
+    cache: str,
+    threads: int | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Ask for a line, print the answer, and so on until a line is empty."""
-    talker = open_talker(folder, engine, dtype, threads, cache)
+    talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []

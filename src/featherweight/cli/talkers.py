@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from featherweight.checkpoint.resolve import Place, resolve
 from featherweight.errors import CheckpointError, FeatherError
 
 if TYPE_CHECKING:
@@ -60,7 +61,14 @@ class Talker(Protocol):
         """Continue `tokens`, print the text as it is made, return it."""
 
 
-def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache: str = "auto") -> Talker:
+def open_talker(
+    model: str,
+    engine: str,
+    dtype: str,
+    threads: int | None,
+    cache: str = "auto",
+    trust_remote_code: bool = False,
+) -> Talker:
     """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype.
 
     A chosen KV cache speaks for the native decoder: transformers has none of ours.
@@ -70,22 +78,19 @@ def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache
             raise FeatherError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     if engine == "transformers" and cache != "auto":
         raise FeatherError(f"--kv-cache {cache} is the native decoder's: leave it out with --engine transformers")
+    place = resolve(model)
     if engine == "native" or cache != "auto":
-        return NativeTalker.open(folder, dtype, threads, cache)
-    if engine == "transformers" or dtype != "auto" or not _is_folder(folder) or _has_gpu():
-        return TransformersTalker(folder, dtype, threads)
+        return NativeTalker.open(place, dtype, threads, cache)
+    if engine == "transformers" or dtype != "auto" or _has_gpu():
+        return TransformersTalker(place.model, dtype, threads, trust_remote_code)
     from featherweight.engine.families import UnsupportedModelError
 
     try:
-        return NativeTalker.open(folder, dtype, threads, cache)
+        return NativeTalker.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
-        talker = TransformersTalker(folder, dtype, threads)
+        talker = TransformersTalker(place.model, dtype, threads, trust_remote_code)
         print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
         return talker
-
-
-def _is_folder(folder: str) -> bool:
-    return Path(folder).is_dir()
 
 
 def _has_gpu() -> bool:
@@ -94,7 +99,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _no_tokenizer(folder: str) -> CheckpointError:
+def _no_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights")
 
 
@@ -127,7 +132,7 @@ class NativeTalker(_TextSide):
         self.answers = 0
 
     @classmethod
-    def open(cls, folder: str, dtype: str, threads: int | None, cache: str) -> NativeTalker:
+    def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeTalker:
         """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits.
 
         Raises:
@@ -143,15 +148,15 @@ class NativeTalker(_TextSide):
             raise FeatherError(
                 f"the native engine computes in auto or float32, not in {dtype}; --engine transformers does"
             )
-        path = Path(folder)
-        foreign = generation_defaults(path, read_object(path / "config.json")).foreign
+        folder = place.folder
+        foreign = generation_defaults(folder, read_object(folder / "config.json")).foreign
         if foreign:
             raise UnsupportedModelError(
                 f"{folder} asks in {FILE_NAME} or config.json for {', '.join(foreign)}, which the native decoder lacks"
             )
         kv_cache = "float16" if cache == "auto" else cache
-        model = NativeModel.open(folder, threads, kv_cache, "float" if dtype == "float32" else "int8")
-        tokenizer = Tokenizer.open(path)
+        model = NativeModel.open(place.model, threads, kv_cache, "float" if dtype == "float32" else "int8")
+        tokenizer = Tokenizer.open(folder)
         if tokenizer is None:
             raise _no_tokenizer(folder)
         return cls(model, tokenizer)
@@ -173,7 +178,7 @@ class NativeTalker(_TextSide):
 class TransformersTalker(_TextSide):
     """Any model that transformers loads."""
 
-    def __init__(self, folder: str, dtype: str, threads: int | None) -> None:
+    def __init__(self, folder: Path, dtype: str, threads: int | None, trust_remote_code: bool = False) -> None:
         import torch
 
         from featherweight.api import load
@@ -187,13 +192,18 @@ class TransformersTalker(_TextSide):
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))
         chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
-        self.model, tokenizer = load(folder, dtype=chosen, device_map="auto" if torch.cuda.is_available() else None)
+        self.model, tokenizer = load(
+            folder,
+            dtype=chosen,
+            device_map="auto" if torch.cuda.is_available() else None,
+            trust_remote_code=trust_remote_code,
+        )
         if tokenizer is None:
             raise _no_tokenizer(folder)
         if not self.model.can_generate():
             raise FeatherError(f"{folder} is not a model that writes text (it is a {type(self.model).__name__})")
         self.tokenizer = Tokenizer.of(tokenizer)
-        path = Path(folder) if _is_folder(folder) else Path(str(self.model.name_or_path))
+        path = Path(str(self.model.name_or_path))
         self.defaults = generation_defaults(path, read_object(path / "config.json"))
         self.context = own_context(self.model)
         self.answers = 0

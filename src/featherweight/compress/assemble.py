@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight import __version__
+from featherweight.checkpoint.anatomy import config_ties
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import FORMAT_VERSION, quantization_config
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
@@ -43,8 +44,9 @@ def lay_out(
         jobs_of.setdefault(job.layer.tensor, []).append(index)
     shards: list[list[dict[str, Any]]] = [[]]
     size = 0
-    added = [name for name in changed if name not in checkpoint.names]
-    for name in [*checkpoint.names, *added]:
+    names = [name for name in checkpoint.names if name not in plan.dropped]
+    added = [name for name in changed if name not in names]
+    for name in [*names, *added]:
         if name in jobs_of:
             entries: list[tuple[dict[str, Any], int]] = [
                 ({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]
@@ -158,13 +160,16 @@ def write_rest(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / "model.safetensors.index.json", to_json(index))
     specs = {record["name"]: record["spec"] for record in records}
-    added = [name for name in assembly.get("changed", []) if name not in checkpoint.names]
+    kept = set(checkpoint.names) - plan.dropped.keys()
+    added = [name for name in assembly.get("changed", []) if name not in kept]
     for name in _of_codes(added, records):
         layer = name.removesuffix(".bias")
         specs[layer] = {**specs[layer], "bias": True}
     given = [name.removesuffix(".bias") for name in added if name.endswith(".bias")]
     recipe = plan.recipe.dump()
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
+    if plan.anatomy.head is not None and config_ties(checkpoint):  # its own head counts, for every reader
+        config["tie_word_embeddings"] = False
     config["quantization_config"] = quantization_config(specs, recipe, [name for name in given if name not in specs])
     manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []), assembly.get("added_bytes", 0))
     if assembly.get("whole_model"):

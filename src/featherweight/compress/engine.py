@@ -71,6 +71,7 @@ def compress(
     max_memory: int | str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> Compression:
     """Compress a checkpoint.
@@ -89,6 +90,7 @@ def compress(
     max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
         without it, recipes that run the network are refused where the memory that is free now is too little
     overwrite : replace an existing output or another unfinished run
+    trust_remote_code : run the code that the model's folder brings for its class or tokenizer
     observer : called with every event that goes to the log
 
     Called again after an interruption, it goes on; called again when complete, it returns at once.
@@ -118,7 +120,7 @@ def compress(
         if done is not None:
             RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
-        plan = make_plan(checkpoint, chosen, threads, limit)
+        plan = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
         with RunFolder.opened(out, identity, overwrite) as run:
             done = _finished(out, identity, overwrite)  # once more: another process may have been at work until now
             if done is not None:
@@ -126,6 +128,8 @@ def compress(
             if limit is None and not run.publishing and run.read_assembly() is None:
                 check_memory(plan)
             with Events(out, observer) as events:
+                for note in plan.notes:
+                    events({"event": "note", "text": note})
                 events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
                 manifest = read_manifest(out)

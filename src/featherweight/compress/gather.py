@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.checkpoint.anatomy import read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.compress.account import accounted_anatomy
 from featherweight.compress.data import Tell, text_windows
 from featherweight.errors import OutputError, RecipeError
 from featherweight.quantize.recipe import explain
@@ -24,6 +24,7 @@ def gather_statistics(
     settings: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     tell: Tell | None = None,
 ) -> Path:
     """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
@@ -49,7 +50,10 @@ def gather_statistics(
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
     with Checkpoint.open(model) as checkpoint:
-        anatomy = read_anatomy(checkpoint)
+        anatomy, notes, _ = accounted_anatomy(checkpoint, trust_remote_code)
+        if tell is not None:
+            for note in notes:
+                tell({"event": "note", "text": note})
         ids = text_windows(checkpoint, source, chosen, tell)
         with Calibration.open(checkpoint, anatomy, ids, chosen, needs, head=True, tell=tell) as calibration:
             save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
+from featherweight.compress.account import accounted_anatomy
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.memory import available_bytes, resident_bytes
 from featherweight.quantize.base import Choice, Grid, Rounding, SolveOptions
@@ -50,6 +51,7 @@ class Plan:
     copied : names of source tensors that are copied byte by byte
     replaced : names of source tensors whose place the jobs' tensors take
     dropped : source tensor -> reason; nothing is dropped silently
+    notes : what is odd about the checkpoint, a sentence each
     """
 
     anatomy: Anatomy
@@ -64,6 +66,7 @@ class Plan:
     linear_weights: int
     linear_dense_bytes: int
     options: SolveOptions
+    notes: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -246,16 +249,23 @@ def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
-    """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`."""
+    """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`.
+
+    Raises CheckpointError where the tensors are not those of the model that config.json describes.
+    """
     found = checkpoint.quantization_config
     if found is not None:
         raise CheckpointError(
             f"{checkpoint.folder} is quantised already (quant_method {found.get('quant_method')!r}); "
             "start from the original weights"
         )
-    anatomy = read_anatomy(checkpoint)
+    anatomy, notes, dropped = accounted_anatomy(checkpoint, trust_remote_code)
     grids = recipe.grids_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
@@ -266,7 +276,7 @@ def make_plan(
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
             jobs.append(Job(layer, DenseGrid(dtype=stored)))
-    copied = tuple(name for name in checkpoint.names if name not in chosen_tensors)
+    copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(
         anatomy=anatomy,
@@ -274,7 +284,8 @@ def make_plan(
         jobs=tuple(jobs),
         copied=copied,
         replaced=tuple(name for name in checkpoint.names if name in chosen_tensors),
-        dropped={},
+        dropped=dropped,
+        notes=notes,
         copied_bytes=sum(checkpoint.entry(name).nbytes for name in copied),
         source_bytes=checkpoint.total_bytes,
         parameters=checkpoint.parameters,

@@ -19,6 +19,24 @@ class UnsupportedModelError(CheckpointError):
     """The native decoder does not compute this kind of model; transformers may."""
 
 
+def _no_biases(config: Config) -> frozenset[str]:
+    return frozenset()
+
+
+def _llama_biases(config: Config) -> frozenset[str]:
+    """`attention_bias` asks for one behind each matrix of the attention, `mlp_bias` of the MLP."""
+    attention = {"query", "key", "value", "output"} if config.get("attention_bias") else set()
+    return frozenset(attention | ({"gate", "up", "down"} if config.get("mlp_bias") else set()))
+
+
+def _qwen2_biases(config: Config) -> frozenset[str]:
+    return frozenset(("query", "key", "value"))
+
+
+def _qwen3_biases(config: Config) -> frozenset[str]:
+    return frozenset(("query", "key", "value", "output") if config.get("attention_bias") else ())
+
+
 def _no_window(config: Config, layer: int) -> int:
     return 0
 
@@ -49,6 +67,7 @@ class Family:
         model_type, architecture: as config.json names them.
         defaults: values of settings that config.json may leave out.
         head_norms: whether queries and keys have an RMSNorm for every head.
+        biased: config with defaults -> roles of the matrices that have a bias.
         window: (config with defaults, layer) -> tokens that a token sees, itself included; 0 for all.
         embedding, norm, head, block: modules; `block` has the layer's number in it.
         parts: modules within a block by role.
@@ -58,6 +77,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]
     head_norms: bool = False
+    biased: Callable[[Config], frozenset[str]] = _no_biases
     window: Callable[[Config, int], int] = _no_window
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -91,7 +111,7 @@ COMMON = {
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
-LLAMA = Family("llama", "LlamaForCausalLM", COMMON)
+LLAMA = Family("llama", "LlamaForCausalLM", COMMON, biased=_llama_biases)
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
@@ -102,6 +122,7 @@ QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     COMMON | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    biased=_qwen2_biases,
     window=_qwen_window,
 )
 QWEN3 = Family(
@@ -109,6 +130,7 @@ QWEN3 = Family(
     "Qwen3ForCausalLM",
     COMMON | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     head_norms=True,
+    biased=_qwen3_biases,
     window=_qwen_window,
 )
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}

@@ -16,7 +16,11 @@ FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "num_local_exper
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Sizes as in config.json. windows: per layer, tokens that a token sees, 0 for all; tied: head = embedding."""
+    """Sizes as in config.json.
+
+    tied: head = embedding, unless another one is stored; biased: roles of the matrices that have a bias;
+    windows: per layer, tokens that a token sees, 0 for all
+    """
 
     family: Family
     layers: int
@@ -29,6 +33,7 @@ class Network:
     context: int
     epsilon: float
     tied: bool
+    biased: frozenset[str]
     windows: tuple[int, ...]
     rope: Rope
 
@@ -80,6 +85,7 @@ def network_of(config: Mapping[str, Any]) -> Network:
         context=context,
         epsilon=_epsilon(config),
         tied=bool(config["tie_word_embeddings"]),
+        biased=family.biased(config),
         windows=tuple(_window(family, config, layer) for layer in range(layers)),
         rope=rope_of(config, head_dim, context),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.checkpoint.accounting import missing_text, refuse_other_kinds, some
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD, module_specs
 from featherweight.checkpoint.integrity import TensorHashes, Verify
 from featherweight.codes import code_from, code_layout
 from featherweight.engine.families import UnsupportedModelError
 from featherweight.engine.network import Network
-from featherweight.errors import CheckpointError, FeatherError
+from featherweight.errors import CheckpointError, FeatherError, FeatherWarning
 from featherweight.kernels.library import thread_count
 from featherweight.kernels.operators import PackedLinear, pack_dense, pack_linear
 
@@ -67,13 +69,20 @@ def load_weights(
         UnsupportedModelError: the folder has tensors, or codes, that the native decoder does not know.
         CheckpointError: a tensor is missing, damaged or of the wrong shape.
     """
+    specs, given = _specs(checkpoint)
+    refuse_other_kinds(checkpoint, bool(specs))
     with TensorHashes(checkpoint.files, verify, thread_count(threads), used=True) as hashes:
-        return _packed(_Loader(checkpoint, _specs(checkpoint), threads, hashes), network, told)
+        return _packed(_Loader(checkpoint, specs, given, threads, hashes), network, told)
 
 
 def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] | None) -> Weights:
+    checkpoint = loader.checkpoint
     family = network.family
     head_shape = (network.vocabulary, network.hidden)
+    if network.tied and not checkpoint.has(f"{family.embedding}.weight") and checkpoint.has(f"{family.head}.weight"):
+        raise UnsupportedModelError(
+            f"the native decoder reads a tied embedding as {family.embedding}, not as {family.head}"
+        )
     embedding = loader.linear(family.embedding, head_shape)
     layers = []
     for number in range(network.layers):
@@ -81,21 +90,25 @@ def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] 
         if told:
             told(number + 1, network.layers)
     norm = loader.vector(family.norm, network.hidden)
-    head = loader.tied(family.head, embedding) if network.tied else loader.linear(family.head, head_shape)
-    loader.refuse_others(family.head if network.tied else None)
+    tied = network.tied and not loader.has_own_head(family.head, family.embedding)
+    head = loader.tied(family.head, embedding) if tied else loader.linear(family.head, head_shape)
+    loader.refuse_others(family.head if tied else None)
     return Weights(tuple(layers), _rows_operand(loader, embedding, family.embedding), norm, head)
 
 
-def _specs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def _specs(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
+    """Codes by module, and the modules to which the compression gave a bias that the class has not."""
     config = checkpoint.quantization_config
     if config is None:
-        return {}
+        return {}, frozenset()
     if config.get("quant_method") != METHOD:
         raise UnsupportedModelError(
             f"{checkpoint.folder} is quantised by {str(config.get('quant_method'))[:40]!r}, which the native decoder "
             "does not read"
         )
-    return module_specs(config)
+    specs, listed = module_specs(config), config.get("biases", [])
+    given = [name for name, spec in specs.items() if spec.get("bias") is True]
+    return specs, frozenset([*given, *(listed if isinstance(listed, list) else [])])
 
 
 def _layer(loader: _Loader, network: Network, block: str) -> Layer:
@@ -105,7 +118,10 @@ def _layer(loader: _Loader, network: Network, block: str) -> Layer:
         sizes |= {"query_norm": network.head_dim, "key_norm": network.head_dim}
     return Layer(
         {role: loader.vector(f"{block}.{parts[role]}", size) for role, size in sizes.items()},
-        {role: loader.linear(f"{block}.{parts[role]}", shape) for role, shape in network.shapes().items()},
+        {
+            role: loader.linear(f"{block}.{parts[role]}", shape, role in network.biased)
+            for role, shape in network.shapes().items()
+        },
     )
 
 
@@ -122,14 +138,21 @@ class _Loader:
     """Reads modules of a checkpoint and remembers which tensors have been used."""
 
     def __init__(
-        self, checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], threads: int | None, hashes: TensorHashes
+        self,
+        checkpoint: Checkpoint,
+        specs: dict[str, dict[str, Any]],
+        given: frozenset[str],
+        threads: int | None,
+        hashes: TensorHashes,
     ) -> None:
-        self.checkpoint, self.specs, self.threads, self.hashes = checkpoint, specs, threads, hashes
+        self.checkpoint, self.specs, self.given, self.threads = checkpoint, specs, given, threads
+        self.hashes = hashes
         self.used: set[str] = set()
+        self.plain: set[str] = set()  # biases of layers that the class has without
 
     def tensor(self, name: str) -> Tensor:
         if not self.checkpoint.has(name):
-            raise CheckpointError(f"{self.checkpoint.folder} has no tensor {name!r}, which its config.json asks for")
+            raise CheckpointError(missing_text(self.checkpoint, [name]))
         self.used.add(name)
         self.hashes.check(name)
         return self.checkpoint.tensor(name)
@@ -140,9 +163,12 @@ class _Loader:
             raise CheckpointError(f"tensor {module}.{name} is {found.dtype} {list(found.shape)}, expected [{size}]")
         return found.to(torch.float32).contiguous().clone()
 
-    def linear(self, module: str, shape: tuple[int, int]) -> PackedLinear:
-        has_bias = self.checkpoint.has(f"{module}.bias")
-        bias = self.vector(module, shape[0], "bias") if has_bias else None
+    def linear(self, module: str, shape: tuple[int, int], biased: bool = False) -> PackedLinear:
+        """A layer with a bias if its class has one, or the compression gave it one; what else is stored is unused."""
+        biased = biased or module in self.given
+        bias = self.vector(module, shape[0], "bias") if biased else None
+        if not biased:
+            self.plain.add(f"{module}.bias")
         spec = self.specs.get(module)
         if spec is None:
             packed = pack_dense(self._matrix(module, shape), bias, threads=self.threads)
@@ -163,10 +189,17 @@ class _Loader:
 
     def tied(self, module: str, embedding: PackedLinear) -> PackedLinear:
         """The output layer with the embedding's matrix, and a bias where the compression gave it one."""
-        if not self.checkpoint.has(f"{module}.bias"):
+        if module not in self.given:
             return embedding
         shape = (embedding.rows, embedding.cols)
         return PackedLinear(shape, embedding.terms, self.vector(module, shape[0], "bias"), embedding.note)
+
+    def has_own_head(self, head: str, embedding: str) -> bool:
+        """Whether a head is stored that is no copy of the embedding: then it counts, as in transformers 5."""
+        names = (f"{head}.weight", f"{embedding}.weight")
+        if head in self.specs:
+            return True
+        return self.checkpoint.has(names[0]) and (embedding in self.specs or self.checkpoint.differ(*names))
 
     def decoded(self, module: str) -> Tensor:
         """The matrix of a module, float32."""
@@ -176,11 +209,18 @@ class _Loader:
         return code_from(spec, self._stored(module, spec)).decode()
 
     def refuse_others(self, unused_module: str | None) -> None:
-        """UnsupportedModelError if a tensor has played no part: the network would be another one."""
+        """UnsupportedModelError if a tensor has played no part: the network would be another one.
+
+        A bias that config.json does not ask for is no part of it, as in transformers; that is said.
+        """
+        biases = [name for name in self.checkpoint.names if name in self.plain]
+        if biases:
+            text = f"{self.checkpoint.folder} holds {some(biases)}, which config.json does not ask for: not used"
+            warnings.warn(text, FeatherWarning, stacklevel=4)
         for name in self.checkpoint.names:
-            if name in self.used or name.endswith(IGNORED):
+            if name in self.used or name in self.plain or name.endswith(IGNORED):
                 continue
-            if unused_module is not None and name.startswith(f"{unused_module}."):
+            if unused_module is not None and name == f"{unused_module}.weight":
                 continue
             raise UnsupportedModelError(f"the native decoder does not know what the tensor {name[:120]!r} is for")
 

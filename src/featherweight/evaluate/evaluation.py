@@ -118,13 +118,15 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure `model`, a folder or (model, tokenizer), and how far it is from `against`.
 
     `text` is a UTF-8 file, plain or .xz or .gz; None is the text that comes with the package. `protocol` is one of
     own, 2048, 4096, strided, llama.cpp; `context` overrides its window. `dtype` auto is float32 on a CPU and the
-    checkpoint's own on a GPU. `limit` keeps the first tokens only. Models given as objects are put into evaluation mode
-    meanwhile, and then back. EvaluationError where a measurement is impossible.
+    checkpoint's own on a GPU. `limit` keeps the first tokens only. `trust_remote_code` runs the code that a folder
+    brings for its class. Models given as objects are put into evaluation mode meanwhile, and then back.
+    EvaluationError where a measurement is impossible.
 
     Example::
 
@@ -141,8 +143,8 @@ def evaluate(
     with _threads(threads), contextlib.ExitStack() as stack:
         reset_peak_memory()
         begun = time.perf_counter()
-        subject, tokenizer = _open(model, dtype)
-        original, other_tokenizer = (None, None) if against is None else _open(against, dtype, needed=False)
+        subject, tokenizer = _open(model, dtype, trust_remote_code)
+        original, other_tokenizer = (None, None) if against is None else _open(against, dtype, trust_remote_code, False)
         for one in (subject, original):
             if one is not None:
                 stack.enter_context(_evaluating(one))
@@ -278,7 +280,9 @@ def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
         )
 
 
-def _open(source: Source, dtype: str, needed: bool = True) -> tuple[Any, Any]:
+def _open(
+    source: Source, dtype: str, trust_remote_code: bool = False, needed: bool = True
+) -> tuple[Any, Any]:
     """A model and its tokenizer, which is `needed` or may be None."""
     if isinstance(source, tuple):
         return source
@@ -286,7 +290,7 @@ def _open(source: Source, dtype: str, needed: bool = True) -> tuple[Any, Any]:
 
     if dtype == "auto":
         dtype = "auto" if torch.cuda.is_available() else "float32"
-    model, tokenizer = featherweight.load(source, dtype=dtype)
+    model, tokenizer = featherweight.load(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer is None and needed:
         raise EvaluationError(f"{source} has no tokenizer: copy the tokenizer files of the original beside the weights")
     if torch.cuda.is_available():

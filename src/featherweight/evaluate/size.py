@@ -131,7 +131,7 @@ class OriginalView:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder = checkpoint.folder
         self.config = checkpoint.config
-        self.file_of = checkpoint.file_of
+        self.file_of, self._differ = checkpoint.file_of, checkpoint.differ
         self._shapes: dict[str, _Shape] = {}
         self._bytes: dict[str, int] = {}
         self.compressed: set[str] = set()
@@ -160,6 +160,10 @@ class OriginalView:
 
     def entry(self, name: str) -> _Shape:
         return self._shapes[name]
+
+    def differ(self, one: str, other: str) -> bool:
+        """See Checkpoint.differ; what is compressed is no copy of what is not."""
+        return bool({one, other} & self.compressed) or self._differ(one, other)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes stored for a tensor of the original."""

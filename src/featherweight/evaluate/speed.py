@@ -69,6 +69,7 @@ def measure_speed(
     cache: str = "auto",
     threads: int | None = None,
     repeats: int = REPEATS,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Prompt processing, greedy generation (tokens a second), and the read bandwidth (1e9 bytes/s).
 
@@ -84,7 +85,7 @@ def measure_speed(
     bandwidth = read_bandwidth(threads=threads)
     reset_peak_memory()
     begun = time.perf_counter()
-    runner = open_runner(folder, dtype, engine, cache, threads)
+    runner = open_runner(folder, dtype, engine, cache, threads, trust_remote_code)
     load_seconds = time.perf_counter() - begun
     prompt_tokens, new_tokens = _fitting(runner.context, prompt_tokens, new_tokens)
     before = prompt_tokens if context_tokens is None else min(context_tokens, prompt_tokens)
@@ -141,7 +142,12 @@ def _fitting(context: int | None, prompt: int, new: int) -> tuple[int, int]:
 
 
 def open_runner(
-    folder: str | Path, dtype: str = "auto", engine: str = "auto", cache: str = "auto", threads: int | None = None
+    folder: str | Path,
+    dtype: str = "auto",
+    engine: str = "auto",
+    cache: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Runner:
     """Load a model for measurements; the arguments are those of `measure_speed`."""
     if engine != "transformers" and not (engine == "auto" and torch.cuda.is_available()):
@@ -152,7 +158,7 @@ def open_runner(
                 raise
     if cache != "auto":
         raise EvaluationError(f"only the native engine has a KV cache of {cache}, and it does not run this model")
-    return TransformersRunner(folder, dtype)
+    return TransformersRunner(folder, dtype, trust_remote_code)
 
 
 def _native(folder: str | Path, cache: str, threads: int | None) -> Runner:
@@ -206,8 +212,8 @@ class TransformersRunner:
 
     name = "transformers"
 
-    def __init__(self, folder: str | Path, dtype: str) -> None:
-        self.model, _ = _open(folder, dtype)
+    def __init__(self, folder: str | Path, dtype: str, trust_remote_code: bool = False) -> None:
+        self.model, _ = _open(folder, dtype, trust_remote_code)
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.context = own_context(self.model)

@@ -107,6 +107,8 @@ def read_anatomy(checkpoint: Source) -> Anatomy:
     names = frozenset(checkpoint.names)
     family = find_family(checkpoint.config)
     base = family.find_base(names) if family else None
+    if family is not None and base is None:
+        raise _other_names(checkpoint, family)
     if family is None or base is None:
         family, base = infer_family(checkpoint), ""
     reader = _Reader(checkpoint, family, base)
@@ -114,6 +116,33 @@ def read_anatomy(checkpoint: Source) -> Anatomy:
     if not layers:
         raise no_structure(checkpoint)
     return reader.finish(layers)
+
+
+def own_head(checkpoint: Source) -> bool:
+    """Whether config.json ties the output layer to the embedding, but the checkpoint has another one of its own.
+
+    Then it is not tied: transformers 5 decides so, and what we write says so in config.json. A stored copy of the
+    embedding is no head of its own. The values are compared only where both are stored.
+    """
+    try:
+        return config_ties(checkpoint) and read_anatomy(checkpoint).head is not None
+    except CheckpointError:
+        return False
+
+
+def config_ties(checkpoint: Source) -> bool:
+    """Whether config.json, or the family where it is silent, ties the output layer to the embedding."""
+    family = find_family(checkpoint.config)
+    return checkpoint.config.get("tie_word_embeddings", family.tied_by_default if family else False) is True
+
+
+def _other_names(checkpoint: Source, family: Family) -> CheckpointError:
+    places = " or ".join(f"{base}.{family.blocks[0]}.0" if base else f"{family.blocks[0]}.0" for base in family.base)
+    return CheckpointError(
+        f"config.json of {checkpoint.folder} describes a model of the family {family.name}, whose blocks begin with "
+        f"{places}, but there is no such tensor (the first is {next(iter(checkpoint.names), 'none')[:120]}): the "
+        "weights are another model's, or were saved under other names"
+    )
 
 
 class _Reader:
@@ -242,7 +271,7 @@ class _Reader:
             return None, ()
         tensor = f"{family.head}.weight"
         says_tied = bool(embeddings) and config.get("tie_word_embeddings", family.tied_by_default) is True
-        if tensor in self.names and not says_tied:
+        if tensor in self.names and (not says_tied or self.checkpoint.differ(tensor, embeddings[0])):
             head = self._linear(tensor, family.head.rpartition(".")[2], Group({}, "head", "head"))
             norm = f"{self.join(family.head_norm)}.weight" if family.head_norm and not self.post_norm else None
             return replace(head, input_group="head", norm=norm if norm in self.names else None), ()

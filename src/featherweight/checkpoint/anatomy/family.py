@@ -18,6 +18,14 @@ groups:                               # linear layers that read the same input, 
     transposed: true                  # stored as [in, out]
     stacked: true                     # 3-D, experts in the leading dimension
     fused: {qkv_proj: [q_proj, k_proj, v_proj]}
+whole:                                # all tensors of an ordinary checkpoint, so that transformers need not be asked
+  architectures: [LlamaForCausalLM]   # classes that have exactly these
+  unless: [attention_bias]            # not where config.json sets one of these
+  needs: [head_dim]                   # nor where it leaves one of these to the class
+  blocks: model.layers
+  outside: {model.norm.weight: [hidden]}        # sizes: see checkpoint/accounting.py
+  head: {lm_head.weight: [vocabulary, hidden]}  # where it is not tied
+  block: {input_layernorm.weight: [hidden]}
 """
 
 from __future__ import annotations
@@ -62,6 +70,7 @@ class Family:
     architectures: tuple[str, ...] = ()
     tied_by_default: bool = False
     post_norm_when: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Any] | None = None
     declared: bool = True
 
     def find_base(self, names: Set[str]) -> str | None:

@@ -1,0 +1,70 @@
+"""A folder as transformers is to see it: the weight files that were chosen, and no adapter beside them.
+
+transformers reads `model.safetensors` or an index and nothing else, and where peft is installed it loads an adapter
+that lies beside the weights. Where what we read differs, it gets a folder of links that says the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.resolve import ADAPTER_CONFIG, Place
+from featherweight.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from featherweight.errors import CheckpointError
+
+
+class View:
+    """folder : for transformers to load from; `close` removes it if it was made for this
+    notes : what transformers would have done otherwise
+    """
+
+    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
+        self.notes: tuple[str, ...] = ()
+        self._made: str | None = None
+        self.folder = place.folder
+        if (place.folder / ADAPTER_CONFIG).exists():
+            self.notes = (f"{place.folder} holds an adapter beside a whole model: the model is used without it",)
+        if self.notes or not _is_usual(checkpoint, place):
+            self._made = tempfile.mkdtemp(prefix="featherweight-")
+            self.folder = Path(self._made)
+            try:
+                _link(checkpoint, place.folder.resolve(), self.folder)
+            except OSError as error:
+                self.close()
+                raise CheckpointError(
+                    f"cannot make a folder of links to {place.folder} in {tempfile.gettempdir()}: "
+                    f"{error.strerror or error}"
+                ) from error
+
+    def close(self) -> None:
+        if self._made is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+            self._made = None
+
+
+def _is_usual(checkpoint: Checkpoint, place: Place) -> bool:
+    """Whether transformers finds these very files by itself."""
+    names = [file.path.name for file in checkpoint.files]
+    single = (place.folder / SINGLE_NAME).exists()
+    if place.file is not None or names == [SINGLE_NAME]:
+        return names == [SINGLE_NAME]
+    return not single and (place.folder / INDEX_NAME).exists()
+
+
+def _link(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
+    for path in (source / "config.json", *checkpoint.other_files()):
+        os.symlink(path.resolve(), folder / path.name)
+    if len(checkpoint.files) == 1:
+        os.symlink(checkpoint.files[0].path.resolve(), folder / SINGLE_NAME)
+        return
+    weight_map: dict[str, str] = {}
+    for file in checkpoint.files:
+        os.symlink(file.path.resolve(), folder / file.path.name)
+        weight_map |= dict.fromkeys(file.entries, file.path.name)
+    index = {"metadata": {"total_size": checkpoint.total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")

@@ -1,0 +1,283 @@
+"""Asking transformers: does a checkpoint hold what its model class asks for, and what is left over?
+
+transformers fills what is missing with random numbers. So its own loader is run on meta tensors of the stored names,
+types and shapes, which costs no weights, and knows every renaming, fusing, tying and exception that the class has; its
+report is then read instead of switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from featherweight.checkpoint.accounting import (
+    Account,
+    architecture_of,
+    expert_gaps,
+    is_whole,
+    missing_text,
+    refuse_other_kinds,
+    some,
+)
+from featherweight.checkpoint.anatomy.source import Source
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.safetensors_file import TORCH_NAMES
+from featherweight.errors import CheckpointError
+from featherweight.integrations.calls import asking_transformers, one_line
+
+BESIDE = re.compile(r"(^|\.)pooler\.")
+"""Parts of an encoder that nothing else reads: without them the rest is still the model."""
+_asking = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A checkpoint is the model that its config.json describes.
+
+    notes : what is odd all the same, a sentence each
+    unexpected : names of its tensors that the class `asked` does not use
+    """
+
+    notes: tuple[str, ...]
+    unexpected: tuple[str, ...] = ()
+    asked: str = ""
+
+
+def check_complete(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Verdict:
+    """What is to be said of a checkpoint that is the model its config.json describes.
+
+    Only headers are read. For families whose file lists all tensors nobody is asked; else the model is built without
+    weights by the installed transformers.
+
+    Raises:
+        CheckpointError: tensors are missing, of other shapes, or of another kind, by name.
+    """
+    refuse_other_kinds(checkpoint, checkpoint.quantization_config is not None)
+    if is_whole(checkpoint):
+        return Verdict(checkpoint.notes)
+    account = account_of(checkpoint, trust_remote_code)
+    gaps = expert_gaps(checkpoint)
+    if account.unknown:
+        if gaps:
+            raise CheckpointError(missing_text(checkpoint, gaps))
+        note = f"{account.unknown}, so nobody checked whether tensors are missing"
+        return Verdict((*checkpoint.notes, note))
+    judge(checkpoint, account, gaps)
+    lacking = [name for name in account.missing if BESIDE.search(name)]
+    notes = list(checkpoint.notes)
+    if lacking:
+        notes.append(f"{checkpoint.folder} lacks {some(lacking)}, which nothing else reads: transformers makes it up")
+    if account.unexpected:
+        notes.append(unexpected_text(checkpoint, account))
+    return Verdict(tuple(notes), tuple(n for n in account.unexpected if checkpoint.has(n)), account.asked)
+
+
+def check_compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Notes about a folder that we compressed, if codes and plain tensors together are all that the class asks for.
+
+    Raises CheckpointError naming what is missing.
+    """
+    from featherweight.evaluate.size import OriginalView
+
+    view = OriginalView(checkpoint)
+    if is_whole(view):
+        return checkpoint.notes
+    account = account_of(view)
+    if account.unknown:
+        return (*checkpoint.notes, f"{account.unknown}, so nobody checked whether tensors are missing")
+    # a code's shape is that of the matrix, which the class may store the other way round; verify compares it
+    wrong = tuple(m for m in account.mismatched if checkpoint.has(m[0]))
+    judge(view, replace(account, mismatched=wrong), expert_gaps(view))
+    return checkpoint.notes
+
+
+def judge(checkpoint: Source, account: Account, gaps: Iterable[str] = ()) -> None:
+    """CheckpointError where an account shows another model than config.json describes."""
+    missing = [name for name in account.missing if not BESIDE.search(name)]
+    wrong = [m for m in account.mismatched if not _is_gap(m[0], gaps)]
+    if len(wrong) < len(account.mismatched) or (missing and gaps and all(_is_gap(name, gaps) for name in missing)):
+        raise CheckpointError(missing_text(checkpoint, list(gaps)))
+    if wrong:
+        name, stored, wanted = wrong[0]
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {name} as {list(stored)}, but {account.asked} with this config.json has it as "
+            f"{list(wanted)}{_and_more(len(wrong) - 1)}: config.json and the weights do not belong together"
+        )
+    if missing:
+        raise CheckpointError(missing_text(checkpoint, missing))
+
+
+def unexpected_text(checkpoint: Source, account: Account) -> str:
+    """The note about tensors that the class does not use."""
+    return (
+        f"{checkpoint.folder} holds {some(account.unexpected)}, which {account.asked} does not ask for: not part of "
+        "the model that runs"
+    )
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count} more)" if count else ""
+
+
+def _is_gap(name: str, gaps: Iterable[str]) -> bool:
+    """Whether a parameter of a class is the one in which experts are missing."""
+    lists = {gap.partition(".experts.")[0] for gap in gaps}
+    return any(f"{prefix}.experts." in f"{name}." or name.endswith(f"{prefix}.experts") for prefix in lists)
+
+
+def account_of(source: Source, trust_remote_code: bool = False) -> Account:
+    """What the class of config.json makes of the tensors of a checkpoint."""
+    import transformers
+
+    entries = {name: source.entry(name) for name in source.names}
+    tensors = {name: _meta(entry.shape, entry.dtype) for name, entry in entries.items()}
+    unknown = f"transformers {transformers.__version__} does not know the model in {source.folder}"
+    try:
+        with quietly():
+            config = transformers.AutoConfig.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            unknown = f"{source.folder} brings its own model class, which only --trust-remote-code runs"
+            return Account(unknown=unknown)
+        if _is_known(source.config):
+            with asking_transformers(f"read the config.json of {source.folder}"):
+                raise
+        return Account(unknown=unknown)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    accounts = []
+    for cls in classes_of(source.config, config, trust_remote_code):
+        try:
+            accounts.append(_ask(cls, config, tensors, source))
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:
+            return Account(unknown=f"{unknown} ({one_line(error)[:150]})")
+        if not accounts[-1].missing:
+            break
+    return min(accounts, key=lambda account: len(account.missing), default=Account(unknown=unknown))
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return isinstance(config.get("model_type"), str) and config["model_type"] in CONFIG_MAPPING
+
+
+def classes_of(stored: Mapping[str, Any], config: Any, trust_remote_code: bool = False) -> list[Any]:
+    """The class that config.json names; where it names none, those of its type that a checkpoint may be of."""
+    import transformers
+
+    named = architecture_of(stored)
+    found = getattr(transformers, named, None) if named else None
+    if found is not None and hasattr(found, "from_pretrained"):
+        return [found]
+    if trust_remote_code and isinstance(stored.get("auto_map"), dict):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for key in ("AutoModelForCausalLM", "AutoModel"):
+            if key in stored["auto_map"]:
+                return [get_class_from_dynamic_module(stored["auto_map"][key], config.name_or_path)]
+    classes = []
+    for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            one = mapping[type(config)]
+            classes.append(one[0] if isinstance(one, tuple | list) else one)
+    return classes
+
+
+def _meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    kind = getattr(torch, TORCH_NAMES[dtype], torch.uint8)
+    return torch.empty(shape, dtype=kind, device="meta")
+
+
+def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source) -> Account:
+    with _asking, quietly(), _without_accelerate():
+        try:
+            _, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(tensors),
+                output_loading_info=True,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+            )
+        except RuntimeError as error:  # experts of which some lack a part cannot be fused
+            gaps = expert_gaps(source)
+            if not gaps:
+                raise CheckpointError(
+                    f"the weights of {source.folder} do not fit its config.json: {one_line(error)}"
+                ) from error
+            raise CheckpointError(missing_text(source, gaps)) from error
+    return account_from(cls.__name__, info, source)
+
+
+def account_from(asked: str, info: Mapping[str, Any], source: Source) -> Account:
+    """The report of transformers 4 or 5 as an account, with names as the checkpoint has them where that is told."""
+    return Account(
+        asked=asked,
+        missing=tuple(sorted(str(name) for name in info.get("missing_keys", ()))),
+        unexpected=tuple(sorted(_as_stored(str(name), source) for name in info.get("unexpected_keys", ()))),
+        mismatched=tuple(
+            (str(name), tuple(stored), tuple(wanted))
+            for name, stored, wanted in sorted(info.get("mismatched_keys", ()), key=str)
+        ),
+    )
+
+
+def _as_stored(name: str, source: Source) -> str:
+    """A name of the class as the checkpoint has it: its base model may stand there without the prefix, or with one."""
+    if name in source.names:
+        return name
+    without = name.partition(".")[2]
+    return without if without in source.names else next((n for n in source.names if n.endswith(f".{name}")), name)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the library's own report, bars and warnings, which become ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # not even errors: what they say is raised
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_accelerate() -> Iterator[None]:
+    """transformers wants accelerate for any device map; for a single device, such as meta, it then calls none of it."""
+    if importlib.util.find_spec("accelerate") is not None:
+        yield
+        return
+    from transformers import modeling_utils
+
+    with contextlib.ExitStack() as stack:
+        places = [modeling_utils]
+        with contextlib.suppress(ImportError):
+            from transformers.integrations import accelerate
+
+            places.append(accelerate)
+        for place in places:
+            if hasattr(place, "is_accelerate_available"):
+                stack.enter_context(mock.patch.object(place, "is_accelerate_available", return_value=True))
+        yield

@@ -1,0 +1,124 @@
+"""Loading a folder with transformers so that it is the model that config.json describes, or an error."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featherweight.checkpoint.accounting import architecture_of, refuse_other_kinds
+from featherweight.checkpoint.anatomy import own_head
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.checkpoint.format import METHOD
+from featherweight.checkpoint.prefixes import as_key_mapping
+from featherweight.checkpoint.resolve import Place
+from featherweight.checkpoint.view import View
+from featherweight.errors import CheckpointError, FeatherWarning
+from featherweight.integrations.accounting import account_from, check_complete, judge, unexpected_text
+from featherweight.integrations.calls import asking_transformers
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_model(place: Place, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The model in a folder, of the class that config.json names, in evaluation mode.
+
+    options : for `from_pretrained`
+    Raises CheckpointError naming what is missing, of another shape, or coded by a method that is not there. Warns
+    (FeatherWarning) of tensors that are not used.
+    """
+    with Checkpoint.at(place) as checkpoint:
+        foreign = _check_method(checkpoint)
+        notes = checkpoint.notes
+        if checkpoint.quantization_config is None:
+            notes = check_complete(checkpoint, trust_remote_code).notes
+        else:
+            refuse_other_kinds(checkpoint, True)
+        view = View(checkpoint, place)
+        for note in (*notes, *view.notes):
+            warnings.warn(note, FeatherWarning, stacklevel=4)
+        mapping = as_key_mapping(checkpoint.renamed)
+        if mapping:
+            options["key_mapping"] = mapping
+        if own_head(checkpoint):  # transformers 5 sees by itself that it differs from the embedding, 4 does not
+            options["tie_word_embeddings"] = False
+        try:
+            model, info = _load(place, checkpoint, view.folder, trust_remote_code, options)
+        except BaseException:
+            view.close()
+            raise
+        weakref.finalize(model, view.close)
+        model.config.name_or_path = str(place.folder)
+        _check_loaded(checkpoint, type(model).__name__, info, foreign or checkpoint.quantization_config is not None)
+    return model.eval()
+
+
+def _check_method(checkpoint: Checkpoint) -> bool:
+    """Whether another tool has compressed the model; CheckpointError if transformers does not know which."""
+    config = checkpoint.quantization_config
+    if config is None or config.get("quant_method") == METHOD:
+        return False
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = config.get("quant_method")
+    loads_bits = config.get("load_in_8bit") or config.get("load_in_4bit")
+    if not loads_bits and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantised by {str(method)[:40]!r}, which the installed transformers does not "
+            "know: start from the original weights"
+        )
+    return True
+
+
+def _load(
+    place: Place, checkpoint: Checkpoint, folder: Path, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
+    import transformers
+
+    named = architecture_of(checkpoint.config)
+    cls = getattr(transformers, named, None) if named else None
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        cls = transformers.AutoModelForCausalLM
+    custom = isinstance(checkpoint.config.get("auto_map"), dict)
+    if trust_remote_code and custom:
+        cls = transformers.AutoModelForCausalLM
+        options["trust_remote_code"] = True
+        if "AutoModelForCausalLM" not in checkpoint.config["auto_map"]:
+            cls = transformers.AutoModel
+    elif custom and cls is transformers.AutoModelForCausalLM and not _knows(checkpoint):
+        raise CheckpointError(
+            f"{place.folder} brings the code of its own model class: if you trust it, allow that it runs with "
+            "--trust-remote-code (in Python trust_remote_code=True)"
+        )
+    with asking_transformers(f"load {place.folder}"):
+        model, info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    return model, info
+
+
+def _knows(checkpoint: Checkpoint) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return checkpoint.config.get("model_type") in CONFIG_MAPPING
+
+
+def _check_loaded(checkpoint: Checkpoint, name: str, info: Mapping[str, Any], coded: bool) -> None:
+    """What transformers says of the loading itself; of plain checkpoints it was asked before."""
+    if not coded:
+        return
+    account = account_from(name, info, checkpoint)
+    judge(checkpoint, account)
+    if account.unexpected:
+        warnings.warn(unexpected_text(checkpoint, account), FeatherWarning, stacklevel=5)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, None if there is none."""
+    import transformers
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    trusted = {"trust_remote_code": True} if trust_remote_code else {}
+    with asking_transformers(f"load the tokenizer of {folder}"):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **trusted)
