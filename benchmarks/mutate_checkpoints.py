@@ -54,7 +54,8 @@ def main() -> None:
         results = run_many(range(arguments.seed, arguments.seed + arguments.count), bases, work, progress.tell)
         seconds = time.perf_counter() - begun
     show(results)
-    print(f"{len(results)} cases in {seconds:.0f} s, {len(results) / seconds:.1f} a second")
+    used = os.times().children_user + os.times().children_system
+    print(f"{len(results)} cases in {seconds:.0f} s ({used:.0f} s of CPU), {len(results) / used:.1f} a second of CPU")
     if arguments.report:
         arguments.report.absolute().parent.mkdir(parents=True, exist_ok=True)
         arguments.report.write_text(json.dumps(report(results, seconds), indent=1))

@@ -25,7 +25,7 @@ from mutations.judge import judge
 from mutations.kinds import draw
 
 BATCH = 100
-LONGEST = 60.0  # seconds for one case
+LONGEST = 30.0  # seconds for one case
 MEMORY = 12 << 30  # bytes of address space for one process
 COUNTED = {"traceback": "tracebacks", "engines differ": "differences", "texts differ": "differences"}
 
@@ -142,6 +142,11 @@ def _child(numbers: Sequence[int], bases: Sequence[tuple[Base, Files]], work: Pa
         for number in numbers:
             result = run_case(number, bases, work, lambda step: os.write(into, f"{step}\n".encode()))
             os.write(into, json.dumps(result.__dict__).encode() + b"\n")
+    except BaseException:
+        import traceback
+
+        os.write(into, f"the judge itself: {traceback.format_exc()[-1500:]!r}\n".encode())
+        raise
     finally:
         os._exit(0)
 

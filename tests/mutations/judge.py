@@ -26,7 +26,9 @@ MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "conten
 CLOSE = 2e-2
 """Largest relative difference of logits; unmutated bases stay below 1e-3 (half-precision caches on both sides)."""
 LONGEST = 500
-REPRESENTATION = re.compile(r"Traceback|object at 0x|<class '|<built-in|torch\.Size|Error\(|\bself\.")
+REPRESENTATION = re.compile(r"Traceback|object at 0x|<class '|<built-in|torch\.Size|Error\(")
+THEIRS = "transformers cannot"
+"""Begins what transformers refuses: the native decoder may take it if what is odd does not touch the computation."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGE = 10**6
 """A whole number beyond this in config.json would make transformers alone ask for all memory."""
@@ -142,12 +144,13 @@ def _native(folder: Path) -> Tensor:
     return model.forward(TOKENS)
 
 
-def _load(folder: Path, seed: int) -> tuple[Any, Any, Tensor]:
+def _load(folder: Path, seed: int) -> tuple[Any, Any, Tensor | None]:
+    """Model, tokenizer, and logits; None where the class itself raises, which evaluation has to put into words."""
     import featherweight
 
     torch.manual_seed(seed)
     model, tokenizer = featherweight.load(folder, dtype="float32", attn_implementation="eager")
-    return model, tokenizer, logits_of(model)
+    return model, tokenizer, attempt(lambda: logits_of(model)).value
 
 
 @torch.no_grad()
@@ -185,6 +188,9 @@ def _oracle(folder: Path) -> Outcome:
         listed["mismatched_keys"] = [str(key) for key in report.get("mismatched_keys") or ()]
         if report.get("error_msgs") or report.get("conversion_errors"):
             return Outcome("failed", str(report.get("error_msgs") or report.get("conversion_errors")))
+        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")):
+            tokenizer = attempt(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            listed["tokenizer"] = [] if tokenizer.ok else [f"{tokenizer.error}: {tokenizer.text}"]
     except Exception as error:
         return Outcome("failed", str(error)[:300], type(error).__name__)
     return Outcome("ok", value=(listed, logits.value))
@@ -276,13 +282,17 @@ def _engines(case: Case, folder: Path, verdict: Verdict) -> None:
     if "failed" in (native.status, load.status):
         return
     if native.refused and load.ok:
-        unsupported = native.error == "UnsupportedModelError"
-        if not unsupported and not ("not a number" in native.text and not load.value[2].isfinite().all()):
-            rule = "overflow" if "not a number" in native.text else "native alone refuses"
-            verdict.fault(rule, native.text)
-    if native.ok and load.refused:
-        verdict.fault("native alone loads", load.text)
-    if native.ok and load.ok:
+        finite = load.value[2] is not None and bool(load.value[2].isfinite().all())
+        if "not a number" in native.text:
+            if finite:
+                verdict.fault("overflow", native.text)
+        elif native.error != "UnsupportedModelError" and not _about_generation(verdict, native.text):
+            verdict.fault("native alone refuses", native.text)
+    if native.ok and load.refused and "the tokenizer of" not in load.text:
+        _alone(verdict, load.text)
+    if native.ok and load.ok and load.value[2] is None:
+        verdict.notes.append("the class of transformers cannot compute it, the native decoder does")
+    elif native.ok and load.ok:
         away = difference(native.value, load.value[2])
         if not away < CLOSE:
             ill = _ill_conditioned(folder, load.value[2])
@@ -290,6 +300,20 @@ def _engines(case: Case, folder: Path, verdict: Verdict) -> None:
                 verdict.notes.append(f"ill-conditioned: {away:.1e}, float64 against float32 {ill:.1e}")
             else:
                 verdict.fault("engines differ", f"relative difference of logits {away:.3g} (float64: {ill:.1e})")
+
+
+def _alone(verdict: Verdict, text: str) -> None:
+    """The native decoder takes what the other engine refuses."""
+    if THEIRS in text:
+        verdict.notes.append(f"native alone loads: {text}")
+    else:
+        verdict.fault("native alone loads", text)
+
+
+def _about_generation(verdict: Verdict, text: str) -> bool:
+    """A file about generation that cannot be read: whoever generates is told so, with either engine."""
+    theirs = verdict.outcomes.get("generate by transformers")
+    return "generation" in text and (theirs is None or theirs.refused)
 
 
 def _loading(case: Case, folder: Path, verdict: Verdict) -> None:
@@ -304,7 +328,8 @@ def _loading(case: Case, folder: Path, verdict: Verdict) -> None:
         if not _complete_after_all(load.value[0], folder):
             verdict.fault("random weights", f"missing for transformers: {listed}")
     wrong = wrong_dtypes(folder)
-    if load.refused and logits is not None and not listed["missing_keys"] and not listed["mismatched_keys"] and not wrong:
+    lacking = listed["missing_keys"] or listed["mismatched_keys"] or listed.get("tokenizer")
+    if load.refused and logits is not None and not lacking and not wrong:
         if verdict.outcomes["native"].ok or not Files.of(folder).damaged():
             rule = "refuses surplus" if listed["unexpected_keys"] else "refuses what transformers loads"
             named = [key for key in listed["unexpected_keys"] if key in load.text]
@@ -340,6 +365,8 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
     if not load.ok:
         return
     logits = load.value[2]
+    if logits is None:
+        return
     second = oracle.value[1] if oracle.ok and not any(oracle.value[0].values()) else None
     if second is None or second.shape != logits.shape:
         again = attempt(lambda: _load(folder, case.number + 1))
@@ -383,8 +410,8 @@ def _texts(case: Case, folder: Path, verdict: Verdict) -> None:
         ours, theirs = verdict.outcomes[step], verdict.outcomes[f"{step} by transformers"]
         if ours.refused and theirs.ok and ours.error != "UnsupportedModelError" and "not a number" not in ours.text:
             verdict.fault("native alone refuses", f"{step}: {ours.text}")
-        if ours.ok and theirs.refused and verdict.outcomes["load"].ok:
-            verdict.fault("native alone loads", f"{step}: {theirs.text}")
+        if ours.ok and theirs.refused:
+            _alone(verdict, f"{step}: {theirs.text}")
         if ours.ok and theirs.ok and ours.value != theirs.value:
             if step == "generate" and ours.value[0] == theirs.value[0] and _undecided(verdict, ours.value[0]):
                 verdict.notes.append("two tokens are equally likely")
@@ -410,7 +437,7 @@ def _undecided(verdict: Verdict, tokens: list[int]) -> bool:
 def _compression(case: Case, folder: Path, verdict: Verdict) -> None:
     """What was compressed is the model that was there."""
     made, load = verdict.outcomes.get("compress"), verdict.outcomes["load"]
-    if made is None or not load.ok:
+    if made is None or not load.ok or load.value[2] is None:
         return
     if made.refused:
         verdict.notes.append(f"compress refuses what load takes: {made.text}")

@@ -280,9 +280,7 @@ def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
         )
 
 
-def _open(
-    source: Source, dtype: str, trust_remote_code: bool = False, needed: bool = True
-) -> tuple[Any, Any]:
+def _open(source: Source, dtype: str, trust_remote_code: bool = False, needed: bool = True) -> tuple[Any, Any]:
     """A model and its tokenizer, which is `needed` or may be None."""
     if isinstance(source, tuple):
         return source

@@ -7,6 +7,7 @@ a lack of memory pass.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +36,8 @@ def asking_transformers(action: str, hint: str = "", error: type[FeatherError] =
 
 def one_line(reason: BaseException) -> str:
     """The text of an exception on one line, with its kind where that text says nothing (a KeyError's is a name)."""
-    text = " ".join(str(reason).split())
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(str(reason).split()))
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # no codes for the terminal
     if len(text) > LONGEST:
         text = text[: LONGEST - 4].rstrip() + " ..."
     if not text or isinstance(reason, LookupError | AttributeError | TypeError):
