@@ -20,6 +20,7 @@ from featherweight.calibrate.placement import Placement, Slot
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.checkpoint.anatomy.anatomy import architectures
 from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.integrations.calls import asking_transformers
 
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _building = threading.Lock()
@@ -217,15 +218,11 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
         raise CalibrationError(
             f"{checkpoint.folder} is compressed already (config.json has a quantization_config): calibrate the original"
         )
-    try:
+    hint = f"correct config.json, or install a version that knows this model ({transformers.__version__} is installed)"
+    with asking_transformers(f"read the configuration in {checkpoint.folder}", hint, CalibrationError):
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f"transformers {transformers.__version__} cannot read the configuration in {checkpoint.folder} "
-            f"({str(error).splitlines()[0][:200]}); install a version that knows this model"
-        ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise CalibrationError(
             f"{checkpoint.folder} is an encoder-decoder, whose blocks do not follow each other: "
@@ -236,13 +233,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
         config.use_cache = False
     if own_head and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
-    with _building, _parameters_on_meta():
-        try:
-            model = _from_config(model_class, config, dtype, attention)
-        except (ValueError, ImportError):
-            if attention == "eager":
-                raise
-            model = _from_config(model_class, config, dtype, "eager")
+    building = asking_transformers(f"build the network of {checkpoint.folder}", error=CalibrationError)
+    with _building, _parameters_on_meta(), building:
+        model = _from_config(model_class, config, dtype, attention)
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"  # one expert at a time, which observers can see
     model.tie_weights()
@@ -250,8 +243,14 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
 
 
 def _from_config(model_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """With eager attention where the class has no other."""
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)  # transformers 4 has the older name
-    return model_class._from_config(config, attn_implementation=attention)
+    try:
+        return model_class._from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError):
+        if attention == "eager":
+            raise
+    return model_class._from_config(config, attn_implementation="eager")
 
 
 def _model_class(transformers: Any, checkpoint: Checkpoint, config: Any) -> Any:

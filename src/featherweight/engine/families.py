@@ -51,6 +51,8 @@ def _qwen_window(config: Config, layer: int) -> int:
         return 0
     kinds = config.get("layer_types")
     if kinds is None:
+        if config["max_window_layers"] is None:
+            raise UnsupportedModelError("max_window_layers in config.json is null, and windows are asked for")
         slides = layer >= config["max_window_layers"]
     elif isinstance(kinds, list) and len(kinds) == config["num_hidden_layers"]:
         slides = kinds[layer] == "sliding_attention"

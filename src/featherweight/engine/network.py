@@ -12,6 +12,8 @@ from featherweight.errors import CheckpointError
 
 FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts", "n_routed_experts")
 """Settings that would change the computation in a way that the decoder does not know."""
+MOST_LAYERS = 1 << 16
+FLAGS = ("tie_word_embeddings", "use_sliding_window")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +56,26 @@ class Network:
 def network_of(config: Mapping[str, Any]) -> Network:
     """Read a config.json.
 
+    Numbers are numbers and flags are flags: what else may stand there ("512", 512.0, null, "false") means something
+    different to each version of transformers, or nothing, so that is left to it.
+
     Raises:
-        UnsupportedModelError: the native decoder does not compute this model.
-        CheckpointError: a setting is missing or makes no sense.
+        UnsupportedModelError: the native decoder does not compute this model, or leaves it to transformers what it is.
+        CheckpointError: a setting makes no sense.
     """
     family = family_of(config)
     config = {**family.defaults, **config}
     for name in FOREIGN:
         if config.get(name):
             raise UnsupportedModelError(f"the native decoder does not know what {name} in config.json asks for")
+    for name in FLAGS:
+        if not isinstance(config[name], bool):
+            raise _odd(config, name, "true or false")
     if config["hidden_act"] not in ("silu", "swish"):
         raise UnsupportedModelError(f"the native decoder has the activation silu, not {str(config['hidden_act'])[:40]}")
     hidden, heads, layers = (_size(config, n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    if layers > MOST_LAYERS:
+        raise CheckpointError(f"num_hidden_layers in config.json is {layers}, and no model has so many")
     kv_heads = heads if config["num_key_value_heads"] is None else _size(config, "num_key_value_heads")
     head_dim = hidden // heads if config["head_dim"] is None else _size(config, "head_dim")
     if head_dim < 2 or head_dim % 2 or heads % kv_heads:
@@ -94,19 +104,26 @@ def network_of(config: Mapping[str, Any]) -> Network:
 def _size(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-        raise CheckpointError(f"{name} in config.json is {str(value)[:40]}, expected a positive whole number")
+        raise _odd(config, name, "a positive whole number")
     return value
 
 
 def _epsilon(config: Mapping[str, Any]) -> float:
     value = config["rms_norm_eps"]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise CheckpointError(f"rms_norm_eps in config.json is {str(value)[:40]}, expected a small positive number")
+        raise _odd(config, "rms_norm_eps", "a small positive number")
     return float(value)
 
 
 def _window(family: Family, config: Mapping[str, Any], layer: int) -> int:
-    window = family.window(config, layer)
-    if not isinstance(window, int) or window < 0:
-        raise CheckpointError(f"sliding_window in config.json is {str(window)[:40]}, expected a whole number")
-    return window
+    for name in ("sliding_window", "max_window_layers"):
+        value = config[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31):
+            raise _odd(config, name, "a whole number")
+    return family.window(config, layer)
+
+
+def _odd(config: Mapping[str, Any], name: str, expected: str) -> UnsupportedModelError:
+    value = config.get(name)
+    shown = str(value) if isinstance(value, str | int | float | None) else repr(value)
+    return UnsupportedModelError(f"{name} in config.json is {shown[:40]!r}, and the native decoder expects {expected}")

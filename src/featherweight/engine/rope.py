@@ -20,6 +20,14 @@ from featherweight.engine.families import UnsupportedModelError
 from featherweight.errors import CheckpointError
 
 DEFAULT_BASE = 10000.0
+NEEDED = ("rope_theta", "low_freq_factor", "high_freq_factor")
+NUMBERS = (
+    *NEEDED,
+    "factor",
+    *("original_max_position_embeddings", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
+)
+"""Settings that are numbers; anything else is left to transformers to make sense of."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def rope_of(config: Mapping[str, Any], head_dim: int, context: int) -> Rope:
     """
     settings = _settings(config, context)
     kind = settings["rope_type"]
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UnsupportedModelError(f"the native decoder has no rotary positions of the kind {str(kind)[:40]!r}")
     if settings.get("partial_rotary_factor", 1.0) not in (None, 1.0, 1):
         raise UnsupportedModelError("the native decoder rotates whole heads, not a part of each")
@@ -72,15 +80,20 @@ def _settings(config: Mapping[str, Any], context: int) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in found.values()):
         raise UnsupportedModelError("the native decoder rotates all layers alike, this model's layers differ")
     settings = dict(found)
-    for name, default in (("rope_theta", DEFAULT_BASE), ("partial_rotary_factor", None)):
-        if settings.get(name) is None:
-            settings[name] = config.get(name) or default
-    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
+    settings.setdefault("rope_theta", config.get("rope_theta", DEFAULT_BASE))
+    settings.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    settings.setdefault("rope_type", settings.get("type", "default"))
     if settings["rope_type"] in ("llama3", "yarn"):
         original = config.get("original_max_position_embeddings")
         settings["original_max_position_embeddings"] = (
             original or settings.get("original_max_position_embeddings") or context
         )
+    for name, value in settings.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in NUMBERS and not number and not (value is None and name not in NEEDED):
+            raise UnsupportedModelError(
+                f"{name} of the rotary positions in config.json is {str(value)[:40]!r}, not a number"
+            )
     return settings
 
 

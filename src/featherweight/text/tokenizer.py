@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, FeatherError
 from featherweight.integrations.calls import asking_transformers
 from featherweight.text.chat_template import ChatTemplate
 from featherweight.text.plain import EXTRA_TOKENS, plain_tokenizer
@@ -68,6 +68,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; `special` adds what the model expects around one, such as its first token."""
+        _check_text([text])
         with asking_transformers("turn the text into tokens", DAMAGED):
             if self.direct:
                 return list(self.source.encode(text, add_special_tokens=special).ids)
@@ -77,6 +78,7 @@ class Tokenizer:
         """The same of several texts."""
         if not texts:
             return []
+        _check_text(texts)
         with asking_transformers("turn the text into tokens", DAMAGED):
             if self.direct:
                 return [e.ids for e in self.source.encode_batch(list(texts), add_special_tokens=special)]
@@ -116,6 +118,17 @@ class Tokenizer:
             text = token.get("content") if isinstance(token, dict) else token
             found = None if text is None else self.source.token_to_id(text)
         return found if isinstance(found, int) else None
+
+
+def _check_text(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise FeatherError(
+                f"the text has something that is no character at place {error.start} (a byte that is not UTF-8, or "
+                "half a surrogate pair): take it out"
+            ) from None
 
 
 def auto_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
