@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from featherweight.engine.native import Stats
 from featherweight.engine.network import Network, network_of
 from featherweight.engine.sampling import GenerationDefaults, Sampling, generation_defaults
 from featherweight.engine.weights import Weights, load_weights
-from featherweight.errors import FeatherError
+from featherweight.errors import FeatherError, FeatherWarning
 from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
 
 CHUNK = 512
@@ -90,6 +91,8 @@ class NativeModel:
         native.functions()  # before hours of packing
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
+            for note in checkpoint.notes:
+                warnings.warn(note, FeatherWarning, stacklevel=2)
             _context(context, network)
             weights = load_weights(checkpoint, network, threads, told)
             defaults = generation_defaults(checkpoint.folder, checkpoint.config)
