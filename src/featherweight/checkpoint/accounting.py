@@ -61,6 +61,7 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
     if quantized:
         return
     codes = [name for name in checkpoint.names if _holds_codes(name, checkpoint.entry(name))]
+    codes.sort(key=lambda name: checkpoint.entry(name).dtype in FLOATING)  # the codes before their scales
     if codes:
         entry = checkpoint.entry(codes[0])
         raise CheckpointError(

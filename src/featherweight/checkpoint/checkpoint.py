@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from featherweight.checkpoint.prefixes import unwrapped
-from featherweight.checkpoint.resolve import PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
+from featherweight.checkpoint.resolve import ADAPTER_CONFIG, PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
 from featherweight.checkpoint.safetensors_file import Entry, SafetensorsFile
 from featherweight.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards, find_shards, parse_object
 from featherweight.errors import CheckpointError
@@ -74,6 +75,9 @@ class Checkpoint:
         config = _read_config(place.folder)
         parse_object(place.folder / "config.json", config)  # its faults come before those of the weights
         shards = find_shards(place.folder) if place.file is None else Shards((place.file.name,), {})
+        if (place.folder / ADAPTER_CONFIG).exists():
+            note = f"{place.folder} holds an adapter beside a whole model: the model is used without it"
+            shards = replace(shards, notes=(*shards.notes, note))
         return cls._open_shards(place.folder, config, shards)
 
     @classmethod

@@ -19,17 +19,12 @@ from featherweight.errors import CheckpointError
 
 
 class View:
-    """folder : for transformers to load from; `close` removes it if it was made for this
-    notes : what transformers would have done otherwise
-    """
+    """folder : for transformers to load from; `close` removes it if it was made for this"""
 
     def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
-        self.notes: tuple[str, ...] = ()
         self._made: str | None = None
         self.folder = place.folder
-        if (place.folder / ADAPTER_CONFIG).exists():
-            self.notes = (f"{place.folder} holds an adapter beside a whole model: the model is used without it",)
-        if self.notes or not _is_usual(checkpoint, place):
+        if (place.folder / ADAPTER_CONFIG).exists() or not _is_usual(checkpoint, place):
             self._made = tempfile.mkdtemp(prefix="featherweight-")
             self.folder = Path(self._made)
             try:

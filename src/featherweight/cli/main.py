@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -275,9 +278,9 @@ def main(arguments: list[str] | None = None) -> None:
     from featherweight.errors import FeatherError
 
     arguments = _one_set_each(sys.argv[1:] if arguments is None else arguments)
-    _say_warnings()
     try:
-        app(args=arguments, prog_name="feather")
+        with _warnings_as_notes():
+            app(args=arguments, prog_name="feather")
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into this
             _interrupted(arguments)
@@ -306,13 +309,13 @@ def _one_set_each(arguments: list[str]) -> list[str]:
     return spread
 
 
-def _say_warnings() -> None:
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
     """Our own warnings become notes, each said once."""
-    import warnings
-
     from featherweight.errors import FeatherWarning
 
-    show, said = warnings.showwarning, set[str]()
+    show = warnings.showwarning
+    said: set[str] = set()
 
     def note(message: Any, category: Any, *rest: Any, **named: Any) -> None:
         if not issubclass(category, FeatherWarning):
@@ -321,8 +324,10 @@ def _say_warnings() -> None:
             said.add(str(message))
             print(f"note: {message}", file=sys.stderr, flush=True)
 
-    warnings.showwarning = note
-    warnings.simplefilter("always", FeatherWarning)
+    with warnings.catch_warnings():
+        warnings.showwarning = note
+        warnings.simplefilter("always", FeatherWarning)
+        yield
 
 
 def _interrupted(arguments: list[str]) -> None:

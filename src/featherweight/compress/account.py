@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.anatomy import Anatomy, read_anatomy
+from featherweight.checkpoint.anatomy import Anatomy, config_ties, own_head_text, read_anatomy
 from featherweight.checkpoint.anatomy.source import Described, Located
 from featherweight.checkpoint.checkpoint import Checkpoint
 
@@ -52,4 +52,5 @@ def accounted_anatomy(
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     biases = {f"{layer.name}.bias" for layer in layers}
     dropped = {name: f"{verdict.asked} does not ask for it" for name in verdict.unexpected if name in biases}
-    return anatomy, verdict.notes, dropped
+    own = anatomy.head is not None and config_ties(checkpoint)
+    return anatomy, (*verdict.notes, own_head_text(checkpoint)) if own else verdict.notes, dropped

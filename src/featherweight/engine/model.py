@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from featherweight.engine.network import Network, network_of
 from featherweight.engine.sampling import GenerationDefaults, Sampling, derived_seed, generation_defaults
 from featherweight.engine.weights import Weights, load_weights
 from featherweight.engine.worker import Task, Worker
-from featherweight.errors import FeatherError
+from featherweight.errors import FeatherError, FeatherWarning
 from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
 
 CHUNK = 512
@@ -102,6 +103,8 @@ class NativeModel:
         native.functions()  # before hours of packing
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
+            for note in checkpoint.notes:
+                warnings.warn(note, FeatherWarning, stacklevel=2)
             _context(context, network)
             weights = load_weights(checkpoint, network, threads, told, verify)
             defaults = generation_defaults(checkpoint.folder, checkpoint.config)

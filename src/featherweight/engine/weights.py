@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from featherweight.checkpoint.accounting import missing_text, refuse_other_kinds, some
+from featherweight.checkpoint.anatomy import own_head_text
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD, module_specs
 from featherweight.checkpoint.integrity import TensorHashes, Verify
@@ -199,7 +200,10 @@ class _Loader:
         names = (f"{head}.weight", f"{embedding}.weight")
         if head in self.specs:
             return True
-        return self.checkpoint.has(names[0]) and (embedding in self.specs or self.checkpoint.differ(*names))
+        own = self.checkpoint.has(names[0]) and (embedding in self.specs or self.checkpoint.differ(*names))
+        if own:
+            warnings.warn(own_head_text(self.checkpoint), FeatherWarning, stacklevel=4)
+        return own
 
     def decoded(self, module: str) -> Tensor:
         """The matrix of a module, float32."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.checkpoint.accounting import architecture_of, refuse_other_kinds
-from featherweight.checkpoint.anatomy import own_head
+from featherweight.checkpoint.anatomy import own_head, own_head_text
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD
 from featherweight.checkpoint.prefixes import as_key_mapping
@@ -37,13 +37,16 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
         else:
             refuse_other_kinds(checkpoint, True)
         view = View(checkpoint, place)
-        for note in (*notes, *view.notes):
-            warnings.warn(note, FeatherWarning, stacklevel=4)
         mapping = as_key_mapping(checkpoint.renamed)
         if mapping:
             options["key_mapping"] = mapping
         if own_head(checkpoint):  # transformers 5 sees by itself that it differs from the embedding, 4 does not
             options["tie_word_embeddings"] = False
+            notes = (*notes, own_head_text(checkpoint))
+        if foreign:
+            _keep_dtype(checkpoint, options)
+        for note in notes:
+            warnings.warn(note, FeatherWarning, stacklevel=4)
         try:
             model, info = _load(place, checkpoint, view.folder, trust_remote_code, options)
         except BaseException:
@@ -63,6 +66,11 @@ def _check_method(checkpoint: Checkpoint) -> bool:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = config.get("quant_method")
+    if method is None and not config.get("load_in_8bit") and not config.get("load_in_4bit"):
+        raise CheckpointError(
+            f"{checkpoint.folder} has a quantization_config in its config.json that names no quant_method, so nobody "
+            "knows what its tensors mean: restore the config.json, or remove the entry if the weights are plain"
+        )
     loads_bits = config.get("load_in_8bit") or config.get("load_in_4bit")
     if not loads_bits and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(
@@ -70,6 +78,15 @@ def _check_method(checkpoint: Checkpoint) -> bool:
             "know: start from the original weights"
         )
     return True
+
+
+def _keep_dtype(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+    """Other tools' layers compute in the dtype they were made for, and fail with float32 inputs."""
+    import torch
+
+    for name in ("dtype", "torch_dtype"):
+        if options.get(name) is torch.float32:
+            options[name] = "auto"
 
 
 def _load(

@@ -130,6 +130,14 @@ def own_head(checkpoint: Source) -> bool:
         return False
 
 
+def own_head_text(checkpoint: Source) -> str:
+    """The note about a head that is not the embedding."""
+    return (
+        f"config.json of {checkpoint.folder} ties the output layer to the embedding, but another one is stored: the "
+        "stored one is used"
+    )
+
+
 def config_ties(checkpoint: Source) -> bool:
     """Whether config.json, or the family where it is silent, ties the output layer to the embedding."""
     family = find_family(checkpoint.config)
