@@ -35,6 +35,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LORC = ("corrections=[{kind: lorc, rank: 2}]",)
 FEW = ("calibration.sequences=4", "calibration.length=32")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}"
@@ -80,7 +81,7 @@ BASES = (
     Base("llama-rtn-8", "llama", BF16, SMALL | UNTIED, recipe="rtn-8"),
     Base("llama-awq", "llama", BF16, SMALL | UNTIED, recipe="awq", changes=FEW),
     Base("llama-rotated", "llama", FP32, SMALL | UNTIED, shards=2, recipe="quarot-gptq", changes=FEW),
-    Base("llama-lorc", "llama", FP16, SMALL | TIED, recipe="zeroquant-v2", changes=("corrections=[{kind: lorc, rank: 2}]",)),
+    Base("llama-lorc", "llama", FP16, SMALL | TIED, recipe="zeroquant-v2", changes=LORC),
     Base("qwen2-ptqtp", "qwen2", BF16, PLAIN | TIED, shards=2, recipe="ptqtp"),
     Base("qwen3-rtn-4-head", "qwen3", BF16, SMALL | UNTIED, shards=3, recipe="rtn-4", changes=("layers.head=true",)),
     Base("mistral-gptq", "mistral", BF16, SMALL | UNTIED, recipe="gptq", changes=FEW),

@@ -178,5 +178,5 @@ def index_beside(chance: random.Random, files: Files) -> str:
         files.put(SINGLE, shard)
         return f"{SINGLE} with the tensors of one shard beside the index"
     target = chance.choice([SINGLE, "model-00001-of-00002.safetensors"])
-    files.put_json(INDEX, {"metadata": {}, "weight_map": {name: target for name in names}})
+    files.put_json(INDEX, {"metadata": {}, "weight_map": dict.fromkeys(names, target)})
     return f"{INDEX} that places all in {target}"

@@ -22,7 +22,7 @@ import torch
 from mutations.bases import BASES, Base, build, quiet
 from mutations.files import Files
 from mutations.judge import judge
-from mutations.kinds import draw
+from mutations.kinds import all_kinds, draw
 
 BATCH = 100
 LONGEST = 30.0  # seconds for one case
@@ -79,6 +79,7 @@ def run_many(
     numbers: Sequence[int], bases: Sequence[tuple[Base, Files]], work: Path, tell: Any = lambda result: None
 ) -> list[Result]:
     """All cases, in child processes one after the other; one that dies or hangs is a fault of its case."""
+    all_kinds()
     results: list[Result] = []
     left = list(numbers)
     while left:

@@ -1,4 +1,4 @@
-"""What the package makes of a mutant, and whether that is right: the rules of docs/reliability.md, one function each."""
+"""What the package makes of a mutant, and whether that is right: one function a rule."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from featherweight.engine.families import UnsupportedModelError
 from featherweight.errors import FeatherError
+from featherweight.integrations.loading import TOKENIZER_FILES
 from mutations.files import Files
 from mutations.kinds import Case
 
@@ -188,7 +190,7 @@ def _oracle(folder: Path) -> Outcome:
         listed["mismatched_keys"] = [str(key) for key in report.get("mismatched_keys") or ()]
         if report.get("error_msgs") or report.get("conversion_errors"):
             return Outcome("failed", str(report.get("error_msgs") or report.get("conversion_errors")))
-        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")):
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
             tokenizer = attempt(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
             listed["tokenizer"] = [] if tokenizer.ok else [f"{tokenizer.error}: {tokenizer.text}"]
     except Exception as error:
@@ -209,28 +211,31 @@ def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callab
     chance = random.Random(case.number + 1)
     text = any(kind.startswith(("text:", "config: special", "files:")) for kind in case.kinds)
     if text or chance.random() < 0.05:
-        run("generate", lambda: _generate(folder, "native"))
-        run("generate by transformers", lambda: _generate(folder, "transformers"))
-        run("chat", lambda: _chat(folder, "native"))
-        run("chat by transformers", lambda: _chat(folder, "transformers"))
-    if text or chance.random() < 0.05:
+        for engine, words in (("native", ""), ("transformers", " by transformers")):
+            talker = run(f"open{words}", partial(_open, folder, engine))
+            if talker.ok:
+                run(f"generate{words}", partial(_generate, talker.value))
+                run(f"chat{words}", partial(_chat, talker.value))
+    if chance.random() < (0.4 if text else 0.05):
         run("evaluate", lambda: _evaluate(folder))
     if verdict.outcomes["plan"].ok and chance.random() < 0.1:
         run("compress", lambda: _compress(folder, folder.with_name(folder.name + ".out")))
 
 
-def _generate(folder: Path, engine: str) -> tuple[list[int], str]:
-    from featherweight.cli.talkers import Choices, open_talker
+def _open(folder: Path, engine: str) -> Any:
+    from featherweight.cli.talkers import open_talker
 
-    talker = open_talker(str(folder), engine, "float32", 1)
+    return open_talker(str(folder), engine, "float32", 1)
+
+
+def _generate(talker: Any) -> tuple[list[int], str]:
+    from featherweight.cli.talkers import Choices
+
     tokens = talker.encode(TEXT)
     return tokens, talker.write(tokens, Choices(6, 0.0, 0, 1.0, 0))
 
 
-def _chat(folder: Path, engine: str) -> str | None:
-    from featherweight.cli.talkers import open_talker
-
-    talker = open_talker(str(folder), engine, "float32", 1)
+def _chat(talker: Any) -> str | None:
     return talker.prompt(list(MESSAGES)) if talker.has_template else None
 
 
@@ -312,7 +317,7 @@ def _alone(verdict: Verdict, text: str) -> None:
 
 def _about_generation(verdict: Verdict, text: str) -> bool:
     """A file about generation that cannot be read: whoever generates is told so, with either engine."""
-    theirs = verdict.outcomes.get("generate by transformers")
+    theirs = verdict.outcomes.get("open by transformers")
     return "generation" in text and (theirs is None or theirs.refused)
 
 
@@ -324,17 +329,16 @@ def _loading(case: Case, folder: Path, verdict: Verdict) -> None:
     if not oracle.ok:
         return
     listed, logits = oracle.value
-    if load.ok and (listed["missing_keys"] or listed["mismatched_keys"]):
-        if not _complete_after_all(load.value[0], folder):
-            verdict.fault("random weights", f"missing for transformers: {listed}")
-    wrong = wrong_dtypes(folder)
-    lacking = listed["missing_keys"] or listed["mismatched_keys"] or listed.get("tokenizer")
-    if load.refused and logits is not None and not lacking and not wrong:
-        if verdict.outcomes["native"].ok or not Files.of(folder).damaged():
-            rule = "refuses surplus" if listed["unexpected_keys"] else "refuses what transformers loads"
-            named = [key for key in listed["unexpected_keys"] if key in load.text]
-            if not (rule == "refuses surplus" and named):
-                verdict.fault(rule, f"{load.text} {listed['unexpected_keys'][:3]}")
+    lacking = listed["missing_keys"] + listed["mismatched_keys"]
+    if load.ok and lacking and not _complete_after_all(load.value[0], folder):
+        verdict.fault("random weights", f"missing for transformers: {listed}")
+    if load.ok or logits is None or lacking or listed.get("tokenizer") or wrong_dtypes(folder):
+        return
+    if Files.of(folder).damaged() and not verdict.outcomes["native"].ok:
+        return
+    surplus = listed["unexpected_keys"]
+    if not any(key in load.text for key in surplus):
+        verdict.fault("refuses surplus" if surplus else "refuses what transformers loads", f"{load.text} {surplus[:3]}")
 
 
 def _complete_after_all(model: Any, folder: Path) -> bool:
@@ -381,9 +385,8 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
 def _planning(case: Case, folder: Path, verdict: Verdict) -> None:
     """plan refuses what lacks tensors, as load does, and no more than that."""
     plan, load, oracle = (verdict.outcomes[step] for step in ("plan", "load", "transformers"))
-    if plan.ok and oracle.ok and oracle.value[0]["missing_keys"] and load.refused:
-        verdict.fault("plan is content", f"load: {load.text}")
-    elif plan.ok and load.refused and re.search(r"lacks|missing|has no tensor", load.text):
+    lacking = oracle.ok and oracle.value[0]["missing_keys"]
+    if plan.ok and load.refused and (lacking or re.search(r"lacks|missing|has no tensor", load.text)):
         verdict.fault("plan is content", f"load: {load.text}")
     if plan.refused and load.ok and oracle.ok and not any(oracle.value[0].values()) and case.base.recipe is None:
         verdict.notes.append(f"plan refuses what load takes: {plan.text}")
@@ -404,15 +407,15 @@ def _hashes(case: Case, folder: Path, verdict: Verdict) -> None:
 
 def _texts(case: Case, folder: Path, verdict: Verdict) -> None:
     """A text has the same tokens for both engines, a conversation the same prompt, and the likeliest answer is one."""
-    for step in ("generate", "chat"):
-        if step not in verdict.outcomes:
+    for step in ("open", "generate", "chat"):
+        ours, theirs = (verdict.outcomes.get(name) for name in (step, f"{step} by transformers"))
+        if ours is None or theirs is None:
             continue
-        ours, theirs = verdict.outcomes[step], verdict.outcomes[f"{step} by transformers"]
         if ours.refused and theirs.ok and ours.error != "UnsupportedModelError" and "not a number" not in ours.text:
             verdict.fault("native alone refuses", f"{step}: {ours.text}")
         if ours.ok and theirs.refused:
             _alone(verdict, f"{step}: {theirs.text}")
-        if ours.ok and theirs.ok and ours.value != theirs.value:
+        if step != "open" and ours.ok and theirs.ok and ours.value != theirs.value:
             if step == "generate" and ours.value[0] == theirs.value[0] and _undecided(verdict, ours.value[0]):
                 verdict.notes.append("two tokens are equally likely")
                 continue

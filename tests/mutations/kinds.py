@@ -97,11 +97,13 @@ def near(chance: random.Random, value: Any) -> Any:
         return chance.choice([value * 2, value / 2, -value, int(value), str(value), value * 1e3])
     if isinstance(value, str):
         place = chance.randrange(len(value) + 1)
-        return chance.choice([value.upper(), value[:place] + value[place + 1 :], value + "x", [value], f"torch.{value}"])
+        return chance.choice(
+            [value.upper(), value[:place] + value[place + 1 :], value + "x", [value], f"torch.{value}"]
+        )
     if isinstance(value, list):
         return chance.choice([value[:-1], value + value[-1:], value[::-1], {"0": value}])
     if isinstance(value, dict):
-        return chance.choice([list(value.items()), {k: v for k, v in list(value.items())[1:]}, {"default": value}])
+        return chance.choice([list(value.items()), dict(list(value.items())[1:]), {"default": value}])
     return chance.choice([0, "", False])
 
 

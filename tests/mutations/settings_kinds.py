@@ -40,7 +40,8 @@ ROPES: tuple[Any, ...] = (
     {"rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4, "factor": 4.0,
      "original_max_position_embeddings": 32},
     {"rope_type": "default", "partial_rotary_factor": 0.5}, {"rope_type": "proportional"}, {"rope_type": "nonsense"},
-    {"rope_type": None}, {"rope_type": 3}, {"factor": 2.0}, {"rope_type": "default", "rope_theta": 1e6}, {}, [], "linear",
+    {"rope_type": None}, {"rope_type": 3}, {"factor": 2.0}, {"rope_type": "default", "rope_theta": 1e6}, {}, [],
+    "linear",
     {"rope_type": "default", "rope_theta": 0}, {"rope_type": "default", "rope_theta": "10000"},
     {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}, {"type": "default"}, {"type": "mrope"}, None,
     {"rope_type": "linear", "factor": 2.0, "type": "dynamic"}, {"rope_type": "ntk", "factor": 2.0},
@@ -57,18 +58,22 @@ TYPES: tuple[Any, ...] = (
     "mixtral", "nonsense", "", None, 3, [], ["llama"], "t5", "granite", "olmo2", "llava", "clip", "whisper", "qwen2_vl",
 )  # fmt: skip
 DTYPES: tuple[Any, ...] = (
-    "float16", "bfloat16", "float32", "torch.bfloat16", "float64", "half", "int8", "bf16", "auto", "", None, 3, [], "bool",
+    "float16", "bfloat16", "float32", "torch.bfloat16", "float64", "half", "int8", "bf16", "auto", "", None, 3, [],
+    "bool",
     "float8_e4m3fn", "complex64", "torch.nonsense", {"": "float16"}, "nn", "float",
 )  # fmt: skip
 ACTIVATIONS: tuple[Any, ...] = (
-    "silu", "swish", "gelu", "relu", "gelu_pytorch_tanh", "SiLU", "", None, 3, ["silu"], "nonsense", "sigmoid", "linear",
+    "silu", "swish", "gelu", "relu", "gelu_pytorch_tanh", "SiLU", "", None, 3, ["silu"], "nonsense", "sigmoid",
+    "linear",
 )  # fmt: skip
 FOREIGN: tuple[Any, ...] = (
     {"quant_method": "gptq", "bits": 4, "group_size": 128}, {"quant_method": "awq", "bits": 4}, {"quant_method": "fp8"},
-    {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": None}, {}, [], "int8",
+    {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": None}, {}, [],
+    "int8",
     {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, {"bits": 4}, None, 4,
     {"quant_method": "mxfp4"}, {"quant_method": "nonsense"}, {"quant_method": "featherweight"}, {"quant_method": 7},
-    {"quant_method": "featherweight", "format_version": 1, "codes": []}, {"quant_method": "hqq"}, {"quant_method": "torchao"},
+    {"quant_method": "featherweight", "format_version": 1, "codes": []}, {"quant_method": "hqq"},
+    {"quant_method": "torchao"},
     {"quant_method": "quanto", "weights": "int8"}, {"quant_method": "eetq"}, {"quant_method": "fbgemm_fp8"},
 )  # fmt: skip
 
@@ -169,8 +174,14 @@ def windows(chance: random.Random, files: Files) -> str:
                 "sliding_window": [None, 0, 1, 4, 8, -1, 8.0, "8", 4096, True],
                 "use_sliding_window": [True, False, None, "yes"],
                 "max_window_layers": [0, 1, 2, 28, -1, None, 1.0],
-                "layer_types": [None, [], [chance.choice(kinds) for _ in range(2)], ["sliding_attention"] * 3,
-                                ["sliding_attention"] * 2, "full_attention"],
+                "layer_types": [
+                    None,
+                    [],
+                    [chance.choice(kinds) for _ in range(2)],
+                    ["sliding_attention"] * 3,
+                    ["sliding_attention"] * 2,
+                    "full_attention",
+                ],
             }[name]  # fmt: skip
         )
         words.append(f"{name} = {shown(config[name])}")
@@ -195,7 +206,8 @@ def additions(chance: random.Random, files: Files) -> str:
          ("attention_multiplier", 0.1), ("logits_scaling", 8.0), ("embedding_multiplier", 12.0), ("_name_or_path", 3),
          ("partial_rotary_factor", 0.5), ("qkv_bias", True), ("no_bias", True), ("_attn_implementation", "nonsense"),
          ("_attn_implementation", "flash_attention_2"), ("pruned_heads", {"0": [1]}), ("torchscript", True),
-         ("use_qk_norm", True), ("base_model_tp_plan", {"a": 1}), ("id2label", {"0": "a", "1": "b"}), ("num_labels", -1),
+         ("use_qk_norm", True), ("base_model_tp_plan", {"a": 1}), ("id2label", {"0": "a", "1": "b"}),
+         ("num_labels", -1),
          ("compression_config", {"quant_method": "compressed-tensors"}), ("max_length", 20), ("temperature", "hot"),
          ("length_penalty", 2.0), ("do_sample", True), ("top_k", -3), ("sliding_window", 2), ("name_or_path", None)]
     )  # fmt: skip
@@ -253,7 +265,9 @@ def modules(chance: random.Random, files: Files) -> str:
     if way == "all removed":
         found.clear()
     elif way == "another shape":
-        found[name] = chance.choice([[32, 32], [32], [], [0, 32], [-1, -1], [32, 32, 1], "x", None, [10**9, 10**9], [1.5]])
+        found[name] = chance.choice(
+            [[32, 32], [32], [], [0, 32], [-1, -1], [32, 32, 1], "x", None, [10**9, 10**9], [1.5]]
+        )
         new = str(found[name])
     else:
         shape = found[name] if way == "added" else found.pop(name)

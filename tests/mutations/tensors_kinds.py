@@ -19,7 +19,16 @@ DTYPES = {
     "U32": torch.uint32,
 }  # fmt: skip
 SAME_SIZE = (("F16", "BF16", "I16", "U16"), ("F32", "I32", "U32"), ("U8", "I8", "F8_E4M3", "F8_E5M2", "BOOL"))
-WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "model.", "transformer.", "language_model.", "student.", "_fsdp")
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "base_model.model.",
+    "model.",
+    "transformer.",
+    "language_model.",
+    "student.",
+    "_fsdp",
+)
 BLOCK = re.compile(r"((?:layers|h|layer)\.)(\d+)\.")
 
 
@@ -323,7 +332,8 @@ def index(chance: random.Random, files: Files) -> str:
     name = chance.choice(sorted(places))
     others = sorted(set(places.values()) - {places[name]})
     way = chance.choice(
-        ["missing", "surplus", "wrong shard", "no such shard", "outside", "absolute", "null", "number", "no map", "list",
+        ["missing", "surplus", "wrong shard", "no such shard", "outside", "absolute", "null", "number", "no map",
+        "list",
          "odd", "size", "no metadata", "half", "a slash", "empty", "all in one", "metadata odd"]
     )  # fmt: skip
     if way == "missing":

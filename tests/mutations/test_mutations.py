@@ -1,0 +1,127 @@
+"""A slice of the campaign of benchmarks/mutate_checkpoints.py, and tests of the campaign itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from mutations import campaign
+from mutations.bases import Base
+from mutations.campaign import Result, bases_in, run_case, run_many, table
+from mutations.files import HASHES, SINGLE, Files, split
+from mutations.judge import CLOSE, judge
+from mutations.kinds import Case, all_kinds, draw
+
+Bases = Sequence[tuple[Base, Files]]
+SLICE = ("llama-untied", "qwen2-tied", "qwen3-untied", "gpt2", "llama-rtn-8", "qwen3-rtn-4-head")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mutations")
+
+
+@pytest.fixture(scope="module")
+def bases(work: Path) -> Bases:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return bases_in(work / "bases", SLICE)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_slice_of_the_campaign(bases: Bases, work: Path) -> None:
+    results = run_many(range(100), bases, work)
+    assert len(results) == 100
+    faults = [f"{result.describe()}: {result.faults}" for result in results if result.faults]
+    assert not faults, "\n".join(faults)
+    counted = {name: numbers for name, *numbers in table(results)}
+    tries, loaded, refused, *_ = counted["all"]
+    assert tries == 100
+    assert loaded > 20
+    assert refused > 20
+
+
+def test_unmutated_bases_load_alike(bases: Bases, work: Path) -> None:
+    for base, files in bases:
+        folder = work / f"plain-{base.name}"
+        files.write(folder)
+        verdict = judge(Case(0, base, ()), folder)
+        assert not verdict.faults
+        assert verdict.loaded
+        assert verdict.outcomes["native"].ok == base.native
+        if base.native:
+            native, logits = verdict.outcomes["native"].value, verdict.outcomes["load"].value[2]
+            assert float((native - logits).norm() / logits.norm()) < CLOSE / 10
+
+
+def test_a_number_is_a_case(bases: Bases) -> None:
+    for number in range(50):
+        (one, files), (other, again) = draw(number, bases), draw(number, bases)
+        assert one == other
+        assert files.content == again.content
+        assert files.folders == again.folders
+
+
+def test_every_kind_changes_something(bases: Bases) -> None:
+    seen = set()
+    for number in range(1500):
+        case, files = draw(number, bases)
+        original = next(found for base, found in bases if base is case.base)
+        seen |= set(case.kinds)
+        assert files.content != original.content or files.folders or case.kinds == ("tensor: order and spaces",)
+    assert seen == set(all_kinds())
+
+
+def test_split_is_the_same_model(bases: Bases) -> None:
+    files = next(files for base, files in bases if base.name == "llama-rtn-8")
+    parts = split(files, 3)
+    assert files.tensors() == parts.tensors()
+    assert SINGLE not in parts.content
+    hashes = [json.loads((parts.shard(name).metadata or {})[HASHES]) for name in parts.shards]
+    assert sum(map(len, hashes)) == len(files.tensors())
+    assert not parts.damaged()
+    tensor = files.shard(SINGLE).tensors[0]
+    flipped = bytes([tensor.data[0] ^ 1]) + tensor.data[1:]
+    files = files.copy()
+    files.content[SINGLE] = files.content[SINGLE].replace(tensor.data, flipped, 1)
+    assert tensor.name in files.damaged()
+
+
+def test_a_process_that_dies_is_a_fault_of_its_case(bases: Bases, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(number: int, *rest: object) -> Result:
+        if number == 1:
+            os.kill(os.getpid(), 11)
+        return Result(number, "llama-untied", [("nothing", "")], "ok", [])
+
+    monkeypatch.setattr(campaign, "run_case", dies)
+    results = run_many(range(3), bases, work)
+    assert [result.number for result in results] == [0, 1, 2]
+    assert [[rule for rule, _ in result.faults] for result in results] == [[], ["crash"], []]
+    assert "SIGSEGV" in results[1].faults[0][1]
+
+
+def test_what_is_wrong_is_found(bases: Bases, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules themselves: an engine that computes something else, and one that raises what is not ours."""
+    from featherweight.engine.model import NativeModel
+
+    kept = [pair for pair in bases if pair[0].name == "llama-untied"]
+    monkeypatch.setattr("mutations.kinds.all_kinds", lambda: {"nothing": lambda chance, files: "nothing"})
+    forward = NativeModel.forward
+    assert not run_case(0, kept, work).faults
+    monkeypatch.setattr(NativeModel, "forward", lambda self, tokens: forward(self, tokens) * 1.05)
+    assert [rule for rule, _ in run_case(0, kept, work).faults] == ["engines differ"]
+
+    def raises(self: NativeModel, tokens: object) -> torch.Tensor:
+        raise KeyError("hidden_size")
+
+    monkeypatch.setattr(NativeModel, "forward", raises)
+    assert [rule for rule, _ in run_case(0, kept, work).faults] == ["traceback"]
