@@ -7,8 +7,10 @@ a lack of memory pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from featherweight.errors import CheckpointError, FeatherError
 
@@ -41,3 +43,8 @@ def one_line(reason: BaseException) -> str:
     if not text or isinstance(reason, LookupError | AttributeError | TypeError):
         text = f"{type(reason).__name__} {text}".rstrip()
     return text.rstrip(".")
+
+
+def cache_name(model: Any) -> str:
+    """What a model's forward, and its output, call the keys and values: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
