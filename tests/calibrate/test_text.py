@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from featherweight.api import compress
 from featherweight.calibrate.errors import CalibrationError
 from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.calibrate.sources import read_documents, source_digest
-from featherweight.calibrate.text import as_text, context_of, special_tokens, windows, windows_digest
-from models import byte_tokenizer
+from featherweight.calibrate.text import (
+    as_text,
+    calibration_windows,
+    context_of,
+    special_tokens,
+    windows,
+    windows_digest,
+)
+from featherweight.checkpoint.checkpoint import Checkpoint
+from models import byte_tokenizer, make_tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 
@@ -215,3 +224,28 @@ def test_huge_text_is_sampled_everywhere(tmp_path: Path, monkeypatch: pytest.Mon
     rows = windows(byte_tokenizer(), path, settings(sequences=16))
     numbers = sorted(int(word) for row in rows for word in spelled(row).split("\n") if len(word) == 6)
     assert numbers[-1] - numbers[0] > 10_000
+
+
+def test_tokens_without_a_row_are_one_sentence(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path / "model", tokenizer=True, vocab_size=100)
+    with (
+        Checkpoint.open(folder) as checkpoint,
+        pytest.raises(CalibrationError, match=r"has token \d+ and the model a vocabulary of 100") as caught,
+    ):
+        calibration_windows(checkpoint, None, settings())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CalibrationError, match="a vocabulary of 100"):
+        compress(folder, "gptq", tmp_path / "out", changes=["calibration.sequences=8", "calibration.length=32"])
+
+
+def test_every_window_begins_with_what_the_tokenizer_puts_first() -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 256)]
+    )
+    rows = windows(tokenizer, None, settings())
+    assert (rows[:, 0] == 256).all()
+    assert (rows[:, 1:] != 256).all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from featherweight.integrations.calls import cache_name
 from models import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -44,7 +45,7 @@ def reference_logits(folder: Path, tokens: list[int], chunks: int | None = None)
     cache, found = HalfCache(), []
     for first in range(0, len(tokens), chunks or len(tokens)):
         part = torch.tensor([tokens[first : first + (chunks or len(tokens))]])
-        found.append(model(part, past_key_values=cache, use_cache=True).logits[0])
+        found.append(model(part, use_cache=True, **{cache_name(model): cache}).logits[0])
     return torch.cat(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from featherweight.errors import CheckpointError, EvaluationError
 from featherweight.evaluate import speed as speed_module
 from featherweight.evaluate.evaluation import evaluate
 from featherweight.evaluate.speed import measure_speed, read_bandwidth
+from featherweight.integrations.calls import cache_name
 
 LETTERS = "abcdefghijklmnop "
 
@@ -104,3 +106,22 @@ def test_speed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bandwidth_is_plausible() -> None:
     assert 1e8 < read_bandwidth(size=1 << 24) < 1e13
+
+
+def test_the_cache_goes_by_the_name_that_the_version_has(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 renamed it, and warns of the old name."""
+    assert cache_name(Renamed()) == "cache"
+    assert cache_name(Named()) == "past_key_values"
+    monkeypatch.setattr(speed_module, "BUFFER_BYTES", 1 << 22)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        report = measure_speed(llama, prompt_tokens=16, new_tokens=4, engine="transformers", repeats=1)
+    assert report["engine"] == "transformers"
+
+
+class Named:
+    def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> None: ...
+
+
+class Renamed:
+    def forward(self, input_ids: torch.Tensor, cache: object = None) -> None: ...

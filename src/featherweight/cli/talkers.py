@@ -203,7 +203,7 @@ class TransformersTalker(_TextSide):
         if not self.model.can_generate():
             raise FeatherError(f"{folder} is not a model that writes text (it is a {type(self.model).__name__})")
         self.tokenizer = Tokenizer.of(tokenizer)
-        path = Path(str(self.model.name_or_path))
+        path = Path(str(self.model.config.name_or_path))
         self.defaults = generation_defaults(path, read_object(path / "config.json"))
         self.context = own_context(self.model)
         self.answers = 0

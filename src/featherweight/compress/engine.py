@@ -19,6 +19,7 @@ from featherweight.checkpoint.writer import disk_errors, to_json, write_text
 from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.compress.data import CalibrationData, check_source
 from featherweight.compress.events import Events, Observer
+from featherweight.compress.loadable import loading_note
 from featherweight.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder, occupants
@@ -131,6 +132,8 @@ def compress(
                 for note in plan.notes:
                     events({"event": "note", "text": note})
                 events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
+                if not chosen.calibrated and (note := loading_note(checkpoint)) is not None:
+                    events({"event": "note", "text": note})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
                 manifest = read_manifest(out)
                 assert manifest is not None

@@ -19,6 +19,7 @@ from torch import Tensor
 from featherweight.errors import EvaluationError, FeatherError
 from featherweight.evaluate.evaluation import _open, own_context
 from featherweight.evaluate.size import bytes_per_token
+from featherweight.integrations.calls import cache_name
 from featherweight.kernels.measure import READ_BYTES
 from featherweight.kernels.measure import read_bandwidth as native_read_bandwidth
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
@@ -220,6 +221,7 @@ class TransformersRunner:
         self.vocabulary = self.model.get_input_embeddings().num_embeddings
         self.facts = {"dtype": str(self.dtype).removeprefix("torch.")}
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}
+        self._cache = cache_name(self.model)
         self._out: Any = None
         self._bytes = 0
 
@@ -227,13 +229,13 @@ class TransformersRunner:
     def prefill(self, tokens: Tensor) -> None:
         self._out = None
         self._out = self.model(input_ids=tokens[None].to(self.device), use_cache=True, **self._last)
-        self._bytes = _cache_bytes(self._out.past_key_values) // len(tokens)
+        self._bytes = _cache_bytes(self._out[self._cache]) // len(tokens)
 
     @torch.inference_mode()
     def generate(self, count: int) -> None:
         for _ in range(count):
             token = self._out.logits[:, -1:].argmax(-1)
-            self._out = self.model(input_ids=token, past_key_values=self._out.past_key_values, use_cache=True)
+            self._out = self.model(input_ids=token, use_cache=True, **{self._cache: self._out[self._cache]})
 
     def weight_bytes(self) -> int | None:
         return None

@@ -1,18 +1,22 @@
 """One wrapper around every call into transformers: whatever it raises becomes one sentence of ours.
 
 Third-party code raises what it likes (AttributeError for a null in config.json, IndexError for a token without a row,
-huggingface_hub's own validation errors), so nothing narrower than Exception can be caught. Our own errors, Ctrl-C and
-a lack of memory pass.
+huggingface_hub's own validation errors, panics of Rust), so nothing narrower than Exception can be caught. Our own
+errors, Ctrl-C and a lack of memory pass.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from featherweight.errors import CheckpointError, FeatherError
 
+PANIC = "PanicException"
+"""What a fault in a library written in Rust (tokenizers, safetensors) raises; it is no Exception."""
 LONGEST = 300
 """Characters of a foreign message that are passed on."""
 
@@ -30,7 +34,9 @@ def asking_transformers(action: str, hint: str = "", error: type[FeatherError] =
         yield
     except (FeatherError, MemoryError):
         raise
-    except Exception as reason:
+    except BaseException as reason:
+        if not isinstance(reason, Exception) and type(reason).__name__ != PANIC:
+            raise
         raise error(f"transformers cannot {action}: {one_line(reason)}{f'; {hint}' if hint else ''}") from reason
 
 
@@ -43,3 +49,8 @@ def one_line(reason: BaseException) -> str:
     if not text or isinstance(reason, LookupError | AttributeError | TypeError):
         text = f"{type(reason).__name__} {text}".rstrip()
     return text.rstrip(".")
+
+
+def cache_name(model: Any) -> str:
+    """What a model's forward, and its output, call the keys and values: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

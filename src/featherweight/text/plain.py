@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import CheckpointError
+from featherweight.integrations.calls import asking_transformers
 from featherweight.text.chat_template import TOKENS
 
 MODEL_TYPES = ("llama", "qwen3")
@@ -50,10 +51,8 @@ def plain_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]] | None:
         return None
     from tokenizers import Tokenizer
 
-    try:
+    with asking_transformers(f"make a tokenizer of {path}", "restore the file"):
         core = Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer ({error}): restore the file") from error
     return core, settings
 
 
