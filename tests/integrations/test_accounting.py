@@ -29,6 +29,7 @@ from models import FAMILIES, VOCABULARY, make_tiny
 Tensors = dict[str, Tensor]
 Make = Callable[..., Path]
 KNOWN_TYPES = [family for family in FAMILIES if family != "qwen3-moe"]  # 4.x does not store its num_experts
+V4 = int(transformers.__version__.split(".")[0]) < 5
 IDS = torch.tensor([[3, 4, 5, 6]])
 
 
@@ -228,7 +229,8 @@ def test_a_declared_family_under_other_names_is_not_taken_for_another(make: Make
 
 
 def test_a_base_prefix_more_or_less(make: Make, originals: Callable[[str], Path]) -> None:
-    for family, prefix in (("gpt2", "transformer."), ("llama", "model."), ("opt", "model.")):
+    with_head = [] if V4 else [("llama", "model.")]  # 4.x calls a head beside a base model without prefix corrupted
+    for family, prefix in [("gpt2", "transformer."), ("opt", "model."), *with_head]:
         whole = featherweight.load(originals(family))[0](IDS).logits
         fewer = make(family, renamed(lambda name, prefix=prefix: name.removeprefix(prefix)))
         assert torch.equal(accepted(fewer)(IDS).logits, whole)
@@ -270,7 +272,7 @@ def test_tied_heads(make: Make) -> None:
     accepted(make("llama", lambda t: t.update({a: t[b].clone() for a, b in copied.items()}), tie_word_embeddings=True))
 
 
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 ties the other way only")
+@pytest.mark.skipif(V4, reason="transformers 4 ties the other way only")
 def test_a_tied_embedding_stored_as_the_head(make: Make) -> None:
     folder = make("llama", without("embed_tokens"), tie_word_embeddings=True)
     model = accepted(folder)

@@ -52,7 +52,7 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
             raise
         weakref.finalize(model, view.close)
         model.config.name_or_path = str(place.folder)
-        _check_loaded(checkpoint, type(model).__name__, info)
+        _check_loaded(checkpoint, model, info)
     return model.eval()
 
 
@@ -139,9 +139,9 @@ def _knows(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") in CONFIG_MAPPING
 
 
-def _check_loaded(checkpoint: Checkpoint, name: str, info: Mapping[str, Any]) -> None:
+def _check_loaded(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
     """What transformers says of the loading itself; of the tensors of plain checkpoints it was asked before."""
-    account = account_from(name, info, checkpoint)
+    account = account_from(model, info, checkpoint)
     judge(checkpoint, account)
     if account.unexpected and checkpoint.quantization_config is not None:
         warnings.warn(unexpected_text(checkpoint, account), FeatherWarning, stacklevel=5)
