@@ -14,7 +14,7 @@ from pathlib import Path
 
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.resolve import ADAPTER_CONFIG, Place
-from featherweight.checkpoint.shards import INDEX_NAME, SINGLE_NAME
+from featherweight.checkpoint.shards import INDEX_NAME, SINGLE_NAME, find_shards
 from featherweight.errors import CheckpointError
 
 
@@ -48,7 +48,8 @@ def _is_usual(checkpoint: Checkpoint, place: Place) -> bool:
     single = (place.folder / SINGLE_NAME).exists()
     if place.file is not None or names == [SINGLE_NAME]:
         return names == [SINGLE_NAME]
-    return not single and (place.folder / INDEX_NAME).exists()
+    # transformers 4 reads only tensors that the index names, 5 all that are in its files
+    return not single and find_shards(place.folder).placed.keys() == checkpoint.renamed.keys()
 
 
 def _link(checkpoint: Checkpoint, source: Path, folder: Path) -> None:

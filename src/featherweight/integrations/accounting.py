@@ -163,7 +163,8 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
         except (CheckpointError, MemoryError):
             raise
         except Exception as error:
-            return Account(unknown=f"{unknown} ({one_line(error)[:150]})")
+            known = f"transformers {transformers.__version__} cannot place the tensors of {source.folder}"
+            return Account(unknown=f"{known} ({one_line(error)[:150]})")
         if not accounts[-1].missing:
             break
     return min(accounts, key=lambda account: len(account.missing), default=Account(unknown=unknown))
@@ -206,7 +207,7 @@ def _meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source) -> Account:
     with _asking, quietly(), _without_accelerate():
         try:
-            _, info = cls.from_pretrained(
+            model, info = cls.from_pretrained(
                 None,
                 config=config,
                 state_dict=dict(tensors),
@@ -221,20 +222,27 @@ def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source
                     f"the weights of {source.folder} do not fit its config.json: {one_line(error)}"
                 ) from error
             raise CheckpointError(missing_text(source, gaps)) from error
-    return account_from(cls.__name__, info, source)
+    return account_from(model, info, source)
 
 
-def account_from(asked: str, info: Mapping[str, Any], source: Source) -> Account:
+def account_from(model: Any, info: Mapping[str, Any], source: Source) -> Account:
     """The report of transformers 4 or 5 as an account, with names as the checkpoint has them where that is told."""
     return Account(
-        asked=asked,
+        asked=type(model).__name__,
         missing=tuple(sorted(str(name) for name in info.get("missing_keys", ()))),
         unexpected=tuple(sorted(_as_stored(str(name), source) for name in info.get("unexpected_keys", ()))),
-        mismatched=tuple(
-            (str(name), tuple(stored), tuple(wanted))
-            for name, stored, wanted in sorted(info.get("mismatched_keys", ()), key=str)
-        ),
+        mismatched=tuple(_mismatch(item, model, source) for item in sorted(info.get("mismatched_keys", ()), key=str)),
     )
+
+
+def _mismatch(item: Any, model: Any, source: Source) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """(name, stored shape, wanted shape), of which transformers 4 gives the name alone."""
+    if not isinstance(item, str):
+        name, stored, wanted = item
+        return str(name), tuple(stored), tuple(wanted)
+    found = _as_stored(item, source)
+    wanted = model.state_dict().get(item)
+    return item, source.entry(found).shape if found in source.names else (), () if wanted is None else wanted.shape
 
 
 def _as_stored(name: str, source: Source) -> str:

@@ -18,6 +18,7 @@ from featherweight.checkpoint.view import View
 from featherweight.errors import CheckpointError, FeatherWarning
 from featherweight.integrations.accounting import account_from, check_complete, judge, unexpected_text
 from featherweight.integrations.calls import asking_transformers
+from featherweight.integrations.transformers import LOADS_BY_CONVERSION
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -37,9 +38,6 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
         else:
             refuse_other_kinds(checkpoint, True)
         view = View(checkpoint, place)
-        mapping = as_key_mapping(checkpoint.renamed)
-        if mapping:
-            options["key_mapping"] = mapping
         if own_head(checkpoint):  # transformers 5 sees by itself that it differs from the embedding, 4 does not
             options["tie_word_embeddings"] = False
             notes = (*notes, own_head_text(checkpoint))
@@ -54,7 +52,7 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
             raise
         weakref.finalize(model, view.close)
         model.config.name_or_path = str(place.folder)
-        _check_loaded(checkpoint, type(model).__name__, info, foreign or checkpoint.quantization_config is not None)
+        _check_loaded(checkpoint, model, info)
     return model.eval()
 
 
@@ -109,8 +107,29 @@ def _load(
             f"{place.folder} brings the code of its own model class: if you trust it, allow that it runs with "
             "--trust-remote-code (in Python trust_remote_code=True)"
         )
+    mapping = as_key_mapping(checkpoint.renamed)
     with asking_transformers(f"load {place.folder}"):
+        if mapping and not LOADS_BY_CONVERSION:
+            return _load_renamed(cls, checkpoint, folder, options)
+        if mapping:
+            options["key_mapping"] = mapping
         model, info = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    return model, info
+
+
+def _load_renamed(
+    cls: Any, checkpoint: Checkpoint, folder: Path, options: dict[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
+    """transformers 4 looks for the base model's prefix before it renames: it gets the tensors under their own names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if "tie_word_embeddings" in options:
+        config.tie_word_embeddings = options.pop("tie_word_embeddings")
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    model, info = cls.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, info
 
 
@@ -120,13 +139,11 @@ def _knows(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") in CONFIG_MAPPING
 
 
-def _check_loaded(checkpoint: Checkpoint, name: str, info: Mapping[str, Any], coded: bool) -> None:
-    """What transformers says of the loading itself; of plain checkpoints it was asked before."""
-    if not coded:
-        return
-    account = account_from(name, info, checkpoint)
+def _check_loaded(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
+    """What transformers says of the loading itself; of the tensors of plain checkpoints it was asked before."""
+    account = account_from(model, info, checkpoint)
     judge(checkpoint, account)
-    if account.unexpected:
+    if account.unexpected and checkpoint.quantization_config is not None:
         warnings.warn(unexpected_text(checkpoint, account), FeatherWarning, stacklevel=5)
 
 

@@ -278,7 +278,10 @@ class _Reader:
         if family.head is None:
             return None, ()
         tensor = f"{family.head}.weight"
-        says_tied = bool(embeddings) and config.get("tie_word_embeddings", family.tied_by_default) is True
+        ties = config_ties(self.checkpoint)
+        says_tied = bool(embeddings) and ties
+        if family.declared and ties and not embeddings:
+            return None, ()  # the embedding is stored as the head, which transformers 5 reads
         if tensor in self.names and (not says_tied or self.checkpoint.differ(tensor, embeddings[0])):
             head = self._linear(tensor, family.head.rpartition(".")[2], Group({}, "head", "head"))
             norm = f"{self.join(family.head_norm)}.weight" if family.head_norm and not self.post_norm else None
