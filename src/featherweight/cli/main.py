@@ -264,7 +264,7 @@ def bench(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for models and report.")] = Path("demo-out"),
-    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 40960,
+    tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 20480,
     threads: Threads = None,
 ) -> None:
     """Compress the bundled model in every way there is, measure, and write a report."""
