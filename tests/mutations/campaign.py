@@ -22,7 +22,7 @@ import torch
 from mutations.bases import BASES, Base, build, quiet
 from mutations.files import Files
 from mutations.judge import judge
-from mutations.kinds import all_kinds, draw
+from mutations.kinds import Case, all_kinds, draw
 
 BATCH = 100
 LONGEST = 30.0  # seconds for one case
@@ -57,11 +57,16 @@ def bases_in(work: Path, names: Iterable[str] = ()) -> list[tuple[Base, Files]]:
 
 def run_case(number: int, bases: Sequence[tuple[Base, Files]], work: Path, told: Any = lambda step: None) -> Result:
     """One case in this process."""
-    begun = time.perf_counter()
     case, files = draw(number, bases)
+    return judged(case, files, work, told)
+
+
+def judged(case: Case, files: Files, work: Path, told: Any = lambda step: None) -> Result:
+    """The verdict about a mutant."""
+    begun = time.perf_counter()
     folder = work / f"case-{os.getpid()}"
     files.write(folder)
-    torch.manual_seed(number)
+    torch.manual_seed(abs(case.number))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         verdict = judge(case, folder, told)
@@ -71,16 +76,31 @@ def run_case(number: int, bases: Sequence[tuple[Base, Files]], work: Path, told:
         if not outcome.ok
     }
     seconds = time.perf_counter() - begun
-    result = (number, case.base.name, list(case.steps), verdict.outcomes["load"].status, verdict.faults, verdict.notes)
+    result = (
+        case.number,
+        case.base.name,
+        list(case.steps),
+        verdict.outcomes["load"].status,
+        verdict.faults,
+        verdict.notes,
+    )
     return Result(*result, texts, seconds)
 
 
 def run_many(
-    numbers: Sequence[int], bases: Sequence[tuple[Base, Files]], work: Path, tell: Any = lambda result: None
+    numbers: Sequence[int],
+    bases: Sequence[tuple[Base, Files]],
+    work: Path,
+    tell: Any = lambda result: None,
+    warm: bool = True,
 ) -> list[Result]:
-    """All cases, in child processes one after the other; one that dies or hangs is a fault of its case."""
+    """All cases, in child processes one after the other; one that dies or hangs is a fault of its case.
+
+    `warm` runs the bases as they are before, in this process: children then find everything imported. What is wrong
+    with one of them is a fault of a case of number -1.
+    """
     all_kinds()
-    results: list[Result] = []
+    results = _warm(bases, work) if warm else []
     left = list(numbers)
     while left:
         done, fault = _batch(left[:BATCH], bases, work, tell)
@@ -92,6 +112,16 @@ def run_many(
             results.append(Result(left[0], case.base.name, list(case.steps), "failed", [(rule, words)]))
             tell(results[-1])
             left = left[1:]
+    return results
+
+
+def _warm(bases: Sequence[tuple[Base, Files]], work: Path) -> list[Result]:
+    results = []
+    for base, files in bases:
+        with quiet():
+            result = judged(Case(-1, base, ()), files, work)
+        if result.faults or result.status != "ok":
+            results.append(result)
     return results
 
 

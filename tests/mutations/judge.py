@@ -209,7 +209,7 @@ def _too_large(value: Any) -> bool:
 def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callable[[], Any]], Outcome]) -> None:
     """Further commands, each on a part of the cases."""
     chance = random.Random(case.number + 1)
-    text = any(kind.startswith(("text:", "config: special", "files:")) for kind in case.kinds)
+    text = not case.kinds or any(kind.startswith(("text:", "config: special", "files:")) for kind in case.kinds)
     if text or chance.random() < 0.05:
         for engine, words in (("native", ""), ("transformers", " by transformers")):
             talker = run(f"open{words}", partial(_open, folder, engine))
@@ -286,11 +286,13 @@ def _engines(case: Case, folder: Path, verdict: Verdict) -> None:
     native, load = verdict.outcomes["native"], verdict.outcomes["load"]
     if "failed" in (native.status, load.status):
         return
-    if native.refused and load.ok:
+    if native.refused and load.ok:  # numbers that are none may be refused by either, in its own words
         finite = load.value[2] is not None and bool(load.value[2].isfinite().all())
         if "not a number" in native.text:
             if finite:
                 verdict.fault("overflow", native.text)
+        elif load.value[2] is not None and not finite:
+            verdict.notes.append(f"no numbers with transformers; native: {native.text}")
         elif native.error != "UnsupportedModelError" and not _about_generation(verdict, native.text):
             verdict.fault("native alone refuses", native.text)
     if native.ok and load.refused and "the tokenizer of" not in load.text:
@@ -333,6 +335,9 @@ def _loading(case: Case, folder: Path, verdict: Verdict) -> None:
     if load.ok and lacking and not _complete_after_all(load.value[0], folder):
         verdict.fault("random weights", f"missing for transformers: {listed}")
     if load.ok or logits is None or lacking or listed.get("tokenizer") or wrong_dtypes(folder):
+        return
+    if "is quantised by" in load.text:  # transformers leaves out a quantiser that it does not know, with a warning
+        verdict.notes.append(f"refuses what transformers loads: {load.text}")
         return
     if Files.of(folder).damaged() and not verdict.outcomes["native"].ok:
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +16,12 @@ pytest.importorskip("transformers")
 
 from mutations import campaign
 from mutations.bases import Base
-from mutations.campaign import Result, bases_in, run_case, run_many, table
+from mutations.campaign import Result, bases_in, run_case, run_many
 from mutations.files import HASHES, SINGLE, Files, split
 from mutations.judge import CLOSE, judge
 from mutations.kinds import Case, all_kinds, draw
 
+ROOT = Path(__file__).resolve().parents[2]
 Bases = Sequence[tuple[Base, Files]]
 SLICE = ("llama-untied", "qwen2-tied", "qwen3-untied", "gpt2", "llama-rtn-8", "qwen3-rtn-4-head")
 
@@ -38,13 +41,16 @@ def bases(work: Path) -> Bases:
         torch.set_num_threads(threads)
 
 
-def test_a_slice_of_the_campaign(bases: Bases, work: Path) -> None:
-    results = run_many(range(100), bases, work)
-    assert len(results) == 100
-    faults = [f"{result.describe()}: {result.faults}" for result in results if result.faults]
-    assert not faults, "\n".join(faults)
-    counted = {name: numbers for name, *numbers in table(results)}
-    tries, loaded, refused, *_ = counted["all"]
+def test_a_slice_of_the_campaign(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "mutate_checkpoints.py"), "--count", "100"]
+    command += [argument for name in SLICE for argument in ("--base", name)]
+    done = subprocess.run(
+        [*command, "--report", str(tmp_path / "report.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["faults"]
+    (tries, loaded, refused), *_ = [row[1:4] for row in report["table"] if row[0] == "all"]
     assert tries == 100
     assert loaded > 20
     assert refused > 20
@@ -103,7 +109,7 @@ def test_a_process_that_dies_is_a_fault_of_its_case(bases: Bases, work: Path, mo
         return Result(number, "llama-untied", [("nothing", "")], "ok", [])
 
     monkeypatch.setattr(campaign, "run_case", dies)
-    results = run_many(range(3), bases, work)
+    results = run_many(range(3), bases, work, warm=False)
     assert [result.number for result in results] == [0, 1, 2]
     assert [[rule for rule, _ in result.faults] for result in results] == [[], ["crash"], []]
     assert "SIGSEGV" in results[1].faults[0][1]

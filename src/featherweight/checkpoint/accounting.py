@@ -28,6 +28,8 @@ EXPERT = re.compile(r"(?P<list>(?:.+\.)?[A-Za-z_]*experts)\.(?P<number>\d+)\.(?P
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids)$")
 """Buffers that old checkpoints hold and every class computes by itself."""
 SHOWN = 3
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+FEW_BLOCKS = 1000  # so many are built in a moment, and what is missing is then told by name
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
             "config.json names no quantization_config that says what they mean: start from the original weights, or "
             "restore the config.json it was saved with"
         )
+
+
+def refuse_impossible_depth(checkpoint: Source) -> None:
+    """CheckpointError if config.json asks for more blocks than there are tensors: whoever builds them would not end."""
+    nested = [value for value in checkpoint.config.values() if isinstance(value, Mapping)]
+    for holder in (checkpoint.config, *nested):
+        for key in DEPTHS:
+            depth = holder.get(key)
+            if isinstance(depth, int | float) and depth > max(FEW_BLOCKS, len(checkpoint.names)):
+                raise CheckpointError(
+                    f"config.json of {checkpoint.folder} asks for {depth:.6g} blocks ({key}), and there are "
+                    f"{len(checkpoint.names)} tensors: config.json and the weights do not belong together"
+                )
 
 
 def _holds_codes(name: str, entry: Described) -> bool:

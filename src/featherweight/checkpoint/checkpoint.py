@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from featherweight.checkpoint.format import METHOD
 from featherweight.checkpoint.prefixes import unwrapped
 from featherweight.checkpoint.resolve import ADAPTER_CONFIG, PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
 from featherweight.checkpoint.safetensors_file import Entry, SafetensorsFile
@@ -112,7 +113,11 @@ class Checkpoint:
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """What config.json says about an earlier compression; None for a plain model."""
-        found = self.config.get("quantization_config") or self.config.get("compression_config")
+        found = self.config.get("quantization_config")
+        if not found:  # another tool's older name
+            found = self.config.get("compression_config")
+            if isinstance(found, dict) and found.get("quant_method") == METHOD:
+                return None  # nobody reads ours under that name
         return found if isinstance(found, dict) else None
 
     @property

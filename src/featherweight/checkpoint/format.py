@@ -68,7 +68,7 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
             for module, shape in entry["modules"].items():
                 specs[module] = {**entry["code"], "shape": list(shape)}
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the field 'codes' of quantization_config is malformed ({error!r})") from None
+        raise CheckpointError(f"the field 'codes' of quantization_config is malformed ({error})") from None
     return specs
 
 

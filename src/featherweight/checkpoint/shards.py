@@ -92,6 +92,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     weight_map = parse_object(path, content).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    weight_map = {tensor: shard.removeprefix("./") for tensor, shard in weight_map.items()}
     for shard in sorted(set(weight_map.values())):
         if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {shard!r}, which is not a safetensors file in the same folder")

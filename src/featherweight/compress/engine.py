@@ -132,8 +132,8 @@ def compress(
                 for note in plan.notes:
                     events({"event": "note", "text": note})
                 events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
-                if not chosen.calibrated and (note := loading_note(checkpoint)) is not None:
-                    events({"event": "note", "text": note})
+                if not chosen.calibrated and (loading := loading_note(checkpoint)) is not None:
+                    events({"event": "note", "text": loading})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
                 manifest = read_manifest(out)
                 assert manifest is not None

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from featherweight.checkpoint.accounting import architecture_of
 from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD, module_layout, module_specs
@@ -26,7 +27,7 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
         specs = module_specs(config) if config else {}
         manifest = read_manifest(checkpoint.folder) or {}
         report: dict[str, Any] = {
-            "architecture": (checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")])[0],
+            "architecture": architecture_of(checkpoint.config) or str(checkpoint.config.get("model_type")),
             "recipe": config.get("recipe"),
             "format_version": config.get("format_version"),
             "files": len(checkpoint.files),

@@ -72,8 +72,9 @@ def load_weights(
     """
     specs, given = _specs(checkpoint)
     refuse_other_kinds(checkpoint, bool(specs))
+    base = network.family.block.partition(".")[0]
     with TensorHashes(checkpoint.files, verify, thread_count(threads), used=True) as hashes:
-        return _packed(_Loader(checkpoint, specs, given, threads, hashes), network, told)
+        return _packed(_Loader(checkpoint, specs, given, threads, hashes, base), network, told)
 
 
 def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] | None) -> Weights:
@@ -145,18 +146,30 @@ class _Loader:
         given: frozenset[str],
         threads: int | None,
         hashes: TensorHashes,
+        base: str,
     ) -> None:
         self.checkpoint, self.specs, self.given, self.threads = checkpoint, specs, given, threads
         self.hashes = hashes
+        self.base = base
         self.used: set[str] = set()
         self.plain: set[str] = set()  # biases of layers that the class has without
 
     def tensor(self, name: str) -> Tensor:
         if not self.checkpoint.has(name):
-            raise CheckpointError(missing_text(self.checkpoint, [name]))
+            raise self._missing(name)
         self.used.add(name)
         self.hashes.check(name)
         return self.checkpoint.tensor(name)
+
+    def _missing(self, name: str) -> CheckpointError:
+        """transformers finds a tensor whose name has the base model's prefix once too often, or lacks it."""
+        base, _, rest = name.partition(".")
+        if base != self.base:
+            rest = name
+        found = next((n for n in self.checkpoint.names if n == rest or n.endswith(f".{rest}")), None)
+        if found is None:
+            return CheckpointError(missing_text(self.checkpoint, [name]))
+        return UnsupportedModelError(f"the native decoder reads {name}, which is stored as {found[:120]}")
 
     def vector(self, module: str, size: int, name: str = "weight") -> Tensor:
         found = self.tensor(f"{module}.{name}")

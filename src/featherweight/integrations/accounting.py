@@ -25,6 +25,7 @@ from featherweight.checkpoint.accounting import (
     expert_gaps,
     is_whole,
     missing_text,
+    refuse_impossible_depth,
     refuse_other_kinds,
     some,
 )
@@ -61,6 +62,7 @@ def check_complete(checkpoint: Checkpoint, trust_remote_code: bool = False) -> V
     Raises:
         CheckpointError: tensors are missing, of other shapes, or of another kind, by name.
     """
+    refuse_impossible_depth(checkpoint)
     refuse_other_kinds(checkpoint, checkpoint.quantization_config is not None)
     if is_whole(checkpoint):
         return Verdict(checkpoint.notes)
@@ -89,6 +91,7 @@ def check_compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
     from featherweight.evaluate.size import OriginalView
 
     view = OriginalView(checkpoint)
+    refuse_impossible_depth(view)
     if is_whole(view):
         return checkpoint.notes
     account = account_of(view)

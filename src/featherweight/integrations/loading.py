@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.accounting import architecture_of, refuse_other_kinds
+from featherweight.checkpoint.accounting import architecture_of, refuse_impossible_depth, refuse_other_kinds
 from featherweight.checkpoint.anatomy import own_head, own_head_text
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD
@@ -31,6 +31,7 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
     (FeatherWarning) of tensors that are not used.
     """
     with Checkpoint.at(place) as checkpoint:
+        refuse_impossible_depth(checkpoint)
         foreign = _check_method(checkpoint)
         notes = checkpoint.notes
         if checkpoint.quantization_config is None:
@@ -70,7 +71,7 @@ def _check_method(checkpoint: Checkpoint) -> bool:
             "knows what its tensors mean: restore the config.json, or remove the entry if the weights are plain"
         )
     loads_bits = config.get("load_in_8bit") or config.get("load_in_4bit")
-    if not loads_bits and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if not loads_bits and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise CheckpointError(
             f"{checkpoint.folder} is quantised by {str(method)[:40]!r}, which the installed transformers does not "
             "know: start from the original weights"

@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): restore the file") from None
