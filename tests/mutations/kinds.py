@@ -71,7 +71,9 @@ def draw(number: int, bases: Sequence[tuple[Base, Files]]) -> tuple[Case, Files]
         before = files.copy()
         try:
             words = kinds[name](chance, files)
-        except Unreadable:
+        except Exception as error:  # on the ruins of the first one the second may find anything
+            if not steps and not isinstance(error, Unreadable):
+                raise
             files = before
             continue
         steps.append((name, words))
