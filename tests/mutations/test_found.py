@@ -1,0 +1,129 @@
+"""Mutants that the campaign found to be wrongly treated, each by itself and under all rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from mutations.bases import NAMED, Base
+from mutations.campaign import bases_in
+from mutations.files import INDEX, SINGLE, Files, Shard, renamed, split
+from mutations.judge import Verdict, judge
+from mutations.kinds import Case
+
+Change = Callable[[Files], object]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    names = ("llama-untied", "qwen2-tied", "llama-rtn-8")
+    return {base.name: files for base, files in bases_in(tmp_path_factory.mktemp("bases"), names)}
+
+
+@pytest.fixture
+def judged(bases: dict[str, Files], tmp_path: Path) -> Callable[[str, Change], Verdict]:
+    def judged(name: str, change: Change) -> Verdict:
+        files = bases[name].copy()
+        change(files)
+        files.write(tmp_path / "case")
+        base: Base = NAMED[name]
+        return judge(Case(0, base, (("found", ""),)), tmp_path / "case")
+
+    return judged
+
+
+def config(**changes: Any) -> Change:
+    return lambda files: files.put_json("config.json", files.config() | changes)
+
+
+def rename(change: Callable[[str], str], every: int = 1) -> Change:
+    def run(files: Files) -> None:
+        shard = files.shard(SINGLE)
+        names = {tensor.name: change(tensor.name) for tensor in shard.tensors[::every]}
+        files.put(SINGLE, Shard(renamed(shard.tensors, names), shard.metadata))
+
+    return run
+
+
+def dotted_index(files: Files) -> None:
+    files.content = split(files, 2).content
+    index = files.object(INDEX)
+    index["weight_map"] = {name: f"./{shard}" for name, shard in index["weight_map"].items()}
+    files.put_json(INDEX, index)
+
+
+def compressed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
+    def run(files: Files) -> None:
+        found = files.config()
+        files.put_json("config.json", change(found))
+
+    return run
+
+
+LOADED: Sequence[tuple[str, str, Change]] = (
+    ("an index with ./", "llama-untied", dotted_index),
+    ("names without their prefix", "llama-untied", rename(lambda name: name.removeprefix("model."))),
+    ("half of the names without", "qwen2-tied", rename(lambda name: name.removeprefix("model."), 2)),
+    ("names with their prefix twice", "qwen2-tied", rename(lambda name: f"model.{name}")),
+    ("architectures that are a mapping", "llama-rtn-8", config(architectures={"0": "LlamaForCausalLM"})),
+)
+REFUSED: Sequence[tuple[str, str, Change, str]] = (
+    ("blocks without end", "llama-untied", config(num_hidden_layers=2**63), "asks for 9.22337e\\+18 blocks"),
+    ("blocks without end, by lists", "qwen2-tied", config(num_hidden_layers=2**31 - 1), "blocks"),
+    ("a null for a number", "llama-untied", config(intermediate_size={}), "intermediate_size"),
+    (
+        "our codes under an older name",
+        "llama-rtn-8",
+        compressed(lambda found: {"compression_config": found.pop("quantization_config"), **found}),
+        "codes|lacks",
+    ),
+    (
+        "a method that is a list",
+        "llama-rtn-8",
+        compressed(lambda found: found | {"quantization_config": {"quant_method": ["featherweight"]}}),
+        "featherweight",
+    ),
+    (
+        "codes that are a number",
+        "llama-rtn-8",
+        compressed(lambda found: found | {"quantization_config": found["quantization_config"] | {"codes": 2}}),
+        "'codes' of quantization_config is malformed \\(it is not a list\\)",
+    ),
+)
+
+
+@pytest.mark.parametrize(("name", "change"), [one[1:] for one in LOADED], ids=[one[0] for one in LOADED])
+def test_loaded(judged: Callable[[str, Change], Verdict], name: str, change: Change) -> None:
+    verdict = judged(name, change)
+    assert not verdict.faults
+    assert verdict.loaded, verdict.outcomes["load"].text
+
+
+@pytest.mark.parametrize(("name", "change", "words"), [one[1:] for one in REFUSED], ids=[one[0] for one in REFUSED])
+def test_refused(judged: Callable[[str, Change], Verdict], name: str, change: Change, words: str) -> None:
+    import re
+
+    verdict = judged(name, change)
+    assert not verdict.faults
+    assert verdict.outcomes["load"].refused
+    assert re.search(words, verdict.outcomes["load"].text), verdict.outcomes["load"].text
+
+
+def test_a_folder_in_the_place_of_a_file(judged: Callable[[str, Change], Verdict]) -> None:
+    def change(files: Files) -> None:
+        del files.content["tokenizer_config.json"]
+        files.folders.append("tokenizer_config.json")
+
+    assert not judged("qwen2-tied", change).faults
+
+
+def test_what_transformers_says_is_for_people() -> None:
+    from featherweight.integrations.calls import one_line
+
+    text = one_line(TypeError(f"expected {int}, got {dict}\n of \x1b[31mred"))
+    assert text == "TypeError expected int, got dict of ?[31mred"
