@@ -234,15 +234,15 @@ def reshaped(chance: random.Random, files: Files) -> str:
 
 @kind("tensor: another dtype")
 def converted(chance: random.Random, files: Files) -> str:
-    dtype = chance.choice(sorted(DTYPES))
+    name, shard, place = _pick(chance, files)
+    tensor = shard.tensors[place]
+    dtype = chance.choice(sorted(set(DTYPES) - {tensor.dtype}))
     if chance.random() < 0.4:
         for name in files.shards:
             shard = files.shard(name)
             shard.tensors = [stored(tensor.name, value_of(tensor).to(DTYPES[dtype])) for tensor in shard.tensors]
             files.put(name, shard)
         return f"all {dtype}"
-    name, shard, place = _pick(chance, files)
-    tensor = shard.tensors[place]
     _change(files, name, shard, place, stored(tensor.name, value_of(tensor).to(DTYPES[dtype])))
     return f"{tensor.name} {dtype}"
 
