@@ -109,7 +109,7 @@ class TensorHashes:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def check(self, name: str) -> None:
-        """CheckpointError naming file and tensor if its bytes are not those that were written; nothing without a hash."""
+        """CheckpointError naming file and tensor if its bytes are not those written. Nothing without a hash."""
         if self._pool is None or name not in self._expected:
             return
         ahead = max(0, AHEAD - sum(not future.done() for future in self._found.values()))

@@ -327,8 +327,8 @@ def _load(choice: str) -> NativeLibrary | None:
             _warn(f"{path} computes wrong results on this processor")
             return None
         warnings.warn(
-            f"featherweight uses {native.isa} instructions instead of {wrong}, with which {path} computes wrong results "
-            "on this processor",
+            f"featherweight uses {native.isa} instructions instead of {wrong}, with which {path} computes wrong "
+            "results on this processor",
             RuntimeWarning,
             stacklevel=3,
         )
