@@ -19,10 +19,11 @@ from featherweight.checkpoint.writer import disk_errors, to_json, write_text
 from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.compress.data import CalibrationData, check_source
 from featherweight.compress.events import Events, Observer
+from featherweight.compress.identity import same_identity
 from featherweight.compress.ownership import first_foreign, within
 from featherweight.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
 from featherweight.compress.progress import Tally
-from featherweight.compress.run import RunFolder, occupants, same_identity
+from featherweight.compress.run import RunFolder, occupants
 from featherweight.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.kernels.library import thread_count
@@ -122,6 +123,7 @@ def compress(
             RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
         plan = make_plan(checkpoint, chosen, threads, limit)
+        data.check(plan, checkpoint)
         with RunFolder.opened(out, identity, overwrite, beside) as run:
             done = _finished(
                 out, identity, overwrite, beside

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.calibrate.statistics import StatisticsFile
-from featherweight.checkpoint.anatomy import Anatomy
+from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.errors import RecipeError
 from featherweight.quantize.base import STATISTIC_AXES, Choice, Correction, Grid, unknown_statistic
@@ -67,6 +67,19 @@ def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Gr
             raise RecipeError(
                 f"recipe {recipe.name}: rounding {recipe.rounding.kind} cannot round {name}, whose grid is "
                 f"{grid.kind}: {reason}"
+            )
+
+
+def check_base(layers: Iterable[LinearLayer], checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """RecipeError for a base model that lacks a layer or has it in another shape."""
+    for layer in layers:
+        tensor, wanted = layer.tensor, checkpoint.entry(layer.tensor).shape
+        found = base.entry(tensor).shape if tensor in base.names else None
+        if found != wanted:
+            what = "lacks" if found is None else f"has {list(found)} for"
+            raise RecipeError(
+                f"the base model {base.folder} {what} {tensor} {list(wanted)} of the model that is compressed: name "
+                "the one that this model was fine-tuned from"
             )
 
 

@@ -35,10 +35,10 @@ from torch import Tensor
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, disk_errors, to_json, write_safetensors, write_text
 from featherweight.codes import Code, code_from
+from featherweight.compress.identity import difference, same_identity
 from featherweight.compress.ownership import first_foreign, is_written
 from featherweight.compress.training_file import TrainingFile, damaged_tensors, sha256_of
-from featherweight.errors import CheckpointError, FeatherError, OutputError
-from featherweight.quantize.recipe import WORDS, recipe_from
+from featherweight.errors import CheckpointError, OutputError
 
 LAYER_KEY = "featherweight.layer"
 LAYER_HASH_KEY = "featherweight.layer_sha256"
@@ -98,7 +98,7 @@ class RunFolder:
         if not same:
             if found is not None and self._has_work() and not self.overwrite:
                 raise OutputError(
-                    f"an unfinished run of another command is in {self.path} ({_difference(found, identity)}); "
+                    f"an unfinished run of another command is in {self.path} ({difference(found, identity)}); "
                     "repeat that command to finish it, choose another --out, or discard it with --overwrite"
                 )
             self._clear()
@@ -387,32 +387,6 @@ def _move_all(source: Path, target: Path) -> None:
     """Within one file system; config.json last, so that what is half there is never taken for a model."""
     for entry in sorted(occupants(source), key=lambda path: path.name == "config.json"):
         os.replace(entry, target / entry.name)
-
-
-def same_identity(one: Any, other: Any) -> bool:
-    """Whether two identities are of the same work: recipes by what they compute, not by their words or their names."""
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return False
-    return {**one, "recipe": meaning_of(one.get("recipe"))} == {**other, "recipe": meaning_of(other.get("recipe"))}
-
-
-def meaning_of(recipe: Any) -> Any:
-    """What a recipe computes, as a digest of its settings and those it leaves to their defaults."""
-    try:
-        return recipe_from(recipe, "of an output").model_copy(update={"name": ""}).digest()
-    except FeatherError:  # of another release: settings that this one does not know
-        return recipe
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first thing in which two identities differ, in words."""
-    for key in wanted:
-        if found.get(key) == wanted[key] or key in WORDS:
-            continue
-        if isinstance(wanted[key], dict) and isinstance(found.get(key), dict):
-            return f"{key}: {_difference(found[key], wanted[key])}"
-        return f"{key} was {found.get(key)!r}, now {wanted[key]!r}"
-    return "it is damaged" if not found else "it holds further settings"
 
 
 @contextlib.contextmanager
