@@ -43,6 +43,24 @@ def check_compress_json(report: dict[str, Any]) -> None:
         assert is_number(layer["relative_error"])
 
 
+def test_json_replaces_earlier_results_alone(llama: Path, tmp_path: Path) -> None:
+    """Said before the work; a file that is no result of the same command stays."""
+    report, config, notes = tmp_path / "report.json", tmp_path / "config.json", tmp_path / "notes.txt"
+    config.write_bytes((llama / "config.json").read_bytes())
+    notes.write_text("mine")
+    assert feather_here("inspect", llama, "--json", report).code == 0
+    held = {path: path.read_bytes() for path in (report, config, notes)}
+    assert feather_here("inspect", llama, "--json", report).code == 0
+    assert "so it is not replaced" in feather_here("plan", llama, "--recipe", "rtn-4", "--json", report).sentence()
+    for path in (config, notes):
+        assert "so it is not replaced" in feather_here("inspect", llama, "--json", path).sentence()
+        command = ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out", "--json", path)
+        assert "so it is not replaced" in feather_here(*command).sentence()
+    assert "is no file" in feather_here("methods", "--json", tmp_path).sentence()
+    assert {path: path.read_bytes() for path in held} == held
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_compress_with_every_option(llama: Path, tmp_path: Path, text: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
