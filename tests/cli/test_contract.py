@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -188,8 +189,7 @@ def test_generate(compressed: Path) -> None:
 
 
 def test_chat(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter(["Hello", "And then?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd then?\n"))  # an empty line is no turn
     done = feather_here("chat", compressed, "--max-tokens", 5, "--temperature", 0, "--system", "Be brief.")
     assert done.code == 0, done.errors
     assert done.output.count("model: ") == 2
@@ -287,6 +287,7 @@ def interrupted_compress(model: str, out: str, errors: str) -> None:
     from featherweight.cli import progress
     from featherweight.cli.main import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     shown = progress.Watcher.__call__
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from featherweight.cli.talkers import Choices, Talker, open_talker
+from featherweight.cli.interrupts import answering
+from featherweight.cli.prompt import open_listener
+from featherweight.cli.talkers import AnswerStopped, Choices, Talker, open_talker
 from featherweight.errors import FeatherError
 
 
@@ -24,25 +26,31 @@ def run_generate(
 def run_chat(
     folder: str, system: str | None, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
 ) -> None:
-    """Ask for a line, print the answer, and so on until a line is empty."""
+    """Ask for a turn, print the answer, and so on to the end of the input. Ctrl-C ends an answer, or else the chat."""
     talker = open_talker(folder, engine, dtype, threads, cache)
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     turn = 0
-    while True:
-        try:
-            said = input("you: ").strip()
-        except EOFError:
-            said = ""
-        if not said:
-            return
-        messages.append({"role": "user", "content": said})
-        tokens = _conversation(talker, messages)
-        print("model: ", end="", flush=True)
-        answer = talker.write(tokens, replace(choices, seed=choices.seed + turn))
-        messages.append({"role": "assistant", "content": answer.strip()})
-        turn += 1
+    with open_listener() as listener:
+        while (said := listener.listen()) is not None:
+            messages.append({"role": "user", "content": said})
+            tokens = _conversation(talker, messages)
+            print("model: ", end="", flush=True)
+            answer = _answer(talker, tokens, replace(choices, seed=choices.seed + turn))
+            messages.append({"role": "assistant", "content": answer.strip()})
+            turn += 1
+
+
+def _answer(talker: Talker, tokens: list[int], choices: Choices) -> str:
+    """What the model says, or has said before Ctrl-C."""
+    try:
+        with answering():
+            return talker.write(tokens, choices)
+    except AnswerStopped as stopped:
+        return stopped.text
+    except KeyboardInterrupt:  # just before or after the answer
+        return ""
 
 
 def _conversation(talker: Talker, messages: list[dict[str, str]]) -> list[int]:

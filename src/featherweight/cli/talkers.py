@@ -35,6 +35,14 @@ class Choices:
     repetition_penalty: float | None = None
 
 
+class AnswerStopped(KeyboardInterrupt):
+    """Ctrl-C within an answer; `text` is what there is of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+
 class Talker(Protocol):
     """A loaded model that continues texts."""
 
@@ -47,7 +55,7 @@ class Talker(Protocol):
         """What the chat template makes of a conversation."""
 
     def write(self, tokens: list[int], choices: Choices) -> str:
-        """Continue `tokens`, print the text as it is made, return it."""
+        """Continue `tokens`, print the text as it is made, return it. AnswerStopped at a Ctrl-C."""
 
 
 def open_talker(folder: str, engine: str, dtype: str, threads: int | None, cache: str = "auto") -> Talker:
@@ -133,11 +141,16 @@ class NativeTalker:
         stream = TextStream(self.tokenizer.decode, _print)
         sampling = Sampling(choices.temperature, choices.top_k, choices.top_p, seed=choices.seed)
         sampling = self.model.defaults.apply(sampling, choices.min_p, choices.repetition_penalty)
+        stopped = False
         try:
             self.model.generate(tokens, choices.max_tokens, sampling, stream.put)
+        except KeyboardInterrupt:
+            stopped = True
         finally:
             text = stream.end()
             print(flush=True)
+        if stopped:
+            raise AnswerStopped(text)
         return text
 
 
@@ -184,7 +197,14 @@ class TransformersTalker:
         from transformers import TextStreamer
 
         torch.manual_seed(choices.seed)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said: list[str] = []
+
+        class Streamer(TextStreamer):  # type: ignore[misc]
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                said.append(text)
+                super().on_finalized_text(text, stream_end)
+
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if choices.temperature > 0:
             sampling = {
@@ -199,13 +219,17 @@ class TransformersTalker:
             sampling["repetition_penalty"] = choices.repetition_penalty
         padding = self.tokenizer.pad_token_id
         prompt = torch.tensor([tokens], device=self.model.device)
-        with torch.inference_mode():
-            made = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=choices.max_tokens,
-                streamer=streamer,
-                pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
-                **sampling,
-            )
+        try:
+            with torch.inference_mode():
+                made = self.model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=choices.max_tokens,
+                    streamer=streamer,
+                    pad_token_id=self.tokenizer.eos_token_id if padding is None else padding,
+                    **sampling,
+                )
+        except KeyboardInterrupt:
+            streamer.end()
+            raise AnswerStopped("".join(said)) from None
         return str(self.tokenizer.decode(made[0, len(tokens) :], skip_special_tokens=True))
