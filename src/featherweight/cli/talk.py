@@ -15,19 +15,28 @@ def run_generate(
     folder: str, prompt: str, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
 ) -> None:
     """Print a prompt and its continuation."""
-    talker = open_talker(folder, engine, dtype, threads, cache)
-    tokens = talker.encode(prompt)
-    if not tokens:
-        raise FeatherError("the prompt is empty; give some text to continue with --prompt")
-    print(prompt, end="", flush=True)
-    talker.write(tokens, choices)
+    from featherweight.kernels.threads import use_threads
+
+    with use_threads(threads):
+        talker = open_talker(folder, engine, dtype, threads, cache)
+        tokens = talker.encode(prompt)
+        if not tokens:
+            raise FeatherError("the prompt is empty; give some text to continue with --prompt")
+        print(prompt, end="", flush=True)
+        talker.write(tokens, choices)
 
 
 def run_chat(
     folder: str, system: str | None, choices: Choices, engine: str, dtype: str, cache: str, threads: int | None
 ) -> None:
     """Ask for a turn, print the answer, and so on to the end of the input. Ctrl-C ends an answer, or else the chat."""
-    talker = open_talker(folder, engine, dtype, threads, cache)
+    from featherweight.kernels.threads import use_threads
+
+    with use_threads(threads):
+        _chat(open_talker(folder, engine, dtype, threads, cache), system, choices)
+
+
+def _chat(talker: Talker, system: str | None, choices: Choices) -> None:
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []

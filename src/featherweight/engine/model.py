@@ -20,7 +20,8 @@ from featherweight.engine.sampling import GenerationDefaults, Sampling, generati
 from featherweight.engine.weights import Weights, load_weights
 from featherweight.engine.worker import Task, Worker
 from featherweight.errors import FeatherError
-from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
+from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK
+from featherweight.kernels.threads import thread_count
 
 CHUNK = 512
 """Tokens of a prompt that go through the network together."""
@@ -85,7 +86,7 @@ class NativeModel:
 
         Args:
             folder: with config.json and safetensors.
-            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or all processors.
+            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or what the system lets us have.
             kv_cache: "float16", or "int8" with a scale for every head and token.
             precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
             context: most tokens of a sequence; default: what the model was made for.
@@ -96,6 +97,7 @@ class NativeModel:
             CheckpointError: the folder is incomplete or damaged.
         """
         native.functions()  # before hours of packing
+        thread_count(threads)
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
             _context(context, network)

@@ -9,7 +9,7 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from featherweight.evaluate.divergence import Divergence
 from featherweight.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
 from featherweight.evaluate.protocols import Setting, protocol_named
 from featherweight.evaluate.size import Size, measure_size
+from featherweight.kernels.threads import chosen_threads, use_threads
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 
 Source = str | Path | tuple[Any, Any]
@@ -135,7 +136,8 @@ def evaluate(
     content = read_text(text) if text is not None else bundled_text()
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
-    with _threads(threads):
+    # What nobody has decided on stays as PyTorch has it.
+    with contextlib.nullcontext() if chosen_threads(threads) is None else use_threads(threads):
         reset_peak_memory()
         begun = time.perf_counter()
         subject, tokenizer = _open(model, dtype)
@@ -291,14 +293,3 @@ def _bos(tokenizer: Any, protocol: str) -> tuple[int | None, str]:
 def _dtype_of(model: Any) -> str:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
