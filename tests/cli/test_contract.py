@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -206,8 +207,7 @@ def test_generate(compressed: Path) -> None:
 
 
 def test_chat(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter(["Hello", "And then?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd then?\n"))  # an empty line is no turn
     done = feather_here("chat", compressed, "--max-tokens", 5, "--temperature", 0, "--system", "Be brief.")
     assert done.code == 0, done.errors
     assert done.output.count("model: ") == 2
@@ -294,6 +294,53 @@ def test_starting_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []", done
 
 
+# Threads.
+
+
+def test_threads_reach_the_kernels(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featherweight.kernels import library
+
+    asked: list[int] = []
+
+    def count(threads: int | None = None) -> int:
+        asked.append(thread_count(threads))
+        return asked[-1]
+
+    thread_count = library.thread_count
+    monkeypatch.setattr(library, "thread_count", count)
+    monkeypatch.setenv("FEATHERWEIGHT_THREADS", "3")
+    arguments = ("eval", compressed, "--limit", 40, "--context", 20)
+    assert feather_here(*arguments, "--threads", 2).code == 0
+    assert set(asked) == {2}
+    asked.clear()
+    assert feather_here(*arguments).code == 0
+    assert set(asked) == {3}
+
+
+@pytest.mark.parametrize("value", ["20000", "abc", "0", "-1"])
+def test_numbers_of_threads_that_make_no_sense(
+    value: str, llama: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_THREADS", value)
+    for command in (
+        ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out"),
+        ("eval", compressed),
+        ("generate", compressed, "--prompt", "a"),
+        ("chat", compressed),
+        ("bench", compressed),
+        ("calibrate", llama, "--out", tmp_path / "out.safetensors"),
+    ):
+        assert "expected a number of threads from 1 to 1024" in feather_here(*command).sentence()
+    monkeypatch.delenv("FEATHERWEIGHT_THREADS")
+    for command in (
+        ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out"),
+        ("eval", compressed),
+        ("generate", compressed, "--prompt", "a"),
+    ):
+        assert "threads is 20000" in feather_here(*command, "--threads", "20000").sentence()
+    assert not (tmp_path / "out").exists()
+
+
 # Ctrl-C.
 
 
@@ -305,6 +352,7 @@ def interrupted_compress(model: str, out: str, errors: str) -> None:
     from featherweight.cli import progress
     from featherweight.cli.main import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     shown = progress.Watcher.__call__
 

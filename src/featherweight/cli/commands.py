@@ -254,11 +254,14 @@ def run_eval(
     json: Path | None,
 ) -> None:
     from featherweight.evaluate.evaluation import evaluate
+    from featherweight.kernels.threads import thread_count
 
     claim_json(json, ("perplexity", "protocol"))
     quiet_transformers()
     with steps("evaluating") as tell:
-        result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads, trust_remote_code)
+        result = evaluate(
+            model, against, text, protocol, context, dtype, limit, tell, thread_count(threads), trust_remote_code
+        )
     report = result.to_json()
     write_json(json, report)
     bits = report["bits_per_weight"]
@@ -361,17 +364,15 @@ def run_calibrate(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
-    import torch
     import yaml
 
     from featherweight.compress.data import check_file
     from featherweight.compress.gather import gather_statistics
     from featherweight.errors import RecipeError
-    from featherweight.kernels.library import thread_count
+    from featherweight.kernels.threads import use_threads
 
     claim_json(json, ("file", "bytes", "needs"))
     quiet_transformers()
-    torch.set_num_threads(thread_count(threads))
     settings = {}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -379,7 +380,7 @@ def run_calibrate(
             raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
         settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
     check_file(calibration)
-    with steps("blocks") as tell:
+    with use_threads(threads), steps("blocks") as tell:
         done = 0
 
         def watch(event: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder, occupants
 from featherweight.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
 from featherweight.errors import CheckpointError, FeatherError, OutputError
-from featherweight.kernels.library import thread_count
+from featherweight.kernels.threads import thread_reason, use_threads
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.quantize.base import HeldWeight
 from featherweight.quantize.recipe import Recipe, load_recipe
@@ -88,7 +88,7 @@ def compress(
     calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
         the shipped text if None; data-free recipes do not read it
     base_model : the model this one was fine-tuned from, for recipes that compare the two
-    threads : of native kernels; results do not depend on it
+    threads : of native kernels and PyTorch, results do not depend on it; default: see `kernels.threads`
     seed : for recipes with random choices; part of the run's identity
     max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
         without it, recipes that run the network are refused where the memory that is free now is too little
@@ -108,7 +108,7 @@ def compress(
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    with Checkpoint.open(model) as checkpoint, _threads(threads):
+    with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
         _check_out(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
@@ -137,7 +137,8 @@ def compress(
             with Events(out, observer) as events:
                 for note in plan.notes:
                     events({"event": "note", "text": note})
-                events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
+                told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
+                events({"event": "plan", **plan.summary(), **told})
                 if not chosen.calibrated and (loading := loading_note(checkpoint)) is not None:
                     events({"event": "note", "text": loading})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
@@ -322,22 +323,6 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
             "free some space or choose another --out"
         )
-
-
-class _threads:
-    """Set torch's threads for a while."""
-
-    def __init__(self, threads: int | None) -> None:
-        if threads is not None and threads < 1:
-            raise FeatherError(f"--threads must be at least 1, not {threads}")
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(thread_count(self.threads))
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
 from featherweight.checkpoint.anatomy import Anatomy
@@ -221,6 +221,18 @@ class Grid(Choice):
         return 16 * shape[0] * shape[1]
 
 
+class Memo:
+    """What a run's last layer leaves for the next, replaced as a whole. Every run has one of its own."""
+
+    def __init__(self) -> None:
+        self.latest: object = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Memo)  # says nothing about options
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class SolveOptions(BaseModel):
     """How to work, as opposed to what to compute: none of these changes a result."""
 
@@ -228,6 +240,11 @@ class SolveOptions(BaseModel):
     threads: int | None = None
     window_bytes: int = 8 << 20
     backend: Literal["auto", "native", "reference"] = "auto"
+    _memo: Memo = PrivateAttr(default_factory=lambda: Memo())
+
+    @property
+    def memo(self) -> Memo:
+        return self._memo
 
     def window_rows(self, shape: tuple[int, int], itemsize: int, multiple: int) -> int:
         """Rows a window, a multiple of `multiple`, at least one multiple."""

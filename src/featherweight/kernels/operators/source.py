@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from featherweight.errors import FeatherError
 from featherweight.kernels import library
+from featherweight.kernels.threads import chosen_threads
 
 KINDS = {"trit-planes": 0, "uniform": 1, "codebook": 2, "dense": 3, "sherry": 4}
 LAYOUTS = {"auto": -1, "fields": 0, "trits": 1, "tables": 2, "plain": 3, "quartets": 4}
@@ -159,11 +159,9 @@ def check(status: int, what: str) -> None:
 
 
 def threads_of(threads: int | None = None) -> int:
-    """Threads of an operator: the argument, else FEATHERWEIGHT_THREADS, else PyTorch's number."""
-    if threads is not None:
-        return max(1, threads)
-    chosen = os.environ.get("FEATHERWEIGHT_THREADS", "")
-    return int(chosen) if chosen.isdigit() and chosen != "0" else torch.get_num_threads()
+    """Threads of an operator: those that somebody has chosen (`kernels.threads`), else PyTorch's number."""
+    chosen = chosen_threads(threads)
+    return torch.get_num_threads() if chosen is None else chosen
 
 
 def aligned(count: int) -> Tensor:
