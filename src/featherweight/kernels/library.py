@@ -20,7 +20,7 @@ from torch import Tensor
 from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
 
-VERSION = 4
+VERSION = 5
 FILE_NAME = "_featherweight_native.so"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
