@@ -24,7 +24,7 @@ from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
 from featherweight.kernels.threads import thread_count as thread_count
 
-VERSION = 4
+VERSION = 5
 FILE_NAME = "_featherweight_native.so"
 
 ISAS = ("amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon", "baseline")
