@@ -216,7 +216,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
         )
     try:
         config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
+            checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
         )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CalibrationError(
@@ -256,6 +256,12 @@ def _model_class(transformers: Any, checkpoint: Checkpoint, config: Any) -> Any:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
+    if checkpoint.trust_remote_code:
+        from featherweight.integrations.accounting import custom_class
+
+        own = custom_class(checkpoint.config, checkpoint.folder)
+        if own is not None:
+            return own
     for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:

@@ -130,7 +130,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        trusted = {"trust_remote_code": True} if checkpoint.trust_remote_code else {}
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, **trusted)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}): "

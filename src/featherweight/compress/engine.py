@@ -105,6 +105,7 @@ def compress(
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with Checkpoint.open(model) as checkpoint, _threads(threads):
+        checkpoint.trust_remote_code = trust_remote_code
         _check_out(out, checkpoint)
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
         identity = {
@@ -120,7 +121,7 @@ def compress(
         if done is not None:
             RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
-        plan = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
+        plan = make_plan(checkpoint, chosen, threads, limit)
         with RunFolder.opened(out, identity, overwrite) as run:
             done = _finished(out, identity, overwrite)  # once more: another process may have been at work until now
             if done is not None:

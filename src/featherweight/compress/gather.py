@@ -50,7 +50,8 @@ def gather_statistics(
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
     with Checkpoint.open(model) as checkpoint:
-        anatomy, notes, _ = accounted_anatomy(checkpoint, trust_remote_code)
+        checkpoint.trust_remote_code = trust_remote_code
+        anatomy, notes, _ = accounted_anatomy(checkpoint)
         if tell is not None:
             for note in notes:
                 tell({"event": "note", "text": note})

@@ -246,11 +246,7 @@ def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
 ) -> Plan:
     """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`.
 
@@ -262,7 +258,7 @@ def make_plan(
             f"{checkpoint.folder} is quantised already (quant_method {found.get('quant_method')!r}); "
             "start from the original weights"
         )
-    anatomy, notes, dropped = accounted_anatomy(checkpoint, trust_remote_code)
+    anatomy, notes, dropped = accounted_anatomy(checkpoint)
     grids = recipe.grids_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
