@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,9 +33,8 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.safetensors_file import TORCH_NAMES
 from featherweight.errors import CheckpointError
 from featherweight.integrations.calls import asking_transformers, one_line
+from featherweight.integrations.transformers import BESIDE
 
-BESIDE = re.compile(r"(^|\.)pooler\.")
-"""Parts of an encoder that nothing else reads: without them the rest is still the model."""
 _asking = threading.Lock()
 
 
