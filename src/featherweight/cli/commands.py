@@ -182,7 +182,8 @@ def run_plan(
     chosen = load_recipe(recipe, changes)
     with Checkpoint.open(model) as checkpoint:
         limit = parse_size(max_memory) if max_memory else None
-        made = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
+        checkpoint.trust_remote_code = trust_remote_code
+        made = make_plan(checkpoint, chosen, threads, limit)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     summary = {**made.summary(), "seconds": estimate_seconds(made)}

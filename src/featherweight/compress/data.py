@@ -142,7 +142,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer in a checkpoint's folder; CheckpointError if there is none that can be used."""
     from featherweight.text.tokenizer import Tokenizer
 
-    found = Tokenizer.open(checkpoint.folder)
+    found = Tokenizer.open(checkpoint.folder, checkpoint.trust_remote_code)
     if found is None:
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer, and a recipe that runs the network needs one: "

@@ -109,6 +109,7 @@ def compress(
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
+        checkpoint.trust_remote_code = trust_remote_code
         _check_out(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
@@ -125,7 +126,7 @@ def compress(
         if done is not None:
             RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
-        plan = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
+        plan = make_plan(checkpoint, chosen, threads, limit)
         data.check(plan, checkpoint)
         with RunFolder.opened(out, identity, overwrite, beside) as run:
             # once more: another process may have been at work until now

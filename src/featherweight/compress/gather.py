@@ -61,7 +61,8 @@ def gather_statistics(
                 f"--out {out} lies in the folder of the model, where it would count as weights of it; "
                 "choose a place outside of it"
             )
-        anatomy, notes, _ = accounted_anatomy(checkpoint, trust_remote_code)
+        checkpoint.trust_remote_code = trust_remote_code
+        anatomy, notes, _ = accounted_anatomy(checkpoint)
         if tell is not None:
             for note in notes:
                 tell({"event": "note", "text": note})

@@ -250,11 +250,7 @@ def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
 ) -> Plan:
     """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`.
 
@@ -267,7 +263,7 @@ def make_plan(
             "start from the original weights"
         )
     check_recipe(recipe)
-    anatomy, notes, dropped = accounted_anatomy(checkpoint, trust_remote_code)
+    anatomy, notes, dropped = accounted_anatomy(checkpoint)
     grids = recipe.grids_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
