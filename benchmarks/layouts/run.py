@@ -102,7 +102,7 @@ def codes(pool: Pool, rows: int) -> dict[str, Code]:
     }
 
 
-def products(memory: list[int], rows: int, threads: int) -> Callable[[], float]:
+def products(memory: list[int], size: int, rows: int, threads: int) -> Callable[[], float]:
     """A function that multiplies a vector by every operand in turn, and returns the seconds it took."""
     library, precision = native.needed(), native.PRECISIONS["int8"]
     x, out = torch.randn(1, COLUMNS), torch.empty(1, rows)
@@ -110,7 +110,9 @@ def products(memory: list[int], rows: int, threads: int) -> Callable[[], float]:
     def once() -> float:
         begun = time.perf_counter()
         for address in memory:
-            status = library.product(address, x.data_ptr(), 1, COLUMNS, out.data_ptr(), rows, precision, 0, threads)
+            status = library.product(
+                address, size, x.data_ptr(), COLUMNS, 1, COLUMNS, out.data_ptr(), rows, rows, precision, 0, threads
+            )
             native.check(status, "a product")
         return time.perf_counter() - begun
 
@@ -147,7 +149,7 @@ def measured(title: str, operand: native.Operand, cached: native.Operand, option
     for i in range(count):
         ctypes.memmove(memory.data_ptr() + i * stride, operand.memory.data_ptr(), size)
     addresses = [memory.data_ptr() + i * stride for i in range(count)]
-    run, rates, shares = products(addresses, ROWS, options.threads), [], []
+    run, rates, shares = products(addresses, size, ROWS, options.threads), [], []
     before = _bandwidth(options)
     for _ in range(options.rounds):
         rates.append(count / run())
@@ -155,7 +157,7 @@ def measured(title: str, operand: native.Operand, cached: native.Operand, option
         shares.append(rates[-1] * operand.weight_bytes * 2 / (before + after))
         before = after
     del memory
-    once = products([cached.memory.data_ptr()], CACHED_ROWS, 1)
+    once = products([cached.memory.data_ptr()], cached.memory.numel(), CACHED_ROWS, 1)
     in_cache = min(once() for _ in range(CACHED_ROUNDS))
     rate = statistics.median(rates)  # products a second
     low, share, high = statistics.quantiles(shares, n=4, method="inclusive")

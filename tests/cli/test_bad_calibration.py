@@ -159,6 +159,39 @@ def test_misuse_of_calibrate(llama: Path, text: Path, statistics: Path, tmp_path
     assert not out.exists()
 
 
+def test_calibrate_replaces_statistics_alone(llama: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    """Weights, links to them and other files stay, asked or not; and statistics never lie among a model's weights."""
+
+    def said(model: Path, out: Path, *more: Any) -> str:
+        return feather_here("calibrate", model, "--out", out, "--calibration", text, *more, *SMALL).last_sentence()
+
+    weights, link, notes = model / "model.safetensors", tmp_path / "link.safetensors", tmp_path / "my.safetensors"
+    link.symlink_to(weights)
+    notes.write_text("mine")
+    parts = tmp_path / "out.safetensors.parts"
+    parts.mkdir()
+    (parts / "mine.txt").write_text("mine")
+    held = {path: path.read_bytes() for path in (weights, notes, parts / "mine.txt")}
+    for more in ((), ("--overwrite",)):
+        for out in (weights, link, notes):
+            sentence = said(llama, out, *more)
+            assert "is no file of statistics, so it is not replaced" in sentence
+            assert "--overwrite" not in sentence
+        assert "mine.txt is there, which featherweight did not write" in said(
+            llama, tmp_path / "out.safetensors", *more
+        )
+        assert "lies in the folder of the model" in said(model, model / "more.safetensors", *more)
+    assert {path: path.read_bytes() for path in held} == held
+    assert link.is_symlink()
+    made = tmp_path / "made.safetensors"
+    assert "exists already" not in feather_here("calibrate", llama, "--out", made, "--calibration", text, *SMALL).errors
+    before = made.stat().st_mtime_ns
+    assert "replace it with --overwrite" in said(llama, made)
+    again = feather_here("calibrate", llama, "--out", made, "--calibration", text, "--overwrite", *SMALL)
+    assert again.code == 0, again.errors
+    assert made.stat().st_mtime_ns > before
+
+
 def test_a_base_model_of_another_shape(llama: Path, bert: Path, text: Path, tmp_path: Path) -> None:
     """Said before the network is run."""
     for base, said in ((bert, "lacks model.layers.0.self_attn.q_proj.weight"), (tmp_path / "wide", "has ")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -41,6 +42,24 @@ def check_compress_json(report: dict[str, Any]) -> None:
         assert isinstance(layer["code"], str)
         assert is_number(layer["bits_per_weight"])
         assert is_number(layer["relative_error"])
+
+
+def test_json_replaces_earlier_results_alone(llama: Path, tmp_path: Path) -> None:
+    """Said before the work; a file that is no result of the same command stays."""
+    report, config, notes = tmp_path / "report.json", tmp_path / "config.json", tmp_path / "notes.txt"
+    config.write_bytes((llama / "config.json").read_bytes())
+    notes.write_text("mine")
+    assert feather_here("inspect", llama, "--json", report).code == 0
+    held = {path: path.read_bytes() for path in (report, config, notes)}
+    assert feather_here("inspect", llama, "--json", report).code == 0
+    assert "so it is not replaced" in feather_here("plan", llama, "--recipe", "rtn-4", "--json", report).sentence()
+    for path in (config, notes):
+        assert "so it is not replaced" in feather_here("inspect", llama, "--json", path).sentence()
+        command = ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out", "--json", path)
+        assert "so it is not replaced" in feather_here(*command).sentence()
+    assert "is no file" in feather_here("methods", "--json", tmp_path).sentence()
+    assert {path: path.read_bytes() for path in held} == held
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -188,8 +207,7 @@ def test_generate(compressed: Path) -> None:
 
 
 def test_chat(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = iter(["Hello", "And then?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd then?\n"))  # an empty line is no turn
     done = feather_here("chat", compressed, "--max-tokens", 5, "--temperature", 0, "--system", "Be brief.")
     assert done.code == 0, done.errors
     assert done.output.count("model: ") == 2
@@ -276,6 +294,53 @@ def test_starting_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY []", done
 
 
+# Threads.
+
+
+def test_threads_reach_the_kernels(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featherweight.kernels import library
+
+    asked: list[int] = []
+
+    def count(threads: int | None = None) -> int:
+        asked.append(thread_count(threads))
+        return asked[-1]
+
+    thread_count = library.thread_count
+    monkeypatch.setattr(library, "thread_count", count)
+    monkeypatch.setenv("FEATHERWEIGHT_THREADS", "3")
+    arguments = ("eval", compressed, "--limit", 40, "--context", 20)
+    assert feather_here(*arguments, "--threads", 2).code == 0
+    assert set(asked) == {2}
+    asked.clear()
+    assert feather_here(*arguments).code == 0
+    assert set(asked) == {3}
+
+
+@pytest.mark.parametrize("value", ["20000", "abc", "0", "-1"])
+def test_numbers_of_threads_that_make_no_sense(
+    value: str, llama: Path, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_THREADS", value)
+    for command in (
+        ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out"),
+        ("eval", compressed),
+        ("generate", compressed, "--prompt", "a"),
+        ("chat", compressed),
+        ("bench", compressed),
+        ("calibrate", llama, "--out", tmp_path / "out.safetensors"),
+    ):
+        assert "expected a number of threads from 1 to 1024" in feather_here(*command).sentence()
+    monkeypatch.delenv("FEATHERWEIGHT_THREADS")
+    for command in (
+        ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out"),
+        ("eval", compressed),
+        ("generate", compressed, "--prompt", "a"),
+    ):
+        assert "threads is 20000" in feather_here(*command, "--threads", "20000").sentence()
+    assert not (tmp_path / "out").exists()
+
+
 # Ctrl-C.
 
 
@@ -287,6 +352,7 @@ def interrupted_compress(model: str, out: str, errors: str) -> None:
     from featherweight.cli import progress
     from featherweight.cli.main import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     shown = progress.Watcher.__call__
 

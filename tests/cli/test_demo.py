@@ -38,3 +38,22 @@ def test_it_leaves_another_folder_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not the output of a demo"):
         demo.run_demo(tmp_path, 2100, None)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"mine": 1}', '{"a": {"evaluation": 1}}'])
+def test_a_file_of_the_same_name_is_not_its_results(tmp_path: Path, content: str) -> None:
+    (tmp_path / demo.RESULTS).write_text(content)
+    with pytest.raises(OutputError, match="not the output of a demo"):
+        demo.run_demo(tmp_path, 2100, None)
+    assert (tmp_path / demo.RESULTS).read_text() == content
+
+
+def test_a_folder_of_ones_own_in_a_demo_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "RECIPES", ("rtn-4",))
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 1)
+    (tmp_path / demo.RESULTS).write_text("{}")
+    (tmp_path / "rtn-4").mkdir()
+    (tmp_path / "rtn-4" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match=r"holds mine\.txt, which featherweight did not write"):
+        demo.run_demo(tmp_path, 100, 1)
+    assert (tmp_path / "rtn-4" / "mine.txt").read_text() == "kept"

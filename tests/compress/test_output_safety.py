@@ -1,9 +1,11 @@
-"""What stands where an output is to be made is never lost unless somebody said so."""
+"""What stands where an output is to be made is never lost: only outputs of ours are replaced, if somebody says so."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from outputs import Stop, assert_only_output, contents, stopping
 from featherweight.compress.engine import compress
 from featherweight.compress.run import RUN_SUFFIX
 from featherweight.errors import OutputError
+from featherweight.quantize.grids.uniform import UniformGrid
+from featherweight.quantize.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +37,178 @@ def foreign(folder: Path) -> dict[str, bytes]:
 
 def test_foreign_files_are_not_touched(llama: Path, tmp_path: Path) -> None:
     held = foreign(tmp_path / "out")
-    with pytest.raises(OutputError, match="not empty; choose another folder or replace it with --overwrite"):
-        compress(llama, "rtn-4", tmp_path / "out")
-    assert contents(tmp_path) == {f"out/{name}": content for name, content in held.items()}
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="holds figures, which featherweight did not write") as caught:
+            compress(llama, "rtn-4", tmp_path / "out", overwrite=overwrite)
+        assert "--overwrite" not in str(caught.value)
+        assert contents(tmp_path) == {f"out/{name}": content for name, content in held.items()}
 
 
 def test_overwrite_replaces(llama: Path, tmp_path: Path, made: dict[str, dict[str, bytes]]) -> None:
-    foreign(tmp_path / "out")
     compress(llama, "rtn-4", tmp_path / "out", overwrite=True)
     assert_only_output(tmp_path / "out", made["rtn-4"])
     compress(llama, "rtn-3", tmp_path / "out", overwrite=True)
     assert_only_output(tmp_path / "out", made["rtn-3"])
+
+
+def own_file(out: Path) -> str:
+    (out / "notes.txt").write_text("mine")
+    return "notes.txt"
+
+
+def own_folder(out: Path) -> str:
+    (out / "runs").mkdir()
+    (out / "runs" / "1.json").write_text("{}")
+    return "runs"
+
+
+def own_weights(out: Path) -> str:
+    (out / "adapter.safetensors").write_bytes(b"mine")
+    return "adapter.safetensors"
+
+
+def folder_of_our_name(out: Path) -> str:
+    (out / "README.md").unlink()
+    own_folder(out)
+    (out / "runs").rename(out / "README.md")
+    return "README.md"
+
+
+def an_original_model(out: Path) -> str:
+    config = json.loads((out / "config.json").read_text())
+    config.pop("quantization_config")
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "featherweight.json").unlink()
+    return "README.md"
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "made before files were listed"])
+@pytest.mark.parametrize("spoil", [own_file, own_folder, own_weights, folder_of_our_name, an_original_model])
+def test_a_file_of_ones_own_in_an_output_is_never_lost(
+    llama: Path, tmp_path: Path, spoil: Callable[[Path], str], listed: bool
+) -> None:
+    out = tmp_path / "out"
+    compress(llama, "rtn-4", out)
+    if not listed:
+        unlisted(out)
+    name = spoil(out)
+    held = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=f"holds {name}, which featherweight did not write") as caught:
+            compress(llama, "rtn-3", out, overwrite=overwrite)
+        assert "--overwrite" not in str(caught.value)
+    assert contents(tmp_path) == held
+
+
+def unlisted(out: Path) -> None:
+    """As outputs were before."""
+    manifest = json.loads((out / "featherweight.json").read_text())
+    del manifest["files"]
+    (out / "featherweight.json").write_text(json.dumps(manifest))
+
+
+def test_outputs_made_before_are_replaced(llama: Path, tmp_path: Path, made: dict[str, dict[str, bytes]]) -> None:
+    out = tmp_path / "out"
+    compress(llama, "rtn-4", out)
+    unlisted(out)
+    (out / "tokenizer.json").write_text("{}")
+    compress(llama, "rtn-3", out, overwrite=True)
+    assert_only_output(out, made["rtn-3"])
+
+
+def test_a_file_that_appears_while_an_output_is_replaced(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress(llama, "rtn-4", out)
+
+    def appear(event: dict[str, object]) -> None:
+        if event["event"] == "shard":
+            own_file(out)
+
+    with pytest.raises(OutputError, match=r"came to hold notes\.txt while the work went on"):
+        compress(llama, "rtn-3", out, overwrite=True, observer=appear)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert compress(llama, "rtn-3", out, overwrite=True).resumed == 14
+
+
+def test_a_folder_in_the_place_of_the_run_folder(
+    llama: Path, tmp_path: Path, made: dict[str, dict[str, bytes]]
+) -> None:
+    for name in ("thesis.tex", "out/thesis.tex", "artifacts/000000.safetensors"):
+        held = tmp_path / ("out" + RUN_SUFFIX) / name
+        held.parent.mkdir(parents=True)
+        held.write_text("ten years of work")
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="which featherweight did not write"):
+                compress(llama, "rtn-4", tmp_path / "out", overwrite=overwrite)
+        assert contents(tmp_path) == {str(held.relative_to(tmp_path)): b"ten years of work"}
+        shutil.rmtree(tmp_path / ("out" + RUN_SUFFIX))
+    compress(llama, "rtn-4", tmp_path / "out")
+    mine = tmp_path / ("out" + RUN_SUFFIX) / "thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("ten years of work")
+    assert compress(llama, "rtn-4", tmp_path / "out").already_complete
+    assert mine.read_text() == "ten years of work"
+
+
+def test_a_file_in_the_place_of_the_log(llama: Path, tmp_path: Path) -> None:
+    log = tmp_path / "out.log.jsonl"
+    log.write_text("my own notes")
+    with pytest.raises(OutputError, match="featherweight did not write it"):
+        compress(llama, "rtn-4", tmp_path / "out")
+    assert log.read_text() == "my own notes"
+
+
+WORDED = {"notes": "another note", "title": "another title", "paper": "another paper", "name": "another-name"}
+
+
+@pytest.mark.parametrize("field", WORDED)
+def test_words_of_a_recipe_change_nothing(llama: Path, tmp_path: Path, field: str) -> None:
+    recipe, out = load_recipe("rtn-4"), tmp_path / "out"
+    compress(llama, recipe, out)
+    held = contents(out)
+    reworded = recipe.model_copy(update={field: WORDED[field]})
+    assert compress(llama, reworded, out).already_complete
+    assert contents(out) == held
+
+
+def test_words_of_a_recipe_do_not_stop_a_run_from_going_on(llama: Path, tmp_path: Path) -> None:
+    recipe, out = load_recipe("rtn-4"), tmp_path / "out"
+    with pytest.raises(Stop):
+        compress(llama, recipe, out, observer=stopping("layer", 6))
+    assert compress(llama, recipe.model_copy(update=WORDED), out).resumed >= 5
+
+
+def test_an_output_from_before_a_setting_existed_is_complete(llama: Path, tmp_path: Path) -> None:
+    """The setting has its default now, so it is the same work."""
+    out = tmp_path / "out"
+    compress(llama, "rtn-4", out)
+    manifest = json.loads((out / "featherweight.json").read_text())
+    manifest["identity"]["recipe"]["grid"].pop("clip_steps", None)
+    assert manifest["identity"]["recipe"]["grid"].pop("clip") == UniformGrid.model_fields["clip"].default
+    (out / "featherweight.json").write_text(json.dumps(manifest))
+    assert compress(llama, "rtn-4", out).already_complete
+
+
+def test_outputs_inside_the_model(llama: Path, tmp_path: Path) -> None:
+    model, link = tmp_path / "model", tmp_path / "link"
+    shutil.copytree(llama, model)
+    link.symlink_to(model)
+    held = contents(tmp_path)
+    for out in (model / "out", model / "a" / "b", link / "out", model / ".." / "model" / "out"):
+        for source in (model, link):
+            with pytest.raises(OutputError, match="lies in the folder of the model"):
+                compress(source, "rtn-4", out)
+    assert contents(tmp_path) == held
+    assert not compress(model / "model.safetensors", "rtn-4", model / "out").already_complete  # that is a file
+
+
+def test_outputs_that_would_hold_the_base_model(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "models" / "base"
+    shutil.copytree(llama, base)
+    for out in (base, tmp_path / "models"):
+        with pytest.raises(OutputError, match="holds the base model"):
+            compress(llama, "rtn-4", out, base_model=base, overwrite=True)
 
 
 def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -149,8 +150,7 @@ def test_a_conversation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     folder = Path(shutil.copytree(REFERENCE, tmp_path / "model"))
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     (folder / "chat_template.jinja").write_text(template)
-    said = iter(["Hello", "And then?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nAnd then?\n"))  # an empty line is no turn
     output, errors = run(capsys, "chat", str(folder), "--max-tokens", "6", "--temperature", "0", "--engine", "native")
     assert output.count("model: ") == 2
     assert "no chat template" not in errors

@@ -277,3 +277,35 @@ def test_memory_of_the_cache_is_given_back(tmp_path: Path) -> None:
     model.reset()
     assert model.stats().cache_bytes == 0
     assert resident_bytes() - empty < 0.2 * held
+
+
+def test_at_any_moment(small: Path, signals: None) -> None:
+    """Some hundred signals, also between two instructions of our own, in all calls: nothing hangs, nothing is lost."""
+    model = NativeModel.open(small, threads=1)
+    tokens = some_tokens(300)
+    expected = model.generate(tokens, 5, stops=())
+    calls: list[Callable[[], object]] = [
+        lambda: model.generate(tokens, 5000, on_token=lambda token: None, stops=()),
+        lambda: model.generate(tokens, 200, stops=()),
+        lambda: model.forward(tokens),
+        lambda: model.step({0: 7}),
+        lambda: model.reset(),
+    ]
+    delays = (torch.rand(300, generator=torch.Generator().manual_seed(1)) ** 3 * 0.03).tolist()
+    stopped = 0
+
+    def again(call: Callable[[], object]) -> None:
+        while True:
+            call()
+
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for number, delay in enumerate(delays):
+        model.forward([5])
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay + 1e-4)
+            again(calls[number % len(calls)])
+        except KeyboardInterrupt:
+            stopped += 1
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert stopped == len(delays)
+    assert model.generate(tokens, 5, stops=()) == expected

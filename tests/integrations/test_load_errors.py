@@ -44,6 +44,20 @@ def test_a_missing_tensor_is_named(fresh_llama: Folder, key: str) -> None:
         load(fresh_llama)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_missing_plain_tensor_is_named(fresh_llama: Folder, name: str) -> None:
+    """transformers alone would make it up."""
+    change_tensors(fresh_llama, lambda tensors: tensors.pop(name))
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        with pytest.raises(CheckpointError, match=f"lack '(model.)?{name.removeprefix('model.')}'"):
+            kind.from_pretrained(fresh_llama.path)
+
+
+def test_a_head_to_be_trained_is_made(fresh_llama: Folder) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(fresh_llama.path)
+    assert model.score.weight.shape[1] == fresh_llama.config["hidden_size"]
+
+
 def test_a_tensor_of_another_shape_is_named(fresh_llama: Folder) -> None:
     name = next(k for k in fresh_llama.tensors() if k.endswith(".scales"))
     change_tensors(fresh_llama, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))

@@ -62,7 +62,7 @@ void test_hadamard() {
     std::vector<float> x(static_cast<size_t>(tokens * cols)), signs(static_cast<size_t>(cols));
     for (float& v : x) v = random.symmetric();
     for (float& s : signs) s = random.below(2) ? 1.0F : -1.0F;
-    const fw_step step = {FW_HADAMARD, block, 0, 0, nullptr, signs.data()};
+    const fw_step step = {FW_HADAMARD, block, 0, 0, cols, nullptr, signs.data()};
     std::vector<float> first;
     for (const char* isa : kIsas) {
       fw_select_isa(isa);

@@ -49,6 +49,10 @@ struct Matrix {
     source.scales = stored_scales.data();
     source.zero_points = zeros.empty() ? nullptr : zeros.data();
     source.signs = signs.data();
+    source.codes_bytes = static_cast<int64_t>(codes.size());
+    source.scales_bytes = static_cast<int64_t>(stored_scales.size());
+    source.zero_bytes = static_cast<int64_t>(zeros.size());
+    source.sign_bytes = static_cast<int64_t>(signs.size());
   }
 };
 

@@ -30,9 +30,14 @@ Operand packed(const Matrix& m, int32_t layout, int threads, int garbage) {
   operand.memory = allocate(operand.bytes);
   std::memset(operand.memory.get(), garbage, static_cast<size_t>(operand.bytes));
   int64_t bad = 0;
-  const int32_t status = fw_operand_pack(&m.source, layout, operand.memory.get(), threads, &bad);
+  const int32_t status = fw_operand_pack(&m.source, layout, operand.memory.get(), operand.bytes, threads, &bad);
   check(status == FW_OK && bad == -1, m.name + ": is packed");
   return operand;
+}
+
+template <typename T>
+int64_t count_of(const std::vector<T>& values) {
+  return static_cast<int64_t>(values.size());
 }
 
 bool covered(const fw_operand& h, int64_t at) {  // whether a byte of an operand means anything
@@ -59,7 +64,7 @@ void test_rows(const Matrix& m, const Operand& operand) {
     std::vector<float> found(static_cast<size_t>((last - first) * cols), -7.0F), expected;
     for (int64_t row = first; row < last; ++row)
       for (int64_t col = 0; col < cols; ++col) expected.push_back(m.value(row, col));
-    check(fw_operand_rows(operand.memory.get(), first, last, found.data()) == FW_OK, m.name + ": rows are read");
+    check(fw_operand_rows(operand.memory.get(), operand.bytes, first, last, found.data(), count_of(found)) == FW_OK, m.name + ": rows are read");
     bool equal = true;
     for (size_t i = 0; i < found.size(); ++i) equal &= found[i] == expected[i];
     check(equal, m.name + ": decoded rows");
@@ -117,8 +122,8 @@ void test_integers(Random& random, const Matrix& m, const Operand& operand, int6
     fw_select_isa(isa);
     for (int threads : {1, 2, 5}) {
       std::vector<float> out(expected.size(), kUntouched);
-      check(fw_product_int8(operand.memory.get(), x.data(), x_scales.data(), tokens, out.data(), m.source.rows + kMargin,
-                            threads) == FW_OK, m.name + ": product of integers succeeds");
+      check(fw_product_int8(operand.memory.get(), operand.bytes, x.data(), count_of(x), x_scales.data(), count_of(x_scales),
+                            tokens, out.data(), count_of(out), m.source.rows + kMargin, threads) == FW_OK, m.name + ": product of integers succeeds");
       check(out == expected, m.name + " layout " + std::to_string(h.layout) + " tokens " + std::to_string(tokens) +
                                  " activations " + std::to_string(static_cast<int>(kind)) + " threads " +
                                  std::to_string(threads) + ": product of integers");
@@ -135,8 +140,8 @@ struct FloatProblem {
   std::vector<float> run(int32_t precision, int threads, const std::vector<float>* onto = nullptr) const {
     std::vector<float> out(static_cast<size_t>(tokens * (m.source.rows + kMargin)), kUntouched);
     if (onto) out = *onto;
-    check(fw_product(operand.memory.get(), x.data(), tokens, x_stride, out.data(), m.source.rows + kMargin, precision,
-                     onto != nullptr, threads) == FW_OK, m.name + ": product succeeds");
+    check(fw_product(operand.memory.get(), operand.bytes, x.data(), count_of(x), tokens, x_stride, out.data(), count_of(out),
+                     m.source.rows + kMargin, precision, onto != nullptr, threads) == FW_OK, m.name + ": product succeeds");
     return out;
   }
 };
@@ -384,15 +389,17 @@ void test_refusals() {
   int64_t bad = -1;
   std::vector<float> out(64);
   Memory space = allocate(operand.bytes);
-  check(fw_operand_pack(&m.source, FW_FIELDS, space.get(), 1, &bad) == FW_INVALID && bad == 1, "bytes that are no trits");
+  check(fw_operand_pack(&m.source, FW_FIELDS, space.get(), operand.bytes, 1, &bad) == FW_INVALID && bad == 1, "bytes that are no trits");
   Matrix large = make.trits(300, 1201, 1201, 2, FW_BASE3, {}, FW_FLOAT32, Fill::kRandom);
   for (const int64_t at : {int64_t{70000}, int64_t{30000}, large.source.plane_bytes + 5}) large.codes[static_cast<size_t>(at)] = 250;
   large.finish();
-  const Memory room = allocate(fw_operand_bytes(&large.source, FW_FIELDS));
+  const int64_t room_bytes = fw_operand_bytes(&large.source, FW_FIELDS);
+  const Memory room = allocate(room_bytes);
   for (const int threads : {1, 3})
-    check(fw_operand_pack(&large.source, FW_FIELDS, room.get(), threads, &bad) == FW_INVALID && bad == 30000,
+    check(fw_operand_pack(&large.source, FW_FIELDS, room.get(), room_bytes, threads, &bad) == FW_INVALID && bad == 30000,
           "of several bytes that are no trits the first is named, by however many threads it is looked for");
-  check(fw_product(operand.memory.get(), nullptr, 1, 12, out.data(), 5, FW_ACTIVATION_INT8, 0, 1) == FW_INVALID, "no input");
+  check(fw_product(operand.memory.get(), operand.bytes, nullptr, 12, 1, 12, out.data(), 5, 5, FW_ACTIVATION_INT8, 0, 1) ==
+            FW_INVALID, "no input");
   // Whatever a header says: refused, or an operand that fits its memory.
   uint8_t* bytes = static_cast<uint8_t*>(space.get());
   for (size_t at = 0; at < sizeof(fw_operand); ++at)
@@ -403,8 +410,8 @@ void test_refusals() {
       const fw_operand& h = *static_cast<const fw_operand*>(space.get());
       std::vector<float> x(static_cast<size_t>(h.cols), 1.0F), y(static_cast<size_t>(h.rows));
       check(h.bytes <= operand.bytes, "an accepted operand fits");
-      fw_product(bytes, x.data(), 1, h.cols, y.data(), h.rows, FW_ACTIVATION_INT8, 0, 1);
-      fw_product(bytes, x.data(), 1, h.cols, y.data(), h.rows, FW_ACTIVATION_FLOAT, 0, 1);
+      for (const int32_t precision : {FW_ACTIVATION_INT8, FW_ACTIVATION_FLOAT})
+        fw_product(bytes, operand.bytes, x.data(), h.cols, 1, h.cols, y.data(), h.rows, h.rows, precision, 0, 1);
     }
 }
 

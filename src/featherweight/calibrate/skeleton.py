@@ -221,7 +221,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
     hint = f"correct config.json, or install a version that knows this model ({transformers.__version__} is installed)"
     with asking_transformers(f"read the configuration in {checkpoint.folder}", hint, CalibrationError):
         config = transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
+            checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
         )
     if getattr(config, "is_encoder_decoder", False):
         raise CalibrationError(
@@ -258,6 +258,12 @@ def _model_class(transformers: Any, checkpoint: Checkpoint, config: Any) -> Any:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
+    if checkpoint.trust_remote_code:
+        from featherweight.integrations.accounting import custom_class
+
+        own = custom_class(checkpoint.config, checkpoint.folder)
+        if own is not None:
+            return own
     for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:

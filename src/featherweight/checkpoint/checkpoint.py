@@ -37,7 +37,10 @@ class Checkpoint:
     files : tuple[SafetensorsFile, ...], the shards in the order of their names
     names : tuple[str, ...], all tensors by shard and, within it, by offset; without the prefix of a wrapper
     notes : tuple[str, ...], what is odd about the folder, a sentence each
+    trust_remote_code : bool, whether the code that the folder brings for its class or tokenizer may run; False at first
     """
+
+    trust_remote_code = False
 
     def __init__(
         self, folder: Path, config_bytes: bytes, files: tuple[SafetensorsFile, ...], notes: tuple[str, ...] = ()

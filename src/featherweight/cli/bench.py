@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import facts, out_console, quiet_transformers, write_json
+from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, write_json
 from featherweight.cli.progress import size_text
 
 
@@ -26,6 +26,7 @@ def run_bench(
     from featherweight.evaluate.speed import measure_speed
     from featherweight.kernels.library import thread_count
 
+    claim_json(json, ("engine", "bandwidth_gb_s"))
     quiet_transformers()
     torch.set_num_threads(thread_count(threads))
     report = measure_speed(

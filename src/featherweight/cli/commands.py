@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,32 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+def claim_json(path: Path | None, marks: Collection[str]) -> None:
+    """OutputError before the work if the result cannot go to `path`: only a result of the same command is replaced.
+
+    marks : keys that results of this command have
+    """
+    if path is None or not os.path.lexists(path):
+        return
+    from featherweight.checkpoint.writer import disk_errors
+    from featherweight.errors import OutputError
+
+    if not path.is_file():
+        raise OutputError(f"--json {path} exists and is no file; name a file of its own")
+    try:
+        with disk_errors(path):
+            found = json.loads(path.read_text(encoding="utf-8") or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    found = found[0] if isinstance(found, list) and found else found
+    if not isinstance(found, dict) or (found and not found.keys() >= set(marks)):
+        raise OutputError(
+            f"--json {path} exists and is no earlier result of this command, so it is not replaced; name another file"
+        )
+
+
 def write_json(path: Path | None, value: Any) -> None:
-    """Write a result if asked for; folders are made as needed, the file appears complete."""
+    """Write a result if asked for; folders are made as needed, the file appears complete. See `claim_json`."""
     if path is None:
         return
     from featherweight.checkpoint.writer import disk_errors, to_json, write_text
@@ -93,6 +119,7 @@ def run_compress(
 ) -> None:
     from featherweight.compress.engine import compress
 
+    claim_json(json, ("out", "layers", "recipe"))
     with Watcher(error_console()) as watcher:
         result = compress(
             model,
@@ -151,10 +178,12 @@ def run_plan(
     from featherweight.compress.plan import make_plan, parse_size
     from featherweight.quantize.recipe import load_recipe
 
+    claim_json(json, ("recipe", "roles", "seconds"))
     chosen = load_recipe(recipe, changes)
     with Checkpoint.open(model) as checkpoint:
         limit = parse_size(max_memory) if max_memory else None
-        made = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
+        checkpoint.trust_remote_code = trust_remote_code
+        made = make_plan(checkpoint, chosen, threads, limit)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     summary = {**made.summary(), "seconds": estimate_seconds(made)}
@@ -226,10 +255,14 @@ def run_eval(
     json: Path | None,
 ) -> None:
     from featherweight.evaluate.evaluation import evaluate
+    from featherweight.kernels.threads import thread_count
 
+    claim_json(json, ("perplexity", "protocol"))
     quiet_transformers()
     with steps("evaluating") as tell:
-        result = evaluate(model, against, text, protocol, context, dtype, limit, tell, threads, trust_remote_code)
+        result = evaluate(
+            model, against, text, protocol, context, dtype, limit, tell, thread_count(threads), trust_remote_code
+        )
     report = result.to_json()
     write_json(json, report)
     bits = report["bits_per_weight"]
@@ -256,6 +289,7 @@ def run_eval(
 def run_inspect(model: str, json: Path | None) -> None:
     from featherweight.compress.inspect import inspect_folder
 
+    claim_json(json, ("architecture", "layers"))
     report = inspect_folder(model)
     write_json(json, report)
     console = out_console()
@@ -307,6 +341,7 @@ def run_verify(model: str) -> None:
 def run_methods(json: Path | None) -> None:
     from featherweight.compress.methods import cost_text, method_table
 
+    claim_json(json, ("preset", "grid", "bits"))
     table_rows = method_table()
     write_json(json, table_rows)
     table = Table(box=None, pad_edge=False)
@@ -330,16 +365,15 @@ def run_calibrate(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
-    import torch
     import yaml
 
     from featherweight.compress.data import check_file
     from featherweight.compress.gather import gather_statistics
     from featherweight.errors import RecipeError
-    from featherweight.kernels.library import thread_count
+    from featherweight.kernels.threads import use_threads
 
+    claim_json(json, ("file", "bytes", "needs"))
     quiet_transformers()
-    torch.set_num_threads(thread_count(threads))
     settings = {}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -347,7 +381,7 @@ def run_calibrate(
             raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
         settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
     check_file(calibration)
-    with steps("blocks") as tell:
+    with use_threads(threads), steps("blocks") as tell:
         done = 0
 
         def watch(event: dict[str, Any]) -> None:

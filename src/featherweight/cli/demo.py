@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -75,9 +76,7 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
                 command=_command(original, recipe, changes, folder),
             )
         )
-    write_json(
-        out / "demo.json", {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
-    )
+    write_json(out / RESULTS, {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants})
     report = write_report(
         out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
     )
@@ -91,10 +90,22 @@ def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path
 
 
 def _claim(out: Path) -> None:
-    """Make the demo's folder; one that holds something else is left alone."""
-    if out.exists() and not (out / RESULTS).exists() and (not out.is_dir() or any(out.iterdir())):
+    """Make the demo's folder; one that holds something else is left alone. What lies beside our files stays."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file; choose a folder")
+    if out.exists() and any(out.iterdir()) and not _is_results(out / RESULTS):
         raise OutputError(f"--out {out} exists and is not the output of a demo; choose another folder")
     write_json(out / RESULTS, {})
+
+
+def _is_results(path: Path) -> bool:
+    """Whether a file holds what a demo measured, or was about to."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    runs = found.values() if isinstance(found, dict) else (None,)
+    return all(isinstance(run, dict) and run.keys() == {"evaluation", "compression"} for run in runs)
 
 
 def _family(recipe: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -15,7 +16,11 @@ import typer
 
 app = typer.Typer(
     name="feather",
-    help="Make the weights of language models small, measure what it costs, and run the result.",
+    help=(
+        "Make the weights of language models small, measure what it costs, and run the result.\n\n"
+        "FEATHERWEIGHT_THREADS in the environment sets the number of threads, as --threads does for one command. "
+        "Ctrl-C ends every command, with exit code 130."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,7 +28,10 @@ app = typer.Typer(
 )
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all processors by default.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Else FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or the processors allowed."),
+]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
@@ -208,7 +216,11 @@ def chat(
     threads: Threads = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends."""
+    """Talk to a model, with its chat template if it has one.
+
+    Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one turn, whatever lines it has; so
+    are lines that end in a backslash together with the next, also from a pipe.
+    """
     from featherweight.cli.talk import run_chat
     from featherweight.cli.talkers import Choices
 
@@ -277,18 +289,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors made on purpose become one sentence and exit code 1."""
     from featherweight.errors import FeatherError
 
-    arguments = _one_set_each(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _main_of_process(_one_set_each(sys.argv[1:]))
+        return
+    arguments = _one_set_each(arguments)
     try:
         with _warnings_as_notes():
             app(args=arguments, prog_name="feather")
     except SystemExit as stop:
         if stop.code == 130:  # typer turns Ctrl-C into this
-            _interrupted(arguments)
+            _stop(_last_words(arguments), 130)
         raise
     except FeatherError as error:
         _stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _interrupted(arguments)
+        _stop(_last_words(arguments), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -330,9 +345,24 @@ def _warnings_as_notes() -> Iterator[None]:
         yield
 
 
-def _interrupted(arguments: list[str]) -> None:
+def _main_of_process(arguments: list[str]) -> None:
+    """`main` where the process is ours: it ends at once after Ctrl-C, without taking its modules apart first."""
+    from featherweight.cli.interrupts import Interrupts
+
+    with Interrupts(_last_words(arguments)):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            if stop.code == 130:
+                with contextlib.suppress(OSError):
+                    sys.stdout.flush()
+                os._exit(130)
+            raise
+
+
+def _last_words(arguments: list[str]) -> str:
     resumes = arguments[:1] == ["compress"]
-    _stop("interrupted; the same command goes on where it stopped" if resumes else "interrupted", 130)
+    return "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
 
 
 def _stop(text: str, code: int) -> Any:

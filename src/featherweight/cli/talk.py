@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from featherweight.cli.talkers import Choices, Talker, open_talker
+from featherweight.cli.interrupts import answering
+from featherweight.cli.prompt import open_listener
+from featherweight.cli.talkers import AnswerStopped, Choices, Talker, open_talker
 from featherweight.errors import FeatherError
 
 
@@ -20,12 +22,15 @@ def run_generate(
     trust_remote_code: bool = False,
 ) -> None:
     """Print a prompt and its continuation."""
-    talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
-    tokens = talker.encode(prompt)
-    if not tokens:
-        raise FeatherError("the prompt is empty; give some text to continue with --prompt")
-    print(prompt, end="", flush=True)
-    talker.write(tokens, choices)
+    from featherweight.kernels.threads import use_threads
+
+    with use_threads(threads):
+        talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
+        tokens = talker.encode(prompt)
+        if not tokens:
+            raise FeatherError("the prompt is empty; give some text to continue with --prompt")
+        print(prompt, end="", flush=True)
+        talker.write(tokens, choices)
 
 
 def run_chat(
@@ -38,25 +43,37 @@ def run_chat(
     threads: int | None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Ask for a line, print the answer, and so on until a line is empty."""
-    talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
+    """Ask for a turn, print the answer, and so on to the end of the input. Ctrl-C ends an answer, or else the chat."""
+    from featherweight.kernels.threads import use_threads
+
+    with use_threads(threads):
+        _chat(open_talker(folder, engine, dtype, threads, cache, trust_remote_code), system, choices)
+
+
+def _chat(talker: Talker, system: str | None, choices: Choices) -> None:
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     turn = 0
-    while True:
-        try:
-            said = input("you: ").strip()
-        except EOFError:
-            said = ""
-        if not said:
-            return
-        messages.append({"role": "user", "content": said})
-        tokens = _conversation(talker, messages)
-        print("model: ", end="", flush=True)
-        answer = talker.write(tokens, replace(choices, seed=choices.seed + turn))
-        messages.append({"role": "assistant", "content": answer.strip()})
-        turn += 1
+    with open_listener() as listener:
+        while (said := listener.listen()) is not None:
+            messages.append({"role": "user", "content": said})
+            tokens = _conversation(talker, messages)
+            print("model: ", end="", flush=True)
+            answer = _answer(talker, tokens, replace(choices, seed=choices.seed + turn))
+            messages.append({"role": "assistant", "content": answer.strip()})
+            turn += 1
+
+
+def _answer(talker: Talker, tokens: list[int], choices: Choices) -> str:
+    """What the model says, or has said before Ctrl-C."""
+    try:
+        with answering():
+            return talker.write(tokens, choices)
+    except AnswerStopped as stopped:
+        return stopped.text
+    except KeyboardInterrupt:  # just before or after the answer
+        return ""
 
 
 def _conversation(talker: Talker, messages: list[dict[str, str]]) -> list[int]:

@@ -44,6 +44,14 @@ class Choices:
         return defaults.sampling({name: getattr(self, name) for name in RANGES}, derived_seed(self.seed, answers))
 
 
+class AnswerStopped(KeyboardInterrupt):
+    """Ctrl-C within an answer; `text` is what there is of it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+
 class Talker(Protocol):
     """A loaded model that continues texts."""
 
@@ -58,7 +66,7 @@ class Talker(Protocol):
         """What the chat template makes of a conversation."""
 
     def write(self, tokens: list[int], choices: Choices) -> str:
-        """Continue `tokens`, print the text as it is made, return it."""
+        """Continue `tokens`, print the text as it is made, return it. AnswerStopped at a Ctrl-C."""
 
 
 def open_talker(
@@ -167,11 +175,16 @@ class NativeTalker(_TextSide):
         stream = TextStream(self.tokenizer.decode, _print)
         sampling = choices.sampling(self.model.defaults, self.answers)
         self.answers += 1
+        stopped = False
         try:
             self.model.generate(tokens, choices.max_tokens, sampling, stream.put)
+        except KeyboardInterrupt:
+            stopped = True
         finally:
             text = stream.end()
             print(flush=True)
+        if stopped:
+            raise AnswerStopped(text)
         return text
 
 
@@ -231,6 +244,7 @@ class TransformersTalker(_TextSide):
         torch.manual_seed(sampling.seed % 2**63)
         stream = _Streamer(TextStream(self.tokenizer.decode, _print), self.defaults.stops)
         prompt = torch.tensor([tokens], device=self.model.device)
+        stopped = False
         try:
             with asking_transformers("generate with this model", error=FeatherError), quiet(), torch.inference_mode():
                 made = self.model.generate(
@@ -242,9 +256,13 @@ class TransformersTalker(_TextSide):
             if not stream.used:  # beams are known at the end only
                 whole = getattr(self.model.config, "is_encoder_decoder", False)
                 stream.write(made[0, 0 if whole else len(tokens) :].tolist())
+        except KeyboardInterrupt:
+            stopped = True
         finally:
             text = stream.text.end()
             print(flush=True)
+        if stopped:
+            raise AnswerStopped(text)
         return text
 
     def _room(self, tokens: list[int], most: int) -> int:

@@ -28,22 +28,24 @@ TRITS_A_BYTE = {"base3": 5, "2bit": 4}
 LOG8 = "log8"
 LOG8_STEPS = 32  # to a factor of two
 LOG8_ZERO = 255
+LOG8_LEAST = -112
+"""The least exponent of one-byte scales: with it the smallest of them is still a normal float32."""
 _LOG8_FRACTIONS = torch.tensor([2.0 ** (-k / LOG8_STEPS) for k in range(LOG8_STEPS)], dtype=torch.float32)
 
 
 def log8_rounded(scales: Tensor) -> Tensor:
     """|scales| to the nearest power of 2^(1/32), in float32; 0 stays 0. The bytes of a matrix also limit the range."""
     steps = torch.round(torch.log2(scales.detach().double().abs()) * LOG8_STEPS)
-    steps = steps.clamp(-112 * LOG8_STEPS, 127 * LOG8_STEPS)
+    steps = steps.clamp(LOG8_LEAST * LOG8_STEPS, 127 * LOG8_STEPS)
     return torch.where(scales == 0, 0.0, _log8_values(steps.long())).to(torch.float32)
 
 
 def log8_encode(scales: Tensor) -> tuple[Tensor, int]:
     """Bytes uint8 and exponent e of scales >= 0; those below 2^(e - 254/32) are raised to it."""
     scales = scales.detach().double()
-    steps = torch.round(torch.log2(scales.clamp_min(2.0**-112)) * LOG8_STEPS).long()
+    steps = torch.round(torch.log2(scales.clamp_min(2.0**LOG8_LEAST)) * LOG8_STEPS).long()
     top = int(steps.amax()) if scales.numel() and bool((scales > 0).any()) else 0
-    exponent = max(-112, min(127, -(-top // LOG8_STEPS)))
+    exponent = max(LOG8_LEAST, min(127, -(-top // LOG8_STEPS)))
     codes = (exponent * LOG8_STEPS - steps).clamp(0, LOG8_ZERO - 1)
     return torch.where(scales > 0, codes, LOG8_ZERO).to(torch.uint8), exponent
 
@@ -56,7 +58,7 @@ def log8_reaches(scales: Tensor) -> bool:
         return True
     steps = torch.round(torch.log2(torch.stack([positive.amin(), positive.amax()])) * LOG8_STEPS).long().tolist()
     exponent = -(-steps[1] // LOG8_STEPS)
-    return bool(-112 <= exponent <= 127 and exponent * LOG8_STEPS - steps[0] < LOG8_ZERO)
+    return bool(LOG8_LEAST <= exponent <= 127 and exponent * LOG8_STEPS - steps[0] < LOG8_ZERO)
 
 
 def log8_decode(codes: Tensor, exponent: int) -> Tensor:
@@ -214,8 +216,11 @@ class TritPlanes(Code):
             weights,
         )
         if spec.get("scale_dtype") == LOG8:  # after construction, which would find the bytes again, slowly
+            exponent = int(tensors["scale_exponent"])
+            if exponent < LOG8_LEAST:
+                raise ValueError(f"scale_exponent is {exponent}, expected {LOG8_LEAST} to 127")
             object.__setattr__(code, "scale_format", LOG8)
-            code._hold(tensors["scales"], int(tensors["scale_exponent"]))
+            code._hold(tensors["scales"], exponent)
         return code
 
 

@@ -35,9 +35,7 @@ class Hiding:
         return self._checkpoint.differ(one, other)
 
 
-def accounted_anatomy(
-    checkpoint: Checkpoint, trust_remote_code: bool = False
-) -> tuple[Anatomy, tuple[str, ...], dict[str, str]]:
+def accounted_anatomy(checkpoint: Checkpoint) -> tuple[Anatomy, tuple[str, ...], dict[str, str]]:
     """The anatomy of what the model class uses, notes, and the tensors to leave out with the reason.
 
     Tensors that the class does not ask for are nothing that is compressed. Biases among them are left out, as a layer
@@ -47,7 +45,7 @@ def accounted_anatomy(
     """
     from featherweight.integrations.accounting import check_complete
 
-    verdict = check_complete(checkpoint, trust_remote_code)
+    verdict = check_complete(checkpoint)
     anatomy = read_anatomy(Hiding(checkpoint, frozenset(verdict.unexpected)))
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     biases = {f"{layer.name}.bias" for layer in layers}

@@ -16,11 +16,10 @@ from featherweight.checkpoint.format import FORMAT_VERSION, quantization_config
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import Blob, disk_errors, to_json, write_safetensors, write_text
 from featherweight.compress.card import model_card
+from featherweight.compress.ownership import MANIFEST
 from featherweight.compress.plan import COPY_WINDOW, Plan
 from featherweight.compress.run import RunFolder
 from featherweight.errors import CheckpointError
-
-MANIFEST = "featherweight.json"
 
 
 def lay_out(
@@ -177,6 +176,8 @@ def write_rest(
     with disk_errors(folder):
         for path in checkpoint.other_files():
             shutil.copyfile(path, folder / path.name)
+        written = {path.name for path in folder.iterdir() if not path.name.endswith(".part")}
+    manifest["files"] = sorted(written | {MANIFEST, "README.md", "config.json"})  # what --overwrite may replace
     write_text(folder / MANIFEST, to_json(manifest))
     write_text(folder / "README.md", model_card(manifest, config))
     write_text(folder / "config.json", to_json(config))

@@ -25,6 +25,7 @@ from featherweight.codes import Code
 from featherweight.compress.guard import BlockGuard, ModelGuard, Verdict, folded, likelihood_loss
 from featherweight.compress.plan import Plan
 from featherweight.compress.progress import Tally
+from featherweight.compress.refusals import check_base
 from featherweight.compress.run import RunFolder
 from featherweight.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, output_error, record_of, solve_layer
 from featherweight.compress.updates import model_update_range
@@ -76,7 +77,8 @@ class CalibratedRun:
             self.tally.note(
                 "calibration.held_out is 0: nothing is compared with its data-free form, whatever comes out"
             )
-        self._check_base()
+        if self.base is not None:
+            check_base([job.layer for job in self.plan.jobs], self.checkpoint, self.base)
         if not self._is_tuned():
             self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self._transform_model()
@@ -392,19 +394,6 @@ class CalibratedRun:
         assert self.base is not None
         layers = [job.layer for _, job in self.jobs.values() if job.layer.block is not None]
         return model_update_range(self.checkpoint, self.base, layers, self.plan.options, self.tell)
-
-    def _check_base(self) -> None:
-        """RecipeError for a base model that lacks a layer or has it in another shape, before anything is computed."""
-        for _, job in self.jobs.values() if self.base is not None else ():
-            assert self.base is not None
-            tensor, wanted = job.layer.tensor, self.checkpoint.entry(job.layer.tensor).shape
-            found = self.base.entry(tensor).shape if tensor in self.base.names else None
-            if found != wanted:
-                what = "lacks" if found is None else f"has {list(found)} for"
-                raise RecipeError(
-                    f"the base model {self.base.folder} {what} {tensor} {list(wanted)} of the "
-                    "model that is compressed: name the one that this model was fine-tuned from"
-                )
 
     def _base_weight(self, name: str) -> Tensor:
         if self.base is None:

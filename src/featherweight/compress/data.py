@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.weights import sample_digest
+from featherweight.compress.refusals import check_base, check_recipe, check_stored
 from featherweight.errors import CheckpointError, FeatherError, RecipeError
 from featherweight.quantize.recipe import Recipe
 
@@ -53,8 +54,15 @@ class CalibrationData:
         if not recipe.calibrated:
             return cls(recipe)
         if str(source).endswith(".safetensors"):
+            check_stored(recipe, Path(str(source)), checkpoint)
             return cls(recipe, None, Path(str(source)), base_model)
         return cls(recipe, text_windows(checkpoint, source, recipe.calibration, tell), None, base_model)
+
+    def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
+        """RecipeError where the base model does not fit, before weights are read."""
+        if self.base_model is not None:
+            with Checkpoint.open(self.base_model) as base:
+                check_base([job.layer for job in plan.jobs], checkpoint, base)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on beside model and recipe; nothing for a data-free recipe."""
@@ -104,6 +112,7 @@ class CalibrationData:
 def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Path | None) -> None:
     """What can be said without opening anything."""
     check_file(source)
+    check_recipe(recipe)
     if "base" in recipe.needs and base_model is None:
         raise RecipeError(
             f"recipe {recipe.name} compares the model with the one it was fine-tuned from: "
@@ -133,7 +142,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer in a checkpoint's folder; CheckpointError if there is none that can be used."""
     from featherweight.text.tokenizer import Tokenizer
 
-    found = Tokenizer.open(checkpoint.folder)
+    found = Tokenizer.open(checkpoint.folder, checkpoint.trust_remote_code)
     if found is None:
         raise CheckpointError(
             f"{checkpoint.folder} has no tokenizer, and a recipe that runs the network needs one: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from featherweight.checkpoint.writer import disk_errors, to_json, write_text
 from featherweight.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.compress.data import CalibrationData, check_source
 from featherweight.compress.events import Events, Observer
+from featherweight.compress.identity import same_identity
 from featherweight.compress.loadable import loading_note
+from featherweight.compress.ownership import first_foreign, within
 from featherweight.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
 from featherweight.compress.progress import Tally
 from featherweight.compress.run import RunFolder, occupants
 from featherweight.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
 from featherweight.errors import CheckpointError, FeatherError, OutputError
-from featherweight.kernels.library import thread_count
+from featherweight.kernels.threads import thread_reason, use_threads
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.quantize.base import HeldWeight
 from featherweight.quantize.recipe import Recipe, load_recipe
@@ -86,11 +88,12 @@ def compress(
     calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
         the shipped text if None; data-free recipes do not read it
     base_model : the model this one was fine-tuned from, for recipes that compare the two
-    threads : of native kernels; results do not depend on it
+    threads : of native kernels and PyTorch, results do not depend on it; default: see `kernels.threads`
     seed : for recipes with random choices; part of the run's identity
     max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
         without it, recipes that run the network are refused where the memory that is free now is too little
-    overwrite : replace an existing output or another unfinished run
+    overwrite : replace an existing output of featherweight's, or another unfinished run; what else stands in OUT is
+        never replaced
     trust_remote_code : run the code that the model's folder brings for its class or tokenizer
     observer : called with every event that goes to the log
 
@@ -105,8 +108,10 @@ def compress(
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    with Checkpoint.open(model) as checkpoint, _threads(threads):
-        _check_out(out, checkpoint)
+    with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
+        checkpoint.trust_remote_code = trust_remote_code
+        _check_out(out, checkpoint, model, base_model)
+        beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
         identity = {
             "source": checkpoint.identity(),
@@ -117,13 +122,15 @@ def compress(
             "featherweight": __version__,
             **data.identity(),
         }
-        done = _finished(out, identity, overwrite)
+        done = _finished(out, identity, overwrite, beside)
         if done is not None:
             RunFolder(out).remove_leftover(identity)
             return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
-        plan = make_plan(checkpoint, chosen, threads, limit, trust_remote_code)
-        with RunFolder.opened(out, identity, overwrite) as run:
-            done = _finished(out, identity, overwrite)  # once more: another process may have been at work until now
+        plan = make_plan(checkpoint, chosen, threads, limit)
+        data.check(plan, checkpoint)
+        with RunFolder.opened(out, identity, overwrite, beside) as run:
+            # once more: another process may have been at work until now
+            done = _finished(out, identity, overwrite, beside)
             if done is not None:
                 return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
             if limit is None and not run.publishing and run.read_assembly() is None:
@@ -131,7 +138,8 @@ def compress(
             with Events(out, observer) as events:
                 for note in plan.notes:
                     events({"event": "note", "text": note})
-                events({"event": "plan", **plan.summary(), "out": str(out), "threads": thread_count(threads)})
+                told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
+                events({"event": "plan", **plan.summary(), **told})
                 if not chosen.calibrated and (loading := loading_note(checkpoint)) is not None:
                     events({"event": "note", "text": loading})
                 resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
@@ -248,35 +256,51 @@ def _absolute(out: str | Path) -> Path:
         raise OutputError(f"--out {out} is not a usable path: {error}") from None
 
 
-def _check_out(out: Path, checkpoint: Checkpoint) -> None:
+def _check_out(out: Path, checkpoint: Checkpoint, model: str | Path, base_model: str | Path | None) -> None:
+    run = RunFolder(out).path
     with disk_errors(out):
-        source, target, here = checkpoint.folder.resolve(), out.resolve(), Path.cwd().resolve()
+        target, here = out.resolve(), Path.cwd().resolve()
         is_file = out.exists() and not out.is_dir()
-    if target == source or target in source.parents:
-        raise OutputError(f"--out {out} holds the model that is read; choose another folder")
+    for what, folder in (("the model that is read", checkpoint.folder), ("the base model", _folder_of(base_model))):
+        if folder is not None and (within(folder, out) or within(folder, run)):
+            raise OutputError(f"--out {out} holds {what}; choose another folder")
+    if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
+        raise OutputError(f"--out {out} lies in the folder of the model that is read; choose a folder outside of it")
     if target == here or target in here.parents:
         raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
     if is_file:
         raise OutputError(f"--out {out} is a file; choose a folder")
 
 
-def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The manifest if OUT is the finished output of this very command; OutputError if it is something else."""
-    with disk_errors(out):
-        if not occupants(out):
-            return None
-    manifest, run = read_manifest(out), RunFolder(out)
-    if run.publishing and run.identity() == identity:
+def _folder_of(model: str | Path | None) -> Path | None:
+    """The folder of a model that is given as one, or as a file in one."""
+    if model is None or not (path := Path(model).expanduser()).exists():
         return None
-    same = manifest is not None and manifest["identity"] == identity
-    if overwrite:
-        return manifest if same and run.published(identity) else None
-    if not same:
-        what = "not empty" if manifest is None else "the output of another command"
-    elif _readable(out):
+    return path if path.is_dir() else path.parent
+
+
+def _finished(out: Path, identity: dict[str, Any], overwrite: bool, beside: Collection[str]) -> dict[str, Any] | None:
+    """The manifest if OUT is the finished output of this very command; OutputError if it is something else, or, where
+    it is to be replaced, if not all of it is ours."""
+    with disk_errors(out):
+        held = occupants(out)
+    if not held:
+        return None
+    manifest, run = read_manifest(out), RunFolder(out)
+    if run.publishing and same_identity(run.identity(), identity):
+        return None
+    same = manifest is not None and same_identity(manifest["identity"], identity)
+    if same and (run.published(identity) if overwrite else _readable(out)):
         return manifest
-    else:
-        what = "the output of this command, but damaged"
+    foreign = first_foreign(out, held, beside, ours=run.publishing)
+    if foreign is not None:
+        raise OutputError(
+            f"--out {out} is not empty and holds {foreign.name}, which featherweight did not write and never replaces; "
+            "choose another folder"
+        )
+    if overwrite:
+        return None
+    what = "the output of this command, but damaged" if same else "the output of another command"
     raise OutputError(f"--out {out} exists already and is {what}; choose another folder or replace it with --overwrite")
 
 
@@ -300,22 +324,6 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
             "free some space or choose another --out"
         )
-
-
-class _threads:
-    """Set torch's threads for a while."""
-
-    def __init__(self, threads: int | None) -> None:
-        if threads is not None and threads < 1:
-            raise FeatherError(f"--threads must be at least 1, not {threads}")
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(thread_count(self.threads))
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from featherweight.checkpoint.writer import disk_errors
-from featherweight.errors import FeatherError
+from featherweight.errors import FeatherError, OutputError
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -27,6 +28,11 @@ class Events:
 
     def __enter__(self) -> Events:
         with disk_errors(self.path):
+            if not _is_log(self.path):
+                raise OutputError(
+                    f"{self.path} is where the events of this run go, but featherweight did not write it; move it away "
+                    "or choose another --out"
+                )
             _drop_torn_line(self.path)
             self.stream = self.path.open("a", encoding="utf-8")
         return self
@@ -47,6 +53,19 @@ class Events:
                     self.stream.flush()
         if self.observer is not None:
             self.observer(event)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is a log of ours, or there is nothing yet: it begins with an event, or with the start of one."""
+    if not os.path.lexists(path):
+        return True
+    with path.open("rb") as stream:
+        first = stream.readline(1 << 20)
+    try:
+        found = json.loads(first)
+    except ValueError:
+        return b'{"time"'.startswith(first[:7])  # torn
+    return isinstance(found, dict) and "event" in found
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,12 @@ from featherweight.calibrate.settings import CalibrationSettings
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.compress.account import accounted_anatomy
 from featherweight.compress.data import Tell, text_windows
+from featherweight.compress.ownership import is_statistics, within
 from featherweight.errors import OutputError, RecipeError
 from featherweight.quantize.recipe import explain
+
+PARTS_SUFFIX = ".parts"
+PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves where it is stopped
 
 
 def gather_statistics(
@@ -30,6 +36,7 @@ def gather_statistics(
     """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
 
     settings : fields of `CalibrationSettings`
+    overwrite : replace a file of statistics; no other file is ever replaced
     Raises OutputError if OUT is there already, RecipeError for an unknown statistic or setting.
     """
     from featherweight.calibrate.runner import Calibration
@@ -37,8 +44,7 @@ def gather_statistics(
     from featherweight.calibrate.text import windows_digest
 
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise OutputError(f"--out {out} exists already; choose another file or replace it with --overwrite")
+    _check_out(out, overwrite)
     if out.suffix != ".safetensors":
         raise OutputError(f"--out {out} must end with .safetensors")
     known = [name for name in NAMES if name not in ("tokens", "cross")]  # a single stream has no cross moment
@@ -50,7 +56,13 @@ def gather_statistics(
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
     with Checkpoint.open(model) as checkpoint:
-        anatomy, notes, _ = accounted_anatomy(checkpoint, trust_remote_code)
+        if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
+            raise OutputError(
+                f"--out {out} lies in the folder of the model, where it would count as weights of it; "
+                "choose a place outside of it"
+            )
+        checkpoint.trust_remote_code = trust_remote_code
+        anatomy, notes, _ = accounted_anatomy(checkpoint)
         if tell is not None:
             for note in notes:
                 tell({"event": "note", "text": note})
@@ -58,3 +70,26 @@ def gather_statistics(
         with Calibration.open(checkpoint, anatomy, ids, chosen, needs, head=True, tell=tell) as calibration:
             save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))
     return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """OutputError for a file that may not be replaced, or a folder in the place of the one for the work."""
+    parts = out.with_name(out.name + PARTS_SUFFIX)
+    foreign = None
+    if os.path.lexists(parts):
+        foreign = (
+            parts if not parts.is_dir() else next((p for p in parts.iterdir() if not PART.fullmatch(p.name)), None)
+        )
+    if foreign is not None:
+        raise OutputError(
+            f"{parts} is where unfinished statistics are kept, but {foreign.name} is there, which featherweight did "
+            "not write; move it away or choose another --out"
+        )
+    if not os.path.lexists(out):
+        return
+    if not is_statistics(out):
+        raise OutputError(
+            f"--out {out} exists and is no file of statistics, so it is not replaced; choose another file"
+        )
+    if not overwrite:
+        raise OutputError(f"--out {out} exists already; choose another file or replace it with --overwrite")

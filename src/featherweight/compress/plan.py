@@ -12,6 +12,7 @@ from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
 from featherweight.compress.account import accounted_anatomy
+from featherweight.compress.refusals import check_layers, check_recipe
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.memory import available_bytes, resident_bytes
 from featherweight.quantize.base import Choice, Grid, Rounding, SolveOptions
@@ -249,11 +250,7 @@ def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    threads: int | None = None,
-    max_memory: int | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
 ) -> Plan:
     """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`.
 
@@ -265,7 +262,8 @@ def make_plan(
             f"{checkpoint.folder} is quantised already (quant_method {found.get('quant_method')!r}); "
             "start from the original weights"
         )
-    anatomy, notes, dropped = accounted_anatomy(checkpoint, trust_remote_code)
+    check_recipe(recipe)
+    anatomy, notes, dropped = accounted_anatomy(checkpoint)
     grids = recipe.grids_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
     chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
@@ -276,6 +274,7 @@ def make_plan(
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
             jobs.append(Job(layer, DenseGrid(dtype=stored)))
+    check_layers(recipe, anatomy, ((job.layer.name, job.grid) for job in jobs))
     copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(

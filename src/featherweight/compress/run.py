@@ -35,20 +35,27 @@ from torch import Tensor
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.checkpoint.writer import blob_of, disk_errors, to_json, write_safetensors, write_text
 from featherweight.codes import Code, code_from
+from featherweight.compress.identity import difference, same_identity
+from featherweight.compress.ownership import first_foreign, is_written
 from featherweight.compress.training_file import TrainingFile, damaged_tensors, sha256_of
 from featherweight.errors import CheckpointError, OutputError
 
 LAYER_KEY = "featherweight.layer"
 LAYER_HASH_KEY = "featherweight.layer_sha256"
 RUN_SUFFIX = ".feather-run"
+FOLDERS = ("artifacts", "tuned", "tuned.partial", "training", "verdicts", "changed", "out", "replaced")
+FILES = ("run.json", "run.json.part", "lock", "assembly.json", "assembly.json.part", "publishing", "publishing.part")
+"""What a run folder holds. Nothing else in it is ever removed."""
 
 
 class RunFolder:
     """See the module. `opened()` yields it with the lock held."""
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, overwrite: bool = False, beside: Collection[str] = ()) -> None:
+        """beside : names of files that the output takes over from the source"""
         self.out = out
         self.overwrite = overwrite
+        self.beside = beside
         self.inside = os.path.ismount(out)
         self.path = out / RUN_SUFFIX if self.inside else out.with_name(out.name + RUN_SUFFIX)
         self.artifacts = self.path / "artifacts"
@@ -63,12 +70,20 @@ class RunFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, out: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[RunFolder]:
+    def opened(
+        cls, out: Path, identity: dict[str, Any], overwrite: bool, beside: Collection[str] = ()
+    ) -> Iterator[RunFolder]:
         """Begin or go on. `identity` says what is made; a run of something else is refused, or discarded if asked.
 
         A run that ends without a finished layer leaves no folder behind.
         """
-        run = cls(out, overwrite)
+        run = cls(out, overwrite, beside)
+        foreign = run.foreign()
+        if foreign is not None:
+            raise OutputError(
+                f"{run.path} is where the unfinished output is kept, but it holds {foreign.name}, which featherweight "
+                "did not write; move it away or choose another --out"
+            )
         with _locked(run.path):
             try:
                 run._begin(identity)
@@ -79,10 +94,11 @@ class RunFolder:
 
     def _begin(self, identity: dict[str, Any]) -> None:
         found = self.identity()
-        if found != identity:
+        same = found is not None and same_identity(found, identity)
+        if not same:
             if found is not None and self._has_work() and not self.overwrite:
                 raise OutputError(
-                    f"an unfinished run of another command is in {self.path} ({_difference(found, identity)}); "
+                    f"an unfinished run of another command is in {self.path} ({difference(found, identity)}); "
                     "repeat that command to finish it, choose another --out, or discard it with --overwrite"
                 )
             self._clear()
@@ -92,8 +108,28 @@ class RunFolder:
             self.verdicts.mkdir(exist_ok=True)
             self.training.mkdir(exist_ok=True)
             self.assembled.mkdir(exist_ok=True)
-        if found != identity:
+        if not same:
             write_text(self.path / "run.json", to_json(identity))
+
+    def foreign(self) -> Path | None:
+        """What is in the place of the run folder and no part of one; None if there is nothing of the kind."""
+        if not os.path.lexists(self.path):
+            return None
+        if not self.path.is_dir():
+            return self.path
+        begun = self.identity() is not None
+        for entry in sorted(self.path.iterdir()):
+            folder = entry.name in FOLDERS and entry.is_dir()
+            if not (folder or entry.name in FILES) or (folder and not begun and not self._is_left(entry)):
+                return entry
+        return None
+
+    def _is_left(self, folder: Path) -> bool:
+        """Whether a folder is what an interrupted removal leaves, all of it written by us."""
+        held = list(folder.iterdir())
+        if folder == self.replaced or folder == self.assembled:
+            return first_foreign(folder, held, self.beside, ours=folder == self.assembled) is None
+        return all(is_written(path) for path in held)
 
     def identity(self) -> dict[str, Any] | None:
         """What the folder says is being made; None without one, {} if that cannot be read."""
@@ -124,10 +160,10 @@ class RunFolder:
             elif self.replaced.exists() and not self.inside and not occupants(self.out):
                 self._make_way()
                 os.rename(self.replaced, self.out)
-            for entry in self.path.iterdir():
-                if entry.name == "lock":
-                    continue
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for name in (*FOLDERS, *FILES):
+                entry = self.path / name
+                if name != "lock" and os.path.lexists(entry):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @property
     def publishing(self) -> bool:
@@ -136,7 +172,9 @@ class RunFolder:
 
     def published(self, identity: dict[str, Any]) -> bool:
         """The output of this very run is in its place and only this folder was not removed any more."""
-        return self.identity() == identity and self.assembly.exists() and not self.assembled.exists()
+        found = self.identity()
+        same = found is not None and same_identity(found, identity)
+        return same and self.assembly.exists() and not self.assembled.exists()
 
     def artifact(self, index: int) -> Path:
         """The file of a finished layer, in its latest form."""
@@ -293,7 +331,13 @@ class RunFolder:
         if not self.overwrite:
             raise OutputError(
                 f"{self.out} came to hold other files while the work went on; move them away and run the same command "
-                "again, or replace them with --overwrite"
+                "again"
+            )
+        foreign = first_foreign(self.out, occupants(self.out), self.beside)
+        if foreign is not None:
+            raise OutputError(
+                f"{self.out} came to hold {foreign.name} while the work went on, which featherweight did not write; "
+                "move it away and run the same command again"
             )
         if self.inside:
             self.replaced.mkdir(exist_ok=True)
@@ -309,11 +353,19 @@ class RunFolder:
             self.out.rmdir()
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """The folder with all that is ours in it; something else keeps it there."""
+        for name in FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in FILES:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def remove_leftover(self, identity: dict[str, Any]) -> None:
         """After a run of `identity` was published: its folder, unless it is another run's or in use."""
-        if self.path.is_dir() and self.identity() in (None, identity):
+        found = self.identity()
+        if self.foreign() is None and self.path.is_dir() and (found is None or same_identity(found, identity)):
             with contextlib.suppress(OutputError), _locked(self.path):
                 self.remove()
 
@@ -335,17 +387,6 @@ def _move_all(source: Path, target: Path) -> None:
     """Within one file system; config.json last, so that what is half there is never taken for a model."""
     for entry in sorted(occupants(source), key=lambda path: path.name == "config.json"):
         os.replace(entry, target / entry.name)
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first thing in which two identities differ, in words."""
-    for key in wanted:
-        if found.get(key) == wanted[key]:
-            continue
-        if isinstance(wanted[key], dict) and isinstance(found.get(key), dict):
-            return f"{key}: {_difference(found[key], wanted[key])}"
-        return f"{key} was {found.get(key)!r}, now {wanted[key]!r}"
-    return "it is damaged" if not found else "it holds further settings"
 
 
 @contextlib.contextmanager

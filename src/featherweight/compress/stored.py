@@ -15,12 +15,10 @@ from featherweight.checkpoint.weights import LayerWeight
 from featherweight.compress.events import Observer
 from featherweight.compress.plan import Plan
 from featherweight.compress.progress import Tally
+from featherweight.compress.refusals import check_stored
 from featherweight.compress.run import RunFolder
 from featherweight.compress.solve import HELD_OUT, InputGroup, group_seed, record_of, solve_layer
-from featherweight.errors import RecipeError
 from featherweight.quantize.rounding.nearest import Nearest
-
-WHILE_QUANTISING = ("cross", "fisher")  # statistics that only exist while the network runs
 
 
 def run_on_stored(
@@ -31,18 +29,8 @@ def run_on_stored(
     Raises RecipeError where the recipe needs more than the file holds.
     """
     recipe, tally = plan.recipe, Tally(plan, tell)
-    wide = [choice.kind for choice in recipe.choices if getattr(choice, "scope", "layer") != "layer"]
-    if wide:
-        raise RecipeError(f"recipe {recipe.name} runs the network ({', '.join(wide)}): give it a text, not {path.name}")
+    check_stored(recipe, path, checkpoint)
     with StatisticsFile.open(path, checkpoint) as file:
-        lacking = [name for name in recipe.needs if name not in file.names]
-        if lacking:
-            never = [name for name in lacking if name in WHILE_QUANTISING]
-            remedy = "no file can hold that" if never else "gather it with `feather calibrate`"
-            raise RecipeError(
-                f"{path} does not hold {', '.join(never or lacking)}, which recipe {recipe.name} needs (it holds "
-                f"{', '.join(file.names)}): {remedy}{';' if never else ', or'} give a text"
-            )
         if HELD_OUT not in file.names:
             tally.note(
                 f"{path.name} holds no {HELD_OUT}: no code is compared with its data-free form; gather it as well"

@@ -24,12 +24,16 @@ from featherweight.engine.sampling import GenerationDefaults, Sampling, derived_
 from featherweight.engine.weights import Weights, load_weights
 from featherweight.engine.worker import Task, Worker
 from featherweight.errors import FeatherError, FeatherWarning
-from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK, thread_count
+from featherweight.kernels.library import INVALID, NO_MEMORY, NON_FINITE, OK
+from featherweight.kernels.threads import thread_count
 
 CHUNK = 512
 """Tokens of a prompt that go through the network together."""
 SEQUENCES = 64
 """Sequences that can be generated at a time; one that is not used costs nothing."""
+
+SHORT = 20_000_000
+"""Bytes of weights and cache that are gone through in less than a twentieth of a second on any processor."""
 
 
 class NativeModel:
@@ -88,7 +92,7 @@ class NativeModel:
 
         Args:
             folder: with config.json and safetensors.
-            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or all processors.
+            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or what the system lets us have.
             kv_cache: "float16", or "int8" with a scale for every head and token.
             precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
             context: most tokens of a sequence; default: what the model was made for.
@@ -101,6 +105,7 @@ class NativeModel:
             CheckpointError: the folder is incomplete or damaged.
         """
         native.functions()  # before hours of packing
+        thread_count(threads)
         with Checkpoint.open(folder) as checkpoint:
             network = network_of(checkpoint.config)
             for note in checkpoint.notes:
@@ -198,7 +203,7 @@ class NativeModel:
         flat = self._tokens(tokens)
         logits = torch.empty(len(flat), self.network.vocabulary)
         with self._worker.turn():
-            self._c.fw_decoder_truncate(self._place, 0, 0)
+            self._worker.run_here(lambda: self._c.fw_decoder_truncate(self._place, 0, 0))
             self._feed(0, flat, logits)
         return logits
 
@@ -212,7 +217,12 @@ class NativeModel:
     def _feed(self, sequence: int, flat: Tensor, logits: Tensor) -> None:
         """In a turn: tokens into the cache; logits of all of them, or, if they are a vector, of the last one."""
         arguments = (self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), int(logits.dim() == 2))
-        _check(self._worker.run(lambda task: int(self._c.fw_decoder_feed(*arguments))), "a forward pass")
+        _check(self._run(len(flat), partial(self._c.fw_decoder_feed, *arguments)), "a forward pass")
+
+    def _run(self, tokens: int, call: Callable[[], int]) -> int:
+        """In a turn: call the library for so many tokens, in the worker if there may be time to interrupt it."""
+        read = tokens * (self.weights.bytes_per_token + self.stats().cache_bytes)
+        return self._worker.run_here(call) if read < SHORT else self._worker.run(lambda task: call())
 
     def step(self, tokens: dict[int, int]) -> Tensor:
         """One further token for each of several sequences {sequence: token}; logits float32 [n, vocabulary]."""
@@ -223,7 +233,7 @@ class NativeModel:
         with self._worker.turn():
             for sequence, token in tokens.items():
                 self._tokens([token], self.length(sequence))
-            status = self._worker.run(lambda task: int(self._c.fw_decoder_step(*arguments)))
+            status = self._run(len(flat), partial(self._c.fw_decoder_step, *arguments))
         _check(status, "a step")
         return logits
 
@@ -237,7 +247,7 @@ class NativeModel:
         """Forget all sequences, give their memory back and begin to count anew."""
         with self._worker.turn():
             for sequence in range(SEQUENCES):
-                self._c.fw_decoder_truncate(self._place, sequence, 0)
+                self._worker.run_here(partial(self._c.fw_decoder_truncate, self._place, sequence, 0))
         self.stats(reset=True)
 
     def stats(self, reset: bool = False) -> Stats:

@@ -23,6 +23,7 @@ from featherweight.evaluate.perplexity import LogitsReader, Measurement, Progres
 from featherweight.evaluate.protocols import Setting, protocol_named
 from featherweight.evaluate.size import Size, measure_size
 from featherweight.integrations.calls import one_line
+from featherweight.kernels.threads import chosen_threads, use_threads
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.text.tokenizer import Tokenizer
 
@@ -140,7 +141,9 @@ def evaluate(
     content = read_text(text) if text is not None else bundled_text()
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
-    with _threads(threads), contextlib.ExitStack() as stack:
+    # A number of threads that nobody has decided on stays as PyTorch has it.
+    counted = contextlib.nullcontext() if chosen_threads(threads) is None else use_threads(threads)
+    with counted, contextlib.ExitStack() as stack:
         reset_peak_memory()
         begun = time.perf_counter()
         subject, tokenizer = _open(model, dtype, trust_remote_code)
@@ -350,14 +353,3 @@ def _check_rows(model: Any, tokens: Tensor) -> None:
 def _dtype_of(model: Any) -> str:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

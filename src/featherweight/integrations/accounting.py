@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,9 +34,8 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.safetensors_file import TORCH_NAMES
 from featherweight.errors import CheckpointError
 from featherweight.integrations.calls import asking_transformers, one_line
+from featherweight.integrations.transformers import BESIDE
 
-BESIDE = re.compile(r"(^|\.)pooler\.")
-"""Parts of an encoder that nothing else reads: without them the rest is still the model."""
 _asking = threading.Lock()
 
 
@@ -53,7 +52,7 @@ class Verdict:
     asked: str = ""
 
 
-def check_complete(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Verdict:
+def check_complete(checkpoint: Checkpoint) -> Verdict:
     """What is to be said of a checkpoint that is the model its config.json describes.
 
     Only headers are read. For families whose file lists all tensors nobody is asked; else the model is built without
@@ -66,7 +65,7 @@ def check_complete(checkpoint: Checkpoint, trust_remote_code: bool = False) -> V
     refuse_other_kinds(checkpoint, checkpoint.quantization_config is not None)
     if is_whole(checkpoint):
         return Verdict(checkpoint.notes)
-    account = account_of(checkpoint, trust_remote_code)
+    account = account_of(checkpoint, checkpoint.trust_remote_code)
     gaps = expert_gaps(checkpoint)
     if account.unknown:
         if gaps:
@@ -151,26 +150,18 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
             )
     except Exception as error:
         if "trust_remote_code" in str(error):
-            unknown = f"{source.folder} brings its own model class, which only --trust-remote-code runs"
-            return Account(unknown=unknown)
+            return Account(unknown=f"{source.folder} brings its own model class, which only --trust-remote-code runs")
         if _is_known(source.config):
-            with asking_transformers(f"read the config.json of {source.folder}"):
-                raise
+            unknown = f"transformers cannot read the config.json of {source.folder} ({one_line(error)[:150]})"
         return Account(unknown=unknown)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     accounts = []
     for cls in classes_of(source.config, config, trust_remote_code):
-        try:
-            accounts.append(_ask(cls, config, tensors, source))
-        except (CheckpointError, MemoryError):
-            raise
-        except Exception as error:
-            known = f"transformers {transformers.__version__} cannot place the tensors of {source.folder}"
-            return Account(unknown=f"{known} ({one_line(error)[:150]})")
-        if not accounts[-1].missing:
+        accounts.append(_ask(cls, config, tensors, source))
+        if not accounts[-1].missing and not accounts[-1].unknown:
             break
-    return min(accounts, key=lambda account: len(account.missing), default=Account(unknown=unknown))
+    return min(accounts, key=lambda one: (bool(one.unknown), len(one.missing)), default=Account(unknown=unknown))
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
@@ -187,12 +178,9 @@ def classes_of(stored: Mapping[str, Any], config: Any, trust_remote_code: bool =
     found = getattr(transformers, named, None) if named else None
     if found is not None and hasattr(found, "from_pretrained"):
         return [found]
-    if trust_remote_code and isinstance(stored.get("auto_map"), dict):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        for key in ("AutoModelForCausalLM", "AutoModel"):
-            if key in stored["auto_map"]:
-                return [get_class_from_dynamic_module(stored["auto_map"][key], config.name_or_path)]
+    own = custom_class(stored, config.name_or_path) if trust_remote_code else None
+    if own is not None:
+        return [own]
     classes = []
     for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
         mapping = getattr(transformers, auto)._model_mapping
@@ -202,12 +190,28 @@ def classes_of(stored: Mapping[str, Any], config: Any, trust_remote_code: bool =
     return classes
 
 
+def custom_class(stored: Mapping[str, Any], folder: str | Path) -> Any:
+    """The class that a folder's own code defines, whose code runs by this; None where config.json names none."""
+    named = stored.get("auto_map")
+    if not isinstance(named, dict):
+        return None
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = next((named[key] for key in ("AutoModelForCausalLM", "AutoModel") if key in named), None)
+    if name is None:
+        return None
+    with asking_transformers(f"run the code in {folder}"):
+        return get_class_from_dynamic_module(name, str(folder))
+
+
 def _meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     kind = getattr(torch, TORCH_NAMES[dtype], torch.uint8)
     return torch.empty(shape, dtype=kind, device="meta")
 
 
 def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source) -> Account:
+    import transformers
+
     with _asking, quietly(), _without_accelerate():
         try:
             model, info = cls.from_pretrained(
@@ -218,13 +222,12 @@ def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
             )
-        except RuntimeError as error:  # experts of which some lack a part cannot be fused
+        except Exception as error:
             gaps = expert_gaps(source)
-            if not gaps:
-                raise CheckpointError(
-                    f"the weights of {source.folder} do not fit its config.json: {one_line(error)}"
-                ) from error
-            raise CheckpointError(missing_text(source, gaps)) from error
+            if gaps and isinstance(error, RuntimeError):  # experts of which some lack a part cannot be fused
+                raise CheckpointError(missing_text(source, gaps)) from error
+            known = f"transformers {transformers.__version__} cannot place the tensors of {source.folder}"
+            return Account(unknown=f"{known} ({one_line(error)[:150]})")
     return account_from(model, info, source)
 
 

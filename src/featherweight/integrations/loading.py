@@ -32,10 +32,11 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
     """
     with Checkpoint.at(place) as checkpoint:
         refuse_impossible_depth(checkpoint)
+        checkpoint.trust_remote_code = trust_remote_code
         foreign = _check_method(checkpoint)
         notes = checkpoint.notes
         if checkpoint.quantization_config is None:
-            notes = check_complete(checkpoint, trust_remote_code).notes
+            notes = check_complete(checkpoint).notes
         else:
             refuse_other_kinds(checkpoint, True)
         view = View(checkpoint, place)
@@ -47,7 +48,7 @@ def load_model(place: Place, trust_remote_code: bool = False, **options: Any) ->
         for note in notes:
             warnings.warn(note, FeatherWarning, stacklevel=4)
         try:
-            model, info = _load(place, checkpoint, view.folder, trust_remote_code, options)
+            model, info = _load(place, checkpoint, view.folder, options)
         except BaseException:
             view.close()
             raise
@@ -88,9 +89,7 @@ def _keep_dtype(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
             options[name] = "auto"
 
 
-def _load(
-    place: Place, checkpoint: Checkpoint, folder: Path, trust_remote_code: bool, options: dict[str, Any]
-) -> tuple[Any, Mapping[str, Any]]:
+def _load(place: Place, checkpoint: Checkpoint, folder: Path, options: dict[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     import transformers
 
     named = architecture_of(checkpoint.config)
@@ -98,7 +97,7 @@ def _load(
     if cls is None or not hasattr(cls, "from_pretrained"):
         cls = transformers.AutoModelForCausalLM
     custom = isinstance(checkpoint.config.get("auto_map"), dict)
-    if trust_remote_code and custom:
+    if checkpoint.trust_remote_code and custom:
         cls = transformers.AutoModelForCausalLM
         options["trust_remote_code"] = True
         if "AutoModelForCausalLM" not in checkpoint.config["auto_map"]:

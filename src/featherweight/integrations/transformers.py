@@ -34,6 +34,8 @@ from featherweight.integrations.modules import CodedModule
 from featherweight.integrations.replace import give_biases, replace_layers
 from featherweight.kernels.library import thread_count
 
+BESIDE = re.compile(r"(^|\.)pooler\.")
+"""Parts of an encoder that nothing else reads: without them the rest is still the model."""
 LOADS_BY_CONVERSION = int(transformers.__version__.split(".")[0]) >= 5
 SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
@@ -122,7 +124,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         self._expert_paths = placed.expert_paths
         self.quantization_config.keep_biases(give_biases(model, self.quantization_config.biases, rename))
         if kwargs.get("checkpoint_files"):  # 5.x; 4.x does not say
-            check_files(kwargs["checkpoint_files"], model)
+            check_files(kwargs["checkpoint_files"], model, rename)
         check_paths(weight_files(model, kwargs.get("checkpoint_files")), threads=thread_count())
         self.quantization_config.rename(placed.saved_names)
         self._built_dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
@@ -144,7 +146,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], *_: Any) -> list[str]:
         stored = set(stored_names(model))
-        lost = [key for key in missing_keys if key in stored]
+        lost = [key for key in missing_keys if key in stored or of_base(model, key)]
         if lost:
             raise missing_tensors(lost)
         return missing_keys
@@ -277,8 +279,9 @@ def entry_ops(entry: Any) -> list[Any]:
     return list(getattr(entry, "operations", ()))
 
 
-def check_files(files: Iterable[str], model: nn.Module) -> None:
-    """Compare the headers of safetensors files with the compressed layers; CheckpointError naming what differs."""
+def check_files(files: Iterable[str], model: nn.Module, rename: Callable[[str], str] = str) -> None:
+    """Compare the headers of safetensors files with the compressed layers, and look for the plain tensors of the base
+    model; CheckpointError naming what differs. A head that is not stored is the caller's to train, as ever."""
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -302,6 +305,44 @@ def check_files(files: Iterable[str], model: nn.Module) -> None:
                     f"tensor {name!r} is {there[1]} {there[0]}, expected {dtype} {list(shape)}: "
                     "the file does not match its quantization_config, compress the model again"
                 )
+
+    lost = lacking(model, found, rename)
+    if lost:
+        raise missing_tensors(lost)
+
+
+def of_base(model: Any, name: str) -> bool:
+    """Whether a tensor belongs to the base model, which every class of a checkpoint needs, and is not made up."""
+    base = f"{model.base_model_prefix}."
+    inside = name.startswith(base) or not any(path == base[:-1] for path, _ in model.named_children())
+    made_up = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()), BESIDE.pattern]
+    return inside and not any(re.search(pattern, name) for pattern in made_up)
+
+
+def lacking(model: Any, found: Iterable[str], rename: Callable[[str], str]) -> list[str]:
+    """5.x: plain parameters of the base model that no stored tensor can be. Those that are fused from several while
+    loading (experts) are left to the loader, which needs all of them."""
+    base = f"{model.base_model_prefix}."
+    there: set[str] = set()
+    for name in found:
+        module, _, leaf = name.rpartition(".")
+        for path in (name, f"{rename(module)}.{leaf}"):
+            there |= {path, base + path, path.removeprefix(base)}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    there |= {source for target, source in tied.items() if target in there}
+    there |= {target for target, source in tied.items() if source in there}
+    coded = {path for path, module in model.named_modules() if isinstance(module, CodedModule)}
+    plain = (name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in coded)
+    return [name for name in plain if name not in there and not fused_later(model, name) and of_base(model, name)]
+
+
+def fused_later(model: Any, name: str) -> bool:
+    """Whether a parameter is made of several stored tensors, or cut out of one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    entries = [entry for entry in get_model_conversion_mapping(model) if hasattr(entry, "operations")]
+    targets = [re.sub(r"[^\w.]", "", target) for entry in entries for target in entry.target_patterns]
+    return any(target and target in name for target in targets)
 
 
 def weight_files(model: Any, named: Iterable[str] | None) -> list[str]:

@@ -22,8 +22,9 @@ from torch import Tensor
 from featherweight.errors import FeatherError
 from featherweight.kernels.ptqtp_reference import Window
 from featherweight.kernels.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
+from featherweight.kernels.threads import thread_count as thread_count
 
-VERSION = 4
+VERSION = 5
 FILE_NAME = "_featherweight_native.so"
 
 ISAS = ("amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon", "baseline")
@@ -283,20 +284,6 @@ class NativeLibrary:
         )
         _check(status)
         return codes
-
-
-def thread_count(threads: int | None = None) -> int:
-    """Threads to use: the argument, else FEATHERWEIGHT_THREADS, else OMP_NUM_THREADS, else the processors allowed."""
-    if threads is not None:
-        return max(1, threads)
-    for name in ("FEATHERWEIGHT_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "").strip()
-        if value.isdigit() and int(value) > 0:
-            return int(value)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 def get() -> NativeLibrary | None:

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import Tensor
 
+from featherweight.checkpoint.anatomy import Anatomy
 from featherweight.codes import Code
 from featherweight.quantize.access import FORGETFUL, BlockAccess, ModelAccess, Tell, TrainingStore, silent
 
@@ -75,6 +76,11 @@ class Choice(BaseModel):
         """Bytes of memory for each weight trained, beside the network's float weights; 0: no training."""
         return 0
 
+    @property
+    def alters(self) -> bool:
+        """Whether it changes plain tensors of blocks (norms, biases), so that nothing later has the original model."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """`kind` and all settings, JSON-able."""
         return {"kind": self.kind, **self.model_dump(mode="json")}
@@ -108,14 +114,20 @@ def unknown_statistic(name: str) -> str:
 
 
 def restricted(statistics: Statistics, first: int, last: int) -> dict[str, Tensor]:
-    """The statistics of input columns first to last - 1 alone. ValueError for one that STATISTIC_AXES does not know."""
-    window = slice(first, last)
+    """The statistics of input columns first to last - 1 alone; as views. See `of_columns`."""
+    return of_columns(statistics, slice(first, last))
+
+
+def of_columns(statistics: Statistics, columns: slice | Tensor) -> dict[str, Tensor]:
+    """The statistics of some input columns, in any order. ValueError for one that STATISTIC_AXES does not know."""
     kept: dict[str, Tensor] = {}
     for name, value in statistics.items():
         if name not in STATISTIC_AXES:
             raise ValueError(f"the statistic {name!r} cannot be cut into columns: {unknown_statistic(name)}")
-        cut = tuple(window if axis == "in" else slice(None) for axis in STATISTIC_AXES[name])
-        kept[name] = value[cut] if cut else value
+        for dimension, axis in enumerate(STATISTIC_AXES[name]):
+            if axis == "in":
+                value = value[(slice(None),) * dimension + (columns,)]
+        kept[name] = value
     return kept
 
 
@@ -209,6 +221,18 @@ class Grid(Choice):
         return 16 * shape[0] * shape[1]
 
 
+class Memo:
+    """What a run's last layer leaves for the next, replaced as a whole. Every run has one of its own."""
+
+    def __init__(self) -> None:
+        self.latest: object = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Memo)  # says nothing about options
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class SolveOptions(BaseModel):
     """How to work, as opposed to what to compute: none of these changes a result."""
 
@@ -216,6 +240,11 @@ class SolveOptions(BaseModel):
     threads: int | None = None
     window_bytes: int = 8 << 20
     backend: Literal["auto", "native", "reference"] = "auto"
+    _memo: Memo = PrivateAttr(default_factory=lambda: Memo())
+
+    @property
+    def memo(self) -> Memo:
+        return self._memo
 
     def window_rows(self, shape: tuple[int, int], itemsize: int, multiple: int) -> int:
         """Rows a window, a multiple of `multiple`, at least one multiple."""
@@ -246,6 +275,10 @@ class Rounding(Choice, abc.ABC):
     """Which allowed value each weight gets."""
 
     scope: ClassVar[Scope] = "layer"
+
+    def refusal(self, grid: Grid) -> str | None:
+        """Why this rounding cannot be used with a grid, as far as settings say so; None where it can."""
+        return None
 
     @abc.abstractmethod
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
@@ -296,6 +329,10 @@ class Transform(Choice):
     """
 
     scope: ClassVar[Scope] = "layer"
+
+    def refusal(self, anatomy: Anatomy) -> str | None:
+        """Why a model cannot be transformed, as far as its structure says so; None where it can."""
+        return None
 
     def for_layer(self, weight: Tensor, statistics: Statistics, seed: int, role: str = "") -> LayerTransform:
         """The transform of one layer: float32 weight [out, in]; layers that share an input share the `seed`.

@@ -28,6 +28,9 @@ from featherweight.errors import RecipeError
 from featherweight.quantize.base import Allocator, Choice, Correction, Grid, Rounding, Transform
 from featherweight.registry import find, nearest
 
+WORDS = ("name", "title", "paper", "notes")
+"""Fields that say what a recipe is, and change nothing that it computes."""
+
 
 class Selection(BaseModel):
     """Which linear layers are compressed; the others are copied."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featherweight.kernels.sweep import FeedbackRule, SweptColumns, sweep_columns
-from featherweight.quantize.base import Fit, Grid, SolveOptions, Statistics, restricted
+from featherweight.quantize.base import Fit, Grid, SolveOptions, Statistics, of_columns, restricted
 from featherweight.quantize.sweep_factor import Factor, Piece
 
 
@@ -46,22 +46,7 @@ class _Ordered(dict[str, Tensor]):
         self.order = order
 
     def window(self, first: int, last: int) -> dict[str, Tensor]:
-        return _chosen(self, self.order[first:last])
-
-
-def _chosen(statistics: Statistics, places: Tensor) -> dict[str, Tensor]:
-    """`restricted` for columns in any order."""
-    kept = dict(statistics)
-    for name in ("gram", "cross", "held_out_gram"):
-        if name in kept:
-            kept[name] = kept[name][places][:, places]
-    for name in ("mean", "mean_abs"):
-        if name in kept:
-            kept[name] = kept[name][places]
-    for name in ("fisher", "base", "inputs"):
-        if name in kept:
-            kept[name] = kept[name][:, places]
-    return kept
+        return of_columns(self, self.order[first:last])
 
 
 def _statistics_of(work: Work, first: int, last: int) -> dict[str, Tensor]:

@@ -154,8 +154,8 @@ def product(
     rows = int(c.header_of(memory).rows)
     out = torch.full((len(x), rows), float("nan")) if onto is None else onto.clone()
     status = c.needed().product(
-        memory.data_ptr(), x.data_ptr(), len(x), x.stride(0), out.data_ptr(), rows,
-        c.PRECISIONS[precision], int(onto is not None), threads,
+        memory.data_ptr(), memory.numel(), x.data_ptr(), (len(x) - 1) * x.stride(0) + x.shape[1], len(x), x.stride(0),
+        out.data_ptr(), out.numel(), rows, c.PRECISIONS[precision], int(onto is not None), threads,
     )  # fmt: skip
     assert status == library.OK
     return out
@@ -167,15 +167,17 @@ def product_int8(memory: Tensor, x: Tensor, scales: Tensor, threads: int = 1) ->
     assert tuple(scales.shape) == (len(x), header.segments)
     out = torch.full((len(x), header.rows), float("nan"))
     status = c.needed().product_int8(
-        memory.data_ptr(), x.data_ptr(), scales.data_ptr(), len(x), out.data_ptr(), header.rows, threads
-    )
+        memory.data_ptr(), memory.numel(), x.data_ptr(), x.numel(), scales.data_ptr(), scales.numel(), len(x),
+        out.data_ptr(), out.numel(), header.rows, threads,
+    )  # fmt: skip
     assert status == library.OK
     return out
 
 
 def rows_of(memory: Tensor, first: int, last: int) -> Tensor:
     out = torch.full((last - first, int(c.header_of(memory).cols)), float("nan"))
-    assert c.needed().operand_rows(memory.data_ptr(), first, last, out.data_ptr()) == library.OK
+    status = c.needed().operand_rows(memory.data_ptr(), memory.numel(), first, last, out.data_ptr(), out.numel())
+    assert status == library.OK
     return out
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +100,53 @@ def test_the_next_lower_instruction_set_takes_over(
         warnings.simplefilter("error")
         assert dispatch.ready()
         assert decoder.functions() is not None
+
+
+BROKEN = r"""
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+struct linear { int64_t rows, cols, terms; void *term, *bias; };
+const char* fw_product_isa(void);
+int32_t fw_linear_apply(const struct linear* l, const float* x, int64_t tokens, int64_t stride, float* out,
+                        int64_t out_stride, int32_t precision, int32_t threads) {
+  int32_t (*real)(const void*, const float*, int64_t, int64_t, float*, int64_t, int32_t, int32_t) =
+      dlsym(dlopen(REAL, RTLD_NOW), "fw_linear_apply");
+  int32_t status = real(l, x, tokens, stride, out, out_stride, precision, threads);
+  const char* only = getenv("BROKEN_ISA");
+  if (tokens == 1 && (!only || !strcmp(only, fw_product_isa())))
+    for (int64_t r = 0; r < l->rows; ++r) out[r] *= 2;
+  return status;
+}
+"""
+"""A library that is the real one but for what it gives for one token."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_a_library_that_doubles_one_token(
+    native: library.NativeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, source, real = tmp_path / "broken.so", tmp_path / "broken.c", native.path.resolve()
+    source.write_text(BROKEN)
+    link = [str(real), f"-Wl,-rpath,{real.parent}"]
+    made = subprocess.run(["cc", "-shared", "-fPIC", f'-DREAL="{real}"', str(source), "-o", str(broken), *link, "-ldl"],
+                          capture_output=True, timeout=60)  # fmt: skip
+    if made.returncode:
+        pytest.skip("this compiler makes no such library")
+    monkeypatch.setenv("FEATHERWEIGHT_NATIVE", str(broken))
+    best, *lower = native.isas()
+    if lower:
+        monkeypatch.setenv("BROKEN_ISA", best)
+        with pytest.warns(RuntimeWarning, match=f"uses {lower[0]} instructions: .*broken.so with {best} are wrong"):
+            assert dispatch.ready()
+        native.select_isa("auto")
+        dispatch._trusted.cache_clear()
+    monkeypatch.delenv("BROKEN_ISA", raising=False)
+    with pytest.warns(RuntimeWarning, match="with every instruction set"):
+        assert not dispatch.ready()
+    with pytest.raises(UnsupportedModelError, match="wrong on this processor"):
+        decoder.functions()
 
 
 def test_each_instruction_set_has_a_check_of_its_own(native: library.NativeLibrary, spoil: Callable[..., None]) -> None:

@@ -224,12 +224,17 @@ void run_kind(const Problem& problem, const Kind& kind, int threads, bool assign
   }
 }
 
+bool valid_matrix(const void* weight, int32_t dtype, int64_t rows, int64_t cols, int64_t stride) {
+  return weight && cols >= 1 && stride >= cols && fair_size(rows, stride) && dtype >= FW_FLOAT32 && dtype <= FW_FLOAT64;
+}
+
 bool make_problem(const void* weight, int32_t dtype, int64_t rows, int64_t cols, int64_t stride,
                   const fw_trit_settings* settings, int32_t cap, Problem& problem) {
-  if (!weight || !settings || rows < 0 || cols < 1 || stride < cols || dtype < FW_FLOAT32 || dtype > FW_FLOAT64) return false;
+  if (!settings || !valid_matrix(weight, dtype, rows, cols, stride)) return false;
   if (settings->planes < 1 || settings->planes > 3 || settings->group_size < 1 || cap < 1 || cap > 255) return false;
   if (settings->tie_order < 0 || settings->tie_order > 1 || settings->starts < 1 || settings->starts > 3) return false;
-  if (!(settings->ridge > 0)) return false;
+  if (!(settings->ridge > 0) || !(settings->ridge_max >= 0) || !(settings->tolerance >= 0)) return false;
+  if (std::isnan(settings->condition_threshold)) return false;
   problem.weight = {static_cast<const unsigned char*>(weight), dtype, rows, cols, stride};
   problem.group_size = std::min(settings->group_size, cols);
   problem.groups_per_row = (cols + problem.group_size - 1) / problem.group_size;
@@ -255,6 +260,7 @@ const char* fw_isa(void) { return kernels().name; }
 
 // The operators know more instruction sets than the solvers, which then take the nearest one they have.
 int32_t fw_select_isa(const char* name) {
+  if (!name) return FW_INVALID;
   const bool automatic = std::strcmp(name, "auto") == 0;
   const char* nearest = name;
   for (const char* wider : {"vbmi", "bf16", "amx"})
@@ -275,6 +281,7 @@ int32_t fw_solve(const void* weight, int32_t dtype, int64_t rows, int64_t cols, 
                  uint8_t* moving, int32_t again, int32_t threads, int64_t* bad) {
   return guarded_call([&]() -> int32_t {
     Problem problem = {};
+    if (!codes || !scales || !steps || !bad) return FW_INVALID;
     if (!make_problem(weight, dtype, rows, cols, stride, settings, cap, problem)) return FW_INVALID;
     problem.codes = codes;
     problem.scales = scales;
@@ -282,7 +289,7 @@ int32_t fw_solve(const void* weight, int32_t dtype, int64_t rows, int64_t cols, 
     problem.again = again != 0;
     int64_t first = std::numeric_limits<int64_t>::max();
     for (const Kind& kind : problem.kinds())
-      run_kind(problem, kind, std::max(threads, 1), false, again ? nullptr : moving, first);
+      run_kind(problem, kind, fair_threads(threads), false, again ? nullptr : moving, first);
     if (first == std::numeric_limits<int64_t>::max()) return FW_OK;
     *bad = first;
     return FW_NON_FINITE;
@@ -293,23 +300,49 @@ int32_t fw_assign(const void* weight, int32_t dtype, int64_t rows, int64_t cols,
                   const fw_trit_settings* settings, const double* scales, uint8_t* codes, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     Problem problem = {};
-    if (!make_problem(weight, dtype, rows, cols, stride, settings, 1, problem)) return FW_INVALID;
+    if (!codes || !scales || !make_problem(weight, dtype, rows, cols, stride, settings, 1, problem)) return FW_INVALID;
+    const double* end = scales + rows * problem.groups_per_row * problem.scales_per_group();
+    if (!std::all_of(scales, end, [](double scale) { return std::isfinite(scale); })) return FW_INVALID;
     problem.codes = codes;
     problem.scales = const_cast<double*>(scales);  // only read
     int64_t first = 0;
-    for (const Kind& kind : problem.kinds()) run_kind(problem, kind, std::max(threads, 1), true, nullptr, first);
+    for (const Kind& kind : problem.kinds()) run_kind(problem, kind, fair_threads(threads), true, nullptr, first);
     return FW_OK;
   });
 }
 
+namespace {
+
+// Whether `count` elements can be at both places.
+bool can_hold(const void* from, const void* to, int64_t count) {
+  return count >= 0 && count <= kLargestSize && (count == 0 || (from && to));
+}
+
+// Whether all of some bytes are below a bound; without branches, so that it costs little beside what is done with them.
+bool all_below(const uint8_t* values, int64_t count, int bound) {
+  uint8_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = values[i] > most ? values[i] : most;
+  return most < bound;
+}
+
+bool valid_packing(int32_t packing) { return packing == FW_BASE3 || packing == FW_2BIT; }
+
+}  // namespace
+
 int32_t fw_pack_trits(const int8_t* trits, int64_t count, int32_t packing, uint8_t* packed) {
-  if (count < 0 || packing < FW_BASE3 || packing > FW_2BIT) return FW_INVALID;
+  if (!can_hold(trits, packed, count) || !valid_packing(packing)) return FW_INVALID;
+  int8_t least = 0, most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    least = trits[i] < least ? trits[i] : least;
+    most = trits[i] > most ? trits[i] : most;
+  }
+  if (least < -1 || most > 1) return FW_INVALID;
   pack_trit_bytes(trits, count, packing, packed);
   return FW_OK;
 }
 
 int32_t fw_unpack_trits(const uint8_t* packed, int64_t count, int32_t packing, int8_t* trits, int64_t* bad) {
-  if (count < 0 || packing < FW_BASE3 || packing > FW_2BIT) return FW_INVALID;
+  if (!bad || !can_hold(packed, trits, count) || !valid_packing(packing)) return FW_INVALID;
   *bad = find_bad_byte(packed, packed_trit_bytes(count, packing), packing);
   if (*bad >= 0) return FW_INVALID;
   int8_t tail[32];
@@ -325,19 +358,23 @@ int32_t fw_unpack_trits(const uint8_t* packed, int64_t count, int32_t packing, i
 
 int32_t fw_pack_codes(const uint8_t* codes, int64_t count, int32_t planes, int32_t packing, uint8_t* packed,
                       int64_t stride) {
-  if (count < 0 || planes < 1 || planes > 3 || packing < FW_BASE3 || packing > FW_2BIT) return FW_INVALID;
+  static constexpr int kCodes[] = {3, 9, 27};
+  if (!can_hold(codes, packed, count) || planes < 1 || planes > 3 || !valid_packing(packing)) return FW_INVALID;
+  if (planes > 1 && (stride < packed_trit_bytes(count, packing) || stride > kLargestSize)) return FW_INVALID;
+  if (!all_below(codes, count, kCodes[planes - 1])) return FW_INVALID;
   pack_code_bytes(codes, count, planes, packing, packed, stride);
   return FW_OK;
 }
 
 int32_t fw_pack_bits(const uint8_t* values, int64_t count, int32_t bits, uint8_t* packed) {
-  if (count < 0 || bits < 1 || bits > 8) return FW_INVALID;
+  if (!can_hold(values, packed, count) || bits < 1 || bits > 8) return FW_INVALID;
+  if (!all_below(values, count, 1 << bits)) return FW_INVALID;
   pack_bit_string(values, count, bits, packed);
   return FW_OK;
 }
 
 int32_t fw_unpack_bits(const uint8_t* packed, int64_t count, int32_t bits, uint8_t* values) {
-  if (count < 0 || bits < 1 || bits > 8) return FW_INVALID;
+  if (!can_hold(packed, values, count) || bits < 1 || bits > 8) return FW_INVALID;
   unpack_bit_string(packed, count, bits, values);
   return FW_OK;
 }
@@ -346,8 +383,12 @@ int32_t fw_decode(const uint8_t* packed, int64_t plane_bytes, int32_t planes, co
                   int32_t tied, int64_t rows, int64_t cols, int64_t group_size, int32_t packing, float* out,
                   int32_t threads, int64_t* bad) {
   return guarded_call([&]() -> int32_t {
-    if (planes < 1 || planes > 3 || rows < 0 || cols < 1 || group_size < 1) return FW_INVALID;
-    if (packing < FW_BASE3 || packing > FW_2BIT || scale_dtype < FW_FLOAT32 || scale_dtype > FW_FLOAT16) return FW_INVALID;
+    if (!bad) return FW_INVALID;
+    *bad = -1;
+    if (!packed || !scales || !out || planes < 1 || planes > 3 || cols < 1 || group_size < 1) return FW_INVALID;
+    if (!fair_size(rows, cols) || !valid_packing(packing) || scale_dtype < FW_FLOAT32 || scale_dtype > FW_FLOAT16)
+      return FW_INVALID;
+    group_size = std::min(group_size, cols);
     if (plane_bytes != packed_trit_bytes(rows * cols, packing)) return FW_INVALID;
     for (int k = 0; k < planes; ++k) {
       *bad = find_bad_byte(packed + k * plane_bytes, plane_bytes, packing);
@@ -357,7 +398,7 @@ int32_t fw_decode(const uint8_t* packed, int64_t plane_bytes, int32_t planes, co
     const int64_t groups = (cols + group_size - 1) / group_size, per_group = tied ? 1 : planes;
     const int64_t block = std::max<int64_t>(1, 65536 / cols);  // rows a thread takes at once
     const int64_t blocks = (rows + block - 1) / block;
-    const int count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
+    const int count = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(fair_threads(threads), blocks)));
     const int64_t line = cols + kSlack;
     std::vector<std::vector<int8_t>> lines(static_cast<size_t>(count));
     parallel_for(blocks, count, [&](int worker, int64_t item) {
@@ -384,11 +425,11 @@ int32_t fw_decode(const uint8_t* packed, int64_t plane_bytes, int32_t planes, co
 int32_t fw_squared_errors(const void* weight, int32_t dtype, int64_t rows, int64_t cols, int64_t stride,
                           const float* decoded, double* missed, double* total, int32_t threads) {
   return guarded_call([&]() -> int32_t {
-    if (rows < 0 || cols < 1 || dtype < FW_FLOAT32 || dtype > FW_FLOAT64) return FW_INVALID;
+    if (!decoded || !missed || !total || !valid_matrix(weight, dtype, rows, cols, stride)) return FW_INVALID;
     const Matrix matrix = {static_cast<const unsigned char*>(weight), dtype, rows, cols, stride};
     const int64_t block = std::max<int64_t>(1, 65536 / cols);  // rows a thread takes at once
     const int64_t blocks = (rows + block - 1) / block;
-    parallel_for(blocks, threads, [&](int, int64_t item) {
+    parallel_for(blocks, fair_threads(threads), [&](int, int64_t item) {
       std::vector<float> line(static_cast<size_t>(cols));
       for (int64_t row = item * block; row < std::min(rows, (item + 1) * block); ++row) {
         if (dtype == FW_BFLOAT16 || dtype == FW_FLOAT16)

@@ -19,7 +19,8 @@ ClipGroup group_function() {
 
 bool valid(const fw_clip_job& job) {
   if (!job.values || !job.scales || !job.zero_points || !job.chosen) return false;
-  if (job.groups < 0 || job.size < 1 || job.period < 1 || job.trials < 1) return false;
+  if (job.size < 1 || job.period < 1 || job.trials < 1 || job.trials > INT32_MAX) return false;
+  if (!fair_size(job.groups, job.size) || !fair_size(job.period, job.size) || !fair_size(job.trials, job.groups)) return false;
   return job.highest >= 1 && job.highest <= 255 && job.exponent > 0 && job.exponent <= 8;
 }
 
@@ -29,7 +30,7 @@ int32_t fw_clip_search(const fw_clip_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
     const int64_t items = (job->groups + kGroupsAtATime - 1) / kGroupsAtATime;
-    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(items, 1)));
     const ClipGroup search = group_function();
     std::vector<Memory> work(static_cast<size_t>(workers));
     parallel_for(items, workers, [&](int worker, int64_t item) {

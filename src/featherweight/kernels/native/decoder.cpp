@@ -1,9 +1,10 @@
 #include <algorithm>
-#include <initializer_list>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
 #include "decoder_network.h"
+#include "parallel.h"
 
 namespace {
 
@@ -16,9 +17,6 @@ const DecoderLoops& loops_of_processor() {
 #endif
   return *decoder_loops_baseline();
 }
-
-// A thread that has less to read for a pass than this is not worth its barriers.
-constexpr int64_t kBytesPerThread = int64_t{1} << 20;
 
 int64_t weight_bytes(const fw_linear* linear) {
   int64_t bytes = 0;
@@ -43,7 +41,23 @@ fw_decoder::fw_decoder(const fw_decoder_settings& settings)
       next_(new std::atomic<int64_t>[static_cast<size_t>(settings.layers)]) {
   s_.layer = nullptr;
   work_.stop = &stop_;
-  s_.threads = std::min(s_.threads, 1024);
+  s_.threads = std::min(s_.threads, kMostThreads);
+  const auto plan = [this](std::initializer_list<const fw_linear*> together) {
+    return LinearPlan(together.begin(), static_cast<int>(together.size()), s_.precision);
+  };
+  for (const fw_layer& layer : layers_) {
+    LayerPlans plans;
+    plans.query_key_value = plan({layer.query, layer.key, layer.value});
+    if (&layer == &layers_.back()) {
+      plans.key_value = plan({layer.key, layer.value});
+      plans.query = plan({layer.query});
+    }
+    plans.output = plan({layer.output});
+    plans.gate_up = plan({layer.gate, layer.up});
+    plans.down = plan({layer.down});
+    plans_.push_back(std::move(plans));
+  }
+  head_plan_ = plan({s_.head});
   scratch_.reserve(s_.threads * attention_floats(padded_dim_));
   frequencies_.resize(static_cast<size_t>(s_.threads * s_.head_dim / 2));
   for (const fw_layer& layer : layers_)
@@ -56,30 +70,29 @@ void fw_decoder::make_room(int64_t count) {
   int64_t parts = 0;
   for (const Token& token : tokens_) {
     cache_.make_room(token.sequence, token.position);
+    // Room for what joins the sequence after the pass, which then cannot fail halfway.
+    std::vector<int32_t>& known = cache_[token.sequence].tokens;
+    const auto wanted = static_cast<size_t>(token.position) + 1;
+    if (wanted > known.capacity()) known.reserve(std::max(wanted, 2 * known.capacity()));
     parts += token.position / kPart + 1;
   }
   if (count <= s_.sequences)  // else it is no pass of one token of every sequence
     partials_.reserve(parts * s_.kv_heads * partial_floats(s_.heads / s_.kv_heads, padded_dim_));
-  if (count <= room_) return;
+  const ProductKernels* kernels = &product_kernels();
+  if (count <= room_ && kernels == room_kernels_) return;
+  room_ = 0;  // until all of it is there: memory may run out in between
   for (Buffer<float>* buffer : {&x_, &normed_, &delta_}) buffer->reserve(count * s_.hidden);
   for (Buffer<float>* buffer : {&query_, &mixed_}) buffer->reserve(count * query_width_);
   for (Buffer<float>* buffer : {&key_, &value_}) buffer->reserve(count * key_width_);
   for (Buffer<float>* buffer : {&gate_, &up_}) buffer->reserve(count * s_.ffn);
   for (Buffer<float>* buffer : {&cosines_, &sines_}) buffer->reserve(count * s_.head_dim / 2);
-  const auto reserve = [&](std::initializer_list<const fw_linear*> together) {
-    LinearCall calls[3] = {};
-    int number = 0;
-    for (const fw_linear* linear : together) calls[number++].linear = linear;
-    linear_reserve(work_, calls, number, count, s_.precision, s_.threads);
-  };
-  for (const fw_layer& layer : layers_) {
-    reserve({layer.query, layer.key, layer.value});
-    reserve({layer.output});
-    reserve({layer.gate, layer.up});
-    reserve({layer.down});
-  }
-  reserve({s_.head});
+  for (const LayerPlans& plans : plans_)
+    for (const LinearPlan* plan :
+         {&plans.query_key_value, &plans.key_value, &plans.query, &plans.output, &plans.gate_up, &plans.down})
+      linear_reserve(work_, *plan, count, s_.threads);
+  linear_reserve(work_, head_plan_, count, s_.threads);
   room_ = count;
+  room_kernels_ = kernels;
 }
 
 // ---- a pass through the network ----
@@ -118,7 +131,7 @@ int32_t fw_decoder::pass(Wanted wanted, float* logits) {
   given_up_ = false;
   int64_t read = count * weight_bytes_;
   for (const Token& token : tokens_) read += (token.position / kPage + 1) * cache_.layout().bytes;
-  const int64_t useful = 1 + read / kBytesPerThread;
+  const int64_t useful = 1 + read / bytes_per_thread_;
   run_team(static_cast<int>(std::min<int64_t>(s_.threads, useful)), [this](Team& team) { run(team); });
   if (stopped()) return FW_STOPPED;
   ++stats_.passes;
@@ -161,8 +174,7 @@ void fw_decoder::begin(Team& team) {
   const auto [first, last] = team.share(rows_);
   for (int64_t i = first; i < last && !stopped(); ++i) {
     const int64_t id = tokens_[static_cast<size_t>(i)].id;
-    const int32_t status = fw_operand_rows(s_.embedding, id, id + 1, x_.at(i * s_.hidden));
-    if (status != FW_OK) status_.store(status);
+    operand_rows(static_cast<const fw_operand*>(s_.embedding), id, id + 1, x_.at(i * s_.hidden));
     find_angles(i, frequencies_.data() + team.index() * s_.head_dim / 2);
   }
   norm_rows(team, nullptr, layers_[0].attention_norm);
@@ -183,41 +195,43 @@ void fw_decoder::meet(Team& team) {
   team.barrier();
 }
 
-void fw_decoder::linear(Team& team, const LinearCall* calls, int count, const float* x, int64_t tokens, int64_t stride) {
+// `outputs` of the plan's layers. Without room for the call, which all members find alike, it computes nothing and the pass
+// fails.
+void fw_decoder::linear(Team& team, const LinearPlan& plan, std::initializer_list<LinearOutput> outputs, const float* x,
+                        int64_t tokens) {
   const bool timed = team.index() == 0;
   const Clock::time_point begun = timed ? Clock::now() : Clock::time_point();
-  if (!given_up_) linear_apply(team, work_, calls, count, x, tokens, stride, s_.precision);
+  if (!given_up_) {
+    const int32_t status = linear_apply(team, work_, plan, outputs.begin(), x, tokens, plan.cols);
+    if (status != FW_OK) status_.store(status);
+  }
   team.barrier();
   if (timed) stats_.linear_seconds += seconds_since(begun);
 }
 
 void fw_decoder::run_layer(Team& team, int64_t index) {
   const fw_layer& layer = layers_[static_cast<size_t>(index)];
+  const LayerPlans& plans = plans_[static_cast<size_t>(index)];
   const bool last = index + 1 == s_.layers;
   const int64_t hidden = s_.hidden, all = rows_;
-  const LinearCall query = {layer.query, query_.data(), query_width_};
-  const LinearCall key = {layer.key, key_.data(), key_width_}, value = {layer.value, value_.data(), key_width_};
+  const LinearOutput query = {query_.data(), query_width_};
+  const LinearOutput key = {key_.data(), key_width_}, value = {value_.data(), key_width_};
   if (last && wanted_rows_ < all) {  // behind the last keys and values only the wanted rows matter
-    const LinearCall calls[] = {key, value};
-    linear(team, calls, 2, normed_.data(), all, hidden);
+    linear(team, plans.key_value, {key, value}, normed_.data(), all);
     compact(team);
-    if (wanted_rows_ > 0) linear(team, &query, 1, normed_.data(), rows_, hidden);
+    if (wanted_rows_ > 0) linear(team, plans.query, {query}, normed_.data(), rows_);
   } else {
-    const LinearCall calls[] = {query, key, value};
-    linear(team, calls, 3, normed_.data(), all, hidden);
+    linear(team, plans.query_key_value, {query, key, value}, normed_.data(), all);
   }
   attention(team, index);
   if (rows_ == 0) return;
-  const LinearCall output = {layer.output, delta_.data(), hidden};
-  linear(team, &output, 1, mixed_.data(), rows_, query_width_);
+  linear(team, plans.output, {{delta_.data(), hidden}}, mixed_.data(), rows_);
   norm_rows(team, delta_.data(), layer.mlp_norm);
-  const LinearCall gate_up[] = {{layer.gate, gate_.data(), s_.ffn}, {layer.up, up_.data(), s_.ffn}};
-  linear(team, gate_up, 2, normed_.data(), rows_, hidden);
+  linear(team, plans.gate_up, {{gate_.data(), s_.ffn}, {up_.data(), s_.ffn}}, normed_.data(), rows_);
   const auto [from, to] = team.share(rows_ * s_.ffn, 64);
   if (!stopped()) loops_.swiglu(gate_.at(from), up_.at(from), to - from);
   meet(team);
-  const LinearCall down = {layer.down, delta_.data(), hidden};
-  linear(team, &down, 1, gate_.data(), rows_, s_.ffn);
+  linear(team, plans.down, {{delta_.data(), hidden}}, gate_.data(), rows_);
   norm_rows(team, delta_.data(), last ? s_.norm : layers_[static_cast<size_t>(index + 1)].attention_norm);
 }
 
@@ -236,8 +250,7 @@ void fw_decoder::compact(Team& team) {
 }
 
 void fw_decoder::finish(Team& team) {
-  const LinearCall head = {s_.head, logits_, s_.vocabulary};
-  linear(team, &head, 1, normed_.data(), rows_, s_.hidden);
+  linear(team, head_plan_, {{logits_, s_.vocabulary}}, normed_.data(), rows_);
 }
 
 // ---- attention ----
@@ -350,7 +363,8 @@ void fw_decoder::attend_in_parts(Team& team, int64_t layer) {
     const int64_t from = std::max(begin, before), to = std::min(end, before + count);
     if (from >= to) return;
     const AttentionBlock block = block_of(unit);
-    for (int64_t part = from; part < to && !stopped(); ++part) loops_.attend_part(block, first + part - before, partials_.at(part * size));
+    for (int64_t part = from; part < to && !stopped(); ++part)
+      loops_.attend_part(block, first + part - before, partials_.at(part * size));
   });
   team.barrier();
   each_unit([&, first_unit = first_unit, last_unit = last_unit](int64_t unit, int64_t, int64_t count, int64_t before) {

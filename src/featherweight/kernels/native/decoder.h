@@ -101,7 +101,8 @@ FW_API void fw_decoder_stop(fw_decoder* decoder, int32_t stop);
 
 FW_API void fw_decoder_get_stats(fw_decoder* decoder, fw_decoder_stats* stats, int32_t reset);
 
-// The token that `sampling` takes after `history`, or -1 if a logit is NaN or +Inf, or all are -Inf. `drawn` random numbers
+// The token that `sampling` takes after `history`, or -1 if a logit is NaN or +Inf, or all are -Inf, or a setting is none:
+// temperature, top_k >= 0, 0 <= top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0. `drawn` random numbers
 // of the seed have been used before.
 FW_API int32_t fw_sample(const float* logits, int64_t vocabulary, const int32_t* history, int64_t history_length,
                          const fw_sampling* sampling, uint64_t drawn);

@@ -20,9 +20,14 @@ typedef int8_t Byte __attribute__((vector_size(kWidth)));
 
 inline Float splat(float value) { return value - Float{}; }
 
-inline float sum_of(Float values) {
-  float total = values[0];
-  for (int i = 1; i < kWidth; ++i) total += values[i];
+// Sums over lanes are of sixteen, in this order, whatever the width of a vector: kParts vectors side by side.
+constexpr int kParts = kPadding / kWidth;
+
+inline float sum_of(const Float (&parts)[kParts]) {
+  float lanes[kPadding];
+  for (int part = 0; part < kParts; ++part) store(lanes + part * kWidth, parts[part]);
+  float total = lanes[0];
+  for (int i = 1; i < kPadding; ++i) total += lanes[i];
   return total;
 }
 
@@ -322,12 +327,13 @@ void soften(float* scores, int64_t columns, int64_t low, int64_t high, float* mo
   }
   float peak = peaks[0];
   for (int i = 1; i < kWidth; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
-  Float added = {};
-  for (int64_t i = 0; i < columns; i += kWidth) {
-    const Float weights = exp_of(load<Float>(scores + i) - peak);
-    added += weights;
-    store(scores + i, weights);
-  }
+  Float added[kParts] = {};
+  for (int64_t i = 0; i < columns; i += kPadding)
+    for (int part = 0; part < kParts; ++part) {
+      const Float weights = exp_of(load<Float>(scores + i + part * kWidth) - peak);
+      added[part] += weights;
+      store(scores + i + part * kWidth, weights);
+    }
   if (peak > *most) {
     const float shrink = exp_of(splat(*most - peak))[0];
     *total *= shrink;

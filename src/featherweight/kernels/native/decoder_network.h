@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <utility>
@@ -51,6 +52,13 @@ struct Token {
   int32_t id;
 };
 
+// The calls of linear_apply in a layer: what there is room for is what is called.
+struct LayerPlans {
+  LinearPlan query_key_value;   // of the last layer only where all tokens' queries are wanted
+  LinearPlan key_value, query;  // of the last layer, where fewer are
+  LinearPlan output, gate_up, down;
+};
+
 // Consecutive tokens of one sequence whose queries of one head are attended to together.
 struct Span {
   int64_t first, count;
@@ -66,6 +74,9 @@ struct fw_decoder {
   fw_decoder_stats& stats() { return stats_; }
   // From another thread: passes end as soon as they can, and begin no more, until it is called with false.
   void set_stop(bool stop) { stop_.store(stop ? 1 : 0); }
+
+  // For tests: all threads take part in every pass, however little there is to do.
+  void use_all_threads() { bytes_per_thread_ = 1; }
 
   int64_t keep_prefix(int64_t sequence, const int32_t* tokens, int64_t count);
   bool known(const int32_t* tokens, int64_t count) const;
@@ -88,7 +99,7 @@ struct fw_decoder {
   void begin(Team& team);
   void run_layer(Team& team, int64_t index);
   void finish(Team& team);
-  void linear(Team& team, const LinearCall* calls, int count, const float* x, int64_t tokens, int64_t stride);
+  void linear(Team& team, const LinearPlan& plan, std::initializer_list<LinearOutput> outputs, const float* x, int64_t tokens);
   void compact(Team& team);
   void norm_rows(Team& team, const float* delta, const float* weight);
   void meet(Team& team);
@@ -110,6 +121,8 @@ struct fw_decoder {
 
   fw_decoder_settings s_;
   std::vector<fw_layer> layers_;
+  std::vector<LayerPlans> plans_;  // [layers]
+  LinearPlan head_plan_;
   const DecoderLoops& loops_;
   int64_t padded_dim_, query_width_, key_width_;
   KvCache cache_;
@@ -118,9 +131,11 @@ struct fw_decoder {
   Sampler sampler_;
   std::vector<float> sampled_;
   int64_t weight_bytes_ = 0;
+  int64_t bytes_per_thread_ = int64_t{1} << 20;  // a thread that has less to read for a pass is not worth its barriers
 
   // One pass. Rows are the tokens whose output is wanted still; in the last layer they can be fewer than the tokens.
-  int64_t room_ = 0;
+  int64_t room_ = 0;                             // tokens that buffers have room for
+  const ProductKernels* room_kernels_ = nullptr;  // and the products they have it for
   std::vector<Token> tokens_;
   std::vector<int64_t> token_of_row_;
   std::vector<Span> spans_, last_spans_;

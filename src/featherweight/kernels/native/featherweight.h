@@ -14,7 +14,7 @@
 #define FW_API extern "C" __attribute__((visibility("default")))
 #endif
 
-#define FW_VERSION 4
+#define FW_VERSION 5
 
 enum fw_status { FW_OK = 0, FW_INVALID = 1, FW_NON_FINITE = 2, FW_NO_MEMORY = 3, FW_STOPPED = 4 };
 enum fw_dtype { FW_FLOAT32 = 0, FW_BFLOAT16 = 1, FW_FLOAT16 = 2, FW_FLOAT64 = 3 };

@@ -1,7 +1,11 @@
 #include <algorithm>
+#include <cmath>
+#include <iterator>
 #include <new>
 
 #include "decoder_network.h"
+#include "parallel.h"
+#include "product_header.h"
 
 int64_t fw_decoder::keep_prefix(int64_t index, const int32_t* tokens, int64_t count) {
   const std::vector<int32_t>& cached = cache_[index].tokens;
@@ -101,6 +105,7 @@ int32_t fw_decoder::choose(const fw_generation& request, int64_t i, float* logit
 
 int32_t fw_decoder::generate(const fw_generation& request) {
   if (request.count < 1 || request.count > s_.sequences || request.most < 1) return FW_INVALID;
+  if (!std::all_of(request.sampling, request.sampling + request.count, valid_sampling)) return FW_INVALID;
   const auto count = static_cast<size_t>(request.count);
   sampled_.resize(count * static_cast<size_t>(s_.vocabulary));
   Texts texts(count);
@@ -142,19 +147,26 @@ int32_t fw_decoder::generate(const fw_generation& request) {
 namespace {
 
 bool fits(const fw_linear* linear, int64_t rows, int64_t cols) {
-  return linear && linear->rows == rows && linear->cols == cols && linear->terms > 0 && linear->term;
+  return linear && linear->rows == rows && linear->cols == cols && check_linear(linear) == FW_OK;
+}
+
+bool fair_numbers(const fw_decoder_settings& s) {
+  if (!std::isfinite(s.rope_scale) || !std::isfinite(s.epsilon) || s.epsilon < 0) return false;
+  if (!std::isfinite(s.dynamic_base) || !std::isfinite(s.dynamic_factor)) return false;
+  const int64_t sizes[] = {s.layers, s.hidden, s.heads, s.kv_heads, s.ffn, s.vocabulary, s.context, s.sequences};
+  return std::all_of(std::begin(sizes), std::end(sizes), [](int64_t size) { return size >= 1 && size <= INT32_MAX; });
 }
 
 bool valid(const fw_decoder_settings& s) {
-  if (s.layers < 1 || s.hidden < 1 || s.heads < 1 || s.kv_heads < 1 || s.head_dim < 2 || s.ffn < 1 || s.vocabulary < 1)
-    return false;
+  if (!fair_numbers(s) || s.head_dim < 2) return false;
   if (s.heads % s.kv_heads || s.heads / s.kv_heads > kMostRows || s.head_dim % 2 || s.head_dim > 1024) return false;
-  if (s.context < 1 || s.sequences < 1 || s.chunk < 1 || s.threads < 1 || s.vocabulary > INT32_MAX) return false;
+  if (s.chunk < 1 || s.threads < 1) return false;
   if (s.cache != FW_FLOAT16 && s.cache != FW_INT8) return false;
   if (s.precision != FW_ACTIVATION_INT8 && s.precision != FW_ACTIVATION_FLOAT) return false;
   if (!s.layer || !s.embedding || !s.norm || !s.frequencies || !fits(s.head, s.vocabulary, s.hidden)) return false;
   if (s.dynamic_base != 0 && (s.dynamic_length < 1 || s.head_dim < 4)) return false;
   const auto* embedding = static_cast<const fw_operand*>(s.embedding);
+  if (!aligned_operand(embedding) || fw_operand_check(embedding, embedding->bytes) != FW_OK) return false;
   if (embedding->rows != s.vocabulary || embedding->cols != s.hidden) return false;
   const int64_t query = s.heads * s.head_dim, key = s.kv_heads * s.head_dim;
   for (int64_t i = 0; i < s.layers; ++i) {
@@ -240,7 +252,8 @@ int32_t fw_decoder_step(fw_decoder* decoder, const int64_t* sequences, const int
 
 int32_t fw_decoder_generate(fw_decoder* decoder, const fw_generation* generation) {
   if (!decoder || !generation || !generation->prompts || !generation->lengths || !generation->sampling) return FW_INVALID;
-  if (!generation->made || !generation->made_lengths || (generation->stop_count && !generation->stops)) return FW_INVALID;
+  if (!generation->made || !generation->made_lengths || generation->stop_count < 0) return FW_INVALID;
+  if ((generation->stop_count && !generation->stops) || !fair_size(generation->count, generation->most)) return FW_INVALID;
   return changing(decoder, [&]() -> int32_t { return decoder->generate(*generation); });
 }
 
@@ -249,6 +262,7 @@ void fw_decoder_stop(fw_decoder* decoder, int32_t stop) {
 }
 
 void fw_decoder_get_stats(fw_decoder* decoder, fw_decoder_stats* stats, int32_t reset) {
+  if (!decoder || !stats) return;
   *stats = decoder->stats();
   stats->cache_bytes = decoder->cache().bytes();
   if (reset) decoder->stats() = {};

@@ -10,24 +10,12 @@
 
 namespace {
 
-constexpr int kMostTerms = 64;  // of all layers of one call
-
+const fw_operand* left_operand(const fw_term& term) { return static_cast<const fw_operand*>(term.operand); }
 const fw_operand* first_operand(const fw_term& term) {
   return static_cast<const fw_operand*>(term.kind == FW_TERM_LOW_RANK ? term.right : term.operand);
 }
 
-bool same_steps(const fw_term& a, const fw_term& b) {
-  if (a.steps != b.steps) return false;
-  for (int i = 0; i < a.steps; ++i) {
-    const fw_step &s = a.step[i], &t = b.step[i];
-    if (s.kind != t.kind || s.block != t.block || s.bits != t.bits) return false;
-    if (s.order == t.order && s.values == t.values) continue;
-    return false;
-  }
-  return true;
-}
-
-bool same_contents(const fw_step& s, const fw_step& t, int64_t cols) {
+bool same_step(const fw_step& s, const fw_step& t, int64_t cols) {
   if (s.kind != t.kind || s.block != t.block || s.bits != t.bits) return false;
   if (s.kind == FW_PERMUTE) return s.order == t.order || std::equal(s.order, s.order + cols, t.order);
   if (s.kind == FW_SCALE || s.kind == FW_HADAMARD) {
@@ -37,119 +25,162 @@ bool same_contents(const fw_step& s, const fw_step& t, int64_t cols) {
   return true;
 }
 
+bool same_steps(const fw_term& a, const fw_term& b, int64_t cols) {
+  if (a.steps != b.steps) return false;
+  for (int i = 0; i < a.steps; ++i)
+    if (!same_step(a.step[i], b.step[i], cols)) return false;
+  return true;
+}
+
+int find_chain(LinearPlan& plan, const fw_term& term) {
+  if (term.steps == 0) return -1;
+  for (size_t i = 0; i < plan.chains.size(); ++i)
+    if (same_steps(*plan.chains[i].term, term, plan.cols)) return static_cast<int>(i);
+  plan.chains.push_back({&term, 0});
+  return static_cast<int>(plan.chains.size()) - 1;
+}
+
+int find_source(LinearPlan& plan, const fw_term& term, int chain, int precision) {
+  if (term.kind == FW_TERM_SPARSE) return -1;
+  const InputShape shape = input_shape(first_operand(term), precision);
+  for (size_t i = 0; i < plan.shapes.size(); ++i)
+    if (plan.shapes[i].chain == chain && plan.shapes[i].shape == shape) return static_cast<int>(i);
+  plan.shapes.push_back({shape, chain});
+  return static_cast<int>(plan.shapes.size()) - 1;
+}
+
+// Columns that a chain of one Hadamard step and all inputs made from it can be done in, one run after the other; 0 if the
+// chain must be done as a whole.
+int64_t fused_run(const LinearPlan& plan, int chain) {
+  const fw_term& term = *plan.chains[static_cast<size_t>(chain)].term;
+  if (term.steps != 1 || term.step->kind != FW_HADAMARD) return 0;
+  int64_t run = term.step->block;
+  bool read = false;
+  for (const LinearPlan::Shape& s : plan.shapes) {
+    if (s.chain != chain) continue;
+    // Two inputs would be rotated by different members: once is enough, so only the usual case of one is fused.
+    if (read || s.shape.lane_stride != 1) return 0;
+    read = true;
+    const int64_t segment = s.shape.segment;
+    if (run % segment != 0 && segment % run != 0) return 0;
+    run = std::max(run, segment);
+  }
+  return read && plan.cols % run == 0 ? run : 0;
+}
+
 }  // namespace
+
+LinearPlan::LinearPlan(const fw_linear* const* layers, int count, int precision) {
+  cols = layers[0]->cols;
+  for (int i = 0; i < count; ++i)
+    for (int64_t k = 0; k < layers[i]->terms; ++k) {
+      const fw_term& term = layers[i]->term[k];
+      const int chain = find_chain(*this, term), source = find_source(*this, term, chain, precision);
+      items.push_back({i, layers[i], &term, source, chain});
+    }
+  for (size_t i = 0; i < chains.size(); ++i) chains[i].run = fused_run(*this, static_cast<int>(i));
+}
+
+// ---- room ----
+
+namespace {
 
 struct Rows {  // float rows that grow
   Memory memory;
-  int64_t bytes = 0;
+  int64_t count = 0;
   float* get() const { return static_cast<float*>(memory.get()); }
-  void reserve(int64_t count) {
-    if (count * 4 <= bytes) return;
-    memory = allocate(count * 4 + 128);
-    bytes = count * 4;
+  void reserve(int64_t wanted) {
+    if (wanted <= count) return;
+    memory = allocate(wanted * 4 + 128);
+    count = wanted;
   }
 };
 
+// What a plan takes for some tokens; of floats, unless it says bytes.
+struct Need {
+  int64_t work_bytes = 64, spare = 0, ranks = 0;
+
+  Need(const LinearPlan& plan, int64_t tokens) : spare(plan.cols) {
+    for (const LinearPlan::Shape& s : plan.shapes) spare = std::max(spare, s.shape.padded);
+    for (const LinearPlan::Item& item : plan.items) {
+      if (item.term->kind == FW_TERM_SPARSE) continue;
+      work_bytes = std::max(work_bytes, product_work_bytes(first_operand(*item.term), tokens));
+      if (item.term->kind != FW_TERM_LOW_RANK) continue;
+      const fw_operand* left = left_operand(*item.term);
+      work_bytes = std::max(work_bytes, product_work_bytes(left, tokens));
+      ranks = std::max(ranks, tokens * left->cols);
+      spare = std::max(spare, left->steps * 4);
+    }
+  }
+};
+
+}  // namespace
+
 struct LinearWork::Buffers {
-  std::vector<Memory> member;  // work space of each member
-  int64_t member_bytes = 0;
+  struct Member {
+    Memory work;
+    int64_t work_bytes = 0;
+    Rows spare;  // steps go through a second row, and so do columns that are put in another order
+  };
+  std::vector<Member> members;
   std::vector<InputBuffers> inputs;
-  std::vector<Rows> stepped;   // inputs after steps
-  Rows ranks, ranks_input;     // low rank: products with the right factors
+  std::vector<Rows> stepped;  // inputs after steps
+  Rows ranks;                 // low rank: products with the right factors
   InputBuffers rank_input;
+
+  void reserve(const LinearPlan& plan, int64_t tokens, int threads);
+  bool hold(const LinearPlan& plan, int64_t tokens, int threads) const;
 };
 
 LinearWork::LinearWork() : buffers_(new Buffers) {}
 LinearWork::~LinearWork() = default;
 
+// In any order with others: nothing that there is room for now needs more room after this.
+void LinearWork::Buffers::reserve(const LinearPlan& plan, int64_t tokens, int threads) {
+  if (inputs.size() < plan.shapes.size()) inputs.resize(plan.shapes.size());
+  if (stepped.size() < plan.chains.size()) stepped.resize(plan.chains.size());
+  if (members.size() < static_cast<size_t>(threads)) members.resize(static_cast<size_t>(threads));
+  for (size_t s = 0; s < plan.shapes.size(); ++s) inputs[s].reserve(plan.shapes[s].shape, tokens);
+  for (size_t c = 0; c < plan.chains.size(); ++c) stepped[c].reserve(tokens * plan.cols);
+  const Need need(plan, tokens);
+  for (Member& member : members) {
+    member.spare.reserve(need.spare);
+    if (need.work_bytes <= member.work_bytes) continue;
+    member.work = allocate(need.work_bytes);
+    member.work_bytes = need.work_bytes;
+  }
+  ranks.reserve(need.ranks);
+  for (const LinearPlan::Item& item : plan.items)
+    if (item.term->kind == FW_TERM_LOW_RANK)
+      rank_input.reserve(input_shape(left_operand(*item.term), FW_ACTIVATION_FLOAT), tokens);
+}
+
+bool LinearWork::Buffers::hold(const LinearPlan& plan, int64_t tokens, int threads) const {
+  if (inputs.size() < plan.shapes.size() || stepped.size() < plan.chains.size()) return false;
+  if (members.size() < static_cast<size_t>(threads)) return false;
+  for (size_t s = 0; s < plan.shapes.size(); ++s)
+    if (!inputs[s].holds(plan.shapes[s].shape, tokens)) return false;
+  for (size_t c = 0; c < plan.chains.size(); ++c)
+    if (stepped[c].count < tokens * plan.cols) return false;
+  const Need need(plan, tokens);
+  for (int i = 0; i < threads; ++i) {
+    const Member& member = members[static_cast<size_t>(i)];
+    if (member.work_bytes < need.work_bytes || member.spare.count < need.spare) return false;
+  }
+  if (ranks.count < need.ranks) return false;
+  return std::all_of(plan.items.begin(), plan.items.end(), [&](const LinearPlan::Item& item) {
+    return item.term->kind != FW_TERM_LOW_RANK ||
+           rank_input.holds(input_shape(left_operand(*item.term), FW_ACTIVATION_FLOAT), tokens);
+  });
+}
+
+void linear_reserve(LinearWork& work, const LinearPlan& plan, int64_t tokens, int threads) {
+  work.buffers().reserve(plan, tokens, threads);
+}
+
+// ---- products ----
+
 namespace {
-
-// An input that terms share: which steps lead to it and how it is laid out.
-struct Source {
-  const fw_term* term;
-  InputShape shape;
-  bool plain;  // read as it is by a sparse term
-};
-
-struct Item {
-  const LinearCall* call;
-  const fw_term* term;
-  int source, steps;  // indices of the prepared input and of the row of values it is made from (-1: x itself)
-};
-
-bool equal_steps(const fw_term& a, const fw_term& b, int64_t cols) {
-  if (same_steps(a, b)) return true;
-  if (a.steps != b.steps) return false;
-  for (int i = 0; i < a.steps; ++i)
-    if (!same_contents(a.step[i], b.step[i], cols)) return false;
-  return true;
-}
-
-struct Plan {
-  Item items[kMostTerms];
-  const fw_term* chains[kMostTerms];  // distinct chains of steps
-  InputShape shapes[kMostTerms];      // distinct prepared inputs
-  int shape_chain[kMostTerms];
-  int count = 0, chain_count = 0, shape_count = 0;
-};
-
-void make_plan(const LinearCall* calls, int count, int precision, Plan& plan) {
-  for (int i = 0; i < count; ++i) {
-    const fw_linear& linear = *calls[i].linear;
-    for (int64_t k = 0; k < linear.terms && plan.count < kMostTerms; ++k) {
-      const fw_term& term = linear.term[k];
-      int chain = -1;
-      if (term.steps > 0) {
-        for (chain = 0; chain < plan.chain_count; ++chain)
-          if (equal_steps(*plan.chains[chain], term, linear.cols)) break;
-        if (chain == plan.chain_count) plan.chains[plan.chain_count++] = &term;
-      }
-      int source = -1;
-      if (term.kind != FW_TERM_SPARSE) {
-        const InputShape shape = input_shape(first_operand(term), precision);
-        for (source = 0; source < plan.shape_count; ++source)
-          if (plan.shape_chain[source] == chain && plan.shapes[source] == shape) break;
-        if (source == plan.shape_count) {
-          plan.shape_chain[source] = chain;
-          plan.shapes[plan.shape_count++] = shape;
-        }
-      }
-      plan.items[plan.count++] = {&calls[i], &term, source, chain};
-    }
-  }
-}
-
-void reserve(LinearWork::Buffers& buffers, const LinearCall* calls, int count, int64_t tokens, int precision, int threads) {
-  Plan plan;
-  make_plan(calls, count, precision, plan);
-  if (static_cast<int>(buffers.inputs.size()) < plan.shape_count) buffers.inputs.resize(static_cast<size_t>(plan.shape_count));
-  if (static_cast<int>(buffers.stepped.size()) < plan.chain_count) buffers.stepped.resize(static_cast<size_t>(plan.chain_count));
-  for (int s = 0; s < plan.shape_count; ++s) buffers.inputs[static_cast<size_t>(s)].reserve(plan.shapes[s], tokens);
-  int64_t work = 64, ranks = 0;
-  for (int i = 0; i < plan.count; ++i) {
-    const fw_term& term = *plan.items[i].term;
-    if (plan.items[i].steps >= 0)
-      buffers.stepped[static_cast<size_t>(plan.items[i].steps)].reserve(tokens * plan.items[i].call->linear->cols + 16);
-    if (term.kind == FW_TERM_SPARSE) continue;
-    work = std::max(work, product_work_bytes(first_operand(term), tokens));
-    if (term.kind == FW_TERM_LOW_RANK) {
-      const fw_operand* left = static_cast<const fw_operand*>(term.operand);
-      work = std::max(work, product_work_bytes(left, tokens));
-      ranks = std::max(ranks, left->cols);
-      buffers.rank_input.reserve(input_shape(left, FW_ACTIVATION_FLOAT), tokens);
-    }
-  }
-  buffers.ranks.reserve(tokens * ranks + 16);
-  // Steps go through a second row a member.
-  int64_t cols = 0;
-  for (int i = 0; i < count; ++i) cols = std::max(cols, calls[i].linear->cols);
-  work += cols * 4 + 64;
-  if (work > buffers.member_bytes || static_cast<int>(buffers.member.size()) < threads) {
-    buffers.member.clear();
-    for (int i = 0; i < threads; ++i) buffers.member.push_back(allocate(work));
-    buffers.member_bytes = work;
-  }
-}
 
 // x through a chain of steps; `spare` is a row of scratch.
 void run_steps(const fw_term& chain, const float* x, int64_t cols, float* to, float* spare) {
@@ -162,25 +193,6 @@ void run_steps(const fw_term& chain, const float* x, int64_t cols, float* to, fl
   }
 }
 
-// Columns that a chain of one Hadamard step and all inputs made from it can be done in, one run after the other; 0 if the
-// chain must be done as a whole.
-int64_t fused_run(const Plan& plan, int chain, int64_t cols) {
-  const fw_term& term = *plan.chains[chain];
-  if (term.steps != 1 || term.step->kind != FW_HADAMARD) return 0;
-  int64_t run = term.step->block;
-  bool read = false;
-  for (int s = 0; s < plan.shape_count; ++s) {
-    if (plan.shape_chain[s] != chain) continue;
-    // Two inputs would be rotated by different members: once is enough, so only the usual case of one is fused.
-    if (read || plan.shapes[s].lane_stride != 1) return 0;
-    read = true;
-    const int64_t segment = plan.shapes[s].segment;
-    if (run % segment != 0 && segment % run != 0) return 0;
-    run = std::max(run, segment);
-  }
-  return read && cols % run == 0 ? run : 0;
-}
-
 void rotate(const fw_step& step, const float* x, int64_t first, int64_t last, float* to) {
   std::copy(x + first, x + last, to + first);
   product_kernels().hadamard(to + first, step.values ? step.values + first : nullptr, step.block, last - first);
@@ -188,12 +200,12 @@ void rotate(const fw_step& step, const float* x, int64_t first, int64_t last, fl
 
 // A member's share of a product, in pieces of some milliseconds between which it can be stopped. Whole pairs, quadruples and
 // eights of tiles stay together as the kernels take them.
-void product_in_pieces(const LinearWork& work, const fw_operand* operand, const InputShape& shape, const InputBuffers& input,
-                       int64_t tokens, int64_t first, int64_t last, const Output& out, void* own) {
+void product_in_pieces(const std::atomic<int32_t>* stop, const fw_operand* operand, const InputShape& shape,
+                       const InputBuffers& input, int64_t tokens, int64_t first, int64_t last, const Output& out, void* own) {
   constexpr int64_t kTogether = 8, kProducts = int64_t{1} << 27;
-  if (!work.stop || tokens == 1) return product_share(operand, shape, input, tokens, first, last, out, own);
+  if (!stop || tokens == 1) return product_share(operand, shape, input, tokens, first, last, out, own);
   const int64_t piece = round_up(kProducts / (kTileRows * operand->cols * tokens) + 1, kTogether);
-  for (int64_t at = first; at < last && work.stop->load(std::memory_order_relaxed) == 0; at += piece)
+  for (int64_t at = first; at < last && stop->load(std::memory_order_relaxed) == 0; at += piece)
     product_share(operand, shape, input, tokens, at, std::min(last, at + piece), out, own);
 }
 
@@ -209,93 +221,133 @@ void sparse_product(const fw_term& term, const float* x, int64_t x_stride, int64
     }
 }
 
-}  // namespace
+// One call, as one member sees it.
+class Application {
+ public:
+  Application(Team& team, LinearWork& work, const LinearPlan& plan, const float* x, int64_t tokens, int64_t x_stride)
+      : team_(team),
+        stop_(work.stop),
+        buffers_(work.buffers()),
+        plan_(plan),
+        x_(x),
+        tokens_(tokens),
+        x_stride_(x_stride),
+        work_(buffers_.members[static_cast<size_t>(team.index())].work.get()),
+        spare_(buffers_.members[static_cast<size_t>(team.index())].spare.get()) {}
 
-void linear_reserve(LinearWork& work, const LinearCall* calls, int count, int64_t tokens, int precision, int threads) {
-  reserve(work.buffers(), calls, count, tokens, precision, threads);
-}
-
-void linear_apply(Team& team, LinearWork& work, const LinearCall* calls, int count, const float* x, int64_t tokens,
-                  int64_t x_stride, int precision) {
-  LinearWork::Buffers& buffers = work.buffers();
-  Plan plan;
-  make_plan(calls, count, precision, plan);
-  const int64_t cols = calls[0].linear->cols;
-  char* own = static_cast<char*>(buffers.member[static_cast<size_t>(team.index())].get());
-  float* spare = reinterpret_cast<float*>(own + round_up(buffers.member_bytes - cols * 4 - 64, 64));
-
-  const auto stepped = [&](int chain, int64_t t) { return buffers.stepped[static_cast<size_t>(chain)].get() + t * cols; };
-  bool wait = false;
-  for (int c = 0; c < plan.chain_count; ++c) {
-    if (fused_run(plan, c, cols) > 0) continue;
-    // A token's chain is not divided: members take tokens, and chains in turn.
-    wait = true;
-    for (int64_t t = 0; t < tokens; ++t)
-      if ((t + c) % team.size() == team.index()) run_steps(*plan.chains[c], x + t * x_stride, cols, stepped(c, t), spare);
+  void prepare() {
+    bool wait = false;
+    for (size_t c = 0; c < plan_.chains.size(); ++c) {
+      if (plan_.chains[c].run > 0) continue;
+      // A token's chain is not divided: members take tokens, and chains in turn.
+      wait = true;
+      for (int64_t t = 0; t < tokens_; ++t)
+        if ((t + static_cast<int64_t>(c)) % team_.size() == team_.index())
+          run_steps(*plan_.chains[c].term, x_ + t * x_stride_, plan_.cols, stepped(static_cast<int>(c), t), spare_);
+    }
+    if (wait) team_.barrier();
+    for (size_t s = 0; s < plan_.shapes.size(); ++s) prepare_shape(plan_.shapes[s], buffers_.inputs[s]);
+    team_.barrier();
   }
-  if (wait) team.barrier();
-  const auto row = [&](int chain, int64_t t) -> const float* { return chain < 0 ? x + t * x_stride : stepped(chain, t); };
-  for (int s = 0; s < plan.shape_count; ++s) {
-    const InputShape& shape = plan.shapes[s];
-    const int chain = plan.shape_chain[s];
+
+  void multiply(const LinearPlan::Item& item, const LinearOutput& output) {
+    const fw_linear& linear = *item.linear;
+    const fw_term& term = *item.term;
+    const Output out = {output.values, output.stride, &term != linear.term};
+    const auto [first, last] = team_.share(divide_up(linear.rows, kTileRows));
+    const int64_t begin = first * kTileRows, end = std::min(linear.rows, last * kTileRows);
+    if (term.kind == FW_TERM_SPARSE)
+      sparse_product(term, row(item.chain, 0), item.chain < 0 ? x_stride_ : plan_.cols, tokens_, begin, end, out);
+    else if (term.kind == FW_TERM_LOW_RANK)
+      multiply_factors(item, first, last, out);
+    else
+      product_in_pieces(stop_, left_operand(term), shape_of(item), input_of(item), tokens_, first, last, out, work_);
+    if (linear.bias && &term == linear.term + linear.terms - 1)
+      for (int64_t t = 0; t < tokens_; ++t)
+        for (int64_t r = begin; r < end; ++r) output.values[t * output.stride + r] += linear.bias[r];
+  }
+
+ private:
+  const InputShape& shape_of(const LinearPlan::Item& item) const { return plan_.shapes[static_cast<size_t>(item.source)].shape; }
+  InputBuffers& input_of(const LinearPlan::Item& item) const { return buffers_.inputs[static_cast<size_t>(item.source)]; }
+  float* stepped(int chain, int64_t t) const { return buffers_.stepped[static_cast<size_t>(chain)].get() + t * plan_.cols; }
+  const float* row(int chain, int64_t t) const { return chain < 0 ? x_ + t * x_stride_ : stepped(chain, t); }
+
+  void prepare_shape(const LinearPlan::Shape& s, InputBuffers& to) {
+    const InputShape& shape = s.shape;
     // Of a fused chain members take whole runs, rotated just before they are rounded.
-    const int64_t run = chain < 0 ? 0 : fused_run(plan, chain, cols);
+    const int64_t run = s.chain < 0 ? 0 : plan_.chains[static_cast<size_t>(s.chain)].run;
     const int64_t together = run > 0 ? run / shape.segment : 1, pieces = shape.segments / together;
-    const auto [first, last] = team.share(tokens * pieces);
+    const auto [first, last] = team_.share(tokens_ * pieces);
     for (int64_t at = first; at < last;) {
       const int64_t t = at / pieces, piece = at % pieces, end = std::min(pieces, piece + last - at);
-      if (run > 0) rotate(*plan.chains[chain]->step, x + t * x_stride, piece * run, end * run, stepped(chain, t));
-      prepare_input(shape, row(chain, t), t, tokens, buffers.inputs[static_cast<size_t>(s)], piece * together, end * together);
+      if (run > 0) {
+        const fw_step& step = *plan_.chains[static_cast<size_t>(s.chain)].term->step;
+        rotate(step, x_ + t * x_stride_, piece * run, end * run, stepped(s.chain, t));
+      }
+      prepare_input(shape, row(s.chain, t), t, tokens_, to, piece * together, end * together, spare_);
       at += end - piece;
     }
   }
-  team.barrier();
 
-  for (int i = 0; i < plan.count; ++i) {
-    const Item& item = plan.items[i];
-    const fw_linear& linear = *item.call->linear;
-    const fw_term& term = *item.term;
-    const Output out = {item.call->out, item.call->out_stride, &term != linear.term};
-    const int64_t tiles = divide_up(linear.rows, kTileRows);
-    const auto [first, last] = team.share(tiles);
-    if (term.kind == FW_TERM_SPARSE) {
-      sparse_product(term, row(item.steps, 0), item.steps < 0 ? x_stride : cols, tokens, first * kTileRows,
-                     std::min(linear.rows, last * kTileRows), out);
-    } else if (term.kind == FW_TERM_LOW_RANK) {
-      const fw_operand* right = static_cast<const fw_operand*>(term.right);
-      const fw_operand* left = static_cast<const fw_operand*>(term.operand);
-      const auto [begin, end] = team.share(right->tiles);
-      team.barrier();  // the last product may still be read
-      product_in_pieces(work, right, plan.shapes[item.source], buffers.inputs[static_cast<size_t>(item.source)], tokens, begin,
-                        end, {buffers.ranks.get(), right->rows, 0}, own);
-      team.barrier();
-      const InputShape shape = input_shape(left, FW_ACTIVATION_FLOAT);
-      const auto [from, to] = team.share(tokens);
-      for (int64_t t = from; t < to; ++t)
-        prepare_input(shape, buffers.ranks.get() + t * right->rows, t, tokens, buffers.rank_input, 0, shape.segments);
-      team.barrier();
-      product_in_pieces(work, left, shape, buffers.rank_input, tokens, first, last, out, own);
-    } else {
-      product_in_pieces(work, static_cast<const fw_operand*>(term.operand), plan.shapes[item.source],
-                        buffers.inputs[static_cast<size_t>(item.source)], tokens, first, last, out, own);
-    }
-    if (linear.bias && &term == linear.term + linear.terms - 1)
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = first * kTileRows; r < std::min(linear.rows, last * kTileRows); ++r)
-          item.call->out[t * item.call->out_stride + r] += linear.bias[r];
+  void multiply_factors(const LinearPlan::Item& item, int64_t first, int64_t last, const Output& out) {
+    const fw_operand *right = first_operand(*item.term), *left = left_operand(*item.term);
+    const auto [begin, end] = team_.share(right->tiles);
+    team_.barrier();  // the last product may still be read
+    product_in_pieces(stop_, right, shape_of(item), input_of(item), tokens_, begin, end, {buffers_.ranks.get(), right->rows, 0},
+                      work_);
+    team_.barrier();
+    const InputShape shape = input_shape(left, FW_ACTIVATION_FLOAT);
+    const auto [from, to] = team_.share(tokens_);
+    for (int64_t t = from; t < to; ++t)
+      prepare_input(shape, buffers_.ranks.get() + t * right->rows, t, tokens_, buffers_.rank_input, 0, shape.segments, spare_);
+    team_.barrier();
+    product_in_pieces(stop_, left, shape, buffers_.rank_input, tokens_, first, last, out, work_);
   }
+
+  Team& team_;
+  const std::atomic<int32_t>* stop_;
+  LinearWork::Buffers& buffers_;
+  const LinearPlan& plan_;
+  const float* x_;
+  int64_t tokens_, x_stride_;
+  void* work_;
+  float* spare_;
+};
+
+}  // namespace
+
+int32_t linear_apply(Team& team, LinearWork& work, const LinearPlan& plan, const LinearOutput* outputs, const float* x,
+                     int64_t tokens, int64_t x_stride) {
+  LinearWork::Buffers& buffers = work.buffers();
+  if (plan.items.empty() || !buffers.hold(plan, tokens, team.size())) return FW_INVALID;
+  Application application(team, work, plan, x, tokens, x_stride);
+  application.prepare();
+  for (const LinearPlan::Item& item : plan.items) application.multiply(item, outputs[item.layer]);
+  return FW_OK;
 }
 
-int32_t fw_linear_apply(const fw_linear* linear, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                        int64_t out_stride, int32_t precision, int32_t threads) {
+int32_t fw_linear_check(const fw_linear* linear) { return check_linear(linear); }
+
+int32_t fw_linear_apply(const fw_linear* linear, const float* x, int64_t x_count, int64_t tokens, int64_t x_stride, float* out,
+                        int64_t out_count, int64_t out_stride, int32_t precision, int32_t threads) {
   return guarded_call([&]() -> int32_t {
-    if (!linear || !x || !out || tokens < 0 || linear->terms < 1 || linear->terms > kMostTerms) return FW_INVALID;
+    const int32_t status = check_linear(linear);
+    if (status != FW_OK) return status;
+    if (precision != FW_ACTIVATION_INT8 && precision != FW_ACTIVATION_FLOAT) return FW_INVALID;
+    if (!holds_rows(x, x_count, tokens, x_stride, linear->cols)) return FW_INVALID;
+    if (!holds_rows(out, out_count, tokens, out_stride, linear->rows)) return FW_INVALID;
     if (tokens == 0) return FW_OK;
-    threads = std::max(1, threads);
+    threads = fair_threads(threads);
+    const LinearPlan plan(&linear, 1, precision);
     LinearWork work;
-    const LinearCall call = {linear, out, out_stride};
-    reserve(work.buffers(), &call, 1, tokens, precision, threads);
-    run_team(threads, [&](Team& team) { linear_apply(team, work, &call, 1, x, tokens, x_stride, precision); });
-    return FW_OK;
+    linear_reserve(work, plan, tokens, threads);
+    const LinearOutput output = {out, out_stride};
+    std::atomic<int32_t> result{FW_OK};
+    run_team(threads, [&](Team& team) {
+      const int32_t own = linear_apply(team, work, plan, &output, x, tokens, x_stride);
+      if (team.index() == 0) result.store(own);
+    });
+    return result.load();
   });
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <new>
@@ -20,17 +21,40 @@ using Memory = std::unique_ptr<void, Aligned>;
 
 inline Memory allocate(int64_t bytes) { return Memory(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})); }
 
+// The largest size of anything that is asked for: sums and products of a few such numbers and of element sizes do not overflow.
+constexpr int64_t kLargestSize = int64_t{1} << 44;
+constexpr int kMostThreads = 1024;
+
+inline int fair_threads(int32_t threads) { return std::min(std::max(threads, 1), kMostThreads); }
+
+// Whether rows times columns is a size that can be counted with.
+inline bool fair_size(int64_t rows, int64_t columns) {
+  return rows >= 0 && columns >= 0 && columns <= kLargestSize && (columns == 0 || rows <= kLargestSize / columns);
+}
+
+// The same of a matrix with rows `stride` apart, of which there may be one, with any stride.
+inline bool fair_matrix(int64_t rows, int64_t stride, int64_t columns) {
+  return rows == 0 || rows == 1 ? fair_size(rows, columns) : stride >= columns && fair_size(rows, stride);
+}
+
+// Whether `count` elements from `memory` on hold rows of `columns` elements that begin `stride` apart.
+inline bool holds_rows(const void* memory, int64_t count, int64_t rows, int64_t stride, int64_t columns) {
+  if (!memory || count < 0 || columns < 1 || stride < columns || !fair_size(rows, stride)) return false;
+  return rows == 0 || (rows - 1) * stride + columns <= count;
+}
+
 namespace {
 
-// Run body(worker, item) for all items on up to `threads` threads. bad_alloc in a worker ends the loop and is thrown here.
+// Run body(worker, item) for all items on up to `threads` threads. An exception of a worker ends the loop and is thrown here.
 [[maybe_unused]] void parallel_for(int64_t items, int threads, const std::function<void(int, int64_t)>& body) {
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
+  std::exception_ptr error;
   const auto work = [&](int worker) {
     try {
       for (int64_t item = next++; item < items && !failed; item = next++) body(worker, item);
-    } catch (const std::bad_alloc&) {
-      failed = true;
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   };
   std::vector<std::thread> others;
@@ -43,7 +67,7 @@ namespace {
   }
   work(0);
   for (std::thread& other : others) other.join();
-  if (failed) throw std::bad_alloc();
+  if (failed) std::rethrow_exception(error);
 }
 
 template <typename Body>

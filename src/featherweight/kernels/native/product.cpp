@@ -1,9 +1,8 @@
-// The operators of product.h: choice of kernels, preparation of activations, products, measurements.
+// The operators of product.h: choice of kernels, preparation of activations, products.
 #include "product.h"
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -14,12 +13,12 @@
 #if defined(FW_X86)
 #include "cpu_x86.h"
 #endif
+#include "linear.h"
 #include "packing.h"
 #include "parallel.h"
 #include "product_kernels.h"
 #include "product_layout.h"
 #include "product_input.h"
-#include "team.h"
 
 namespace {
 
@@ -100,26 +99,50 @@ const char* fw_product_isa(void) { return product_kernels().name; }
 
 // ---- inputs ----
 
+namespace {
+
+struct InputBytes {  // that an input of some tokens takes
+  int64_t codes, scales, values;  // sums take as many as scales
+
+  InputBytes(const InputShape& shape, int64_t tokens)
+      : codes(shape.integer ? tokens * shape.columns : 0),
+        scales(shape.integer ? tokens * shape.segments * 4 : 0),
+        values(shape.integer ? 0 : tokens * shape.columns * 4) {}
+};
+
+}  // namespace
+
 void InputBuffers::reserve(const InputShape& shape, int64_t tokens) {
   const auto grow = [](Memory& memory, int64_t& have, int64_t want) {
     if (want <= have) return;
     memory = allocate(want + 128);
     have = want;
   };
-  if (shape.integer) {
-    grow(codes_, codes_bytes_, tokens * shape.columns);
-    grow(scales_, scales_bytes_, tokens * shape.segments * 4);
-    grow(sums_, sums_bytes_, tokens * shape.segments * 4);
-  } else {
-    grow(values_, values_bytes_, tokens * shape.columns * 4);
-  }
+  const InputBytes bytes(shape, tokens);
+  grow(codes_, codes_bytes_, bytes.codes);
+  grow(scales_, scales_bytes_, bytes.scales);
+  grow(sums_, sums_bytes_, bytes.scales);
+  grow(values_, values_bytes_, bytes.values);
+}
+
+bool InputBuffers::holds(const InputShape& shape, int64_t tokens) const {
+  const InputBytes bytes(shape, tokens);
+  return codes_bytes_ >= bytes.codes && scales_bytes_ >= bytes.scales && sums_bytes_ >= bytes.scales &&
+         values_bytes_ >= bytes.values;
 }
 
 InputShape input_shape(const fw_operand* operand, int precision) {
   const bool plain = operand->layout == FW_PLAIN, integer = !plain && operand->layout != FW_TABLES;
   const bool rounds = precision == FW_ACTIVATION_INT8;
-  return {integer && rounds, plain, plain && rounds && operand->scale_dtype == FW_BFLOAT16, padded_columns(operand), operand->segments, operand->segment,
-          operand->steps * 4, operand->lane_stride, operand->cols};
+  return {integer && rounds,
+          plain,
+          plain && rounds && operand->scale_dtype == FW_BFLOAT16,
+          padded_columns(operand),
+          operand->segments,
+          operand->segment,
+          operand->steps * 4,
+          operand->lane_stride,
+          operand->cols};
 }
 
 namespace {
@@ -133,10 +156,9 @@ int64_t source_column(int64_t c, int64_t stride) {
 }  // namespace
 
 void prepare_input(const InputShape& shape, const float* x, int64_t token, int64_t tokens, InputBuffers& to, int64_t first,
-                   int64_t last) {
+                   int64_t last, float* spare) {
   const ProductKernels& kernels = product_kernels();
   if (shape.plain) return kernels.plain_input({shape.cols, shape.columns, shape.rounded}, x, token, tokens, to.values());
-  std::vector<float> permuted(shape.lane_stride > 1 ? static_cast<size_t>(shape.padded) : 0);
   for (int64_t g = first; g < last; ++g) {
     const float* from = x + g * shape.segment;
     int64_t count = std::min(shape.segment, shape.cols - g * shape.segment);
@@ -144,9 +166,9 @@ void prepare_input(const InputShape& shape, const float* x, int64_t token, int64
       count = std::min(shape.padded, round_up(count, 4 * shape.lane_stride));
       for (int64_t c = 0; c < count; ++c) {
         const int64_t source = g * shape.segment + source_column(c, shape.lane_stride);
-        permuted[static_cast<size_t>(c)] = source < shape.cols ? x[source] : 0.0F;
+        spare[c] = source < shape.cols ? x[source] : 0.0F;
       }
-      from = permuted.data();
+      from = spare;
     }
     if (shape.integer) {
       int8_t* codes = to.codes() + token * shape.columns + g * shape.padded;
@@ -192,28 +214,40 @@ int32_t multiply(const fw_operand* operand, const InputShape& shape, const Input
 
 }  // namespace
 
-int32_t fw_product(const void* operand, const float* x, int64_t tokens, int64_t x_stride, float* out, int64_t out_stride,
-                   int32_t precision, int32_t accumulate, int32_t threads) {
+int32_t fw_product(const void* operand, int64_t bytes, const float* x, int64_t x_count, int64_t tokens, int64_t x_stride,
+                   float* out, int64_t out_count, int64_t out_stride, int32_t precision, int32_t accumulate, int32_t threads) {
   return guarded_call([&]() -> int32_t {
+    if (fw_operand_check(operand, bytes) != FW_OK) return FW_INVALID;
+    if (precision != FW_ACTIVATION_INT8 && precision != FW_ACTIVATION_FLOAT) return FW_INVALID;
     const fw_operand* op = static_cast<const fw_operand*>(operand);
-    if (!op || op->magic != kOperandMagic || !x || !out || tokens < 0) return FW_INVALID;
-    threads = std::max(1, threads);
+    if (!holds_rows(x, x_count, tokens, x_stride, op->cols)) return FW_INVALID;
+    if (!holds_rows(out, out_count, tokens, out_stride, op->rows)) return FW_INVALID;
+    if (tokens == 0) return FW_OK;
+    threads = fair_threads(threads);
     const InputShape shape = input_shape(op, precision);
     InputBuffers input;
     input.reserve(shape, tokens);
-    run_team(tokens * op->cols < 1 << 16 ? 1 : threads, [&](Team& team) {
+    const int preparing = tokens * op->cols < 1 << 16 ? 1 : threads;
+    const Memory spare = allocate(shape.lane_stride > 1 ? preparing * shape.padded * 4 : 4);
+    run_team(preparing, [&](Team& team) {
       const auto [first, last] = team.share(tokens);
-      for (int64_t t = first; t < last; ++t) prepare_input(shape, x + t * x_stride, t, tokens, input, 0, shape.segments);
+      float* own = static_cast<float*>(spare.get()) + (shape.lane_stride > 1 ? team.index() * shape.padded : 0);
+      for (int64_t t = first; t < last; ++t) prepare_input(shape, x + t * x_stride, t, tokens, input, 0, shape.segments, own);
     });
     return multiply(op, shape, input, tokens, {out, out_stride, accumulate}, threads);
   });
 }
 
-int32_t fw_product_int8(const void* operand, const int8_t* x, const float* scales, int64_t tokens, float* out, int64_t out_stride,
+int32_t fw_product_int8(const void* operand, int64_t bytes, const int8_t* x, int64_t x_count, const float* scales,
+                        int64_t scale_count, int64_t tokens, float* out, int64_t out_count, int64_t out_stride,
                         int32_t threads) {
   return guarded_call([&]() -> int32_t {
+    if (fw_operand_check(operand, bytes) != FW_OK) return FW_INVALID;
     const fw_operand* op = static_cast<const fw_operand*>(operand);
-    if (!op || op->magic != kOperandMagic || !x || !scales || !out || tokens < 0) return FW_INVALID;
+    if (!holds_rows(x, x_count, tokens, op->cols, op->cols)) return FW_INVALID;
+    if (!holds_rows(scales, scale_count, tokens, op->segments, op->segments)) return FW_INVALID;
+    if (!holds_rows(out, out_count, tokens, out_stride, op->rows)) return FW_INVALID;
+    if (tokens == 0) return FW_OK;
     const InputShape shape = input_shape(op, FW_ACTIVATION_INT8);
     if (!shape.integer) return FW_INVALID;
     InputBuffers input;
@@ -231,7 +265,7 @@ int32_t fw_product_int8(const void* operand, const int8_t* x, const float* scale
         input.scales()[t * shape.segments + g] = scales[t * shape.segments + g];
         input.sums()[t * shape.segments + g] = sum;
       }
-    return multiply(op, shape, input, tokens, {out, out_stride, 0}, std::max(1, threads));
+    return multiply(op, shape, input, tokens, {out, out_stride, 0}, fair_threads(threads));
   });
 }
 
@@ -310,14 +344,20 @@ void lane_rows(const fw_operand& h, int64_t first, int64_t last, float* out) {
 
 }  // namespace
 
-int32_t fw_operand_rows(const void* operand, int64_t first, int64_t last, float* out) {
+void operand_rows(const fw_operand* operand, int64_t first, int64_t last, float* out) {
+  if (operand->layout == FW_PLAIN || operand->layout == FW_TABLES)
+    column_rows(*operand, first, last, out);
+  else
+    lane_rows(*operand, first, last, out);
+}
+
+int32_t fw_operand_rows(const void* operand, int64_t bytes, int64_t first, int64_t last, float* out, int64_t out_count) {
   return guarded_call([&]() -> int32_t {
-    const fw_operand* h = static_cast<const fw_operand*>(operand);
-    if (!h || h->magic != kOperandMagic || !out || first < 0 || last > h->rows || first > last) return FW_INVALID;
-    if (h->layout == FW_PLAIN || h->layout == FW_TABLES)
-      column_rows(*h, first, last, out);
-    else
-      lane_rows(*h, first, last, out);
+    if (fw_operand_check(operand, bytes) != FW_OK) return FW_INVALID;
+    const fw_operand* op = static_cast<const fw_operand*>(operand);
+    if (first < 0 || last > op->rows || first > last) return FW_INVALID;
+    if (!holds_rows(out, out_count, last - first, op->cols, op->cols)) return FW_INVALID;
+    operand_rows(op, first, last, out);
     return FW_OK;
   });
 }
@@ -353,10 +393,8 @@ void apply_step(const fw_step& step, const float* x, int64_t cols, float* out) {
 
 int32_t fw_apply_step(const fw_step* step, const float* x, int64_t tokens, int64_t cols, float* out, int32_t threads) {
   return guarded_call([&]() -> int32_t {
-    if (!step || !x || !out || step->kind < FW_PERMUTE || step->kind > FW_ROUND || tokens < 0) return FW_INVALID;
-    if (step->kind == FW_HADAMARD && (step->block < 1 || cols % step->block != 0)) return FW_INVALID;
-    if (step->kind == FW_ROUND && (step->block < 1 || step->bits < 2 || step->bits > 16)) return FW_INVALID;
-    run_team(tokens * cols < 1 << 15 ? 1 : threads, [&](Team& team) {
+    if (!step || !x || !out || !fair_size(tokens, cols) || !valid_step(*step, cols)) return FW_INVALID;
+    run_team(tokens * cols < 1 << 15 ? 1 : fair_threads(threads), [&](Team& team) {
       const auto [first, last] = team.share(tokens);
       for (int64_t t = first; t < last; ++t) apply_step(*step, x + t * cols, cols, out + t * cols);
     });
@@ -367,18 +405,20 @@ int32_t fw_apply_step(const fw_step* step, const float* x, int64_t tokens, int64
 int32_t fw_quantize(const float* x, int64_t tokens, int64_t cols, int64_t segment, const fw_step* hadamard, int8_t* codes,
                     float* scales, int32_t* sums, int32_t threads) {
   return guarded_call([&]() -> int32_t {
-    if (!x || !codes || !scales || !sums || segment < 1 || tokens < 0) return FW_INVALID;
-    if (hadamard && (hadamard->kind != FW_HADAMARD || hadamard->block < 1 || cols % hadamard->block != 0)) return FW_INVALID;
+    if (!x || !codes || !scales || !sums || cols < 1 || segment < 1 || !fair_size(tokens, cols)) return FW_INVALID;
+    if (hadamard && (hadamard->kind != FW_HADAMARD || !valid_step(*hadamard, cols))) return FW_INVALID;
+    segment = std::min(segment, cols);
     const int64_t segments = divide_up(cols, segment);
     // Whole blocks that end where segments end are done while they are in the first cache.
     const int64_t block = hadamard ? hadamard->block : 1;
     const int64_t run = hadamard && cols % segment == 0 && (segment % block == 0 || block % segment == 0)
                             ? std::max(segment, block)
                             : hadamard ? cols : segment;
-    run_team(tokens * cols < 1 << 15 ? 1 : threads, [&](Team& team) {
-      std::vector<float> rotated(static_cast<size_t>(hadamard ? run + 16 : 0));
-      float* space = rotated.empty() ? nullptr : rotated.data();
-      while (reinterpret_cast<uintptr_t>(space) % 64) ++space;
+    const int members = tokens * cols < 1 << 15 ? 1 : fair_threads(threads);
+    const int64_t each = round_up(hadamard ? run : 0, 16);
+    const Memory rotated = allocate(members * each * 4 + 64);
+    run_team(members, [&](Team& team) {
+      float* space = static_cast<float*>(rotated.get()) + team.index() * each;
       const auto [begin, end] = team.share(tokens);
       for (int64_t t = begin; t < end; ++t)
         for (int64_t first = 0; first < cols; first += run) {
@@ -397,82 +437,3 @@ int32_t fw_quantize(const float* x, int64_t tokens, int64_t cols, int64_t segmen
     return FW_OK;
   });
 }
-
-// ---- measurements ----
-
-namespace {
-
-double seconds_since(std::chrono::steady_clock::time_point begin) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-typedef int64_t Wide __attribute__((vector_size(64)));
-
-// Sums `bytes` bytes as `Streams` streams side by side.
-template <int Streams>
-int64_t read_all(const char* from, int64_t bytes) {
-  const int64_t stretch = bytes / Streams / 256 * 256;
-  Wide sum[Streams] = {};
-  for (int64_t at = 0; at < stretch; at += 64)
-    for (int s = 0; s < Streams; ++s) {
-      const char* place = from + s * stretch + at;
-      __builtin_prefetch(place + 1024);
-      Wide value;
-      std::memcpy(&value, place, sizeof value);
-      sum[s] += value;
-    }
-  int64_t all = 0;
-  for (int s = 0; s < Streams; ++s)
-    for (int i = 0; i < 8; ++i) all += sum[s][i];
-  return all;
-}
-
-}  // namespace
-
-double fw_read_bandwidth(int64_t bytes, int32_t repeats, int32_t threads) {
-  double best = 0.0;
-  guarded_call([&]() -> int32_t {
-    const Memory memory = allocate(bytes);
-    char* data = static_cast<char*>(memory.get());
-    advise_huge(data, bytes);
-    std::atomic<int64_t> sink{0};
-    run_team(threads, [&](Team& team) {
-      const auto [first, last] = team.share(bytes, 4096);
-      std::memset(data + first, 1, static_cast<size_t>(last - first));
-    });
-    for (int round = 0; round < 3 * repeats; ++round) {
-      const auto begin = std::chrono::steady_clock::now();
-      run_team(threads, [&](Team& team) {
-        const auto [first, last] = team.share(bytes, 4096);
-        const int64_t length = last - first;
-        sink += round % 3 == 0   ? read_all<1>(data + first, length)
-                : round % 3 == 1 ? read_all<2>(data + first, length)
-                                 : read_all<4>(data + first, length);
-      });
-      best = std::max(best, static_cast<double>(bytes) / seconds_since(begin));
-    }
-    return FW_OK;
-  });
-  return best;
-}
-
-namespace {
-
-double peak(int64_t (*spin)(int64_t rounds), int32_t threads) {
-  double best = 0.0;
-  guarded_call([&]() -> int32_t {
-    for (int round = 0; round < 5; ++round) {
-      std::atomic<int64_t> work{0};
-      const auto begin = std::chrono::steady_clock::now();
-      run_team(threads, [&](Team&) { work += spin(1 << 20); });
-      best = std::max(best, static_cast<double>(work.load()) / seconds_since(begin));
-    }
-    return FW_OK;
-  });
-  return best;
-}
-
-}  // namespace
-
-double fw_int8_peak(int32_t threads) { return peak(product_kernels().spin, threads); }
-double fw_bf16_peak(int32_t threads) { return peak(product_kernels().plain_spin, threads); }

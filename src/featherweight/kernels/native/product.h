@@ -27,7 +27,7 @@ typedef struct fw_source {
   int32_t tied;            // trit planes: one scale a group, planes weighted by `weights`
   int32_t weights[3];      // tied only
   int32_t scale_dtype;     // float32, bfloat16, float16, FW_LOG8; for dense the dtype of `codes`
-  int32_t scale_exponent;  // FW_LOG8
+  int32_t scale_exponent;  // FW_LOG8: -112 to 127, so that all scales are normal numbers
   int32_t lane_stride;     // sherry
   int64_t rows, cols;
   int64_t group_size;      // columns with one scale (codebook: with one codebook); cols for one a row
@@ -38,6 +38,7 @@ typedef struct fw_source {
   const uint8_t* zero_points;  // uniform: bit string over [rows, groups], or null: 2^(bits - 1)
   const uint8_t* signs;    // sherry
   int64_t segment;         // columns with one activation scale; 0: chosen (the group, at most 128 columns a segment)
+  int64_t codes_bytes, scales_bytes, zero_bytes, sign_bytes;  // of memory at the pointers: a source that needs more is invalid
 } fw_source;
 
 typedef struct fw_operand {  // the header of an operand
@@ -61,19 +62,25 @@ FW_API const char* fw_product_isa(void);
 
 // Bytes of the operand for a source, or -1 if the source is invalid. layout: fw_layout; FW_AUTO takes the one that is best here.
 FW_API int64_t fw_operand_bytes(const fw_source* source, int32_t layout);
-// Writes it to `operand` (64-byte aligned). *bad: first invalid byte of the codes (FW_INVALID).
-FW_API int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int32_t threads, int64_t* bad);
-// FW_OK if `bytes` bytes at `operand` are an operand of this library that is complete and consistent.
+// Writes it to `operand`, 64-byte aligned memory of `bytes` bytes, at least fw_operand_bytes. *bad: first invalid byte of the
+// codes (FW_INVALID).
+FW_API int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int64_t bytes, int32_t threads,
+                               int64_t* bad);
+// FW_OK if `bytes` bytes at `operand`, 64-byte aligned, are an operand of this library that is complete and consistent. All
+// functions that take an operand ask this first.
 FW_API int32_t fw_operand_check(const void* operand, int64_t bytes);
 
-// out[t, row] (+)= sum over columns of W[row, col] x[t, col]; x and out are float32, their rows stride elements apart.
-FW_API int32_t fw_product(const void* operand, const float* x, int64_t tokens, int64_t x_stride, float* out, int64_t out_stride,
-                          int32_t precision, int32_t accumulate, int32_t threads);
-// The same with activations given as integers [tokens, cols] and scales [tokens, segments].
-FW_API int32_t fw_product_int8(const void* operand, const int8_t* x, const float* scales, int64_t tokens, float* out,
-                               int64_t out_stride, int32_t threads);
-// Rows [first, last) of the matrix as float32 [last - first, cols]: what an embedding needs.
-FW_API int32_t fw_operand_rows(const void* operand, int64_t first, int64_t last, float* out);
+// out[t, row] (+)= sum over columns of W[row, col] x[t, col]; x and out are float32, of x_count and out_count elements, their
+// rows stride elements apart.
+FW_API int32_t fw_product(const void* operand, int64_t bytes, const float* x, int64_t x_count, int64_t tokens, int64_t x_stride,
+                          float* out, int64_t out_count, int64_t out_stride, int32_t precision, int32_t accumulate,
+                          int32_t threads);
+// The same with activations given as integers [tokens, cols] and scales [tokens, segments], of which there are scale_count.
+FW_API int32_t fw_product_int8(const void* operand, int64_t bytes, const int8_t* x, int64_t x_count, const float* scales,
+                               int64_t scale_count, int64_t tokens, float* out, int64_t out_count, int64_t out_stride,
+                               int32_t threads);
+// Rows [first, last) of the matrix as float32 [last - first, cols], out_count elements: what an embedding needs.
+FW_API int32_t fw_operand_rows(const void* operand, int64_t bytes, int64_t first, int64_t last, float* out, int64_t out_count);
 
 // Steps on the way from a layer's input to an operand, in order of application.
 enum fw_step_kind { FW_PERMUTE = 1, FW_SCALE = 2, FW_HADAMARD = 3, FW_ROUND = 4 };
@@ -82,8 +89,9 @@ typedef struct fw_step {
   int32_t block;          // Hadamard: its order, a power of two times 1, 12, 20 or 28; round: columns with one step
   int32_t bits;           // round
   int32_t reserved;
+  int64_t count;          // elements of `order` or `values`
   const int32_t* order;   // permute: out[j] = in[order[j]]
-  const float* values;    // scale: factors [cols]; Hadamard: signs [cols]
+  const float* values;    // scale: factors [cols]; Hadamard: signs [cols] or null
 } fw_step;
 
 enum fw_term_kind { FW_TERM_OPERAND = 0, FW_TERM_LOW_RANK = 1, FW_TERM_SPARSE = 2 };
@@ -92,9 +100,11 @@ typedef struct fw_term {
   const fw_step* step;
   const void* operand;    // low rank: the left factor [rows, r]
   const void* right;      // low rank: [r, cols]
-  const int32_t* row_pointers;  // sparse
-  const int32_t* columns;
-  const float* values;
+  int64_t operand_bytes, right_bytes;
+  const int32_t* row_pointers;  // sparse: [rows + 1], rising from 0 to `entries`
+  const int32_t* columns;       // [entries]
+  const float* values;          // [entries]
+  int64_t pointers, entries;    // elements of row_pointers, and of the other two
 } fw_term;
 
 typedef struct fw_linear {
@@ -104,9 +114,12 @@ typedef struct fw_linear {
   const float* bias;      // [rows] or null
 } fw_linear;
 
-// out = sum of terms (in their order) + bias, float32.
-FW_API int32_t fw_linear_apply(const fw_linear* linear, const float* x, int64_t tokens, int64_t x_stride, float* out,
-                               int64_t out_stride, int32_t precision, int32_t threads);
+// FW_OK if a layer is complete: steps, operands and sparse matrices fit its shape, and refer to nothing outside of it. All
+// functions that take layers ask this first, fw_decoder_new once for all its passes.
+FW_API int32_t fw_linear_check(const fw_linear* linear);
+// out = sum of terms (in their order) + bias, float32; lengths and strides as those of fw_product.
+FW_API int32_t fw_linear_apply(const fw_linear* linear, const float* x, int64_t x_count, int64_t tokens, int64_t x_stride,
+                               float* out, int64_t out_count, int64_t out_stride, int32_t precision, int32_t threads);
 
 // One step on x [tokens, cols] to out (not in place).
 FW_API int32_t fw_apply_step(const fw_step* step, const float* x, int64_t tokens, int64_t cols, float* out, int32_t threads);

@@ -34,6 +34,10 @@ constexpr int64_t kPlainPadding = 64;
 constexpr uint32_t kOperandMagic = 0x646e7066;  // "fpnd"
 constexpr uint32_t kOperandVersion = 2;
 constexpr int kEscape = 216;
+// Exponents of one-byte scales: with smaller ones the least scales would be subnormal, which kernels put together from their
+// bits do not know.
+constexpr int32_t kLeastExponent = -112, kMostExponent = 127;
+constexpr int64_t kMostTerms = int64_t{1} << 20;  // of a layer: more are a damaged struct
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -74,6 +78,15 @@ inline int64_t padded_columns(const fw_operand* operand) { return operand->segme
 inline int64_t trit_vectors(const fw_operand* operand) {
   return divide_up(operand->segments * operand->steps, 5);
 }
+
+// Whether runs of `block` columns, one behind the other, are what a Hadamard step can do here: its order is a power of two
+// times 1, 12, 20 or 28.
+constexpr bool hadamard_order(int64_t block) {
+  if (block < 1) return false;
+  const int64_t odd = block / (block & -block);
+  return odd == 1 || ((odd == 3 || odd == 5 || odd == 7) && block % 4 == 0);
+}
+constexpr bool hadamard_fits(int64_t block, int64_t cols) { return hadamard_order(block) && cols % block == 0; }
 
 // 2^(exponent - code / 32), 0 for 255: the values of codes/trit_planes.py, with its 32 fractions rounded to float.
 float log8_value(int code, int exponent);

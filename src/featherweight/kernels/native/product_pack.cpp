@@ -1,160 +1,18 @@
 // Stored codes to operands: see product_layout.h.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "packing.h"
 #include "parallel.h"
+#include "product_header.h"
 #include "product_kernels.h"
 #include "product_layout.h"
 #include "product_reader.h"
 #include "team.h"
 
-const float kLog8Fractions[32] = {
-    0x1p+0F,        0x1.f50766p-1F, 0x1.ea4afap-1F, 0x1.dfc974p-1F, 0x1.d5818ep-1F, 0x1.cb720ep-1F, 0x1.c199bep-1F, 0x1.b7f770p-1F,
-    0x1.ae89fap-1F, 0x1.a5503cp-1F, 0x1.9c4918p-1F, 0x1.93737cp-1F, 0x1.8ace54p-1F, 0x1.82589ap-1F, 0x1.7a1148p-1F, 0x1.71f75ep-1F,
-    0x1.6a09e6p-1F, 0x1.6247ecp-1F, 0x1.5ab07ep-1F, 0x1.5342b6p-1F, 0x1.4bfdaep-1F, 0x1.44e086p-1F, 0x1.3dea64p-1F, 0x1.371a74p-1F,
-    0x1.306fe0p-1F, 0x1.29e9ep-1F,  0x1.2387a6p-1F, 0x1.1d4874p-1F, 0x1.172b84p-1F, 0x1.11301ep-1F,  0x1.0b5586p-1F, 0x1.059b0ep-1F};
-
-float log8_value(int code, int exponent) {
-  return code == 255 ? 0.0F : std::ldexp(kLog8Fractions[code & 31], exponent - (code >> 5));
-}
-
 namespace {
-
-constexpr int64_t kLargest = int64_t{1} << 40;
-constexpr int64_t kLongestSegment = 65536;
-
-int sum_of_weights(const fw_source& s) {
-  int sum = 0;
-  for (int k = 0; k < s.planes; ++k) sum += s.weights[k];
-  return sum;
-}
-
-int bits_for(int levels) {
-  int bits = 1;
-  while ((1 << bits) < levels) ++bits;
-  return bits;
-}
-
-// Columns with one activation scale: the group, or a divisor of a long one that is long enough to be worth it.
-int64_t choose_segment(const fw_source& s) {
-  if (s.segment > 0) return s.segment;
-  if (s.kind == FW_DENSE) return s.cols;
-  if (s.kind == FW_CODEBOOK) return s.group_size;
-  if (s.group_size <= 128) return s.group_size;
-  if (s.group_size >= s.cols) return std::min<int64_t>(128, s.cols);
-  for (int64_t length = 128; length >= 32; length -= 4)
-    if (s.group_size % length == 0) return length;
-  return s.group_size;
-}
-
-int64_t padded_steps(int32_t layout, int bits, int64_t segment) {
-  const int64_t steps = divide_up(segment, 4);
-  switch (layout) {
-    case FW_FIELDS: return round_up(steps, unit_steps(bits));
-    case FW_TRITS: return packed_segments(steps) ? steps : round_up(steps, 5);
-    case FW_QUARTETS: return round_up(steps, 32);
-    case FW_TABLES: return round_up(divide_up(segment, 16), unit_steps(bits)) * 4;
-    default: return round_up(segment, kPlainPadding) / 4;
-  }
-}
-
-bool valid(const fw_source& s) {
-  if (s.rows < 1 || s.cols < 1 || s.rows > kLargest || s.cols > kLargest || s.group_size < 1 || !s.codes) return false;
-  if (s.rows > kLargest / s.cols) return false;
-  if (s.segment < 0 || (s.kind != FW_DENSE && !s.scales)) return false;
-  const bool floats = s.scale_dtype == FW_FLOAT32 || s.scale_dtype == FW_BFLOAT16 || s.scale_dtype == FW_FLOAT16;
-  if (!floats && (s.scale_dtype != FW_LOG8 || s.kind == FW_CODEBOOK || s.kind == FW_DENSE)) return false;
-  switch (s.kind) {
-    case FW_TRIT_PLANES:
-      if (s.planes < 1 || s.planes > 3 || (s.packing != FW_BASE3 && s.packing != FW_2BIT)) return false;
-      for (int k = 0; s.tied && k < s.planes; ++k)
-        if (s.weights[k] < 1 || s.weights[k] > 27) return false;
-      return true;
-    case FW_UNIFORM:
-    case FW_CODEBOOK: return s.bits >= 1 && s.bits <= 8;
-    case FW_SHERRY: return s.lane_stride >= 1 && s.lane_stride <= 4096 && s.signs;
-    case FW_DENSE: return true;
-    default: return false;
-  }
-}
-
-// Whether no quartet has lanes in two segments.
-bool whole_quartets(const fw_source& s, int64_t segment) {
-  return segment % (4 * s.lane_stride) == 0 || (s.lane_stride == 1 && segment >= s.cols);
-}
-
-int32_t choose_layout(const fw_source& s) {
-  switch (s.kind) {
-    case FW_TRIT_PLANES: return product_kernels().trits ? FW_TRITS : FW_FIELDS;
-    case FW_SHERRY: return whole_quartets(s, std::min(choose_segment(s), s.cols)) ? FW_QUARTETS : FW_FIELDS;
-    case FW_CODEBOOK: return FW_TABLES;
-    case FW_DENSE: return FW_PLAIN;
-    default: return FW_FIELDS;
-  }
-}
-
-bool make_header(const fw_source& s, int32_t layout, fw_operand& h) {
-  if (!valid(s)) return false;
-  if (layout == FW_AUTO) layout = choose_layout(s);
-  const bool trits = s.kind == FW_TRIT_PLANES || s.kind == FW_SHERRY;
-  const bool fits = layout == FW_FIELDS   ? trits || s.kind == FW_UNIFORM
-                    : layout == FW_TRITS  ? s.kind == FW_TRIT_PLANES
-                    : layout == FW_TABLES ? s.kind == FW_CODEBOOK
-                    : layout == FW_PLAIN  ? s.kind == FW_DENSE
-                                          : layout == FW_QUARTETS && s.kind == FW_SHERRY;
-  if (!fits) return false;
-  h = {};
-  h.magic = kOperandMagic;
-  h.version = kOperandVersion;
-  h.layout = layout;
-  h.rows = s.rows;
-  h.cols = s.cols;
-  h.tiles = divide_up(s.rows, kTileRows);
-  h.tied = s.kind == FW_TRIT_PLANES && s.tied;
-  h.planes = s.kind == FW_TRIT_PLANES && !joint(s, layout) ? s.planes : 1;
-  for (int k = 0; k < s.planes && h.tied; ++k) h.weights[k] = s.weights[k];
-  h.scale_dtype = s.scale_dtype;
-  h.scale_exponent = s.scale_exponent;
-  h.lane_stride = s.kind == FW_SHERRY && layout == FW_QUARTETS ? s.lane_stride : 1;
-  h.bits = s.kind == FW_DENSE ? 0 : joint(s, layout) ? bits_for(2 * sum_of_weights(s) + 1) : trits ? 2 : s.bits;
-  h.offset = h.tied ? sum_of_weights(s) : trits ? 1 : s.kind == FW_UNIFORM ? 1 << (s.bits - 1) : 0;
-  h.has_zeros = s.kind == FW_UNIFORM && s.zero_points;
-
-  h.segment = choose_segment(s);
-  if (h.segment > s.cols) h.segment = s.cols;
-  if (h.segment > kLongestSegment && layout != FW_PLAIN && layout != FW_TABLES) return false;
-  const int64_t group = std::min(s.group_size, s.cols);
-  if (s.kind != FW_DENSE && group < s.cols && group % h.segment != 0) return false;
-  if (layout == FW_QUARTETS && !whole_quartets(s, h.segment)) return false;
-  h.segments = divide_up(s.cols, h.segment);
-  h.segments_per_group = s.kind == FW_DENSE || group >= s.cols ? h.segments : group / h.segment;
-  h.groups = divide_up(h.segments, h.segments_per_group);
-  h.steps = padded_steps(layout, h.bits, h.segment);
-  const int64_t steps = h.segments * h.steps;
-  switch (layout) {
-    case FW_FIELDS: h.codes_per_tile = steps * kStepBytes * h.bits / 8 * h.planes; break;
-    case FW_TRITS: h.codes_per_tile = trit_vectors(&h) * kStepBytes * h.planes; break;
-    case FW_QUARTETS: h.codes_per_tile = steps * 10; break;
-    case FW_TABLES: h.codes_per_tile = kTileRows * steps * 4 * h.bits / 8; break;
-    default: h.codes_per_tile = kTileRows * steps * 4 * scale_bytes(s.scale_dtype);
-  }
-  if (layout == FW_TABLES) {
-    h.scales_per_tile = kTileRows * h.groups * (int64_t{1} << h.bits) * 4;
-  } else if (layout != FW_PLAIN) {
-    h.scales_per_tile = kTileRows * h.groups * (h.tied ? 1 : h.planes) * scale_bytes(s.scale_dtype);
-    h.zeros_per_tile = h.has_zeros ? kTileRows * h.groups : 0;
-  }
-  h.codes_at = round_up(sizeof(fw_operand), 64);
-  h.scales_at = h.codes_at + round_up(h.tiles * h.codes_per_tile, 64);
-  h.zeros_at = h.scales_at + round_up(h.tiles * h.scales_per_tile, 64);
-  h.bytes = h.zeros_at + round_up(h.tiles * h.zeros_per_tile, 64) + 64;  // vectors may be read past the end
-  h.weight_bytes = h.tiles * (h.codes_per_tile + h.scales_per_tile + h.zeros_per_tile);
-  return true;
-}
 
 // ---- rows to steps ----
 
@@ -423,17 +281,14 @@ int64_t bad_trit_byte(const fw_source& s, int threads) {
 
 }  // namespace
 
-int64_t fw_operand_bytes(const fw_source* source, int32_t layout) {
-  fw_operand header;
-  return source && make_header(*source, layout, header) ? header.bytes : -1;
-}
-
-int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int32_t threads, int64_t* bad) {
+int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int64_t bytes, int32_t threads, int64_t* bad) {
   return guarded_call([&]() -> int32_t {
     fw_operand header;
-    if (!source || !operand || !make_header(*source, layout, header)) return FW_INVALID;
-    const fw_source& s = *source;
     if (bad) *bad = -1;
+    if (!source || !aligned_operand(operand) || !make_header(*source, layout, header) || !long_enough(*source)) return FW_INVALID;
+    if (header.bytes > bytes) return FW_INVALID;
+    threads = fair_threads(threads);
+    const fw_source& s = *source;
     if (s.kind == FW_TRIT_PLANES) {
       const int64_t found = bad_trit_byte(s, threads);
       if (found >= 0) {
@@ -454,35 +309,4 @@ int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, 
     });
     return FW_OK;
   });
-}
-
-int32_t fw_operand_check(const void* operand, int64_t bytes) {
-  if (!operand || bytes < static_cast<int64_t>(sizeof(fw_operand))) return FW_INVALID;
-  const fw_operand& h = *static_cast<const fw_operand*>(operand);
-  if (h.magic != kOperandMagic || h.version != kOperandVersion || h.bytes > bytes) return FW_INVALID;
-  if (h.segments_per_group < 1 || h.segment < 1 || h.segments_per_group > kLargest / h.segment) return FW_INVALID;
-  // The header must be the one that a source with these settings gets.
-  fw_source s = {};
-  s.kind = h.layout == FW_TABLES ? FW_CODEBOOK : h.layout == FW_PLAIN ? FW_DENSE : h.layout == FW_QUARTETS ? FW_SHERRY : FW_UNIFORM;
-  if (h.layout == FW_TRITS || (h.layout == FW_FIELDS && (h.planes > 1 || h.tied))) s.kind = FW_TRIT_PLANES;
-  s.planes = h.planes;
-  s.bits = h.bits;
-  s.tied = h.tied;
-  std::copy(h.weights, h.weights + 3, s.weights);
-  if (h.tied && h.layout == FW_FIELDS)  // how many planes were joined
-    while (s.planes < 3 && h.weights[s.planes] > 0) ++s.planes;
-  s.scale_dtype = h.scale_dtype;
-  s.scale_exponent = h.scale_exponent;
-  s.lane_stride = h.lane_stride;
-  s.rows = h.rows;
-  s.cols = h.cols;
-  s.segment = h.segment;
-  s.group_size = h.layout == FW_PLAIN ? h.cols : h.segment * h.segments_per_group;
-  s.codes = s.scales = operand;
-  s.signs = static_cast<const uint8_t*>(operand);
-  s.zero_points = h.has_zeros ? s.signs : nullptr;
-  fw_operand expected;
-  if (!make_header(s, h.layout, expected)) return FW_INVALID;
-  if (s.kind == FW_UNIFORM) expected.offset = h.offset == 1 ? 1 : expected.offset;  // trits of a single plane
-  return std::memcmp(&h, &expected, sizeof h) == 0 ? FW_OK : FW_INVALID;
 }

@@ -9,12 +9,10 @@
 #include <vector>
 
 #include "packing.h"
+#include "product_header.h"
 #include "product_layout.h"
 
 namespace {
-
-// Whether tied planes become one code.
-bool joint(const fw_source& s, int32_t layout) { return s.kind == FW_TRIT_PLANES && s.tied && layout == FW_FIELDS; }
 
 // Rows [first, first + 16) of a plane of codes as bytes [16][width], `width` >= the padded columns.
 class Reader {

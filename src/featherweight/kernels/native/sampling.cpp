@@ -62,6 +62,11 @@ int32_t largest(const float* logits, int64_t count) {
 
 }  // namespace
 
+bool valid_sampling(const fw_sampling& s) {
+  if (!(s.temperature >= 0) || std::isinf(s.temperature) || !(s.top_p >= 0 && s.top_p <= 1)) return false;
+  return s.min_p >= 0 && s.min_p <= 1 && s.repetition_penalty > 0 && std::isfinite(s.repetition_penalty) && s.top_k >= 0;
+}
+
 Sampler::Sampler(int64_t vocabulary) : vocabulary_(vocabulary), seen_(static_cast<size_t>(vocabulary)) {
   candidates_.reserve(static_cast<size_t>(vocabulary));
   sorted_.reserve(static_cast<size_t>(vocabulary));
@@ -143,7 +148,9 @@ int32_t Sampler::take(float* logits, const int32_t* history, int64_t length, con
     candidates_.resize(static_cast<size_t>(vocabulary_));
     for (int64_t i = 0; i < vocabulary_; ++i) candidates_[static_cast<size_t>(i)] = {0.0F, static_cast<int32_t>(i)};
   }
-  const float most = logits[best], rate = static_cast<float>(1.0 / sampling.temperature);
+  // Of a temperature so low that its inverse is no float, 0 times the inverse must still be 0.
+  constexpr double kFastest = std::numeric_limits<float>::max();
+  const float most = logits[best], rate = static_cast<float>(std::min(1.0 / sampling.temperature, kFastest));
   for (Candidate& candidate : candidates_) candidate.weight = exp_below((logits[candidate.token] - most) * rate);
   if (sampling.top_p < 1.0) keep_top_p(sampling.top_p);
   if (sampling.min_p > 0.0) {
@@ -159,7 +166,8 @@ int32_t Sampler::take(float* logits, const int32_t* history, int64_t length, con
 
 int32_t fw_sample(const float* logits, int64_t vocabulary, const int32_t* history, int64_t history_length,
                   const fw_sampling* sampling, uint64_t drawn) {
-  if (!logits || !sampling || vocabulary < 1 || history_length < 0 || (history_length && !history)) return -1;
+  if (!logits || !sampling || vocabulary < 1 || vocabulary > INT32_MAX || !valid_sampling(*sampling)) return -1;
+  if (history_length < 0 || (history_length && !history)) return -1;
   try {
     std::vector<float> copy(logits, logits + vocabulary);
     return Sampler(vocabulary).take(copy.data(), history, history_length, *sampling, drawn);

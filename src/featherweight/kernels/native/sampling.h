@@ -8,6 +8,9 @@
 
 #include "decoder.h"
 
+// Whether all settings are numbers in their ranges.
+bool valid_sampling(const fw_sampling& sampling);
+
 class Sampler {
  public:
   explicit Sampler(int64_t vocabulary);

@@ -1,6 +1,7 @@
 #include "sweep.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -18,8 +19,16 @@ SweepTile tile_function() {
 bool valid(const fw_sweep_job& job) {
   if (!job.weight || !job.original || !job.upper || !job.levels || !job.group_of || !job.indices || !job.errors)
     return false;
-  if (!job.loss || !job.clipped || !job.drift || job.rows < 0 || job.columns < 1) return false;
+  if (!job.loss || !job.clipped || !job.drift || job.columns < 1) return false;
   if (job.level_count < 1 || job.level_count > 256 || job.groups < 1 || job.tail < 0 || job.tail > 2) return false;
+  if (job.feedback && !job.residuals) return false;
+  if (job.tail > 0 && (!job.tail_errors || (job.feedback && !job.tail_residuals))) return false;
+  for (const int64_t stride : {job.weight_stride, job.original_stride})
+    if (!fair_matrix(job.rows, stride, job.columns)) return false;
+  if (!fair_size(job.rows, job.columns) || !fair_matrix(job.columns, job.upper_stride, job.columns)) return false;
+  if (job.feedback && !fair_matrix(job.columns, job.feedback_stride, job.columns)) return false;
+  if (job.groups > kLargestSize / 256 || !fair_size(job.rows, job.groups * job.level_count)) return false;
+  if (std::isnan(job.alpha) || std::isnan(job.residual) || std::isnan(job.shrink)) return false;
   for (int64_t j = 0; j < job.columns; ++j)
     if (job.group_of[j] < 0 || job.group_of[j] >= job.groups) return false;
   return true;
@@ -31,7 +40,7 @@ int32_t fw_sweep(const fw_sweep_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
     const int64_t tiles = (job->rows + kSweepRows - 1) / kSweepRows;
-    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(tiles, 1)));
+    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(tiles, 1)));
     const SweepTile tile = tile_function();
     std::vector<Memory> work(static_cast<size_t>(workers));
     parallel_for(tiles, workers, [&](int worker, int64_t item) {

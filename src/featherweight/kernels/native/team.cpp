@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -35,9 +36,32 @@ void relax() {
 struct alignas(64) Team::Shared {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<unsigned> round{0};
+  std::atomic<bool> failed{false};  // a member has thrown: it will not arrive at any further barrier
   std::mutex failure;
   std::exception_ptr error;
 };
+
+namespace {
+
+thread_local bool inside_region = false;
+
+// Thrown by the barriers of a region in which another member has thrown; the other's exception is the one that counts.
+struct RegionEnded {};
+
+// Waits until `done()`: briefly in a loop, then with the processor given to others in between. The count stops where it no
+// longer matters, so that it cannot overflow however long that takes.
+template <typename Done>
+void wait_until(const Done& done) {
+  for (int spins = 0; !done();) {
+    relax();
+    if (spins < kSpinsToYield)
+      ++spins;
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace
 
 void Team::barrier() {
   if (size_ == 1) return;
@@ -47,24 +71,27 @@ void Team::barrier() {
     shared_->round.store(round + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; shared_->round.load(std::memory_order_acquire) == round; ++spins) {
-    relax();
-    if (spins >= kSpinsToYield) std::this_thread::yield();
-  }
+  bool failed = false;
+  wait_until([&] {
+    if (shared_->round.load(std::memory_order_acquire) != round) return true;
+    failed = shared_->failed.load(std::memory_order_relaxed);
+    return failed;
+  });
+  if (failed) throw RegionEnded();
 }
 
 namespace {
-
-thread_local bool inside_region = false;
 
 void run_member(const Region& region, Team::Shared& shared, int index, int size) {
   Team team(&shared, index, size);
   inside_region = true;
   try {
     region(team);
+  } catch (const RegionEnded&) {
   } catch (...) {
     const std::lock_guard<std::mutex> lock(shared.failure);
     if (!shared.error) shared.error = std::current_exception();
+    shared.failed.store(true, std::memory_order_relaxed);  // those who wait at a barrier wait no longer
   }
   inside_region = false;
 }
@@ -100,10 +127,7 @@ class Pool {
     }
     if (members > 1) wake_.notify_all();
     run_member(region, shared, 0, members);
-    for (int spins = 0; left_.load(std::memory_order_acquire) > 0; ++spins) {
-      relax();
-      if (spins >= kSpinsToYield) std::this_thread::yield();
-    }
+    wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
     if (shared.error) std::rethrow_exception(shared.error);
   }
 
@@ -116,7 +140,8 @@ class Pool {
         std::thread(&Pool::serve, this, started_ + 1, job_.load()).detach();
         ++started_;
       }
-    } catch (const std::system_error&) {
+    } catch (const std::system_error&) {  // no more threads, or no memory for them: fewer members do it as well
+    } catch (const std::bad_alloc&) {
     }
     return started_ < wanted ? started_ : wanted;
   }

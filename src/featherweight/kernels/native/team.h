@@ -15,7 +15,8 @@ class Team {
  public:
   int index() const { return index_; }
   int size() const { return size_; }
-  // All members have arrived, and what they wrote is visible to all.
+  // All members have arrived, and what they wrote is visible to all. If a member has thrown instead, this throws too, and the
+  // region ends for all.
   void barrier();
   // This member's contiguous share of `items`, in whole blocks of `block`.
   std::pair<int64_t, int64_t> share(int64_t items, int64_t block = 1) const {
@@ -33,8 +34,8 @@ class Team {
 };
 
 // Runs `region` with up to `threads` members (fewer if the system has no more threads to give, or if the calling thread is
-// itself in a region). One region runs at a time: a second caller waits. An exception of any member is thrown here; members
-// must not throw between barriers that others wait at.
+// itself in a region). One region runs at a time: a second caller waits. An exception of any member is thrown here, the first
+// where there are several; nobody waits at a barrier for the one who threw it.
 void run_team(int threads, const Region& region);
 
 #endif

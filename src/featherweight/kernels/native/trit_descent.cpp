@@ -20,7 +20,9 @@ DescentRow row_function() {
 bool valid(const fw_descent_job& job) {
   if (!job.gram || !job.levels || !job.group_of || !job.indices || !job.gradient || !job.decrease || !job.changes)
     return false;
-  if (job.rows < 0 || job.columns < 1 || job.groups < 1 || job.level_count < 1 || job.level_count > 256) return false;
+  if (job.columns < 1 || job.groups < 1 || job.level_count < 1 || job.level_count > 256) return false;
+  if (!fair_size(job.rows, job.columns) || !fair_size(job.columns, job.columns)) return false;
+  if (job.groups > kLargestSize / 256 || !fair_size(job.rows, job.groups * job.level_count)) return false;
   for (int64_t j = 0; j < job.columns; ++j)
     if (job.group_of[j] < 0 || job.group_of[j] >= job.groups) return false;
   for (int64_t i = 0; i < job.rows * job.columns; ++i)
@@ -34,7 +36,7 @@ int32_t fw_descent(const fw_descent_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
     const int64_t items = (job->rows + kRowsAtATime - 1) / kRowsAtATime;
-    const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(items, 1)));
+    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(items, 1)));
     const DescentRow descend = row_function();
     std::vector<Memory> work(static_cast<size_t>(workers));
     parallel_for(items, workers, [&](int worker, int64_t item) {

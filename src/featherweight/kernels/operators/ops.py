@@ -22,6 +22,13 @@ from torch import Tensor
 
 from featherweight.kernels.operators import reference
 from featherweight.kernels.operators import source as c
+from featherweight.kernels.operators.checks import (
+    check_hadamard,
+    check_matmul,
+    check_quantize,
+    check_sparse,
+    check_sparse_contents,
+)
 from featherweight.kernels.operators.pack import PackedLinear, Step, Term
 
 NAMESPACE = "featherweight"
@@ -39,6 +46,7 @@ SCHEMAS = {
 
 def matmul(x: Tensor, operand: Tensor, out_features: int, precision: str) -> Tensor:
     """x [..., in] times the transposed matrix of an operand, on the CPU."""
+    check_matmul(x, (operand,), out_features, precision)
     native = c.native()
     if native is None or not x.numel():
         return reference.matmul(x, operand, precision)
@@ -53,8 +61,8 @@ def matmul(x: Tensor, operand: Tensor, out_features: int, precision: str) -> Ten
     inputs = _rows(x)
     out = torch.empty(len(inputs), out_features)
     status = native.product(
-        operand.data_ptr(), inputs.data_ptr(), len(inputs), inputs.shape[1], out.data_ptr(), out_features,
-        _precision(precision), 0, c.threads_of(),
+        operand.data_ptr(), operand.numel(), inputs.data_ptr(), inputs.numel(), len(inputs), inputs.shape[1],
+        out.data_ptr(), out.numel(), out_features, c.PRECISIONS[precision], 0, c.threads_of(),
     )  # fmt: skip
     c.check(status, "a matrix product")
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
@@ -62,6 +70,7 @@ def matmul(x: Tensor, operand: Tensor, out_features: int, precision: str) -> Ten
 
 def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, out_features: int, precision: str) -> Tensor:
     """x [..., in] times the transposed product of two operands, on the CPU."""
+    check_matmul(x, (left, right), out_features, precision)
     if c.native() is None:
         return reference.low_rank_matmul(x, left, right, precision)
     inner = matmul(x.float(), right, int(c.header_of(right).rows), precision)
@@ -70,12 +79,10 @@ def low_rank_matmul(x: Tensor, left: Tensor, right: Tensor, out_features: int, p
 
 def sparse_matmul(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor, out_features: int) -> Tensor:
     """x [..., in] times the transposed sparse matrix, on the CPU."""
-    if len(row_pointers) != out_features + 1:
-        raise ValueError(f"row_pointers has {len(row_pointers)} entries, expected {out_features + 1}")
+    check_sparse(x, row_pointers, columns, values, out_features)
+    check_sparse_contents(row_pointers, columns, x.shape[-1])
     if c.native() is None or not columns.numel() or not x.numel():
         return reference.sparse_matmul(x, row_pointers, columns, values)
-    if int(columns.min()) < 0 or int(columns.max()) >= x.shape[-1]:
-        raise ValueError(f"columns has an index outside of 0 to {x.shape[-1] - 1}")
     pointers, places = (t.to(torch.int32).contiguous() for t in (row_pointers, columns))
     term = Term((), row_pointers=pointers, columns=places, values=values.float().contiguous())
     return PackedLinear((out_features, x.shape[-1]), (term,), None)(x)
@@ -83,6 +90,7 @@ def sparse_matmul(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tens
 
 def hadamard(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
     """T x for x [..., in], on the CPU."""
+    check_hadamard(x, block, signs)
     native = c.native()
     if native is None or not x.numel():
         return reference.hadamard(x, block, signs)
@@ -91,6 +99,7 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
 
 def hadamard_quantize(x: Tensor, block: int, signs: Tensor | None, segment: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and sums of T x (of x with `block` 1), on the CPU."""
+    check_quantize(x, block, signs, segment)
     native = c.native()
     if native is None or not x.numel():
         return reference.quantize(reference.hadamard(x.float(), block, signs) if block > 1 else x, segment)
@@ -118,22 +127,40 @@ CPU: dict[str, Callable[..., Any]] = {
 }
 
 
-def _shape_of_outputs(x: Tensor, *others: Any) -> Tensor:
-    out_features = next(value for value in reversed(others) if not isinstance(value, str))
+def _shape_of_product(x: Tensor, operand: Tensor, out_features: int, precision: str) -> Tensor:
+    check_matmul(x, (operand,), out_features, precision)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _shape_of_low_rank(x: Tensor, left: Tensor, right: Tensor, out_features: int, precision: str) -> Tensor:
+    check_matmul(x, (left, right), out_features, precision)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _shape_of_sparse(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor, out_features: int) -> Tensor:
+    check_sparse(x, row_pointers, columns, values, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _shape_of_codes(x: Tensor, block: int, signs: Tensor | None, segment: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_quantize(x, block, signs, segment)
     grouped = (*x.shape[:-1], -(-x.shape[-1] // segment))
     codes = x.new_empty(x.shape, dtype=torch.int8)
     return codes, x.new_empty(grouped, dtype=torch.float32), x.new_empty(grouped, dtype=torch.int32)
 
 
 def _shape_of_input(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
+    check_hadamard(x, block, signs)
     return x.new_empty(x.shape)
 
 
-FAKES: dict[str, Callable[..., Any]] = {"hadamard": _shape_of_input, "hadamard_quantize": _shape_of_codes}
+FAKES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(MATMULS.values(), _shape_of_product),
+    "low_rank_matmul": _shape_of_low_rank,
+    "sparse_matmul": _shape_of_sparse,
+    "hadamard": _shape_of_input,
+    "hadamard_quantize": _shape_of_codes,
+}
 
 
 def register_kernels(device_type: str, kernels: dict[str, Callable[..., Any]]) -> None:
@@ -145,7 +172,7 @@ def register_kernels(device_type: str, kernels: dict[str, Callable[..., Any]]) -
 def _define() -> None:
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{NAMESPACE}::{name}", schema)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES.get(name, _shape_of_outputs))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name])
     register_kernels("cpu", CPU)
 
 
@@ -205,19 +232,11 @@ def _apply_step(native: c.Native, step: Step, x: Tensor) -> Tensor:
 
 
 def _signs(x: Tensor, signs: Tensor | None) -> Tensor:
-    if signs is not None and tuple(signs.shape) != (x.shape[-1],):
-        raise ValueError(f"signs are {list(signs.shape)}, expected [{x.shape[-1]}]")
     return torch.ones(x.shape[-1]) if signs is None else signs.float().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).reshape(-1, x.shape[-1]).contiguous()
-
-
-def _precision(name: str) -> int:
-    if name not in c.PRECISIONS:
-        raise ValueError(f"precision is {name!r}, expected one of {', '.join(c.PRECISIONS)}")
-    return c.PRECISIONS[name]
 
 
 def _aligned(operand: Tensor) -> Tensor:

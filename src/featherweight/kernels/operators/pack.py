@@ -51,7 +51,8 @@ class Step:
     def struct(self) -> c.StepStruct:
         order = self.tensor if self.kind == "permute" else None
         values = None if self.kind == "permute" else self.tensor
-        return c.StepStruct(c.STEPS[self.kind], self.block, self.bits, 0, c.address(order), c.address(values))
+        count = 0 if self.tensor is None else self.tensor.numel()
+        return c.StepStruct(c.STEPS[self.kind], self.block, self.bits, 0, count, c.address(order), c.address(values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,16 @@ class Term:
         return tuple(one for one in (self.row_pointers, self.columns, self.values) if one is not None)
 
     def struct(self, steps: Any) -> c.TermStruct:
-        memory = [None if one is None else one.memory.data_ptr() for one in (self.operand, self.right)]
-        sparse = [c.address(one) for one in (self.row_pointers, self.columns, self.values)]
-        return c.TermStruct(c.TERMS[self.kind], len(self.steps), ctypes.addressof(steps), *memory, *sparse)
+        memory = [None if one is None else one.memory for one in (self.operand, self.right)]
+        matrix = (self.row_pointers, self.columns, self.values)
+        sparse = [c.address(one) for one in matrix]
+        pointers, columns, values = (0 if t is None else t.numel() for t in matrix)
+        if columns != values:
+            raise ValueError(f"a sparse matrix has {columns} columns for {values} values")
+        return c.TermStruct(
+            c.TERMS[self.kind], len(self.steps), ctypes.addressof(steps),
+            *map(c.address, memory), *map(c.size_of, memory), *sparse, pointers, columns,
+        )  # fmt: skip
 
 
 class PackedLinear:
@@ -112,6 +120,8 @@ class PackedLinear:
             self.rows, self.cols, len(terms), ctypes.addressof(self._terms), c.address(self.bias)
         )
         self.address = ctypes.addressof(self._linear)
+        status = c.needed().linear_check(self.address)
+        c.check(status, f"a linear layer [{self.rows}, {self.cols}] whose parts do not fit it")
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -144,8 +154,8 @@ class PackedLinear:
         out = torch.empty(*x.shape[:-1], self.rows)
         if out.numel():
             status = self._apply(
-                self.address, inputs.data_ptr(), out.numel() // self.rows, self.cols, out.data_ptr(), self.rows,
-                c.PRECISIONS[precision], c.threads_of(threads),
+                self.address, inputs.data_ptr(), inputs.numel(), out.numel() // self.rows, self.cols,
+                out.data_ptr(), out.numel(), self.rows, c.PRECISIONS[precision], c.threads_of(threads),
             )  # fmt: skip
             c.check(status, "a linear layer")
         return out.to(x.dtype)
@@ -154,10 +164,11 @@ class PackedLinear:
         """Rows of the matrix, float32 [len(rows), in]; None unless it is a single operand of the input itself."""
         if len(self.terms) != 1 or self.terms[0].kind != "operand" or self.terms[0].steps:
             return None
-        memory, out = self.operands[0].memory.data_ptr(), torch.empty(len(rows), self.cols)
+        memory, out = self.operands[0].memory, torch.empty(len(rows), self.cols)
         decode, place, size = c.needed().operand_rows, out.data_ptr(), self.cols * out.element_size()
         for i, row in enumerate(rows):
-            c.check(decode(memory, row, row + 1, place + i * size), f"row {row} of a matrix with {self.rows}")
+            status = decode(memory.data_ptr(), memory.numel(), row, row + 1, place + i * size, self.cols)
+            c.check(status, f"row {row} of a matrix with {self.rows}")
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
@@ -316,7 +327,7 @@ class _Packer:
             return None
         memory, bad = c.aligned(count), ctypes.c_int64(-1)
         status = self.native.operand_pack(
-            place, number, memory.data_ptr(), c.threads_of(self.threads), ctypes.addressof(bad)
+            place, number, memory.data_ptr(), count, c.threads_of(self.threads), ctypes.addressof(bad)
         )
         if bad.value >= 0:
             raise ValueError(f"byte {bad.value} of the codes of a {kind} matrix is not valid")
@@ -339,6 +350,9 @@ def _binary_as_trits(code: BinaryPlanes) -> list[TritPlanes]:
 
 _Filled = tuple[c.Source, list[Tensor]]  # a struct, and the tensors it points to
 
+LENGTHS = {"codes": "codes_bytes", "scales": "scales_bytes", "zero_points": "zero_bytes", "signs": "sign_bytes"}
+"""Fields of `source.Source` for the lengths of what others point to."""
+
 
 def _scales(scales: Tensor) -> Tensor:
     return (scales.float() if scales.dtype == torch.float64 else scales).contiguous()
@@ -346,7 +360,8 @@ def _scales(scales: Tensor) -> Tensor:
 
 def _source(code: Code, group_size: int, keep: dict[str, Tensor | None], **fields: Any) -> _Filled:
     rows, cols = code.shape
-    pointers = {name: c.address(tensor) for name, tensor in keep.items()}
+    pointers: dict[str, int | None] = {name: c.address(tensor) for name, tensor in keep.items()}
+    pointers |= {LENGTHS[name]: c.size_of(tensor) for name, tensor in keep.items()}
     size = min(group_size, cols)
     struct = c.Source(
         kind=c.KINDS[code.kind], rows=rows, cols=cols, group_size=size, scale_rows=1, **pointers, **fields

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from featherweight.errors import FeatherError
 from featherweight.kernels import library
+from featherweight.kernels.threads import chosen_threads
 
 KINDS = {"trit-planes": 0, "uniform": 1, "codebook": 2, "dense": 3, "sherry": 4}
 LAYOUTS = {"auto": -1, "fields": 0, "trits": 1, "tables": 2, "plain": 3, "quartets": 4}
@@ -40,7 +40,7 @@ class Source(ctypes.Structure):
         ("codes", _pointer),
         ("plane_bytes", _i64),
         *[(name, _pointer) for name in ("scales", "zero_points", "signs")],
-        ("segment", _i64),
+        *[(name, _i64) for name in ("segment", "codes_bytes", "scales_bytes", "zero_bytes", "sign_bytes")],
     ]
 
 
@@ -66,6 +66,7 @@ class StepStruct(ctypes.Structure):
 
     _fields_ = [
         *[(name, _i32) for name in ("kind", "block", "bits", "reserved")],
+        ("count", _i64),
         ("order", _pointer),
         ("values", _pointer),
     ]
@@ -76,7 +77,10 @@ class TermStruct(ctypes.Structure):
 
     _fields_ = [
         *[(name, _i32) for name in ("kind", "steps")],
-        *[(name, _pointer) for name in ("step", "operand", "right", "row_pointers", "columns", "values")],
+        *[(name, _pointer) for name in ("step", "operand", "right")],
+        *[(name, _i64) for name in ("operand_bytes", "right_bytes")],
+        *[(name, _pointer) for name in ("row_pointers", "columns", "values")],
+        *[(name, _i64) for name in ("pointers", "entries")],
     ]
 
 
@@ -90,18 +94,21 @@ class LinearStruct(ctypes.Structure):
     ]
 
 
+_rows = [_pointer, _i64, _i64, _i64]  # memory, its elements, tokens, stride
+_out = [_pointer, _i64, _i64]
+
 SIGNATURES = {
     "fw_operand_bytes": [_pointer, _i32],
-    "fw_operand_pack": [_pointer, _i32, _pointer, _i32, _pointer],
+    "fw_operand_pack": [_pointer, _i32, _pointer, _i64, _i32, _pointer],
     "fw_operand_check": [_pointer, _i64],
-    "fw_product": [_pointer, _pointer, _i64, _i64, _pointer, _i64, _i32, _i32, _i32],
-    "fw_product_int8": [_pointer, _pointer, _pointer, _i64, _pointer, _i64, _i32],
-    "fw_operand_rows": [_pointer, _i64, _i64, _pointer],
-    "fw_linear_apply": [_pointer, _pointer, _i64, _i64, _pointer, _i64, _i32, _i32],
+    "fw_product": [_pointer, _i64, *_rows, *_out, _i32, _i32, _i32],
+    "fw_product_int8": [_pointer, _i64, _pointer, _i64, _pointer, _i64, _i64, *_out, _i32],
+    "fw_operand_rows": [_pointer, _i64, _i64, _i64, _pointer, _i64],
+    "fw_linear_check": [_pointer],
+    "fw_linear_apply": [_pointer, *_rows, *_out, _i32, _i32],
     "fw_apply_step": [_pointer, _pointer, _i64, _i64, _pointer, _i32],
-    "fw_quantize": [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer, _pointer, _pointer, _i32],
+    "fw_quantize": [_pointer, _i64, _i64, _i64, _pointer, _pointer, _pointer, _pointer, _i32],
 }
-SIGNATURES["fw_quantize"][1:4] = [_i64, _i64, _i64]
 
 
 class Native:
@@ -119,6 +126,7 @@ class Native:
         self.operand_rows: Callable[..., int] = c.fw_operand_rows
         self.product: Callable[..., int] = c.fw_product
         self.product_int8: Callable[..., int] = c.fw_product_int8
+        self.linear_check: Callable[[int], int] = c.fw_linear_check
         self.linear_apply: Callable[..., int] = c.fw_linear_apply
         self.apply_step: Callable[..., int] = c.fw_apply_step
         self.quantize: Callable[..., int] = c.fw_quantize
@@ -159,11 +167,9 @@ def check(status: int, what: str) -> None:
 
 
 def threads_of(threads: int | None = None) -> int:
-    """Threads of an operator: the argument, else FEATHERWEIGHT_THREADS, else PyTorch's number."""
-    if threads is not None:
-        return max(1, threads)
-    chosen = os.environ.get("FEATHERWEIGHT_THREADS", "")
-    return int(chosen) if chosen.isdigit() and chosen != "0" else torch.get_num_threads()
+    """Threads of an operator: those that somebody has chosen (`kernels.threads`), else PyTorch's number."""
+    chosen = chosen_threads(threads)
+    return torch.get_num_threads() if chosen is None else chosen
 
 
 def aligned(count: int) -> Tensor:
@@ -184,6 +190,11 @@ def aligned(count: int) -> Tensor:
 
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def size_of(tensor: Tensor | None) -> int:
+    """Bytes of a contiguous tensor."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,6 +46,10 @@ class MeanShift(Correction):
     def needs(self) -> tuple[str, ...]:
         return ("targets",)
 
+    @property
+    def alters(self) -> bool:
+        return True
+
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:

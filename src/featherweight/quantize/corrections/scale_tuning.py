@@ -56,6 +56,10 @@ class ScaleTuning(Correction):
     def needs(self) -> tuple[str, ...]:
         return ("targets",) if self.against == "block" else ()
 
+    @property
+    def alters(self) -> bool:
+        return self.norms and self.against == "block"
+
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], tell: Tell = silent, seed: int = 0
     ) -> dict[str, Code]:

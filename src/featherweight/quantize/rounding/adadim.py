@@ -35,6 +35,9 @@ from featherweight.registry import register
 Axis = Literal["input", "output"]
 
 
+NEEDED = "it chooses the axis of a uniform grid along the input"
+
+
 @register("rounding", "adadim")
 class AdaDim(Rounding):
     """Choose the axis of groups layer by layer, then round (see the module)."""
@@ -51,6 +54,9 @@ class AdaDim(Rounding):
     @property
     def needs(self) -> tuple[str, ...]:
         return ("gram",) if self.rounding == "hessian" else ()
+
+    def refusal(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, UniformGrid) and grid.axis == "input" else NEEDED
 
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         """Without a block to look at: round to nearest along the rows."""
@@ -136,5 +142,5 @@ def in_order(code: Code) -> Code:
 
 def _uniform(grid: Grid, name: str) -> UniformGrid:
     if not isinstance(grid, UniformGrid) or grid.axis != "input":
-        raise RecipeError(f"rounding adadim chooses the axis of a uniform grid, but that of {name} is {grid.kind}")
+        raise RecipeError(f"rounding adadim cannot round {name}: {NEEDED}")
     return grid

@@ -49,6 +49,10 @@ class DiscQuant(Rounding):
     def training_bytes(self) -> int:
         return 44  # weight, share, gap, lower value, x, its gradient and moments, w(x) and its gradient; indices
 
+    def refusal(self, grid: Grid) -> str | None:
+        has_levels = type(grid).levels is not Grid.levels and type(grid).fit is not Grid.fit
+        return None if has_levels else "it needs a grid with a list of levels"
+
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         """Without a model to distil: round to nearest."""
         return grid.quantize_source(source, options, statistics)

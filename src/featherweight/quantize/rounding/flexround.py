@@ -31,6 +31,8 @@ from featherweight.quantize.objectives import BlockObjective
 from featherweight.quantize.training import Schedule, minimise
 from featherweight.registry import register
 
+NEEDED = "it needs a uniform grid along the input"
+
 
 @register("rounding", "flexround")
 class FlexRound(Rounding):
@@ -55,6 +57,9 @@ class FlexRound(Rounding):
     @property
     def training_bytes(self) -> int:
         return 44  # weight, divisor, its gradient, moments and best, both bounds, weight as decoded and its gradient
+
+    def refusal(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, UniformGrid) and grid.axis == "input" else NEEDED
 
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         """Without a block to reconstruct: the start, round to nearest."""
@@ -104,7 +109,7 @@ class FlexRound(Rounding):
 
 def _uniform(grid: Grid, name: str) -> UniformGrid:
     if not isinstance(grid, UniformGrid) or grid.axis != "input":
-        raise RecipeError(f"rounding flexround needs a uniform grid along the input, but that of {name} is {grid.kind}")
+        raise RecipeError(f"rounding flexround cannot round {name}: {NEEDED}")
     return grid
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from featherweight.codes import Code
 from featherweight.codes.nested import index_dtype
-from featherweight.quantize.base import Grid, Rounding, SolveOptions, Statistics, WeightSource
+from featherweight.quantize.base import Grid, Memo, Rounding, SolveOptions, Statistics, WeightSource
 from featherweight.quantize.sweep import Sweeper, SweepResult, SweepSettings
 from featherweight.quantize.sweep_factor import Factor
 from featherweight.registry import register
@@ -43,35 +44,43 @@ class Hessian(Rounding, SweepSettings):
         """The sweep of a whole source, reusing the factorisation if the last layer had the same second moment."""
         rows = source.shape[0]
         weight = source.rows(0, rows).float()
-        result = _latest.sweeper(statistics, self).run(weight, grid, options, statistics)
+        result = _sweeper(statistics, self, options.memo).run(weight, grid, options, statistics)
         source.release(0, rows)
         return result
 
 
-class _Latest:
-    """Factors of the last second moment, as long as it is in use elsewhere: layers that share an input come in turn."""
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Factors of a second moment, and what they came from."""
 
-    def __init__(self) -> None:
-        self._moments: list[tuple[weakref.ref[Tensor], int] | None] = []
-        self._settings: Hessian | None = None
-        self._factors: dict[int, Factor] = {}
+    settings: Hessian
+    moments: tuple[tuple[weakref.ref[Tensor], int] | None, ...]
+    factors: dict[int, Factor]
 
-    def sweeper(self, statistics: Statistics, settings: Hessian) -> Sweeper:
-        """A sweeper with the factors that are known for these very tensors, unchanged, and these settings."""
-        moments = [statistics.get(name) for name in ("gram", "cross")]
-        known = settings == self._settings and len(self._moments) == len(moments)
-        for moment, kept in zip(moments, self._moments, strict=False):
-            if moment is None or kept is None:
-                known = known and moment is None and kept is None
-            else:
-                known = known and moment is kept[0]() and moment._version == kept[1]
-        if not known:
-            self._settings, self._factors = settings, {}
-            self._moments = [None if m is None else (weakref.ref(m, self._forget), m._version) for m in moments]
-        return Sweeper(statistics, settings, self._factors)
-
-    def _forget(self, _: object) -> None:
-        self._moments, self._settings, self._factors = [], None, {}
+    def fits(self, settings: Hessian, moments: list[Tensor | None]) -> bool:
+        """Whether they are those of these very tensors, unchanged, with these settings."""
+        same = [
+            moment is None
+            if kept is None
+            else kept[0]() is moment and moment is not None and kept[1] == moment._version
+            for moment, kept in zip(moments, self.moments, strict=True)
+        ]
+        return all(same) and settings == self.settings
 
 
-_latest = _Latest()
+def _sweeper(statistics: Statistics, settings: Hessian, memo: Memo) -> Sweeper:
+    """A sweeper with the last factors if they are those asked for: layers that share an input come in turn.
+
+    They are kept for as long as their second moment is in use elsewhere.
+    """
+    moments = [statistics.get(name) for name in ("gram", "cross")]
+    kept = memo.latest
+    if not isinstance(kept, _Kept) or not kept.fits(settings, moments):
+
+        def forget(_: object) -> None:
+            if memo.latest is kept:
+                memo.latest = None
+
+        refs = tuple(None if m is None else (weakref.ref(m, forget), m._version) for m in moments)
+        kept = memo.latest = _Kept(settings, refs, {})
+    return Sweeper(statistics, settings, kept.factors)

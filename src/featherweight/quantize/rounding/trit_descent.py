@@ -37,6 +37,9 @@ SCALE_PASSES = 3
 BLOCK_ROUNDS = 6  # passes of single (and pair) moves inside a block of columns
 
 
+NEEDED = "it needs the grid trit-planes"
+
+
 @register("rounding", "trit-descent")
 class TritDescent(Hessian):
     """A Hessian sweep whose outcome is improved by joint least squares of scales and coordinate descent over trits."""
@@ -58,6 +61,9 @@ class TritDescent(Hessian):
             raise ValueError("trit-descent needs the exact target: use target: shift with alpha")
         return self
 
+    def refusal(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, TritPlaneGrid) else NEEDED
+
     def quantize_source(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> Code:
         return self.quantize_reported(source, grid, statistics, options)[0]
 
@@ -65,7 +71,7 @@ class TritDescent(Hessian):
         self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions
     ) -> tuple[Code, dict[str, Any]]:
         if not isinstance(grid, TritPlaneGrid):
-            raise RecipeError(f"rounding trit-descent is for the grid trit-planes, not for {grid.kind!r}")
+            raise RecipeError(f"rounding trit-descent: {NEEDED}, not {grid.kind!r}")
         result = self.solve(source, grid, statistics, options)
         report = result.report()
         if result.data_free or not isinstance(result.code, TritPlanes) or not self.rounds:

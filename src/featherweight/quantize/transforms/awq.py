@@ -92,6 +92,10 @@ class ScaleSearch(Transform):
     def needs(self) -> tuple[str, ...]:
         return ("gram", "mean_abs", "inputs") if self.clip else ("gram", "mean_abs")
 
+    @property
+    def alters(self) -> bool:
+        return True  # norms take up scales
+
     def importance(self, session: BlockAccess, unit: Unit, statistics: Mapping[str, Statistics]) -> Tensor | None:
         """How much each input channel of the unit matters: [in], not negative; None where nothing is known."""
         raise TypeError(f"transform {self.kind!r} does not say how much a channel matters")

@@ -45,6 +45,16 @@ class ResidualRotation(Transform):
     )
     heads: bool = Field(True, description="also rotate v_proj's outputs within each head")
 
+    def refusal(self, anatomy: Anatomy) -> str | None:
+        try:
+            _final_norm(anatomy)
+        except RecipeError as error:
+            return str(error).removeprefix("transform rotation ")
+        if len(anatomy.embeddings) != 1 or anatomy.family == "structure":
+            what = [*anatomy.embeddings[1:], "a model without a family file"][0]
+            return f"cannot rotate around {what}; use the layer transform hadamard"
+        return None
+
     def transform_model(self, model: ModelAccess, tell: Tell = silent, seed: int = 0) -> None:
         """Set all tensors that change. RecipeError for a model that cannot be rotated."""
         anatomy = model.anatomy

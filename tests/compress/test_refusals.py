@@ -1,0 +1,126 @@
+"""What cannot be done is said by the plan where recipe and shapes alone say so, and before any layer is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.compress.engine import compress
+from featherweight.compress.plan import make_plan
+from featherweight.compress.refusals import check_recipe
+from featherweight.errors import RecipeError
+from featherweight.quantize.base import Correction
+from featherweight.quantize.recipe import load_recipe, presets, recipe_from
+
+UNIFORM = {"kind": "uniform", "bits": 4}
+TUNING = {"kind": "scale-tuning", "against": "model"}
+
+
+def recipe(**fields: Any) -> Any:
+    return recipe_from({"name": "mine", "grid": UNIFORM, **fields}, "mine")
+
+
+TOGETHER = {
+    "norms of awq, then tuning of the model": (
+        {"transforms": [{"kind": "awq"}], "corrections": [TUNING]},
+        "scale-tuning compares with the original model, .* that awq changes",
+    ),
+    "shifted norms": (
+        {"corrections": [{"kind": "mean-shift"}, TUNING]},
+        "scale-tuning compares with .* that mean-shift changes",
+    ),
+    "trained norms": (
+        {"corrections": [{"kind": "scale-tuning", "against": "block", "norms": True}, TUNING]},
+        "scale-tuning compares with .* that scale-tuning changes",
+    ),
+    "rotated layers": (
+        {"rounding": {"kind": "flexround"}, "transforms": [{"kind": "hadamard"}]},
+        "flexround makes the codes of a whole block, to which hadamard would not be applied",
+    ),
+    "rounded inputs": (
+        {"rounding": {"kind": "adadim"}, "transforms": [{"kind": "quantize-inputs"}]},
+        "adadim makes the codes of a whole block, to which quantize-inputs would not be applied",
+    ),
+    "scaled blocks": (
+        {"rounding": {"kind": "flexround"}, "transforms": [{"kind": "awq"}]},
+        "to which awq would not be applied",
+    ),
+    "low rank": (
+        {"rounding": {"kind": "flexround"}, "corrections": [{"kind": "lorc"}]},
+        "to which lorc would not be applied",
+    ),
+    "shifts between layers": (
+        {"rounding": {"kind": "flexround"}, "corrections": [{"kind": "mean-shift"}]},
+        "to which mean-shift would not be applied",
+    ),
+    "corrections of the whole model's codes": (
+        {"rounding": {"kind": "discquant"}, "corrections": [{"kind": "lorc"}, {"kind": "absorb"}]},
+        "discquant makes the codes of a whole model, to which lorc and absorb would not be applied",
+    ),
+    "levels": (
+        {"rounding": {"kind": "flexround"}, "grid": {"kind": "trit-planes"}},
+        "flexround cannot round .*q_proj, whose grid is trit-planes: it needs a uniform grid",
+    ),
+    "one layer's levels": (
+        {"rounding": {"kind": "adadim"}, "overrides": [{"match": "down_proj", "grid": {"kind": "trit-planes"}}]},
+        "adadim cannot round .*down_proj, whose grid is trit-planes",
+    ),
+    "trits": ({"rounding": {"kind": "trit-descent"}}, "trit-descent cannot round .* needs the grid trit-planes"),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_the_plan_refuses(llama: Path, tmp_path: Path, case: str) -> None:
+    fields, words = TOGETHER[case]
+    chosen = recipe(**fields)
+    with Checkpoint.open(llama) as checkpoint, pytest.raises(RecipeError, match=words):
+        make_plan(checkpoint, chosen)
+    with pytest.raises(RecipeError, match=words):
+        compress(llama, chosen, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_presets_go_together(llama: Path, name: str) -> None:
+    with Checkpoint.open(llama) as checkpoint:
+        make_plan(checkpoint, load_recipe(name))
+
+
+def test_a_rotation_that_the_structure_forbids(tiny: Callable[..., Path]) -> None:
+    chosen = recipe(transforms=[{"kind": "rotation"}])
+    with (
+        Checkpoint.open(tiny("gpt2")) as checkpoint,
+        pytest.raises(RecipeError, match="transform rotation .*norms have biases"),
+    ):
+        make_plan(checkpoint, chosen)
+
+
+def test_an_unknown_statistic_is_named_before_anything_is_gathered() -> None:
+    class Curious(Correction):
+        kind = "curious"
+
+        @property
+        def needs(self) -> tuple[str, ...]:
+            return ("variance",)
+
+    with pytest.raises(RecipeError, match="needs the statistic 'variance': known are gram, "):
+        check_recipe(recipe(corrections=[Curious()]))
+
+
+def test_statistics_that_cannot_serve_are_refused_before_the_weights_are_read(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featherweight.compress import engine
+
+    def too_late(*_: Any) -> None:
+        pytest.fail("weights were read first")
+
+    monkeypatch.setattr(engine, "scan_tensor", too_late)
+    monkeypatch.setattr(engine, "make_plan", too_late)
+    (tmp_path / "any.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="runs the network .*give it a text"):
+        compress(llama, "awq", tmp_path / "out", calibration=tmp_path / "any.safetensors")
