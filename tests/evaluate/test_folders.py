@@ -16,6 +16,7 @@ from featherweight.evaluate import speed as speed_module
 from featherweight.evaluate.evaluation import evaluate
 from featherweight.evaluate.speed import measure_speed, read_bandwidth
 from featherweight.integrations.calls import cache_name
+from models import make_tiny
 
 LETTERS = "abcdefghijklmnop "
 
@@ -125,3 +126,10 @@ class Named:
 
 class Renamed:
     def forward(self, input_ids: torch.Tensor, cache: object = None) -> None: ...
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_speed_of_models_that_do_not_continue_a_text(family: str, tmp_path: Path) -> None:
+    folder = make_tiny(family, tmp_path, torch.float32, tokenizer=True)
+    with pytest.raises(EvaluationError, match="does not continue a text"):
+        measure_speed(folder, prompt_tokens=8, new_tokens=2, repeats=1)

@@ -76,6 +76,8 @@ def write_folder(folder: Path, chance: random.Random, cores: dict[str, str]) -> 
         content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     if chance.random() < 0.1:
         content["added_tokens"][1]["normalized"] = True
+    if kind == "bytes" and chance.random() < 0.2:
+        content["pre_tokenizer"]["add_prefix_space"] = True
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = {"model_type": chance.choice(["llama"] * 4 + ["qwen3", "qwen3", "qwen2", "mistral"]), "vocab_size": 400}

@@ -19,7 +19,7 @@ from torch import Tensor
 from featherweight.errors import EvaluationError, FeatherError
 from featherweight.evaluate.evaluation import _open, own_context
 from featherweight.evaluate.size import bytes_per_token
-from featherweight.integrations.calls import cache_name
+from featherweight.integrations.calls import asking_transformers, cache_name
 from featherweight.kernels.measure import READ_BYTES
 from featherweight.kernels.measure import read_bandwidth as native_read_bandwidth
 from featherweight.memory import peak_memory_bytes, reset_peak_memory
@@ -215,6 +215,8 @@ class TransformersRunner:
 
     def __init__(self, folder: str | Path, dtype: str, trust_remote_code: bool = False) -> None:
         self.model, _ = _open(folder, dtype, trust_remote_code)
+        if not self.model.can_generate() or getattr(self.model.config, "is_encoder_decoder", False):
+            raise EvaluationError(f"{folder} does not continue a text (it is a {type(self.model).__name__})")
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.context = own_context(self.model)
@@ -228,14 +230,16 @@ class TransformersRunner:
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> None:
         self._out = None
-        self._out = self.model(input_ids=tokens[None].to(self.device), use_cache=True, **self._last)
-        self._bytes = _cache_bytes(self._out[self._cache]) // len(tokens)
+        with asking_transformers("run this model", error=EvaluationError):
+            self._out = self.model(input_ids=tokens[None].to(self.device), use_cache=True, **self._last)
+            self._bytes = _cache_bytes(self._out[self._cache]) // len(tokens)
 
     @torch.inference_mode()
     def generate(self, count: int) -> None:
-        for _ in range(count):
-            token = self._out.logits[:, -1:].argmax(-1)
-            self._out = self.model(input_ids=token, use_cache=True, **{self._cache: self._out[self._cache]})
+        with asking_transformers("generate with this model", error=EvaluationError):
+            for _ in range(count):
+                token = self._out.logits[:, -1:].argmax(-1)
+                self._out = self.model(input_ids=token, use_cache=True, **{self._cache: self._out[self._cache]})
 
     def weight_bytes(self) -> int | None:
         return None
