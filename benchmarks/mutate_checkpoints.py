@@ -63,7 +63,7 @@ def main() -> None:
 
 
 class Progress:
-    """A line for every tenth."""
+    """A line for every tenth, and for each fault."""
 
     def __init__(self, count: int) -> None:
         self.count, self.done, self.faulty = count, 0, 0
@@ -71,6 +71,8 @@ class Progress:
     def tell(self, result: Result) -> None:
         self.done += 1
         self.faulty += bool(result.faults)
+        for rule, words in result.faults:
+            print(f"{result.describe()[:200]}\n    {rule}: {words[:200]}", file=sys.stderr, flush=True)
         if self.done * 10 // self.count > (self.done - 1) * 10 // self.count:
             print(f"{self.done} of {self.count} cases, {self.faulty} with faults", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""What the package makes of a mutant, and whether that is right: one function a rule."""
+"""Whether what the package makes of a mutant is right: one function a rule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import math
 import random
 import re
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.engine.families import UnsupportedModelError
-from featherweight.errors import FeatherError
-from featherweight.integrations.loading import TOKENIZER_FILES
+from mutations import steps
 from mutations.files import Files
 from mutations.kinds import Case
+from mutations.steps import Outcome, Told, Verdict, attempt, logits_of
 
-TOKENS = (256, 72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33, 10, 65, 66)
-TEXT = "Hello  world, <s>again</s> \u00e9\n\ttabs"
-MESSAGES = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"})
 CLOSE = 2e-2
 """Largest relative difference of logits; unmutated bases stay below 1e-3 (half-precision caches on both sides)."""
 LONGEST = 500
@@ -32,56 +26,6 @@ REPRESENTATION = re.compile(r"Traceback|object at 0x|<class '|<built-in|torch\.S
 THEIRS = "transformers cannot"
 """Begins what transformers refuses: the native decoder may take it if what is odd does not touch the computation."""
 FLOATS = ("F64", "F32", "F16", "BF16")
-LARGE = 10**6
-"""A whole number beyond this in config.json would make transformers alone ask for all memory."""
-Told = Callable[[str], object]
-
-
-@dataclass
-class Outcome:
-    """status: ok, refused (in a sentence of ours), failed (by anything else); value: what a step gave, if ok."""
-
-    status: str
-    text: str = ""
-    error: str = ""
-    value: Any = None
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok"
-
-    @property
-    def refused(self) -> bool:
-        return self.status == "refused"
-
-
-@dataclass
-class Verdict:
-    """outcomes by step; faults as (rule, words); notes: what is odd but allowed."""
-
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    faults: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def loaded(self) -> bool:
-        return self.outcomes["load"].ok
-
-    def fault(self, rule: str, words: str) -> None:
-        self.faults.append((rule, " ".join(words.split())[:600]))
-
-
-def attempt(function: Callable[[], Any]) -> Outcome:
-    try:
-        return Outcome("ok", value=function())
-    except FeatherError as error:
-        return Outcome("refused", str(error), type(error).__name__)
-    except Exception as error:
-        import traceback
-
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "featherweight" in f.filename]
-        return Outcome("failed", f"{str(error)[:300]} [{' '.join(ours[-3:])}]", type(error).__name__)
 
 
 def judge(case: Case, folder: Path, told: Told = lambda step: None) -> Verdict:
@@ -94,116 +38,21 @@ def judge(case: Case, folder: Path, told: Told = lambda step: None) -> Verdict:
         verdict.outcomes[step] = attempt(function)
         return verdict.outcomes[step]
 
-    run("plan", lambda: _plan(folder))
-    run("verify", lambda: _verify(folder))
-    run("inspect", lambda: _inspect(folder))
+    run("plan", lambda: steps.plan(folder))
+    run("verify", lambda: steps.verify(folder))
+    run("inspect", lambda: steps.inspect(folder))
     if native_first:
-        run("native", lambda: _native(folder))
-    run("load", lambda: _load(folder, case.number))
+        run("native", lambda: steps.decode(folder))
+    run("load", lambda: steps.load(folder, case.number))
     if not native_first:
-        run("native", lambda: _native(folder))
+        run("native", lambda: steps.decode(folder))
     told("transformers")
-    verdict.outcomes["transformers"] = _oracle(folder)
+    verdict.outcomes["transformers"] = steps.oracle(folder)
     _more(case, folder, verdict, run)
     told("judging")
     for rule in (_sentences, _engines, _loading, _determinism, _planning, _hashes, _texts, _compression):
         rule(case, folder, verdict)
     return verdict
-
-
-# Steps -----------------------------------------------------------------------------------------------------------
-
-
-def _plan(folder: Path) -> Any:
-    from featherweight.checkpoint.checkpoint import Checkpoint
-    from featherweight.compress.plan import make_plan
-    from featherweight.quantize.recipe import load_recipe
-
-    with Checkpoint.open(folder) as checkpoint:
-        return make_plan(checkpoint, load_recipe("rtn-8", ()), 1).summary()
-
-
-def _verify(folder: Path) -> Any:
-    from featherweight.checkpoint.verify import verify
-
-    return verify(folder)
-
-
-def _inspect(folder: Path) -> Any:
-    from featherweight.compress.inspect import inspect_folder
-
-    return json.dumps(inspect_folder(folder))
-
-
-def _native(folder: Path) -> Tensor:
-    from featherweight.engine.model import NativeModel
-
-    model = NativeModel.open(folder, threads=1, precision="float")
-    if len(TOKENS) > model.context:
-        raise UnsupportedModelError("the context is shorter than the tokens")
-    if max(TOKENS) >= model.network.vocabulary:
-        return model.forward([token % model.network.vocabulary for token in TOKENS])
-    return model.forward(TOKENS)
-
-
-def _load(folder: Path, seed: int) -> tuple[Any, Any, Tensor | None]:
-    """Model, tokenizer, and logits; None where the class itself raises, which evaluation has to put into words."""
-    import featherweight
-
-    torch.manual_seed(seed)
-    model, tokenizer = featherweight.load(folder, dtype="float32", attn_implementation="eager")
-    return model, tokenizer, attempt(lambda: logits_of(model)).value
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> Tensor:
-    """Logits (hidden states of a model without a head) behind TOKENS, keys and values rounded as the decoder does."""
-    import transformers
-
-    class HalfCache(transformers.DynamicCache):  # type: ignore[misc,name-defined]
-        def update(self, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
-            return super().update(key.half().to(key.dtype), value.half().to(value.dtype), *rest, **named)
-
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.tensor([[token % rows for token in TOKENS]])
-    halves = type(model).__name__.startswith(("Llama", "Mistral", "Qwen2For", "Qwen3For"))
-    named = {"past_key_values": HalfCache(), "use_cache": True} if halves else {}
-    given = model(tokens, **named)
-    return (given.logits if "logits" in given else given.last_hidden_state)[0].float()
-
-
-def _oracle(folder: Path) -> Outcome:
-    """What transformers alone says: its loading report, and logits."""
-    import transformers
-
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        if not isinstance(config, dict) or _too_large(config):
-            return Outcome("unknown", "config.json")
-        cls = getattr(transformers, str((config.get("architectures") or [""])[0]), transformers.AutoModelForCausalLM)
-        named = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, report = cls.from_pretrained(folder, output_loading_info=True, **named)
-        logits = attempt(lambda: logits_of(model.eval()))
-        listed = {key: sorted(map(str, report.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
-        listed["mismatched_keys"] = [str(key) for key in report.get("mismatched_keys") or ()]
-        if report.get("error_msgs") or report.get("conversion_errors"):
-            return Outcome("failed", str(report.get("error_msgs") or report.get("conversion_errors")))
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = attempt(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
-            listed["tokenizer"] = [] if tokenizer.ok else [f"{tokenizer.error}: {tokenizer.text}"]
-    except Exception as error:
-        return Outcome("failed", str(error)[:300], type(error).__name__)
-    return Outcome("ok", value=(listed, logits.value))
-
-
-def _too_large(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_too_large, value.values()))
-    if isinstance(value, list):
-        return any(map(_too_large, value))
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > LARGE
 
 
 def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callable[[], Any]], Outcome]) -> None:
@@ -212,55 +61,15 @@ def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callab
     text = not case.kinds or any(kind.startswith(("text:", "config: special", "files:")) for kind in case.kinds)
     if text or chance.random() < 0.05:
         for engine, words in (("native", ""), ("transformers", " by transformers")):
-            talker = run(f"open{words}", partial(_open, folder, engine))
+            talker = run(f"open{words}", partial(steps.open_engine, folder, engine))
             if talker.ok:
-                run(f"generate{words}", partial(_generate, talker.value))
-                run(f"chat{words}", partial(_chat, talker.value))
+                run(f"generate{words}", partial(steps.generate, talker.value))
+                run(f"chat{words}", partial(steps.chat, talker.value))
     if chance.random() < (0.4 if text else 0.05):
-        run("evaluate", lambda: _evaluate(folder))
+        run("evaluate", lambda: steps.evaluate(folder))
     if verdict.outcomes["plan"].ok and chance.random() < 0.1:
-        run("compress", lambda: _compress(folder, folder.with_name(folder.name + ".out")))
-
-
-def _open(folder: Path, engine: str) -> Any:
-    from featherweight.cli.talkers import open_talker
-
-    return open_talker(str(folder), engine, "float32", 1)
-
-
-def _generate(talker: Any) -> tuple[list[int], str]:
-    from featherweight.cli.talkers import Choices
-
-    tokens = talker.encode(TEXT)
-    return tokens, talker.write(tokens, Choices(6, 0.0, 0, 1.0, 0))
-
-
-def _chat(talker: Any) -> str | None:
-    return talker.prompt(list(MESSAGES)) if talker.has_template else None
-
-
-def _evaluate(folder: Path) -> float:
-    import featherweight
-
-    text = folder.with_name("evaluation.txt")
-    if not text.exists():
-        text.write_text(TEXT * 4)
-    return float(featherweight.evaluate(folder, text=text, limit=40, dtype="float32", threads=1).perplexity)
-
-
-def _compress(folder: Path, out: Path) -> Tensor:
-    import shutil
-
-    import featherweight
-
-    for path in out.parent.glob(f"{out.name}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    featherweight.compress(folder, "rtn-8", out, threads=1)
-    model, _ = featherweight.load(out, dtype="float32", attn_implementation="eager")
-    return logits_of(model)
-
-
-# Rules -----------------------------------------------------------------------------------------------------------
+        calibrated = chance.random() < 0.2
+        run("compress", lambda: steps.compress(folder, folder.with_name(f"{folder.name}.out"), calibrated))
 
 
 def _sentences(case: Case, folder: Path, verdict: Verdict) -> None:
@@ -378,7 +187,7 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
         return
     second = oracle.value[1] if oracle.ok and not any(oracle.value[0].values()) else None
     if second is None or second.shape != logits.shape:
-        again = attempt(lambda: _load(folder, case.number + 1))
+        again = attempt(lambda: steps.load(folder, case.number + 1))
         if not again.ok:
             verdict.fault("determinism", f"the second load: {again.text}")
             return
@@ -388,11 +197,15 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
 
 
 def _planning(case: Case, folder: Path, verdict: Verdict) -> None:
-    """plan refuses what lacks tensors, as load does, and no more than that."""
+    """plan and verify refuse what lacks tensors, as load does, and plan refuses no more than that."""
     plan, load, oracle = (verdict.outcomes[step] for step in ("plan", "load", "transformers"))
     lacking = oracle.ok and oracle.value[0]["missing_keys"]
-    if plan.ok and load.refused and (lacking or re.search(r"lacks|missing|has no tensor", load.text)):
+    lacks = load.refused and (lacking or re.search(r"\blacks?\b|missing|has no tensor", load.text))
+    if plan.ok and lacks:
         verdict.fault("plan is content", f"load: {load.text}")
+    verification = verdict.outcomes["verify"]
+    if verification.ok and not verification.value.problems and lacks:
+        verdict.fault("verify is content", f"load: {load.text}")
     if plan.refused and load.ok and oracle.ok and not any(oracle.value[0].values()) and case.base.recipe is None:
         verdict.notes.append(f"plan refuses what load takes: {plan.text}")
 
