@@ -79,7 +79,7 @@ def compress(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
     json: JsonFile = None,
 ) -> None:
     """Compress a model. Interrupted, the same command goes on where it stopped."""
@@ -98,7 +98,7 @@ def calibrate(
     ] = "gram,mean_abs,held_out_gram",
     changes: Changes = None,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing statistics.")] = False,
     json: JsonFile = None,
 ) -> None:
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
