@@ -20,7 +20,6 @@ __all__ = ["__version__", "compress", "evaluate", "load"]
 __version__ = "0.1.0"
 
 
-
 def _wait_asleep() -> None:
     """Have the threads of OpenMP, which is PyTorch's, sleep while they wait, where nobody has decided on that.
 
