@@ -1,9 +1,10 @@
 """Real Ctrl-C at random moments: how many runs stop, with which exit code, and how long it takes.
 
-Scripts (`NativeModel` in a program of the user's) and the command (`feather generate`, both engines), in the prompt and
-in the generation. Of a script what counts is when KeyboardInterrupt leaves the call; it then uses the model again, and
-its last one goes uncaught: Python ends by the signal itself, which a shell reports as 130. (How long Python takes to end
-is not ours: with torch imported that is half a second of processor time.) Of the command the end of the process counts.
+Scripts (`NativeModel` in a program of the user's) and the command (`feather generate`, both engines), in the prompt
+and in the generation. Of a script what counts is when KeyboardInterrupt leaves the call; it then uses the model again,
+and its last one goes uncaught: Python ends by the signal itself, which a shell reports as 130. (How long Python takes
+to end is not ours: with torch imported that is half a second of processor time.) Of the command the end of the process
+counts.
 
     python benchmarks/interrupts.py --runs 100 --json bench-out/interrupts.json
 """
