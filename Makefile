@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/featherweight/kernels/native/*)
 THREADS ?= 2
+COUNT ?= 40
 
-.PHONY: demo test check lint bench sanitize test-aarch64 docs lock clean
+.PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -43,11 +44,26 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/compress_synthetic.py --shape 1.1b --threads $(THREADS) --json bench-out/compress_1.1b.json
 	$(BIN)/python benchmarks/kill_and_resume.py --json bench-out/kill_and_resume.json
 
-# The kernels' own tests under the address and undefined-behaviour sanitizers, without Python.
+# The kernels' own tests, without Python, under the address and undefined-behaviour sanitizers and under the thread sanitizer,
+# by GCC and by Clang where they are there. COUNT: random models that the decoder's fuzzer tries.
 sanitize:
-	cmake -S . -B build/sanitize -DFEATHERWEIGHT_SANITIZE=ON -DFEATHERWEIGHT_NATIVE_TESTS=ON
-	cmake --build build/sanitize --parallel $(THREADS)
-	ctest --test-dir build/sanitize --output-on-failure
+	@for compiler in g++ clang++; do \
+	  command -v $$compiler > /dev/null || { echo "sanitize: no $$compiler here"; continue; }; \
+	  for sanitizer in address thread; do \
+	    echo "sanitize: $$compiler, $$sanitizer" && \
+	    cmake -S . -B build/sanitize-$$compiler-$$sanitizer -DCMAKE_CXX_COMPILER=$$compiler \
+	      -DFEATHERWEIGHT_SANITIZE=$$sanitizer -DFEATHERWEIGHT_NATIVE_TESTS=ON -DFEATHERWEIGHT_FUZZ_MODELS=$(COUNT) && \
+	    cmake --build build/sanitize-$$compiler-$$sanitizer --parallel $(THREADS) && \
+	    ctest --test-dir build/sanitize-$$compiler-$$sanitizer --output-on-failure || exit 1; \
+	  done; \
+	done
+
+# What of it fits every change: the address sanitizer with the kernels that run everywhere, decoder, layers and products.
+sanitize-slice:
+	cmake -S . -B build/sanitize-slice -DFEATHERWEIGHT_SANITIZE=address -DFEATHERWEIGHT_PORTABLE=ON \
+	  -DFEATHERWEIGHT_NATIVE_TESTS=ON -DFEATHERWEIGHT_FUZZ_MODELS=25
+	cmake --build build/sanitize-slice --parallel $(THREADS)
+	ctest --test-dir build/sanitize-slice --output-on-failure --tests-regex 'decoder|product|team'
 
 # The kernels' own tests for AArch64, cross-compiled, under QEMU: all instructions, a processor with dot products only, one
 # without.

@@ -217,6 +217,29 @@ def test_leading_dimensions_strides_and_no_tokens(device: torch.device) -> None:
     assert matmul(x[:0], operand).shape == (0, 3, 10)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_wide_offsets_give_the_same_bits(device: torch.device, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of 2^31 elements and more are reached by offsets of 64 bits; here small ones are, too."""
+    from featherweight.kernels.triton import launch, matmul, pack_for_gpu
+
+    codes = [
+        cases.trit_planes((40, 72), 2, 24),
+        cases.uniform((40, 64), 4, 32),
+        cases.uniform((40, 72), 3, 24),
+        cases.codebook((40, 72), 3, 24),
+        cases.sherry((40, 64), 32),
+    ]
+    x = torch.randn(tokens, 72, generator=cases.generator(3)).to(device)
+    for code in codes:
+        operand = pack_for_gpu(code.spec, code.tensors()).to(device)
+        inputs = x[:, : code.shape[1]]
+        for precision in ("float", "int8"):
+            monkeypatch.setattr(launch, "MOST_NARROW", 1 << 31)
+            narrow = matmul(inputs, operand, precision=precision)
+            monkeypatch.setattr(launch, "MOST_NARROW", 0)
+            assert torch.equal(matmul(inputs, operand, precision=precision), narrow)
+
+
 def test_equal_bits_on_every_call(device: torch.device) -> None:
     from featherweight.kernels.triton import matmul, pack_for_gpu
 

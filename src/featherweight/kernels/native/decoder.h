@@ -1,8 +1,10 @@
 // A decoder for transformers of the llama kind: RMSNorm, rotary positions, grouped-query attention with a cache of keys and
 // values, SwiGLU. What differs between families is data: which weights there are, the rotary frequencies, the windows.
 //
-// Results do not depend on the number of threads or on how sequences are batched. They are those of one processor: where
-// there is a fused multiply-add, attention uses it.
+// Results do not depend on the number of threads, on chunks, on how sequences are batched, or on what of a prompt was in the
+// cache already. All instruction sets with fused multiply-adds give the same bits, but for matrices of bfloat16 values where
+// inputs may be rounded: "bf16" and "amx" multiply those in pairs. "baseline" has no fused multiply-add; attention and products
+// of plain values, which use it, then agree with the others to rounding.
 #ifndef FEATHERWEIGHT_DECODER_H
 #define FEATHERWEIGHT_DECODER_H
 

@@ -39,7 +39,8 @@ FW_API int32_t fw_version(void);
 
 // The instruction set in use: "baseline", "avx2" or "avx512".
 FW_API const char* fw_isa(void);
-// Choose one by name, or the best with "auto". FW_INVALID if the processor or the build lacks it.
+// Choose one by name, or the best with "auto". FW_INVALID if the processor or the build lacks it. Not while another call is
+// under way: calls ask for their kernels as they need them.
 FW_API int32_t fw_select_isa(const char* name);
 
 // PTQTP of a matrix [rows, cols] whose rows begin `stride` elements apart. Every group runs to its exact fixed point or

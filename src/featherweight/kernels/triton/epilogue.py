@@ -40,19 +40,28 @@ def epilogue_kernel(
     mine = (t < tokens)[:, None] & (n < rows)[None, :]
     at = t.to(tl.int64)[:, None] * rows + n[None, :]
     total = tl.zeros((TOKENS, SLICE), tl.float32)
-    for split in range(0, splits):  # in order: equal sums on every run
-        total += tl.load(partials + split * split_stride + at, mask=mine, other=0.0)
+    # Addresses move on by what may be added to them in 32 bits: their distance from the first may not fit.
+    part = partials + at
+    for _ in range(0, splits):  # in order: equal sums on every run
+        total += tl.load(part, mask=mine, other=0.0)
+        part += split_stride
     if HAS_LOW_RANK:
-        for r in range(0, rank):
-            factor = tl.load(left + r * rows + n, mask=n < rows, other=0.0).to(tl.float32)
-            weight = tl.load(u + t * rank + r, mask=t < tokens, other=0.0)
+        at_factor = left + n
+        at_weight = u + t.to(tl.int64) * rank
+        for _ in range(0, rank):
+            factor = tl.load(at_factor, mask=n < rows, other=0.0).to(tl.float32)
+            weight = tl.load(at_weight, mask=t < tokens, other=0.0)
             total += weight[:, None] * factor[None, :]
+            at_factor += rows
+            at_weight += 1
     if HAS_SPARSE:
-        lane = tl.arange(0, SLICE)
-        for j in range(tl.load(starts + slice), tl.load(starts + slice + 1)):
-            column = tl.load(columns + j * SLICE + lane)
-            value = tl.load(values + j * SLICE + lane).to(tl.float32)
-            row_of_x = x + t.to(tl.int64)[:, None] * x_stride
+        first = tl.load(starts + slice)
+        entry = first.to(tl.int64) * SLICE + tl.arange(0, SLICE)
+        row_of_x = x + t.to(tl.int64)[:, None] * x_stride
+        for _ in range(0, tl.load(starts + slice + 1) - first):
+            column = tl.load(columns + entry)
+            value = tl.load(values + entry).to(tl.float32)
+            entry += SLICE
             inputs = tl.load(row_of_x + column[None, :], mask=(t < tokens)[:, None] & (n >= 0)[None, :], other=0.0)
             total += inputs.to(tl.float32) * value[None, :]
     if HAS_BIAS:

@@ -51,7 +51,10 @@ def group_tiles_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,  # divides GROUP_ELEMENTS
+    WIDE: tl.constexpr,  # offsets into the matrix may pass 2^31
 ):
+    if WIDE:
+        padded = padded.to(tl.int64)
     TILE: tl.constexpr = POSITIONS * BLOCK_E
     BLOCKS_OF_GROUP: tl.constexpr = GROUP_ELEMENTS // BLOCK_E
     # Programs with the same rows run next to each other, so that the weights they share stay in the second-level cache.
@@ -63,6 +66,7 @@ def group_tiles_kernel(
     place = tl.arange(0, TILE)
     in_tile = place // (4 * BLOCK_E) * (4 * GROUP_ELEMENTS) + place % (4 * BLOCK_E)
     row_of_x = x + t.to(tl.int64)[:, None] * x_stride
+    at_token = t.to(tl.int64) * groups
     real = t < tokens
     total = tl.zeros((TOKENS, BLOCK_N), tl.float32)
     for block in range(split * blocks_per_split, tl.minimum((split + 1) * blocks_per_split, blocks)):
@@ -86,9 +90,9 @@ def group_tiles_kernel(
                     # The sum belongs to the whole group: it enters with the group's first block.
                     zero = tl.load(zeros + group * padded + n).to(tl.int32)
                     opens = tl.zeros((TOKENS,), tl.int32) + first == 0
-                    x_sum = tl.load(x_sums + t * groups + group, mask=real & opens, other=0)
+                    x_sum = tl.load(x_sums + at_token + group, mask=real & opens, other=0)
                     product += x_sum[:, None] * (ZERO - zero)[None, :]
-                x_scale = tl.load(x_scales + t * groups + group, mask=real, other=0.0)
+                x_scale = tl.load(x_scales + at_token + group, mask=real, other=0.0)
                 total += product.to(tl.float32) * (x_scale[:, None] * scale[None, :])
             else:
                 # 1 + q / 2^BITS by its bits (`decode`), then one fused multiply-add to the weight.

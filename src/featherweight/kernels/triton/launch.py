@@ -110,6 +110,15 @@ def fastest(
     return _fastest[key]
 
 
+MOST_NARROW = 1 << 31
+"""Elements of a tensor that offsets of 32 bits reach."""
+
+
+def wide(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels need offsets of 64 bits into any of these, which takes them more instructions."""
+    return any(tensor.numel() >= MOST_NARROW for tensor in tensors)
+
+
 def has_ptx() -> bool:
     """Whether kernels may contain NVIDIA's instructions."""
     return not interpreted() and torch.version.hip is None

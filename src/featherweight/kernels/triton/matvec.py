@@ -99,7 +99,10 @@ def matvec_kernel(
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,  # elements of a chunk
+    WIDE: tl.constexpr,  # offsets into the matrix may pass 2^31
 ):
+    if WIDE:
+        padded = padded.to(tl.int64)
     # BLOCK_N divides `padded`: no masks along rows, and loads of 16 bytes a lane.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -209,7 +212,10 @@ def matvec_int8_kernel(
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,  # elements of a group at a time; divides GROUP_ELEMENTS
     RUN: tl.constexpr,  # groups of a chunk: more than one where a group is one piece
+    WIDE: tl.constexpr,  # offsets into the matrix may pass 2^31
 ):
+    if WIDE:
+        padded = padded.to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     SHIFTS: tl.constexpr = 8 // BITS

@@ -58,7 +58,8 @@ def linear(
     _check(x, operands, bias, precision)
     rows, cols = operands[0].shape
     inputs = x.reshape(-1, cols)
-    inputs = inputs if inputs.stride(-1) == 1 else inputs.contiguous()
+    # Kernels reach the fourth token by 32-bit offsets.
+    inputs = inputs if inputs.stride(-1) == 1 and inputs.stride(0) < 1 << 29 else inputs.contiguous()
     out = torch.empty(inputs.shape[0], rows, dtype=x.dtype, device=x.device)
     if out.numel():
         _apply(inputs, operands, bias, precision, out)
@@ -243,6 +244,7 @@ def _float(
             HAS_BIAS=direct and bias is not None,
             TOKENS=tile,
             BLOCK_N=block_n,
+            WIDE=launch.wide(tensors.values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -301,6 +303,7 @@ def _matvec_int8(
             LANES=config.block_e,
             CHUNK=chunk,
             RUN=run,
+            WIDE=launch.wide(operand.tensors.values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -388,6 +391,7 @@ def _group_tiles(
             TOKENS=config.tokens,
             BLOCK_N=block_n,
             BLOCK_E=block_e,
+            WIDE=launch.wide(operand.tensors.values()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

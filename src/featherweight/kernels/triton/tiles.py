@@ -56,7 +56,10 @@ def tiles_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets into the matrix may pass 2^31
 ):
+    if WIDE:
+        padded = padded.to(tl.int64)
     # Programs with the same rows run next to each other, so that the weights they share stay in the second-level cache.
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # BLOCK_N divides `padded`
