@@ -245,6 +245,8 @@ def check_causal(model: Any) -> None:
             pairs = [model(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in ([0, 1], [0, 2])]
     except (TypeError, ValueError) as error:  # encoders do not know `use_cache`, models of images no `input_ids`
         raise EvaluationError(f"{kind} is not a causal language model, so it has no next-token perplexity") from error
+    except RuntimeError as error:  # layers of another tool, in a type that they do not compute in
+        raise EvaluationError(f"{kind} cannot be run: {' '.join(str(error).split())[:300]}") from error
     outputs = [logits for pair in pairs if isinstance(logits := getattr(pair, "logits", None), Tensor)]
     if len(outputs) < 2 or any(logits.shape[:2] != (1, 2) for logits in outputs):
         raise EvaluationError(f"{kind} gives no logits for every token, so it has no next-token perplexity")
