@@ -226,6 +226,22 @@ def test_more_tokens_than_learned_positions(tmp_path: Path, capsys: pytest.Captu
         talker.write([5] * 129, PLAIN)
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no system role') }}", "{{ messages[0].content + none }}", "{% for m in messages %}"],
+)
+def test_templates_that_refuse_a_conversation(engine: str, template: str, folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    talker = open_talker(str(folder), engine, "auto", 1)
+    assert talker.has_template
+    with pytest.raises(FeatherError, match="refuses this conversation") as caught:
+        talker.prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
+    assert "\n" not in str(caught.value)
+
+
 # Seeds.
 
 WARM = {"temperature": 1.5}
