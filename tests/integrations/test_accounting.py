@@ -200,6 +200,22 @@ def test_other_tools_models_load_or_say_why_not(make: Make, settings: dict[str, 
         make_plan(checkpoint, load_recipe("rtn-8"))
 
 
+def test_a_quantization_config_that_says_nothing(make: Make) -> None:
+    for empty in ({}, None):
+        accepted(make("llama", quantization_config=empty))
+
+
+def test_a_class_of_another_type_is_the_one_asked(make: Make) -> None:
+    """As in loading, where the class that is named reads config.json."""
+    folder = make("qwen3", without("layers.0.self_attn.q_proj"), architectures=["LlamaForCausalLM"])
+    refused(folder, "lacks model.layers.0.self_attn.q_proj.weight")
+
+
+def test_integer_biases_are_codes_too(make: Make) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    refused(make("qwen2", lambda t: t.update({name: t[name].to(torch.uint8)})), rf"codes of a quantised model \({name}")
+
+
 def test_an_unmerged_adapter_is_refused(make: Make) -> None:
     def wrap(tensors: Tensors) -> None:
         name = "model.layers.0.self_attn.q_proj"
@@ -303,6 +319,17 @@ def test_an_unknown_class_is_said_not_to_be_checked(make: Make) -> None:
         (note,) = check_complete(checkpoint).notes
     assert "does not know the model" in note
     assert "nobody checked whether tensors are missing" in note
+
+
+def test_a_config_that_transformers_cannot_read(make: Make) -> None:
+    """What is missing is told all the same, as far as the family's list goes."""
+    odd = {"rope_scaling": {"rope_type": "novel", "factor": 2.0}, "hidden_act": 7}
+    folder = make("llama", without("layers.1.mlp.up_proj"), **odd)
+    with (
+        Checkpoint.open(folder) as checkpoint,
+        pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.up_proj"),
+    ):
+        make_plan(checkpoint, load_recipe("rtn-8"))
 
 
 def test_only_headers_are_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ CODES = re.compile(
     r"|weight\.(absmax|quant_map|quant_state\.\w+)|(input_|k_|v_)?scale(_inv)?|SCB)$"
 )
 EXPERT = re.compile(r"(?P<list>(?:.+\.)?[A-Za-z_]*experts)\.(?P<number>\d+)\.(?P<leaf>.+)")
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|position_ids)$")
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 """Buffers that old checkpoints hold and every class computes by itself."""
 SHOWN = 3
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -89,7 +89,10 @@ def refuse_impossible_depth(checkpoint: Source) -> None:
 def _holds_codes(name: str, entry: Described) -> bool:
     if entry.dtype in FLOATING or BUFFERS.search(name):
         return CODES.search(name) is not None and name.endswith((".weight_scale", ".weight_scale_inv", ".qzeros"))
-    return entry.dtype != "BOOL" and (name.endswith(".weight") or CODES.search(name) is not None)
+    if entry.dtype == "BOOL":
+        return False
+    vector = name.endswith(".bias") and len(entry.shape) == 1
+    return vector or name.endswith(".weight") or CODES.search(name) is not None
 
 
 def some(names: Iterable[str]) -> str:
@@ -152,6 +155,20 @@ def is_whole(checkpoint: Source) -> bool:
     return all(
         checkpoint.entry(name).shape == wanted[name] and checkpoint.entry(name).dtype in FLOATING for name in stored
     )
+
+
+def listed_missing(checkpoint: Source) -> list[str]:
+    """Tensors that the family's file lists and the checkpoint lacks, for when no class can be asked: by names alone,
+    without the head, which may be tied."""
+    family = find_family(checkpoint.config)
+    whole = family.whole if family else None
+    layers = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer"))
+    if whole is None or architecture_of(checkpoint.config) not in whole["architectures"] or not isinstance(layers, int):
+        return []
+    wanted = list(whole["outside"])
+    wanted += [f"{whole['blocks']}.{number}.{path}" for number in range(min(layers, 10_000)) for path in whole["block"]]
+    stored = frozenset(checkpoint.names)
+    return [name for name in wanted if name not in stored]
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

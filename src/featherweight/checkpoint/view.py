@@ -24,7 +24,8 @@ class View:
     def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
         self._made: str | None = None
         self.folder = place.folder
-        if (place.folder / ADAPTER_CONFIG).exists() or not _is_usual(checkpoint, place):
+        usual = _is_usual(checkpoint, place) and not _empty_method(checkpoint)
+        if (place.folder / ADAPTER_CONFIG).exists() or not usual:
             self._made = tempfile.mkdtemp(prefix="featherweight-")
             self.folder = Path(self._made)
             try:
@@ -53,9 +54,19 @@ def _is_usual(checkpoint: Checkpoint, place: Place) -> bool:
     return not single and shards.readable and shards.placed.keys() == checkpoint.renamed.keys()
 
 
+def _empty_method(checkpoint: Checkpoint) -> bool:
+    """Whether config.json has an empty quantization_config, which says nothing and is refused by transformers."""
+    return "quantization_config" in checkpoint.config and not checkpoint.config["quantization_config"]
+
+
 def _link(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
-    for path in (source / "config.json", *checkpoint.other_files()):
+    for path in checkpoint.other_files():
         os.symlink(path.resolve(), folder / path.name)
+    if _empty_method(checkpoint):
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    else:
+        os.symlink(source / "config.json", folder / "config.json")
     if len(checkpoint.files) == 1:
         os.symlink(checkpoint.files[0].path.resolve(), folder / SINGLE_NAME)
         return

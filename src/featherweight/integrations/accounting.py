@@ -24,6 +24,7 @@ from featherweight.checkpoint.accounting import (
     architecture_of,
     expert_gaps,
     is_whole,
+    listed_missing,
     missing_text,
     refuse_impossible_depth,
     refuse_other_kinds,
@@ -68,8 +69,9 @@ def check_complete(checkpoint: Checkpoint) -> Verdict:
     account = account_of(checkpoint, checkpoint.trust_remote_code)
     gaps = expert_gaps(checkpoint)
     if account.unknown:
-        if gaps:
-            raise CheckpointError(missing_text(checkpoint, gaps))
+        lost = gaps or listed_missing(checkpoint)
+        if lost:
+            raise CheckpointError(missing_text(checkpoint, lost))
         note = f"{account.unknown}, so nobody checked whether tensors are missing"
         return Verdict((*checkpoint.notes, note))
     judge(checkpoint, account, gaps)
@@ -158,10 +160,22 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
         del config.quantization_config
     accounts = []
     for cls in classes_of(source.config, config, trust_remote_code):
-        accounts.append(_ask(cls, config, tensors, source))
+        accounts.append(_ask(cls, _config_for(cls, config, source), tensors, source))
         if not accounts[-1].missing and not accounts[-1].unknown:
             break
     return min(accounts, key=lambda one: (bool(one.unknown), len(one.missing)), default=Account(unknown=unknown))
+
+
+def _config_for(cls: Any, config: Any, source: Source) -> Any:
+    """config.json as the class reads it, where that is not the class of its model_type; this is what loading does."""
+    kind = getattr(cls, "config_class", None)
+    if kind is None or isinstance(config, kind):
+        return config
+    try:
+        with quietly():
+            return kind.from_pretrained(source.folder, local_files_only=True)
+    except Exception:
+        return config
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
@@ -226,6 +240,10 @@ def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source
             gaps = expert_gaps(source)
             if gaps and isinstance(error, RuntimeError):  # experts of which some lack a part cannot be fused
                 raise CheckpointError(missing_text(source, gaps)) from error
+            if "size mismatch" in str(error):
+                raise CheckpointError(
+                    f"the weights of {source.folder} do not fit its config.json: {one_line(error)}"
+                ) from error
             known = f"transformers {transformers.__version__} cannot place the tensors of {source.folder}"
             return Account(unknown=f"{known} ({one_line(error)[:150]})")
     return account_from(model, info, source)
