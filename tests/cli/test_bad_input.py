@@ -443,7 +443,11 @@ def test_a_kind_of_code_from_a_newer_release(compressed: Path, tmp_path: Path) -
         assert all(word in said for word in ("'new-kind'", module, "update featherweight")), said
     with pytest.raises(CheckpointError, match="'new-kind'.*update featherweight"):
         measure_size(folder)
+    said = feather_here("verify", folder)
+    assert "made by a newer featherweight" in said.last_sentence()
+    assert "damaged" not in said.errors
     flip_bit(folder / "model.safetensors")
+    assert "is damaged: 2 problem(s)" in feather_here("verify", folder).last_sentence()
     found = verify(folder).problems
     assert any("new-kind" in problem and module in problem for problem in found)
     assert any("do not match their hash" in problem for problem in found)

@@ -233,7 +233,9 @@ def test_several_threads_take_turns(small: Path) -> None:
 def test_a_model_ends_with_its_last_reference(small: Path) -> None:
     before = threading.active_count()
     model = NativeModel.open(small, threads=1)
-    model.feed([5])
+    model.feed([5])  # is over at once, and needs none
+    assert threading.active_count() == before
+    model.generate([5], 2)
     assert threading.active_count() == before + 1
     del model
     for _ in range(200):

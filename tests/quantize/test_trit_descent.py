@@ -13,6 +13,7 @@ from featherweight.codes import code_from
 from featherweight.codes.trit_planes import TritPlanes, log8_decode, log8_encode, log8_rounded
 from featherweight.errors import RecipeError
 from featherweight.kernels import library
+from featherweight.kernels import trit_descent as kernel
 from featherweight.kernels.ptqtp_settings import join_trits
 from featherweight.kernels.trit_descent import descend
 from featherweight.quantize.base import HeldWeight, SolveOptions
@@ -186,6 +187,36 @@ def test_native_and_reference_agree_to_the_bit(rows: int, columns: int, size: in
     fallen = error(weight, value, gram) - error(weight, found, gram)
     torch.testing.assert_close(fallen, outcomes[0][2], rtol=1e-10, atol=1e-14)
     assert int(outcomes[0][3].sum()) > 0
+
+
+@NATIVE
+def test_windows_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sees Ctrl-C between them."""
+    calls = 0
+
+    def run(together: int) -> list[Tensor]:
+        nonlocal calls
+        function = kernel._native()
+        assert function is not None
+
+        def counted(job: int, threads: int) -> int:
+            nonlocal calls
+            calls += 1
+            return function(job, threads)
+
+        monkeypatch.setattr(kernel, "TOGETHER", together)
+        generator = torch.Generator().manual_seed(3)
+        weight, gram = problem(50, 24)
+        levels = torch.tensor([-1.0, 0.0, 1.0]).repeat(50, 3, 1)
+        indices = torch.randint(0, 3, (50, 24), generator=generator).to(torch.uint8)
+        gradient = (weight - (indices.double() - 1)) @ gram
+        arguments = (gram, levels, torch.arange(24, dtype=torch.int32) // 8, indices, gradient, 3, True, 1)
+        return [*kernel._descend_native(counted, *arguments), indices, gradient]
+
+    whole = run(1 << 40)
+    assert calls == 1
+    assert all(torch.equal(a, b) for a, b in zip(run(1), whole, strict=True))
+    assert calls == 1 + 4  # sixteen rows at a time
 
 
 def test_the_kernel_refuses_tensors_that_do_not_fit() -> None:

@@ -7,6 +7,7 @@ to 5.x.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -278,24 +279,32 @@ def _model_class(transformers: Any, checkpoint: Checkpoint, config: Any) -> Any:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters become meta tensors as soon as a module has them, and are not initialised; buffers are computed."""
+    """Parameters become meta tensors as soon as a module has them, and are not initialised; buffers are computed.
+
+    Only those that this thread makes: classes and functions are changed for the whole process meanwhile.
+    """
+    builder = threading.get_ident()
     register = nn.Module.register_parameter
     initialisers = {
         name: value for name, value in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")
     }
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        if param is not None and not param.is_meta and threading.get_ident() == builder:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
         register(module, name, param)
 
-    def skip(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-        return tensor
+    def skipping(initialise: Any) -> Any:
+        @functools.wraps(initialise)
+        def skip(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+            return tensor if threading.get_ident() == builder else initialise(tensor, *arguments, **named)
+
+        return skip
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     for name, value in initialisers.items():
         if callable(value):
-            setattr(nn.init, name, skip)
+            setattr(nn.init, name, skipping(value))
     try:
         yield
     finally:

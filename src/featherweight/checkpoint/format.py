@@ -73,11 +73,12 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def module_layout(module: str, spec: dict[str, Any]) -> dict[str, TensorLayout]:
-    """The stored tensors of a compressed module by name; CheckpointError naming the module if its spec is wrong."""
+    """The stored tensors of a compressed module by name; CheckpointError naming the module if its spec is wrong,
+    UnknownCodeError if a newer release is needed to read it."""
     try:
         return code_layout(spec)
     except UnknownCodeError as error:
-        raise CheckpointError(f"config.json: the code of {module} cannot be read, {error}") from None
+        raise UnknownCodeError(f"config.json: the code of {module} cannot be read, {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"config.json: the code of {module} is malformed ({error}): restore config.json or compress the model again"

@@ -12,6 +12,7 @@ from typing import Any
 from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_layout, module_specs
 from featherweight.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.codes import UnknownCodeError
 from featherweight.errors import CheckpointError
 
 
@@ -21,12 +22,14 @@ class Verification:
     tensors, hashed : how many there are, and how many of them had a hash to compare with
     notes : what is odd but no fault
     modules : compressed modules whose tensors were checked against their spec
+    newer : problems that a newer release of featherweight would not have; they are among `problems`
     """
 
     tensors: int = 0
     hashed: int = 0
     modules: int = 0
     bytes: int = 0
+    newer: int = 0
     problems: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -49,6 +52,8 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] | None = Non
                 specs = module_specs(config)
             except CheckpointError as error:
                 result.problems.append(f"config.json: {error}")
+                version = config.get("format_version")
+                result.newer += isinstance(version, int) and version > FORMAT_VERSION
                 specs = {}
             _verify_modules(checkpoint, specs, result)
         _verify_completeness(checkpoint, result)
@@ -99,10 +104,14 @@ def _verify_completeness(checkpoint: Checkpoint, result: Verification) -> None:
 
 
 def _verify_modules(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], result: Verification) -> None:
+    unknown: dict[str, list[str]] = {}
     for module, spec in specs.items():
         result.modules += 1
         try:
             layout = module_layout(module, spec)
+        except UnknownCodeError as error:
+            unknown.setdefault(str(spec["kind"]), []).append(str(error))
+            continue
         except CheckpointError as error:  # the others are checked all the same
             result.problems.append(str(error))
             continue
@@ -117,3 +126,7 @@ def _verify_modules(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], re
                 result.problems.append(
                     f"tensor {full} is {entry.dtype} {list(entry.shape)}, its code needs {dtype} {list(shape)}"
                 )
+    for sentences in unknown.values():
+        more = f" (and those of {len(sentences) - 1} further modules)" if len(sentences) > 1 else ""
+        result.problems.append(sentences[0] + more)
+        result.newer += 1

@@ -326,6 +326,11 @@ def run_verify(model: str) -> None:
         result = verify(model, tell)
     for problem in result.problems:
         print(problem, file=sys.stderr)
+    if result.newer == len(result.problems) > 0:
+        raise CheckpointError(
+            f"{model} was made by a newer featherweight, or with a plugin that is not here: all {result.hashed} hashes "
+            "match, but this release cannot read it; update featherweight"
+        )
     if not result.whole:
         raise CheckpointError(f"{model} is damaged: {len(result.problems)} problem(s); fetch or make it again")
     for text in result.notes:

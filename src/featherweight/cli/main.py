@@ -101,7 +101,7 @@ def compress(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
@@ -124,7 +124,7 @@ def calibrate(
     ] = "gram,mean_abs,held_out_gram",
     changes: Changes = None,
     threads: Threads = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing statistics.")] = False,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:

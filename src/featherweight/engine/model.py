@@ -227,12 +227,12 @@ class NativeModel:
     def step(self, tokens: dict[int, int]) -> Tensor:
         """One further token for each of several sequences {sequence: token}; logits float32 [n, vocabulary]."""
         sequences = torch.tensor(list(tokens), dtype=torch.int64)
-        flat = torch.tensor(list(tokens.values()), dtype=torch.int32)
-        logits = torch.empty(len(flat), self.network.vocabulary)
-        arguments = (self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr())
+        logits = torch.empty(len(tokens), self.network.vocabulary)
         with self._worker.turn():
             for sequence, token in tokens.items():
                 self._tokens([token], self.length(sequence))
+            flat = torch.tensor(list(tokens.values()), dtype=torch.int32)
+            arguments = (self._place, sequences.data_ptr(), flat.data_ptr(), len(flat), logits.data_ptr())
             status = self._run(len(flat), partial(self._c.fw_decoder_step, *arguments))
         _check(status, "a step")
         return logits

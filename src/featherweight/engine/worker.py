@@ -119,6 +119,7 @@ class Worker:
             raise
         finally:
             self._owner = None
+        self._last = None
         if task.error is not None:
             raise task.error
         return task.result  # type: ignore[return-value]

@@ -354,20 +354,30 @@ def _warn(reason: str) -> None:
 
 
 def _self_check(native: NativeLibrary) -> bool:
-    """A small solve against the values of the method's definition, and packing there and back."""
+    """A small solve against the values of the method's definition, packing there and back, decoding, and its error."""
     j = torch.arange(1, 129, dtype=torch.float64)
     wave = torch.sin(1.7 * j + 0.3 * j * j) + 0.5 * torch.cos(2.9 * j)
     try:
         found = native.solve_window(wave.to(torch.float32)[None], TritPlaneSettings(), 50, 1)
         trits = (found.codes[0] % 3).to(torch.int8) - 1
         packed = [native.unpack_trits(native.pack_trits(trits, p), 128, p) for p in PACKINGS]
+        decoded = [
+            native.decode_trit_planes(native.pack_trits(trits, p)[None], torch.full((2, 1, 1), 0.5), 64, p, out, 1)
+            for p in PACKINGS
+            for out in [torch.empty(2, 64)]
+        ]
+        missed, total = native.squared_errors(wave.to(torch.bfloat16).view(2, 64), 0.5 * trits.view(2, 64).float(), 1)
     except (OSError, ValueError, MemoryError):
         return False
+    seen = wave.to(torch.bfloat16).double().view(2, 64)
     expected = torch.tensor([0.77188354, 0.49823528], dtype=torch.float64)
     return (
         bool(((found.scales[0, 0] - expected).abs() < 1e-6).all())
         and int((trits != 0).sum()) == 84
         and all(torch.equal(p, trits) for p in packed)
+        and all(torch.equal(d, 0.5 * trits.view(2, 64).float()) for d in decoded)
+        and torch.allclose(total, seen.square().sum(1), rtol=1e-12)
+        and torch.allclose(missed, (seen - 0.5 * trits.view(2, 64)).square().sum(1), rtol=1e-12)
     )
 
 

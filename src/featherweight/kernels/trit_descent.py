@@ -23,6 +23,10 @@ from featherweight.kernels import library
 MOST_LEVELS = 256
 LEAST_GAIN = 1e-10  # of a pair, as a share of d^2 H_ii of its first move, so that rounding alone moves nothing
 
+ROWS_OF_A_THREAD = 16
+TOGETHER = 1 << 24
+"""Columns times columns times rounds that 16 rows go through in a fraction of a second."""
+
 
 def descend(
     gram: Tensor,
@@ -184,11 +188,17 @@ def _descend_native(
     gram, levels = gram.contiguous(), levels.to(torch.float32).contiguous()
     group_of = group_of.to(torch.int32).contiguous()
     decrease, changes = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
-    pointers = (gram, levels, group_of, indices, gradient, decrease, changes)
-    job = _Job(*[t.data_ptr() for t in pointers], rows, columns, *levels.shape[1:], rounds, int(pairs))
-    status = native(ctypes.addressof(job), library.thread_count(threads))
-    if status == library.NO_MEMORY:
-        raise MemoryError("the native library could not get memory for its work space")
-    if status != library.OK:
-        raise ValueError("the native library refused its arguments")
+    count = library.thread_count(threads)
+    # Rows do not depend on each other. Python sees Ctrl-C between calls, and all rows of a large layer take minutes.
+    step = max(1, TOGETHER // max(1, columns * columns * rounds)) * ROWS_OF_A_THREAD * count
+    for first in range(0, rows, step):
+        some = slice(first, min(rows, first + step))
+        pointers = (gram, levels[some], group_of, indices[some], gradient[some], decrease[some], changes[some])
+        shape = (some.stop - first, columns, *levels.shape[1:])
+        job = _Job(*[t.data_ptr() for t in pointers], *shape, rounds, int(pairs))
+        status = native(ctypes.addressof(job), count)
+        if status == library.NO_MEMORY:
+            raise MemoryError("the native library could not get memory for its work space")
+        if status != library.OK:
+            raise ValueError("the native library refused its arguments")
     return decrease, changes
