@@ -65,8 +65,14 @@ def compressed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
     return run
 
 
+def bare_index(files: Files) -> None:
+    files.content = split(files, 2).content
+    files.put_json(INDEX, {"weight_map": files.object(INDEX)["weight_map"]})
+
+
 LOADED: Sequence[tuple[str, str, Change]] = (
     ("an index with ./", "llama-untied", dotted_index),
+    ("an index without metadata", "qwen2-tied", bare_index),
     ("names without their prefix", "llama-untied", rename(lambda name: name.removeprefix("model."))),
     ("half of the names without", "qwen2-tied", rename(lambda name: name.removeprefix("model."), 2)),
     ("names with their prefix twice", "qwen2-tied", rename(lambda name: f"model.{name}")),

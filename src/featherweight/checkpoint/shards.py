@@ -34,11 +34,13 @@ class Shards:
     """names : weight files, in the order in which they are read
     placed : tensor -> file as an index says, which the files themselves overrule
     notes : what is odd about the folder, a sentence each
+    readable : transformers reads the index as it is; it also wants to find `metadata` there
     """
 
     names: tuple[str, ...]
     placed: dict[str, str]
     notes: tuple[str, ...] = ()
+    readable: bool = True
 
 
 def find_shards(folder: Path) -> Shards:
@@ -48,11 +50,11 @@ def find_shards(folder: Path) -> Shards:
         beside = f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}: the single file is used, as transformers does"
         return Shards((SINGLE_NAME,), {}, (beside,) if (folder / INDEX_NAME).exists() and len(present) > 1 else ())
     if (folder / INDEX_NAME).exists():
-        placed = _read_index(folder)
+        placed, readable = _read_index(folder)
         names = tuple(sorted(set(placed.values())))
         left = [name for name in present if name not in names and not name.startswith("consolidated")]
         note = f"{folder} holds {', '.join(left[:3])}, which {INDEX_NAME} does not name: not used"
-        return Shards(names, placed, (note,) if left else ())
+        return Shards(names, placed, (note,) if left else (), readable)
     if len(present) == 1 or _is_whole_set(present):
         return Shards(tuple(present), {})
     raise CheckpointError(_no_shards(folder, present))
@@ -82,14 +84,16 @@ def _no_shards(folder: Path, present: list[str]) -> str:
     return gguf_text(gguf[0]) if gguf else f"{folder} has no weights: there is no .safetensors file in it"
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path) -> tuple[dict[str, str], bool]:
+    """Tensor -> file, and whether transformers can read it, too."""
     path = folder / INDEX_NAME
     refuse_lfs_pointer(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    weight_map = parse_object(path, content).get("weight_map")
+    index = parse_object(path, content)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     weight_map = {tensor: shard.removeprefix("./") for tensor, shard in weight_map.items()}
@@ -98,7 +102,7 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{path} names {shard!r}, which is not a safetensors file in the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} lacks the shard {shard} that its index names; download it again")
-    return weight_map
+    return weight_map, isinstance(index.get("metadata"), dict)
 
 
 def parse_object(path: Path, content: bytes) -> dict[str, Any]:

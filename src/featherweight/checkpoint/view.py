@@ -50,7 +50,8 @@ def _is_usual(checkpoint: Checkpoint, place: Place) -> bool:
     if place.file is not None or names == [SINGLE_NAME]:
         return names == [SINGLE_NAME]
     # transformers 4 reads only tensors that the index names, 5 all that are in its files
-    return not single and find_shards(place.folder).placed.keys() == checkpoint.renamed.keys()
+    shards = find_shards(place.folder)
+    return not single and shards.readable and shards.placed.keys() == checkpoint.renamed.keys()
 
 
 def _empty_method(checkpoint: Checkpoint) -> bool:
