@@ -142,6 +142,7 @@ def test_a_damaged_file_is_one_sentence(folder: Path) -> None:
         {"do_sample": False},
         {"do_sample": False, "repetition_penalty": 1.8},
         {"do_sample": True, "temperature": 0.7, "top_k": 1},
+        {"do_sample": True, "temperature": 1e-300, "top_k": 0},
         {"do_sample": True, "temperature": 0.7, "min_p": 1.0, "repetition_penalty": 2.5},
     ],
     ids=str,

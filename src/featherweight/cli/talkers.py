@@ -22,6 +22,8 @@ CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
 ENGINES = ("auto", "native", "transformers")
 CACHES = ("auto", "float16", "int8")
+COLDEST = 1e-6
+"""Temperatures down to here divide logits within float32; below, only the likeliest token is left anyway."""
 Messages = Sequence[dict[str, str]]
 
 
@@ -279,7 +281,7 @@ class TransformersTalker(_TextSide):
     def _arguments(self, sampling: Sampling, stream: _Streamer) -> dict[str, Any]:
         """What `generate` is told; the folder's settings that only transformers knows stay as they are."""
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
-        if sampling.temperature > 0:
+        if sampling.temperature > COLDEST:
             chosen = {
                 "do_sample": True,
                 "temperature": float(sampling.temperature),

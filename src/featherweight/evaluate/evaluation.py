@@ -327,9 +327,10 @@ def _read(tokenizer: Any, text: str, protocol: str) -> _Read:
     reader = Tokenizer.of(tokenizer)
     tokens = reader.encode(text)
     prefix, _ = reader.around()
-    if not prefix or tokens[: len(prefix)] != prefix:
+    replaced = protocol == "llama.cpp"
+    if not prefix or tokens[: len(prefix)] != prefix or (replaced and prefix[0] != reader.bos):
         return _Read(torch.tensor(tokens, dtype=torch.int64), (), None, "no BOS, as the tokenizer adds none")
-    if protocol == "llama.cpp":
+    if replaced:
         first = prefix[0]
         words = f"BOS (token {first}) in place of the first token of every window"
         return _Read(torch.tensor(tokens, dtype=torch.int64), (), first, words)
