@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,21 @@ LOADED: Sequence[tuple[str, str, Change]] = (
     ("names with their prefix twice", "qwen2-tied", rename(lambda name: f"model.{name}")),
     ("architectures that are a mapping", "llama-rtn-8", config(architectures={"0": "LlamaForCausalLM"})),
 )
+
+
+def bit(name: str) -> Change:
+    """The lowest bit of a tensor's last byte."""
+
+    def run(files: Files) -> None:
+        shard = files.shard(SINGLE)
+        for place, tensor in enumerate(shard.tensors):
+            if tensor.name == name:
+                shard.tensors[place] = replace(tensor, data=tensor.data[:-1] + bytes([tensor.data[-1] ^ 1]))
+        files.put(SINGLE, shard)
+
+    return run
+
+
 REFUSED: Sequence[tuple[str, str, Change, str]] = (
     ("blocks without end", "llama-untied", config(num_hidden_layers=2**63), "asks for 9.22337e\\+18 blocks"),
     ("blocks without end, by lists", "qwen2-tied", config(num_hidden_layers=2**31 - 1), "blocks"),
@@ -87,6 +103,20 @@ REFUSED: Sequence[tuple[str, str, Change, str]] = (
         "llama-rtn-8",
         compressed(lambda found: {"compression_config": found.pop("quantization_config"), **found}),
         "codes|lacks",
+    ),
+    ("a wrapper around codes", "llama-rtn-8", rename(lambda name: f"module.{name}"), "lack"),
+    ("a bit of a code", "llama-rtn-8", bit("model.layers.1.mlp.up_proj.codes"), "model.layers.1.mlp.up_proj.codes"),
+    (
+        "another tool's name for our codes",
+        "llama-rtn-8",
+        compressed(lambda found: found | {"quantization_config": {"quant_method": "featherweightx"}}),
+        "quantised by 'featherweightx'",
+    ),
+    (
+        "a code of no module",
+        "llama-rtn-8",
+        compressed(lambda found: found["quantization_config"]["codes"][0]["modules"].update({"": [32, 32]}) or found),
+        "compresses the module ''",
     ),
     (
         "a method that is a list",

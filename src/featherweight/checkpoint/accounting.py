@@ -29,7 +29,7 @@ BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|
 """Buffers that old checkpoints hold and every class computes by itself."""
 SHOWN = 3
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
-FEW_BLOCKS = 1000  # so many are built in a moment, and what is missing is then told by name
+FEW_BLOCKS = 100  # so many are built in a moment, and what is missing is then told by name
 
 
 @dataclass(frozen=True)

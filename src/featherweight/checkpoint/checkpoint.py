@@ -56,7 +56,8 @@ class Checkpoint:
             place |= dict.fromkeys(file.entries, file)  # of two, the later one counts, as in transformers
         if twice:
             notes += (f"tensor {twice[0]!r} is in two shards of {folder}: that in {place[twice[0]].path.name} is used",)
-        self.renamed = unwrapped(place)
+        coded = (self.quantization_config or {}).get("quant_method") == METHOD  # our own names have no wrapper
+        self.renamed = {name: name for name in place} if coded else unwrapped(place)
         self._stored = {name: stored for stored, name in self.renamed.items()}
         self._file_of = {name: place[stored] for name, stored in self._stored.items()}
         self.names = tuple(self._file_of)

@@ -67,6 +67,10 @@ def _verify_file(file: SafetensorsFile, ours: bool, result: Verification, told: 
     except (ValueError, AssertionError):
         result.problems.append(f"{file.path}: the table of hashes in its header cannot be read")
         hashes = {}
+    if not ours and VERSION_KEY in file.metadata:
+        result.problems.append(
+            f"{file.path}: it was compressed with featherweight, of which config.json says nothing: restore that file"
+        )
     if ours and not hashes:
         result.problems.append(f"{file.path}: the table of hashes in its header is missing")
     known = {str(version) for version in range(1, FORMAT_VERSION + 1)}

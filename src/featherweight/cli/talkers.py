@@ -200,9 +200,10 @@ class TransformersTalker(_TextSide):
         from featherweight.cli.commands import quiet_transformers
         from featherweight.engine.sampling import generation_defaults
         from featherweight.evaluate.evaluation import own_context
+        from featherweight.integrations.calls import asking_transformers
         from featherweight.kernels.library import thread_count
         from featherweight.text.plain import read_object
-        from featherweight.text.tokenizer import Tokenizer
+        from featherweight.text.tokenizer import Tokenizer, refuse_useless
 
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))
@@ -219,6 +220,8 @@ class TransformersTalker(_TextSide):
             raise FeatherError(f"{folder} is not a model that writes text (it is a {type(self.model).__name__})")
         self.tokenizer = Tokenizer.of(tokenizer)
         path = Path(str(self.model.config.name_or_path))
+        with asking_transformers(f"turn text into tokens with the tokenizer of {path}"):
+            refuse_useless(tokenizer, path)
         self.defaults = generation_defaults(path, read_object(path / "config.json"))
         self.context = own_context(self.model)
         self.answers = 0

@@ -95,6 +95,7 @@ def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] 
     tied = network.tied and not loader.has_own_head(family.head, family.embedding)
     head = loader.tied(family.head, embedding) if tied else loader.linear(family.head, head_shape)
     loader.refuse_others(family.head if tied else None)
+    loader.refuse_other_codes()
     return Weights(tuple(layers), _rows_operand(loader, embedding, family.embedding), norm, head)
 
 
@@ -152,6 +153,7 @@ class _Loader:
         self.hashes = hashes
         self.base = base
         self.used: set[str] = set()
+        self.coded: set[str] = set()  # modules that may have a code
         self.plain: set[str] = set()  # biases of layers that the class has without
 
     def tensor(self, name: str) -> Tensor:
@@ -184,6 +186,7 @@ class _Loader:
         if not biased:
             self.plain.add(f"{module}.bias")
         spec = self.specs.get(module)
+        self.coded.add(module)
         if spec is None:
             packed = pack_dense(self._matrix(module, shape), bias, threads=self.threads)
             self.checkpoint.release(f"{module}.weight")
@@ -240,6 +243,14 @@ class _Loader:
             if unused_module is not None and name == f"{unused_module}.weight":
                 continue
             raise UnsupportedModelError(f"the native decoder does not know what the tensor {name[:120]!r} is for")
+
+    def refuse_other_codes(self) -> None:
+        """UnsupportedModelError if quantization_config has a code for a module that the network has not."""
+        left = sorted(self.specs.keys() - self.coded)
+        if left:
+            raise UnsupportedModelError(
+                f"quantization_config compresses {left[0][:120]!r}, which the native decoder does not know"
+            )
 
     def _matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         weight = self.tensor(f"{module}.weight")

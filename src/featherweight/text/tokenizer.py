@@ -138,13 +138,17 @@ def auto_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     hint = "the original model's tokenizer files belong beside the weights"
     with asking_transformers(f"load the tokenizer of {folder}", hint), quiet():
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        useful = bool(found(SOME_TEXT, add_special_tokens=False)["input_ids"])
-    if not useful:  # classes build themselves without a vocabulary where its file is missing
+        refuse_useless(found, folder)
+    return found
+
+
+def refuse_useless(tokenizer: Any, folder: Path) -> None:
+    """CheckpointError for a class that has built itself without a vocabulary because its file is missing."""
+    if not tokenizer(SOME_TEXT, add_special_tokens=False)["input_ids"]:
         raise CheckpointError(
             f"the tokenizer of {folder} turns text into nothing, some of its files are missing: "
             "copy them from the original model"
         )
-    return found
 
 
 @contextmanager
