@@ -36,7 +36,7 @@ def gather_statistics(
     from featherweight.calibrate.statistics import NAMES, save_statistics
     from featherweight.calibrate.text import windows_digest
 
-    out = Path(out)
+    out = Path(out).expanduser()
     if out.exists() and not overwrite:
         raise OutputError(f"--out {out} exists already; choose another file or replace it with --overwrite")
     if out.suffix != ".safetensors":
