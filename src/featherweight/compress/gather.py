@@ -43,7 +43,7 @@ def gather_statistics(
     from featherweight.calibrate.statistics import NAMES, save_statistics
     from featherweight.calibrate.text import windows_digest
 
-    out = Path(out)
+    out = Path(out).expanduser()
     _check_out(out, overwrite)
     if out.suffix != ".safetensors":
         raise OutputError(f"--out {out} must end with .safetensors")
