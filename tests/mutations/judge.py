@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.checkpoint.format import METHOD
 from mutations import steps
 from mutations.files import Files
 from mutations.kinds import Case
@@ -192,7 +193,8 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
     logits = load.value[2]
     if logits is None:
         return
-    second = oracle.value[1] if oracle.ok and not any(oracle.value[0].values()) else None
+    alike = oracle.ok and not any(oracle.value[0].values()) and not _foreign(folder)
+    second = oracle.value[1] if alike else None
     if second is None or second.shape != logits.shape:
         again = attempt(lambda: steps.load(folder, case.number + 1))
         if not again.ok:
@@ -203,11 +205,21 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
         verdict.fault("determinism", f"relative difference {difference(logits, second):.3g} between two loads")
 
 
+def _foreign(folder: Path) -> bool:
+    """Whether another tool's layers are in it, which we leave in the type they compute in."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+    except (ValueError, AttributeError, OSError):
+        return False
+    return isinstance(found, dict) and found.get("quant_method") != METHOD
+
+
 def _planning(case: Case, folder: Path, verdict: Verdict) -> None:
     """plan and verify refuse what lacks tensors, as load does, and plan refuses no more than that."""
     plan, load, oracle = (verdict.outcomes[step] for step in ("plan", "load", "transformers"))
     lacking = oracle.ok and oracle.value[0]["missing_keys"]
     lacks = load.refused and (lacking or re.search(r"\blacks?\b|missing|has no tensor", load.text))
+    lacks = lacks and "the tokenizer of" not in load.text
     if plan.ok and lacks:
         verdict.fault("plan is content", f"load: {load.text}")
     verification = verdict.outcomes["verify"]
@@ -234,7 +246,7 @@ def _texts(case: Case, folder: Path, verdict: Verdict) -> None:
     """A text has the same tokens for both engines, a conversation the same prompt, and the likeliest answer is one."""
     for step in ("open", "generate", "chat"):
         ours, theirs = (verdict.outcomes.get(name) for name in (step, f"{step} by transformers"))
-        if ours is None or theirs is None:
+        if ours is None or theirs is None or not _computes(verdict):
             continue
         if ours.refused and theirs.ok and ours.error != "UnsupportedModelError" and "not a number" not in ours.text:
             verdict.fault("native alone refuses", f"{step}: {ours.text}")
@@ -245,6 +257,12 @@ def _texts(case: Case, folder: Path, verdict: Verdict) -> None:
                 verdict.notes.append("two tokens are equally likely")
                 continue
             verdict.fault("texts differ", f"{step}: {ours.value!r} and {theirs.value!r}")
+
+
+def _computes(verdict: Verdict) -> bool:
+    """Whether the model gives numbers at all, if it loads."""
+    load = verdict.outcomes["load"]
+    return not load.ok or (load.value[2] is not None and bool(load.value[2].isfinite().all()))
 
 
 @torch.no_grad()

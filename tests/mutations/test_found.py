@@ -81,6 +81,14 @@ LOADED: Sequence[tuple[str, str, Change]] = (
 )
 
 
+def typeless(files: Files) -> None:
+    """The class alone says what it is."""
+    config(model_type="")(files)
+    shard = files.shard(SINGLE)
+    shard.tensors = [tensor for tensor in shard.tensors if tensor.name != "model.layers.1.mlp.up_proj.weight"]
+    files.put(SINGLE, shard)
+
+
 def bit(name: str) -> Change:
     """The lowest bit of a tensor's last byte."""
 
@@ -97,6 +105,7 @@ def bit(name: str) -> Change:
 REFUSED: Sequence[tuple[str, str, Change, str]] = (
     ("blocks without end", "llama-untied", config(num_hidden_layers=2**63), "asks for 9.22337e\\+18 blocks"),
     ("blocks without end, by lists", "qwen2-tied", config(num_hidden_layers=2**31 - 1), "blocks"),
+    ("a type nobody knows", "llama-untied", typeless, "lacks model.layers.1.mlp.up_proj.weight"),
     ("a null for a number", "llama-untied", config(intermediate_size={}), "intermediate_size"),
     (
         "our codes under an older name",
@@ -161,5 +170,5 @@ def test_a_folder_in_the_place_of_a_file(judged: Callable[[str, Change], Verdict
 def test_what_transformers_says_is_for_people() -> None:
     from featherweight.integrations.calls import one_line
 
-    text = one_line(TypeError(f"expected {int}, got {dict}\n of \x1b[31mred"))
-    assert text == "TypeError expected int, got dict of ?[31mred"
+    text = one_line(TypeError(f"expected {int}, got {dict}\n of \x1b[31mred torch.Size([2, 3])"))
+    assert text == "TypeError expected int, got dict of ?[31mred [2, 3]"

@@ -147,9 +147,7 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
     unknown = f"transformers {transformers.__version__} does not know the model in {source.folder}"
     try:
         with quietly():
-            config = transformers.AutoConfig.from_pretrained(
-                source.folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            config = _read_config(source, trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):
             return Account(unknown=f"{source.folder} brings its own model class, which only --trust-remote-code runs")
@@ -164,6 +162,19 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
         if not accounts[-1].missing and not accounts[-1].unknown:
             break
     return min(accounts, key=lambda one: (bool(one.unknown), len(one.missing)), default=Account(unknown=unknown))
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> Any:
+    """By model_type; where that is none that transformers knows, by the class that is named, as loading does."""
+    import transformers
+
+    named = getattr(transformers, architecture_of(source.config) or "_", None)
+    kind = getattr(named, "config_class", None)
+    if kind is not None and not _is_known(source.config):
+        return kind.from_pretrained(source.folder, local_files_only=True)
+    return transformers.AutoConfig.from_pretrained(
+        source.folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _config_for(cls: Any, config: Any, source: Source) -> Any:
