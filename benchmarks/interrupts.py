@@ -169,12 +169,14 @@ def main() -> None:
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
-        for number in range(options.runs // 2):
-            kind = commands[number % len(commands)]
-            runs.append(interrupt_command(kind, model, options.threads, draw.uniform(0.0, options.longest)))
         for number in range(options.runs // 2 // EACH):
             waits = [draw.uniform(0.0, options.longest) for _ in range(EACH)]
             runs += interrupt_script(scripts[number % len(scripts)], model, options.threads, waits)
+            tell(runs[-EACH:])
+        for number in range(options.runs // 2):
+            kind = commands[number % len(commands)]
+            runs.append(interrupt_command(kind, model, options.threads, draw.uniform(0.0, options.longest)))
+            tell(runs[-1:])
     print(f"{'':<32} {'runs':>5} {'stopped, 130, clean':>20} {'within 0.2 s':>13} {'median s':>9} {'longest s':>10}")
     for kind in [*scripts, *commands]:
         show(kind, [run for run in runs if run.kind == kind])
@@ -190,6 +192,15 @@ def main() -> None:
             "runs": [vars(r) for r in runs],
         }
         Path(options.json).write_text(json.dumps(report, indent=1))
+
+
+def tell(runs: list[Run]) -> None:
+    for run in runs:
+        print(
+            f"{run.kind}: {run.code}, {run.seconds:.3f} s{'' if run.clean else ', not clean'}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def show(kind: str, runs: list[Run]) -> None:
