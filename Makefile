@@ -53,17 +53,18 @@ sanitize:
 	    echo "sanitize: $$compiler, $$sanitizer" && \
 	    cmake -S . -B build/sanitize-$$compiler-$$sanitizer -DCMAKE_CXX_COMPILER=$$compiler \
 	      -DFEATHERWEIGHT_SANITIZE=$$sanitizer -DFEATHERWEIGHT_NATIVE_TESTS=ON -DFEATHERWEIGHT_FUZZ_MODELS=$(COUNT) && \
-	    cmake --build build/sanitize-$$compiler-$$sanitizer --parallel $(THREADS) && \
+	    cmake --build build/sanitize-$$compiler-$$sanitizer --parallel $(THREADS) --target featherweight_tests && \
 	    ctest --test-dir build/sanitize-$$compiler-$$sanitizer --output-on-failure || exit 1; \
 	  done; \
 	done
 
-# What of it fits every change: the address sanitizer with the kernels that run everywhere, decoder, layers and products.
+# What of it fits every change: the address sanitizer with the kernels that run everywhere; decoder, layers, products, refusals.
 sanitize-slice:
 	cmake -S . -B build/sanitize-slice -DFEATHERWEIGHT_SANITIZE=address -DFEATHERWEIGHT_PORTABLE=ON \
 	  -DFEATHERWEIGHT_NATIVE_TESTS=ON -DFEATHERWEIGHT_FUZZ_MODELS=25
-	cmake --build build/sanitize-slice --parallel $(THREADS)
-	ctest --test-dir build/sanitize-slice --output-on-failure --tests-regex 'decoder|product|team'
+	cmake --build build/sanitize-slice --parallel $(THREADS) \
+	  --target featherweight_border_test featherweight_decoder_test featherweight_decoder_fuzz featherweight_product_test
+	ctest --test-dir build/sanitize-slice --output-on-failure --tests-regex 'border|decoder|product'
 
 # The kernels' own tests for AArch64, cross-compiled, under QEMU: all instructions, a processor with dot products only, one
 # without.

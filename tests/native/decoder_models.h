@@ -32,7 +32,7 @@ class LinearMaker {
 
   // A layer of one to three random terms, now and then of dozens.
   const fw_linear* linear(int64_t rows, int64_t cols) {
-    const int count = random_.below(24) == 0 ? 23 + random_.below(10) : random_.one_of({1, 1, 1, 2, 3});
+    const int count = random_.below(120) == 0 ? 23 + random_.below(10) : random_.one_of({1, 1, 1, 2, 3});
     std::vector<fw_term> terms;
     for (int i = 0; i < count; ++i) terms.push_back(term(rows, cols));
     return finished(rows, cols, std::move(terms), random_.below(3) == 0);
@@ -256,12 +256,12 @@ struct Sizes {
 inline Sizes random_sizes(Random& random) {
   Sizes s = {};
   s.layers = 1 + random.below(3);
-  s.hidden = random.one_of<int64_t>({8, 12, 20, 24, 32, 40, 48, 64, 96});
+  s.hidden = random.one_of<int64_t>({8, 12, 20, 24, 32, 40, 48, 64});
   s.kv_heads = 1 + random.below(3);
-  s.heads = s.kv_heads * (1 + random.below(4));
-  s.head_dim = random.one_of<int64_t>({4, 6, 8, 8, 16, 18, 24, 32});
-  s.ffn = random.one_of<int64_t>({4, 17, 24, 32, 56, 64, 100, 128});
-  s.vocabulary = random.one_of<int64_t>({5, 33, 64, 100, 300});
+  s.heads = s.kv_heads * (1 + random.below(3));
+  s.head_dim = random.one_of<int64_t>({4, 4, 6, 8, 8, 16, 18});
+  s.ffn = random.one_of<int64_t>({4, 17, 24, 32, 56, 64, 100});
+  s.vocabulary = random.one_of<int64_t>({5, 17, 33, 50, 70});
   return s;
 }
 

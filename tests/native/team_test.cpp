@@ -147,7 +147,7 @@ void test_fork() {
 
 }  // namespace
 
-// "emulated": without forks, which QEMU's user mode does not survive once there are threads.
+// "emulated": without forks, after which neither QEMU's user mode nor the thread sanitizer let threads be started.
 int main(int argc, char** argv) {
   test_shares();
   test_members_and_barriers();

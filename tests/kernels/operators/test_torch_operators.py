@@ -134,7 +134,7 @@ def test_damaged_sparse_matrices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     x, pointers, columns, values, rows = arguments("sparse_matmul")
 
     def changed(place: int, value: int) -> Tensor:
-        damaged = pointers.clone()
+        damaged: Tensor = pointers.clone()
         damaged[place] = value
         return damaged
 
@@ -184,7 +184,9 @@ def test_scale_exponents_below_normal_numbers_are_refused() -> None:
         with pytest.raises(ValueError, match=f"scale_exponent is {exponent}, expected -112 to 127"):
             pack_linear(code.spec, damaged)
     least = pack_linear(code.spec, tensors | {"scale_exponent": torch.tensor([-112], dtype=torch.int8)})
-    assert torch.equal(least.weight_rows(range(20)), reference.decode_operand(least.operands[0].memory))
+    rows = least.weight_rows(range(20))
+    assert rows is not None
+    assert torch.equal(rows, reference.decode_operand(least.operands[0].memory))
 
 
 def test_lengths_and_strides_are_checked_in_the_library() -> None:

@@ -18,10 +18,14 @@
 
 namespace {
 
+#if defined(FW_SPINS)  // of builds in which a round takes many times as long: those with sanitizers
+constexpr int kSpins = FW_SPINS, kSpinsToYield = FW_SPINS;
+#else
 // About 50 us of waiting in a loop; longer gaps than those between the regions of a decoder are slept through.
 constexpr int kSpins = 20000;
 // Members that do not get a processor must not be waited for in a tight loop.
 constexpr int kSpinsToYield = 4000;
+#endif
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
