@@ -45,10 +45,11 @@ def spoil(native: library.NativeLibrary, monkeypatch: pytest.MonkeyPatch) -> Cal
     def by(tokens: int, *isas: str) -> None:
         right = c.needed().linear_apply
 
-        def wrong(layer: int, x: int, count: int, stride: int, out: int, out_stride: int, *rest: int) -> int:
-            status = right(layer, x, count, stride, out, out_stride, *rest)
+        def wrong(layer: int, *arguments: int) -> int:
+            status = right(layer, *arguments)
+            _, _, count, _, out, size, *_ = arguments  # x with its size, tokens and stride, out with its size
             if count == tokens and native.product_isa in isas:
-                results = (ctypes.c_float * (count * out_stride)).from_address(out)
+                results = (ctypes.c_float * size).from_address(out)
                 results[:] = [2 * value for value in results]
             return status
 
@@ -109,11 +110,11 @@ BROKEN = r"""
 #include <string.h>
 struct linear { int64_t rows, cols, terms; void *term, *bias; };
 const char* fw_product_isa(void);
-int32_t fw_linear_apply(const struct linear* l, const float* x, int64_t tokens, int64_t stride, float* out,
-                        int64_t out_stride, int32_t precision, int32_t threads) {
-  int32_t (*real)(const void*, const float*, int64_t, int64_t, float*, int64_t, int32_t, int32_t) =
+int32_t fw_linear_apply(const struct linear* l, const float* x, int64_t x_count, int64_t tokens, int64_t stride,
+                        float* out, int64_t out_count, int64_t out_stride, int32_t precision, int32_t threads) {
+  int32_t (*real)(const void*, const float*, int64_t, int64_t, int64_t, float*, int64_t, int64_t, int32_t, int32_t) =
       dlsym(dlopen(REAL, RTLD_NOW), "fw_linear_apply");
-  int32_t status = real(l, x, tokens, stride, out, out_stride, precision, threads);
+  int32_t status = real(l, x, x_count, tokens, stride, out, out_count, out_stride, precision, threads);
   const char* only = getenv("BROKEN_ISA");
   if (tokens == 1 && (!only || !strcmp(only, fw_product_isa())))
     for (int64_t r = 0; r < l->rows; ++r) out[r] *= 2;
