@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 from featherweight.cli.interrupts import answering
 from featherweight.cli.prompt import open_listener
@@ -54,15 +53,13 @@ def _chat(talker: Talker, system: str | None, choices: Choices) -> None:
     if not talker.has_template:
         print("this model has no chat template: it simply continues the conversation's text", file=sys.stderr)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    turn = 0
     with open_listener() as listener:
         while (said := listener.listen()) is not None:
             messages.append({"role": "user", "content": said})
             tokens = _conversation(talker, messages)
             print("model: ", end="", flush=True)
-            answer = _answer(talker, tokens, replace(choices, seed=choices.seed + turn))
+            answer = _answer(talker, tokens, choices)
             messages.append({"role": "assistant", "content": answer.strip()})
-            turn += 1
 
 
 def _answer(talker: Talker, tokens: list[int], choices: Choices) -> str:

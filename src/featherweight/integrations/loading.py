@@ -149,10 +149,8 @@ def _check_loaded(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, None if there is none."""
-    import transformers
+    from featherweight.text.tokenizer import auto_tokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    trusted = {"trust_remote_code": True} if trust_remote_code else {}
-    with asking_transformers(f"load the tokenizer of {folder}"):
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **trusted)
+    return auto_tokenizer(folder, trust_remote_code)
