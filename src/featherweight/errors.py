@@ -29,3 +29,9 @@ class OutputError(FeatherError):
 
 class EvaluationError(FeatherError):
     """A measurement cannot be made with the given text or protocol."""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value that somebody has written into a file, for the sentence that refuses it: a file may hold pages of it."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."

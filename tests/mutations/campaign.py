@@ -110,7 +110,9 @@ def run_many(
         if fault is not None:
             case, _ = draw(left[0], bases)
             rule, words = fault
-            results.append(Result(left[0], case.base.name, list(case.steps), "failed", [(rule, words)]))
+            theirs = rule.startswith("transformers alone")
+            found = ([], [f"{rule}: {words}"]) if theirs else ([fault], [])
+            results.append(Result(left[0], case.base.name, list(case.steps), "failed", *found))
             tell(results[-1])
             left = left[1:]
     return results

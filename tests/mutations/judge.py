@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.checkpoint.format import METHOD
+from featherweight.checkpoint.format import METHOD, module_specs
+from featherweight.errors import FeatherError
 from mutations import steps
 from mutations.files import Files
 from mutations.kinds import Case
@@ -169,20 +170,28 @@ def _complete_after_all(model: Any, folder: Path) -> bool:
     """Whether every parameter's values are in the files, under whatever name (a prefix that was understood)."""
     stored = {tensor.name: tensor for tensor in Files.of(folder).tensors().values()}
     known = [value_of(tensor).float() for tensor in stored.values()]
-    return all(
-        any(value.shape == parameter.shape and torch.equal(value, parameter.float()) for value in known)
-        for parameter in model.parameters()
-    )
+
+    def found(part: Tensor) -> bool:
+        return any(value.shape == part.shape and torch.equal(value, part) for value in known)
+
+    def whole(parameter: Tensor) -> bool:
+        if found(parameter):
+            return True
+        pieces = parameter if parameter.dim() == 3 else ()  # experts, each of one matrix or of two above each other
+        return len(pieces) > 0 and all(found(one) or all(map(found, one.chunk(2))) for one in pieces)
+
+    return all(whole(parameter.float()) for parameter in model.parameters())
 
 
 def wrong_dtypes(folder: Path) -> list[str]:
-    """Tensors of a plain model that are no floating-point numbers."""
+    """Tensors that are no floating-point numbers, and no codes of ours either."""
     try:
-        if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
-            return []
-        return [tensor.name for tensor in Files.of(folder).tensors().values() if tensor.dtype not in FLOATS]
-    except (ValueError, TypeError, OSError):
+        found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+        coded = tuple(f"{module}." for module in module_specs(found)) if found is not None else ()
+    except (ValueError, TypeError, AttributeError, OSError, FeatherError):
         return []
+    tensors = Files.of(folder).tensors().values()
+    return [tensor.name for tensor in tensors if tensor.dtype not in FLOATS and not tensor.name.startswith(coded)]
 
 
 def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
@@ -208,7 +217,8 @@ def _determinism(case: Case, folder: Path, verdict: Verdict) -> None:
 def _foreign(folder: Path) -> bool:
     """Whether another tool's layers are in it, which we leave in the type they compute in."""
     try:
-        found = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get("quantization_config") or config.get("compression_config")
     except (ValueError, AttributeError, OSError):
         return False
     return isinstance(found, dict) and found.get("quant_method") != METHOD

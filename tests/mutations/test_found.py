@@ -22,7 +22,7 @@ Change = Callable[[Files], object]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    names = ("llama-untied", "qwen2-tied", "llama-rtn-8")
+    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head")
     return {base.name: files for base, files in bases_in(tmp_path_factory.mktemp("bases"), names)}
 
 
@@ -81,6 +81,16 @@ LOADED: Sequence[tuple[str, str, Change]] = (
 )
 
 
+def relabel(name: str, dtype: str) -> Change:
+    def run(files: Files) -> None:
+        place = files.place(name)
+        shard = files.shard(place)
+        shard.tensors = [replace(one, dtype=dtype) if one.name == name else one for one in shard.tensors]
+        files.put(place, shard)
+
+    return run
+
+
 def typeless(files: Files) -> None:
     """The class alone says what it is."""
     config(model_type="")(files)
@@ -113,6 +123,8 @@ REFUSED: Sequence[tuple[str, str, Change, str]] = (
         compressed(lambda found: {"compression_config": found.pop("quantization_config"), **found}),
         "codes|lacks",
     ),
+    ("a norm of whole numbers beside codes", "llama-rtn-8", relabel("model.norm.weight", "U16"), "U16"),
+    ("a tied head with a code", "qwen3-rtn-4-head", config(tie_word_embeddings=True), "compresses 'lm_head'"),
     ("a wrapper around codes", "llama-rtn-8", rename(lambda name: f"module.{name}"), "lack"),
     ("a bit of a code", "llama-rtn-8", bit("model.layers.1.mlp.up_proj.codes"), "model.layers.1.mlp.up_proj.codes"),
     (

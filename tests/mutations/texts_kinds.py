@@ -22,7 +22,7 @@ TEMPLATES: tuple[str, ...] = (
     "{{ messages[0]['content'].strip() }}",
     "{{ raise_exception() }}", "{{ raise_exception('a', 'b') }}", "{% set x = messages.append(1) %}{{ messages }}",
     "{{ '%s' % messages }}", "{{ messages[5].content }}", "{{ add_generation_prompt }}{{ messages|length }}\n\nx",
-    "{{ messages | map(attribute='content') | join(' ') | upper }}", "{{ lipsum() }}", "{{ cycler }}",
+    "{{ messages | map(attribute='content') | join(' ') | upper }}", "{{ range(3) | list }}", "{{ cycler }}",
     "{% for m in messages recursive %}{{ m.content }}{% endfor %}",
     "{% for x in range(999999999) %}{{ x }}{% endfor %}",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 
 from featherweight.checkpoint.anatomy.family import find_family
 from featherweight.checkpoint.anatomy.source import Described, Source
+from featherweight.checkpoint.format import METHOD, module_specs
 from featherweight.errors import CheckpointError
 
 FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -60,9 +61,8 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
             f"{checkpoint.folder} holds an adapter that is not merged into its model ({some(adapters)}): merge it "
             "first (PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR))"
         )
-    if quantized:
-        return
-    codes = [name for name in checkpoint.names if _holds_codes(name, checkpoint.entry(name))]
+    claimed = _claimed(checkpoint) if quantized else ()
+    codes = [n for n in checkpoint.names if not n.startswith(claimed) and _holds_codes(n, checkpoint.entry(n))]
     codes.sort(key=lambda name: checkpoint.entry(name).dtype in FLOATING)  # the codes before their scales
     if codes:
         entry = checkpoint.entry(codes[0])
@@ -71,6 +71,14 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
             "config.json names no quantization_config that says what they mean: start from the original weights, or "
             "restore the config.json it was saved with"
         )
+
+
+def _claimed(checkpoint: Source) -> tuple[str, ...]:
+    """Beginnings of the names whose meaning config.json says: of the modules with a code of ours, else of all."""
+    found = checkpoint.config.get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        return ("",)
+    return tuple(f"{module}." for module in module_specs(found))
 
 
 def refuse_impossible_depth(checkpoint: Source) -> None:

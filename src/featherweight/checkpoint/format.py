@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from featherweight.codes import TensorLayout, UnknownCodeError, code_layout
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, shown
 
 METHOD = "featherweight"
 FORMAT_VERSION = 1
@@ -51,13 +51,13 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Module name -> code spec (with `shape`) from a `quantization_config`; CheckpointError where it is not ours."""
     if config.get("quant_method") != METHOD:
         raise CheckpointError(
-            f"quantization_config has quant_method {config.get('quant_method')!r}, expected {METHOD!r}: "
+            f"quantization_config has quant_method {shown(config.get('quant_method'))}, expected {METHOD!r}: "
             "this folder was not written by featherweight"
         )
     version = config.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"quantization_config has format_version {version!r}, this release reads 1 to {FORMAT_VERSION}: "
+            f"quantization_config has format_version {shown(version)}, this release reads 1 to {FORMAT_VERSION}: "
             "install a newer featherweight"
         )
     specs: dict[str, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ from featherweight.checkpoint.resolve import (
     pickle_text,
     refuse_lfs_pointer,
 )
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], bool]:
     weight_map = {tensor: shard.removeprefix("./") for tensor, shard in weight_map.items()}
     for shard in sorted(set(weight_map.values())):
         if "/" in shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {shard!r}, which is not a safetensors file in the same folder")
+            raise CheckpointError(f"{path} names {shown(shard)}, which is not a safetensors file in the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} lacks the shard {shard} that its index names; download it again")
     return weight_map, isinstance(index.get("metadata"), dict)

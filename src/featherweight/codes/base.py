@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, shown
 from featherweight.registry import nearest, registered
 
 
@@ -39,7 +39,7 @@ def dtype_from(spec: dict[str, Any], field: str, default: str) -> torch.dtype:
     """The floating-point dtype a spec names in `field`."""
     name = spec.get(field, default)
     if name not in DTYPES:
-        raise ValueError(f"{field} is {name!r}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"{field} is {shown(name)}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -47,7 +47,7 @@ def matrix_shape(spec: dict[str, Any]) -> tuple[int, int]:
     """(out_features, in_features) of a spec."""
     shape = spec.get("shape")
     if not (isinstance(shape, list | tuple) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
-        raise ValueError(f"shape is {shape!r}, expected [out_features, in_features]")
+        raise ValueError(f"shape is {shown(shape)}, expected [out_features, in_features]")
     return shape[0], shape[1]
 
 
@@ -55,7 +55,7 @@ def whole_number(spec: dict[str, Any], field: str, low: int, high: int) -> int:
     """An integer setting of a spec within [low, high]."""
     value = spec.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{field} is {value!r}, expected a whole number from {low} to {high}")
+        raise ValueError(f"{field} is {shown(value)}, expected a whole number from {low} to {high}")
     return value
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, code_from, code_layout, matrix_shape
+from featherweight.errors import shown
 
 DEEPEST = 8
 """Wrappers within wrappers; a spec from a file could otherwise exhaust the stack."""
@@ -33,7 +34,7 @@ def bare_spec(code: Code) -> dict[str, Any]:
 def part_spec(spec: dict[str, Any], part: Any, field: str) -> dict[str, Any]:
     """The complete spec of the part `part` of a wrapper with this spec. ValueError if it is none."""
     if not isinstance(part, dict) or not isinstance(part.get("kind"), str):
-        raise ValueError(f"{field} is {part!r}, expected the spec of a code with a kind")
+        raise ValueError(f"{field} is {shown(part)}, expected the spec of a code with a kind")
     if _depth(part) > DEEPEST:
         raise ValueError(f"{field} has parts within parts more than {DEEPEST} deep")
     shape = list(matrix_shape(spec))

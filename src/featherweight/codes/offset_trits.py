@@ -14,6 +14,7 @@ from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, dtype_from, dtype_name, groups_of, matrix_shape, whole_number
 from featherweight.codes.trit_planes import TRITS_A_BYTE
+from featherweight.errors import shown
 from featherweight.kernels.packing import Packing, decode_trit_planes, pack_trits, unpack_trits
 from featherweight.registry import register
 
@@ -81,7 +82,7 @@ class OffsetTrits(Code):
         groups = groups_of(columns, whole_number(spec, "group_size", 1, 1 << 30))
         packing = spec.get("packing", "base3")
         if packing not in TRITS_A_BYTE:
-            raise ValueError(f"packing is {packing!r}, expected {' or '.join(TRITS_A_BYTE)}")
+            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_A_BYTE)}")
         per_group = TensorLayout((rows, groups), dtype_from(spec, "scale_dtype", "float16"))
         trits = TensorLayout((-(-rows * columns // TRITS_A_BYTE[packing]),), torch.uint8)
         return {"trits": trits, "scales": per_group, "offsets": per_group}

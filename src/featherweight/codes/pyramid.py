@@ -30,6 +30,7 @@ from featherweight.codes.pyramid_enumeration import (
     unpack_indices,
 )
 from featherweight.codes.pyramid_levels import LevelRule, amplitude_levels
+from featherweight.errors import shown
 from featherweight.kernels.packing import pack_bits, unpack_bits
 from featherweight.registry import register
 
@@ -137,7 +138,7 @@ class Pyramid(Code):
         bits = whole_number(spec, "amplitude_bits", 1, 7)
         for field, default, known in (("levels", "lloyd-max", LevelRule), ("storage", "index", Storage)):
             if spec.get(field, default) not in get_args(known):
-                raise ValueError(f"{field} is {spec[field]!r}, expected {' or '.join(get_args(known))}")
+                raise ValueError(f"{field} is {shown(spec[field])}, expected {' or '.join(get_args(known))}")
         count = rows * groups_of(columns, size)
         width = _direction_bits(size, pulses, spec.get("storage", "index"))
         return {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, matrix_shape
 from featherweight.codes.nested import bare_spec, part_from, part_layout, part_tensors
+from featherweight.errors import shown
 from featherweight.registry import register
 
 
@@ -71,5 +72,5 @@ class Sum(Code):
 def _terms(spec: dict[str, Any]) -> list[Any]:
     terms = spec.get("terms")
     if not isinstance(terms, list | tuple) or len(terms) < 2:
-        raise ValueError(f"terms is {terms!r}, expected a list of two or more specs")
+        raise ValueError(f"terms is {shown(terms)}, expected a list of two or more specs")
     return list(terms)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, dtype_from, dtype_name, groups_of, matrix_shape, whole_number
+from featherweight.errors import shown
 from featherweight.kernels.packing import Packing, decode_trit_planes, pack_trits, unpack_trits
 from featherweight.registry import register
 
@@ -190,7 +191,7 @@ class TritPlanes(Code):
         group_size = whole_number(spec, "group_size", 1, 1 << 30)
         packing = spec.get("packing", "base3")
         if packing not in TRITS_A_BYTE:
-            raise ValueError(f"packing is {packing!r}, expected {' or '.join(TRITS_A_BYTE)}")
+            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_A_BYTE)}")
         groups = groups_of(columns, group_size)
         scales = (rows, groups) if spec.get("tied", False) else (rows, groups, planes)
         _weights_of(spec, planes)
@@ -231,5 +232,5 @@ def _weights_of(spec: dict[str, Any], planes: int) -> tuple[int, ...] | None:
         return None
     whole = isinstance(weights, list | tuple) and all(type(w) is int and 1 <= w <= 27 for w in weights)
     if not whole or len(weights) != planes or not spec.get("tied", False):
-        raise ValueError(f"weights are {weights!r}, expected {planes} integers from 1 to 27 for tied planes")
+        raise ValueError(f"weights are {shown(weights)}, expected {planes} integers from 1 to 27 for tied planes")
     return tuple(weights)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.codes.base import Code, TensorLayout, dtype_from, dtype_name, groups_of, matrix_shape, whole_number
+from featherweight.errors import shown
 from featherweight.kernels.packing import pack_bits, unpack_bits
 from featherweight.registry import register
 
@@ -109,7 +110,7 @@ class Uniform(Code):
         size = whole_number(spec, "group_size", 1, 1 << 30)
         axis = spec.get("axis", "input")
         if axis not in ("input", "output"):
-            raise ValueError(f"axis is {axis!r}, expected input or output")
+            raise ValueError(f"axis is {shown(axis)}, expected input or output")
         grouped = (rows, groups_of(columns, size)) if axis == "input" else (groups_of(rows, size), columns)
         stored = {
             "codes": TensorLayout((-(-rows * columns * bits // 8),), torch.uint8),

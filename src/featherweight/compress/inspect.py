@@ -12,7 +12,7 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.checkpoint.format import METHOD, module_layout, module_specs
 from featherweight.compress.assemble import read_manifest
 from featherweight.compress.plan import describe_code
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, shown
 
 
 def inspect_folder(model: str | Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
         config = checkpoint.quantization_config or {}
         if config and config.get("quant_method") != METHOD:
             raise CheckpointError(
-                f"{checkpoint.folder} is quantised by another tool ({config.get('quant_method')!r}); "
+                f"{checkpoint.folder} is quantised by another tool ({shown(config.get('quant_method'))}); "
                 "featherweight reads its own folders and unquantised ones"
             )
         specs = module_specs(config) if config else {}

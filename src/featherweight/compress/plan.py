@@ -13,7 +13,7 @@ from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.codes import code_layout
 from featherweight.compress.account import accounted_anatomy
 from featherweight.compress.refusals import check_layers, check_recipe
-from featherweight.errors import CheckpointError, FeatherError
+from featherweight.errors import CheckpointError, FeatherError, shown
 from featherweight.memory import available_bytes, resident_bytes
 from featherweight.quantize.base import Choice, Grid, Rounding, SolveOptions
 from featherweight.quantize.grids.dense import DenseGrid
@@ -259,7 +259,7 @@ def make_plan(
     found = checkpoint.quantization_config
     if found is not None:
         raise CheckpointError(
-            f"{checkpoint.folder} is quantised already (quant_method {found.get('quant_method')!r}); "
+            f"{checkpoint.folder} is quantised already (quant_method {shown(found.get('quant_method'))}); "
             "start from the original weights"
         )
     check_recipe(recipe)

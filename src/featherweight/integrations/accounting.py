@@ -91,6 +91,7 @@ def check_compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
     """
     from featherweight.evaluate.size import OriginalView
 
+    refuse_other_kinds(checkpoint, True)
     view = OriginalView(checkpoint)
     refuse_impossible_depth(view)
     if is_whole(view):
