@@ -59,10 +59,13 @@ def bases_in(work: Path, names: Iterable[str] = ()) -> list[tuple[Base, Files]]:
 def run_case(number: int, bases: Sequence[tuple[Base, Files]], work: Path, told: Any = lambda step: None) -> Result:
     """One case in this process."""
     case, files = draw(number, bases)
-    return judged(case, files, work, told)
+    original = next(found for base, found in bases if base is case.base)
+    return judged(case, files, work, told, original)
 
 
-def judged(case: Case, files: Files, work: Path, told: Any = lambda step: None) -> Result:
+def judged(
+    case: Case, files: Files, work: Path, told: Any = lambda step: None, original: Files | None = None
+) -> Result:
     """The verdict about a mutant."""
     begun = time.perf_counter()
     folder = work / f"case-{os.getpid()}"
@@ -70,7 +73,7 @@ def judged(case: Case, files: Files, work: Path, told: Any = lambda step: None) 
     torch.manual_seed(abs(case.number))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        verdict = judge(case, folder, told)
+        verdict = judge(case, folder, told, original)
     texts = {
         step: f"{outcome.error}: {outcome.text}".replace(str(folder), "FOLDER")
         for step, outcome in verdict.outcomes.items()

@@ -125,10 +125,28 @@ def logits_of(model: Any) -> Tensor:
 
     rows = model.get_input_embeddings().weight.shape[0]
     tokens = torch.tensor([[token % rows for token in TOKENS]])
-    halves = type(model).__name__.startswith(("Llama", "Mistral", "Qwen2For", "Qwen3For"))
-    named = {"past_key_values": HalfCache(), "use_cache": True} if halves else {}
-    given = model(tokens, **named)
+    if type(model).__name__.startswith(("Llama", "Mistral", "Qwen2For", "Qwen3For")):
+        logits: Tensor = model(tokens, past_key_values=HalfCache(), use_cache=True).logits[0].float()
+        if logits.isfinite().all():  # else a key is too large for half precision, which the decoder's cache bounds
+            return logits
+    given = model(tokens)
     return (given.logits if "logits" in given else given.last_hidden_state)[0].float()
+
+
+@torch.no_grad()
+def largest_key(model: Any, tokens: list[int]) -> float:
+    """The largest absolute value that the cache holds behind these tokens."""
+    import transformers
+
+    sizes = [0.0]
+
+    class Watching(transformers.DynamicCache):  # type: ignore[misc,name-defined]
+        def update(self, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
+            sizes.extend((float(key.abs().max()), float(value.abs().max())))
+            return super().update(key, value, *rest, **named)
+
+    model(torch.tensor([tokens]), past_key_values=Watching(), use_cache=True)
+    return max(sizes)
 
 
 def oracle(folder: Path) -> Outcome:

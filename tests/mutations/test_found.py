@@ -33,7 +33,7 @@ def judged(bases: dict[str, Files], tmp_path: Path) -> Callable[[str, Change], V
         change(files)
         files.write(tmp_path / "case")
         base: Base = NAMED[name]
-        return judge(Case(0, base, (("found", ""),)), tmp_path / "case")
+        return judge(Case(0, base, (("text: found", ""),)), tmp_path / "case")
 
     return judged
 
@@ -66,6 +66,10 @@ def compressed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
     return run
 
 
+def generation(**changes: Any) -> Change:
+    return lambda files: files.put_json("generation_config.json", files.object("generation_config.json") | changes)
+
+
 def bare_index(files: Files) -> None:
     files.content = split(files, 2).content
     files.put_json(INDEX, {"weight_map": files.object(INDEX)["weight_map"]})
@@ -74,6 +78,9 @@ def bare_index(files: Files) -> None:
 LOADED: Sequence[tuple[str, str, Change]] = (
     ("an index with ./", "llama-untied", dotted_index),
     ("an index without metadata", "qwen2-tied", bare_index),
+    ("an empty template", "llama-untied", lambda files: files.content.update({"chat_template.jinja": b""})),
+    ("a window in a family without", "llama-untied", config(sliding_window=4)),
+    ("a watermark by default", "llama-rtn-8", generation(watermarking_config={})),
     ("names without their prefix", "llama-untied", rename(lambda name: name.removeprefix("model."))),
     ("half of the names without", "qwen2-tied", rename(lambda name: name.removeprefix("model."), 2)),
     ("names with their prefix twice", "qwen2-tied", rename(lambda name: f"model.{name}")),
@@ -169,6 +176,18 @@ def test_refused(judged: Callable[[str, Change], Verdict], name: str, change: Ch
     assert not verdict.faults
     assert verdict.outcomes["load"].refused
     assert re.search(words, verdict.outcomes["load"].text), verdict.outcomes["load"].text
+
+
+def test_experts_keep_their_places() -> None:
+    from featherweight.checkpoint.prefixes import unwrapped
+    from featherweight.errors import CheckpointError
+
+    names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(3)]
+    assert list(unwrapped(f"_orig_mod.{name}" for name in names).values()) == names
+    assert list(unwrapped(name.replace("mlp", "mlp._orig_mod") for name in names).values()) == names
+    for prefix in ("_orig_mod.", "model."):
+        with pytest.raises(CheckpointError, match="different prefixes"):
+            unwrapped([names[0], prefix + names[1], names[2]])
 
 
 def test_a_folder_in_the_place_of_a_file(judged: Callable[[str, Change], Verdict]) -> None:

@@ -98,7 +98,7 @@ def _holds_codes(name: str, entry: Described) -> bool:
     if entry.dtype in FLOATING or BUFFERS.search(name):
         return CODES.search(name) is not None and name.endswith((".weight_scale", ".weight_scale_inv", ".qzeros"))
     if entry.dtype == "BOOL":
-        return False
+        return name.endswith(".weight")
     vector = name.endswith(".bias") and len(entry.shape) == 1
     return vector or name.endswith(".weight") or CODES.search(name) is not None
 

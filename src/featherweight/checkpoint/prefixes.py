@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from featherweight.errors import CheckpointError
 
 WHOLE = ("module.", "_orig_mod.", "base_model.model.")
+EXPERTS = re.compile(r"(?:model\.)*(?P<list>.*\bexperts)\.(?:_orig_mod\.)?(?=\d+\.)")
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # also around single modules
 
 
@@ -27,7 +28,21 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
         if name in found:
             raise CheckpointError(f"tensors {found[name]!r} and {own!r} are one tensor, {name!r}, without their prefix")
         found[name] = own
+    _refuse_mixed_experts(found)
     return {own: name for name, own in found.items()}
+
+
+def _refuse_mixed_experts(found: dict[str, str]) -> None:
+    """CheckpointError if the experts of one list have different prefixes: transformers stacks them in the order of
+    their stored names, so they would change places."""
+    places: dict[str, str] = {}
+    for name, own in found.items():
+        plain, stored = EXPERTS.match(name), EXPERTS.match(own)
+        if plain and stored and places.setdefault(plain["list"], stored[0]) != stored[0]:
+            raise CheckpointError(
+                f"the experts {plain['list']} are stored with different prefixes, such as {own!r}: save the model "
+                "again without the wrapper around some of its modules"
+            )
 
 
 def as_key_mapping(names: dict[str, str]) -> dict[str, str]:

@@ -38,6 +38,10 @@ def _qwen3_biases(config: Config) -> frozenset[str]:
 
 
 def _no_window(config: Config, layer: int) -> int:
+    """The family has none; but whoever asks for one gets it from transformers, whose cache keeps no more."""
+    kinds = config.get("layer_types") or []
+    if config["sliding_window"] or not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UnsupportedModelError("sliding_window or layer_types in config.json asks for windows this family lacks")
     return 0
 
 
@@ -113,7 +117,7 @@ COMMON = {
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
-LLAMA = Family("llama", "LlamaForCausalLM", COMMON, biased=_llama_biases)
+LLAMA = Family("llama", "LlamaForCausalLM", COMMON | {"sliding_window": None}, biased=_llama_biases)
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",

@@ -142,7 +142,8 @@ def _foreign(found: Mapping[str, Any]) -> tuple[str, ...]:
     asked = []
     for name, neutral in FOREIGN.items():
         value = found.get(name)
-        off = value is None or value is False or value in neutral or (not value and name not in MAY_BE_ZERO)
+        nothing = not value and name not in MAY_BE_ZERO and not isinstance(value, Mapping)  # {} asks for defaults
+        off = value is None or value is False or value in neutral or nothing
         if not off:
             asked.append(f"{name} {_shown(value)}")
     return tuple(asked)

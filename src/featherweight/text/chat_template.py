@@ -50,7 +50,7 @@ class ChatTemplate:
         if isinstance(source, list):  # several with names
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
             source = named.get("default")
-        if not isinstance(source, str):
+        if not isinstance(source, str) or not source:  # an empty one is none to transformers
             return None
         tokens = {name: settings.get(name) for name in TOKENS}
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
