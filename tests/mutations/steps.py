@@ -168,11 +168,19 @@ def oracle(folder: Path) -> Outcome:
         if report.get("error_msgs") or report.get("conversion_errors"):
             return Outcome("failed", str(report.get("error_msgs") or report.get("conversion_errors")))
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = attempt(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
-            listed["tokenizer"] = [] if tokenizer.ok else [f"{tokenizer.error}: {tokenizer.text}"]
+            tokens = attempt(lambda: _tokens_of(folder))
+            listed["tokenizer"] = [] if tokens.ok and tokens.value else [f"{tokens.error}: {tokens.text}"]
     except Exception as error:
         return Outcome("failed", str(error)[:300], type(error).__name__)
     return Outcome("ok", value=(listed, logits.value))
+
+
+def _tokens_of(folder: Path) -> Any:
+    """What transformers alone makes of a text; nothing where the vocabulary is missing."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer(TEXT, add_special_tokens=False)["input_ids"]
 
 
 def _too_large(value: Any) -> bool:

@@ -22,7 +22,7 @@ Change = Callable[[Files], object]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head")
+    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head", "mistral")
     return {base.name: files for base, files in bases_in(tmp_path_factory.mktemp("bases"), names)}
 
 
@@ -80,6 +80,7 @@ LOADED: Sequence[tuple[str, str, Change]] = (
     ("an index without metadata", "qwen2-tied", bare_index),
     ("an empty template", "llama-untied", lambda files: files.content.update({"chat_template.jinja": b""})),
     ("a window in a family without", "llama-untied", config(sliding_window=4)),
+    ("a window of nothing", "mistral", config(sliding_window=0)),
     ("a watermark by default", "llama-rtn-8", generation(watermarking_config={})),
     ("names without their prefix", "llama-untied", rename(lambda name: name.removeprefix("model."))),
     ("half of the names without", "qwen2-tied", rename(lambda name: name.removeprefix("model."), 2)),
@@ -176,6 +177,19 @@ def test_refused(judged: Callable[[str, Change], Verdict], name: str, change: Ch
     assert not verdict.faults
     assert verdict.outcomes["load"].refused
     assert re.search(words, verdict.outcomes["load"].text), verdict.outcomes["load"].text
+
+
+def test_a_tokenizer_that_wants_more_than_text_is_no_useless_one(tmp_path: Path) -> None:
+    from featherweight.errors import CheckpointError
+    from featherweight.text.tokenizer import refuse_useless
+
+    def wants_boxes(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        raise ValueError("Words must be of type `List[str]`, with a box for each")
+
+    refuse_useless(wants_boxes, tmp_path)
+    refuse_useless(lambda text, add_special_tokens: {"input_ids": [1]}, tmp_path)
+    with pytest.raises(CheckpointError, match="turns text into nothing"):
+        refuse_useless(lambda text, add_special_tokens: {"input_ids": []}, tmp_path)
 
 
 def test_experts_keep_their_places() -> None:

@@ -120,6 +120,8 @@ def _window(family: Family, config: Mapping[str, Any], layer: int) -> int:
         value = config[name]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31):
             raise _odd(config, name, "a whole number")
+    if config["sliding_window"] == 0:  # transformers takes it at its word, and no token sees any
+        raise _odd(config, "sliding_window", "a positive whole number or null")
     return family.window(config, layer)
 
 
