@@ -9,6 +9,7 @@
 namespace {
 
 typedef float Float __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Word __attribute__((vector_size(kWidth * 4)));
 
 constexpr int kParts = static_cast<int>(kClipLanes) / kWidth;
 constexpr float kToInteger = 12582912.0F;  // 1.5 * 2^23: adding and subtracting it rounds, half to even
@@ -65,7 +66,7 @@ inline __attribute__((always_inline)) Float raised(Float x, float extra) {
   two = two * rest + 0.240221202F;
   two = two * rest + 0.693146944F;
   two = two * rest + 1.00000012F;
-  return x * (Float)((Int)two + ((Int)shifted << 23));  // the integer lies in the lowest bits of `shifted`
+  return x * (Float)((Word)two + ((Word)shifted << 23));  // the integer lies in the lowest bits of `shifted`
 }
 
 struct Grid {

@@ -97,7 +97,7 @@ inline Float exp_of(Float x) {
   p = p * r + 1.66666667e-1F;
   p = p * r + 0.5F;
   p = (p * r) * r + r + 1.0F;
-  const Float scale = (Float)(((Int)shifted << 23) + 0x3f800000);
+  const Float scale = (Float)(((Word)shifted << 23) + 0x3f800000U);  // of no meaning below -87, so without signs to overflow
   return x < -87.0F ? Float{} : p * scale;
 }
 
