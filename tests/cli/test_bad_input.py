@@ -276,7 +276,9 @@ def test_wrong_use_names_the_option(llama: Path, tmp_path: Path) -> None:
 def test_json_that_cannot_be_written_keeps_the_output(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     command = ("compress", llama, "--recipe", "rtn-4", "--out", tmp_path / "out", "--json")
-    assert "cannot write" in feather_here(*command, tmp_path / "folder").last_sentence()
+    assert "is no file" in feather_here(*command, tmp_path / "folder").sentence()
+    assert not (tmp_path / "out").exists()  # said before the work
+    assert "cannot write" in feather_here(*command, tmp_path / "folder" / ("x" * 300)).last_sentence()
     assert feather_here(*command, tmp_path / "new" / "result.json").code == 0
     assert json.loads((tmp_path / "new" / "result.json").read_text())["already_complete"]
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "new", "out", "out.log.jsonl"}

@@ -77,7 +77,7 @@ def test_the_function_of_experts_stays(
     monkeypatch.setattr(  # routers and attention would go through float32
         torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **rest: softmax(x, dim, dtype=x.dtype)
     )
-    monkeypatch.setattr(CalibrationSettings, "torch_dtype", property(lambda _: torch.float64))
+    monkeypatch.setattr(CalibrationSettings, "torch_dtype", lambda *_: torch.float64)
     folder = experts_checkpoint(family, tmp_path, stacked, **settings)
     with Checkpoint.open(folder) as checkpoint:
         anatomy = read_anatomy(checkpoint)
