@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 
-UNSEEN = 0.1
+UNSEEN = 0.05
 """Seconds that the main thread has to notice the signal."""
 UNWINDING = 1.0
 """Seconds that it has to end thereafter: somebody's code may have swallowed the exception."""
@@ -75,7 +75,7 @@ class Interrupts:
             if byte[0] != signal.SIGINT:
                 continue
             last = time.monotonic() + (ANSWERING if self.answering else UNSEEN)
-            while not self._noticed.wait(0.02):
+            while not self._noticed.wait(0.01):
                 if time.monotonic() > last or select.select([self._read], [], [], 0)[0]:
                     self.end()
             self._noticed.clear()
