@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import warnings
@@ -25,16 +26,20 @@ pytestmark = needs_native
 
 @pytest.fixture
 def native() -> Iterator[library.NativeLibrary]:
-    """The library, as if nothing had been checked yet; everything as it was afterwards."""
+    """The library, as if nothing had been checked or chosen yet; everything as it was afterwards."""
+    chosen = os.environ.pop("FEATHERWEIGHT_ISA", None)
     cached = (dispatch._trusted, dispatch._say_lower, dispatch._say_none, library._trusted, library._load)
     for function in cached:
         function.cache_clear()
     found = library.get()
     assert found is not None
+    found.select_isa("auto")
     yield found
     for function in cached:
         function.cache_clear()
-    found.select_isa("auto")
+    found.select_isa(chosen or "auto")
+    if chosen is not None:
+        os.environ["FEATHERWEIGHT_ISA"] = chosen
     dispatch.ready()  # other tests count calls
 
 
