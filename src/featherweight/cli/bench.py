@@ -24,7 +24,7 @@ def run_bench(
     import torch
 
     from featherweight.evaluate.speed import measure_speed
-    from featherweight.kernels.library import thread_count
+    from featherweight.kernels.threads import thread_count
 
     claim_json(json, ("engine", "bandwidth_gb_s"))
     quiet_transformers()

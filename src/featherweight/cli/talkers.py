@@ -201,7 +201,7 @@ class TransformersTalker(_TextSide):
         from featherweight.engine.sampling import generation_defaults
         from featherweight.evaluate.evaluation import own_context
         from featherweight.integrations.calls import asking_transformers
-        from featherweight.kernels.library import thread_count
+        from featherweight.kernels.threads import thread_count
         from featherweight.text.plain import read_object
         from featherweight.text.tokenizer import Tokenizer, refuse_useless
 

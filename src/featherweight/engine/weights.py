@@ -19,8 +19,8 @@ from featherweight.codes import code_from, code_layout
 from featherweight.engine.families import UnsupportedModelError
 from featherweight.engine.network import Network
 from featherweight.errors import CheckpointError, FeatherError, FeatherWarning
-from featherweight.kernels.library import thread_count
 from featherweight.kernels.operators import PackedLinear, pack_dense, pack_linear
+from featherweight.kernels.threads import thread_count
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED = ("rotary_emb.inv_freq",)

@@ -32,7 +32,7 @@ from featherweight.errors import CheckpointError
 from featherweight.integrations.experts import PARTS
 from featherweight.integrations.modules import CodedModule
 from featherweight.integrations.replace import give_biases, replace_layers
-from featherweight.kernels.library import thread_count
+from featherweight.kernels.threads import thread_count
 
 BESIDE = re.compile(r"(^|\.)pooler\.")
 """Parts of an encoder that nothing else reads: without them the rest is still the model."""

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable
 
 from featherweight.kernels import library
-from featherweight.kernels.library import thread_count
+from featherweight.kernels.threads import thread_count
 from featherweight.memory import available_bytes
 
 READ_BYTES = 3 << 29
