@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-NATIVE := CMakeLists.txt $(wildcard src/featherweight/kernels/native/*)
+NATIVE := CMakeLists.txt $(wildcard src/featherweight/native/cpp/*)
 THREADS ?= 2
 COUNT ?= 40
 

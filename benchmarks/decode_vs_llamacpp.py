@@ -37,9 +37,9 @@ from typing import Any
 from synthetic_folder import VARIANTS, shapes, write_folder
 from turns import PEERS, Contestant, Server, clean_environment, ratios, run_heat, why
 
-from featherweight.evaluate.size import measure_size
-from featherweight.evaluate.speed import read_bandwidth
-from featherweight.kernels.measure import bf16_peak, int8_peak
+from featherweight.native.measure import bf16_peak, int8_peak
+from featherweight.storage.checkpoint.size import measure_size
+from featherweight.tasks.evaluate.speed import read_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_CPP = "0.3.36"

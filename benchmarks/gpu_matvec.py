@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.codes.base import Code
-from featherweight.codes.codebook import Codebook
-from featherweight.codes.hadamard import Hadamard
-from featherweight.codes.sherry import Sherry
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
-from featherweight.kernels import triton as gpu
-from featherweight.kernels.triton.operators import int8_product
+from featherweight.model.products import triton as gpu
+from featherweight.model.products.triton.operators import int8_product
+from featherweight.storage.codes.base import Code
+from featherweight.storage.codes.codebook import Codebook
+from featherweight.storage.codes.hadamard import Hadamard
+from featherweight.storage.codes.sherry import Sherry
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
 
 GROUP = 128
 WARM_BYTES = 4  # times the second-level cache that the copies of a matrix take

@@ -33,7 +33,7 @@ SHAPE = {"hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 6,
 EACH = 5  # signals that a script gets
 SCRIPT = """
 import sys, time
-from featherweight.engine.model import NativeModel
+from featherweight.model.decoder.model import NativeModel
 model = NativeModel.open(sys.argv[1], threads=int(sys.argv[3]), precision="float")
 tokens = list(range(3, 203)) * (35 if sys.argv[2] == "prompt" else 1)
 for left in reversed(range(int(sys.argv[4]))):
@@ -172,11 +172,11 @@ def main() -> None:
         for number in range(options.runs // 2 // EACH):
             waits = [draw.uniform(0.0, options.longest) for _ in range(EACH)]
             runs += interrupt_script(scripts[number % len(scripts)], model, options.threads, waits)
-            tell(runs[-EACH:])
+            notify(runs[-EACH:])
         for number in range(options.runs // 2):
             kind = commands[number % len(commands)]
             runs.append(interrupt_command(kind, model, options.threads, draw.uniform(0.0, options.longest)))
-            tell(runs[-1:])
+            notify(runs[-1:])
     print(f"{'':<32} {'runs':>5} {'stopped, 130, clean':>20} {'within 0.2 s':>13} {'median s':>9} {'longest s':>10}")
     for kind in [*scripts, *commands]:
         show(kind, [run for run in runs if run.kind == kind])
@@ -194,7 +194,7 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(report, indent=1))
 
 
-def tell(runs: list[Run]) -> None:
+def notify(runs: list[Run]) -> None:
     for run in runs:
         print(
             f"{run.kind}: {run.code}, {run.seconds:.3f} s{'' if run.clean else ', not clean'}",

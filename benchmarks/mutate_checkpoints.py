@@ -51,7 +51,7 @@ def main() -> None:
             return
         begun = time.perf_counter()
         progress = Progress(arguments.count)
-        results = run_many(range(arguments.seed, arguments.seed + arguments.count), bases, work, progress.tell)
+        results = run_many(range(arguments.seed, arguments.seed + arguments.count), bases, work, progress.notify)
         seconds = time.perf_counter() - begun
     show(results)
     used = os.times().children_user + os.times().children_system
@@ -68,7 +68,7 @@ class Progress:
     def __init__(self, count: int) -> None:
         self.count, self.done, self.faulty = count, 0, 0
 
-    def tell(self, result: Result) -> None:
+    def notify(self, result: Result) -> None:
         self.done += 1
         self.faulty += bool(result.faults)
         for rule, words in result.faults:

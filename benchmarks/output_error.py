@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import featherweight
-from featherweight.evaluate.evaluation import bundled_text
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.recipe import load_recipe
+from featherweight.tasks.evaluate.evaluation import bundled_text
 
 REFERENCE = Path(__file__).parents[1] / "src" / "featherweight" / "assets" / "reference"
 
@@ -87,7 +87,9 @@ def main() -> None:
                 recipe = load_recipe(preset)
                 changes = list(options.changes) if preset != options.presets[0] else []
                 changes += [f"calibration.seed={seed}"] if recipe.calibrated else []
-                featherweight.compress(options.model, preset, out, seed=seed, threads=options.threads, changes=changes)
+                featherweight.tasks.compress(
+                    options.model, preset, out, seed=seed, threads=options.threads, changes=changes
+                )
                 compressed, _ = featherweight.load(out, dtype="float32")
                 found = errors(original, compressed, inputs)
             results.setdefault(preset, {})[seed] = statistics.fmean(found.values())

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featherweight.kernels import library
-from featherweight.kernels.ptqtp import TritPlaneSettings, solve_trit_planes
+from featherweight.native import library
+from featherweight.native.ptqtp import TritPlaneSettings, solve_trit_planes
 
 CASES = {
     "K=1": TritPlaneSettings(planes=1),

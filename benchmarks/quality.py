@@ -63,8 +63,8 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 
 def run_missing(options: argparse.Namespace, log: Path) -> None:
-    from featherweight.evaluate.evaluation import evaluate
-    from featherweight.quantize.recipe import load_recipe, presets
+    from featherweight.methods.recipe import load_recipe, presets
+    from featherweight.tasks.evaluate.evaluation import evaluate
 
     done = {(run["preset"], run["seed"]) for run in read(log)}
     if ("original", 0) not in done:
@@ -98,8 +98,8 @@ def run_missing(options: argparse.Namespace, log: Path) -> None:
 
 
 def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace) -> dict[str, Any]:
-    from featherweight.compress.engine import compress
-    from featherweight.evaluate.evaluation import evaluate
+    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.evaluate.evaluation import evaluate
 
     out = options.out / f"{name}-{seed}"
     changes = [*options.changes, *([f"calibration.seed={seed}"] if calibrated else [])]

@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featherweight
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.calibrate.text import windows as calibration_windows
-from featherweight.evaluate.evaluation import Evaluation, evaluate
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.recipe import load_recipe
+from featherweight.model.text.windows import windows as calibration_windows
+from featherweight.tasks.evaluate.evaluation import Evaluation, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"

@@ -57,9 +57,9 @@ def our_sweep(weight: Tensor, hessian: Tensor, job: dict[str, Any]) -> tuple[Ten
 
     Static groups, as llm-compressor's: ranges of the weights as they are, whatever the order of the columns.
     """
-    from featherweight.quantize.base import SolveOptions
-    from featherweight.quantize.grids.uniform import UniformGrid
-    from featherweight.quantize.sweep import SweepSettings, sweep
+    from featherweight.methods.quantize.base import SolveOptions
+    from featherweight.methods.quantize.grids.uniform import UniformGrid
+    from featherweight.methods.quantize.sweep import SweepSettings, sweep
 
     grid = UniformGrid(bits=job["bits"], group_size=job["group"], symmetric=job["symmetric"])
     settings = SweepSettings(groups="static", order="activation" if job["actorder"] else "none")

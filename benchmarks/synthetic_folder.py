@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featherweight.checkpoint.format import quantization_config
-from featherweight.checkpoint.writer import blob_of, write_safetensors
-from featherweight.codes import Code
-from featherweight.codes.hadamard import Hadamard
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
-from featherweight.kernels.packing import pack_bits, pack_trits
+from featherweight.native.packing import pack_bits, pack_trits
+from featherweight.storage.checkpoint.format import quantization_config
+from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.hadamard import Hadamard
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL = 5 * (1 << 20)  # weights; a multiple of five and of eight

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("src/featherweight")
-NATIVE = ("tests/kernels/test_library.py", "tests/kernels/operators", "tests/engine/test_compressed.py")
+NATIVE = ("tests/native/test_library.py", "tests/kernels/operators", "tests/decoder/test_compressed.py")
 ALWAYS = ("tests/test_docs.py",)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from featherweight.compress.methods import choices_table, cost_text, method_table
+from featherweight.tasks.compress.methods import choices_table, cost_text, method_table
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featherweight.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 
 
 def flip_bit(path: Path, tensor: str | None = None, byte: int = 0) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from featherweight.evaluate import evaluation
-from featherweight.quantize.base import HeldWeight, SolveOptions
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
 from featherweight.registry import registered
+from featherweight.tasks.evaluate import evaluation
 from models import make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

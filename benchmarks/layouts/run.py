@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from synthetic_folder import Pool, planes, uniform
 
-from featherweight.codes import Code
-from featherweight.codes.dense import Dense
-from featherweight.codes.hadamard import Hadamard
-from featherweight.kernels.measure import read_bandwidth
-from featherweight.kernels.operators import pack_code
-from featherweight.kernels.operators import source as native
+from featherweight.model.products import pack_code
+from featherweight.model.products import source as native
+from featherweight.native.measure import read_bandwidth
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.hadamard import Hadamard
 
 SOURCE = Path(__file__).resolve().parent / "layouts.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread")

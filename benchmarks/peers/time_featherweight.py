@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from featherweight.evaluate.speed import Runner, bytes_read_per_token, open_runner
+from featherweight.tasks.evaluate.speed import Runner, bytes_read_per_token, open_runner
 
 
 def prefill(runner: Runner, tokens: int) -> float:

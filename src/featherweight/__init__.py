@@ -2,6 +2,10 @@
 
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
+
+What users import is here: the calls `compress`, `evaluate`, `load`; `Recipe`; the errors. The rooms behind it are,
+from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; docs/architecture.md is
+their plan.
 """
 
 from __future__ import annotations
@@ -11,13 +15,50 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import (
+    CalibrationError,
+    CheckpointError,
+    EvaluationError,
+    FeatherError,
+    FeatherWarning,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
 from featherweight.integrations.hooks import install
+from featherweight.version import __version__
 
 if TYPE_CHECKING:
-    from featherweight.api import compress, evaluate, load
+    from featherweight.integrations.load import load
+    from featherweight.methods.recipe import Recipe, load_recipe
+    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.evaluate.evaluation import evaluate
 
-__all__ = ["__version__", "compress", "evaluate", "load"]
-__version__ = "0.1.0"
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "EvaluationError",
+    "FeatherError",
+    "FeatherWarning",
+    "NonFiniteError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "compress",
+    "evaluate",
+    "load",
+    "load_recipe",
+]
+
+LATER = {
+    "compress": "featherweight.tasks.compress.engine",
+    "evaluate": "featherweight.tasks.evaluate.evaluation",
+    "load": "featherweight.integrations.load",
+    "Recipe": "featherweight.methods.recipe",
+    "load_recipe": "featherweight.methods.recipe",
+}
+"""Names that are imported when they are asked for -> where they are."""
 
 
 def _wait_asleep() -> None:
@@ -36,8 +77,8 @@ install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compress", "evaluate", "load"):
-        return getattr(import_module("featherweight.api"), name)
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
 
 

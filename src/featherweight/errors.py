@@ -23,6 +23,10 @@ class RecipeError(FeatherError):
     """A recipe is wrong; the text names the field and, for a misspelling, the nearest valid name."""
 
 
+class CalibrationError(FeatherError):
+    """Calibration cannot be done with this model, text or setting."""
+
+
 class OutputError(FeatherError):
     """The output cannot be written, or exists already."""
 

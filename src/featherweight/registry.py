@@ -1,4 +1,4 @@
-"""Names to classes, for codes and for every axis of the recipe space.
+"""Names to classes, for codes, statistics and every axis of the recipe space.
 
 A choice on an axis is one file in the axis's package, whose class carries `@register(axis, name)`. The packages are
 scanned on first use, so adding a choice touches no list anywhere.
@@ -19,12 +19,13 @@ from featherweight.errors import RecipeError
 T = TypeVar("T", bound=type)
 
 PACKAGES = {
-    "code": "featherweight.codes",
-    "transform": "featherweight.quantize.transforms",
-    "grid": "featherweight.quantize.grids",
-    "rounding": "featherweight.quantize.rounding",
-    "correction": "featherweight.quantize.corrections",
-    "allocation": "featherweight.budget",
+    "code": "featherweight.storage.codes",
+    "transform": "featherweight.methods.quantize.transforms",
+    "grid": "featherweight.methods.quantize.grids",
+    "rounding": "featherweight.methods.quantize.rounding",
+    "correction": "featherweight.methods.quantize.corrections",
+    "allocation": "featherweight.methods.budget",
+    "statistic": "featherweight.methods.calibrate.statistics",
 }
 
 _entries: dict[str, dict[str, type]] = {axis: {} for axis in PACKAGES}

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.calibrate.runner import Calibration
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.checkpoint.anatomy import read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.methods.calibrate.runner import Calibration
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.storage.checkpoint.anatomy import read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from models import FAMILIES, VOCABULARY, make_tiny
 
 SMALL = CalibrationSettings(batch_tokens=48, starved_tokens=0, starved_floor=1)

@@ -12,11 +12,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from featherweight.calibrate.errors import CalibrationError
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.calibrate.statistics import StatisticsFile, load_statistics, save_statistics
-from featherweight.checkpoint.anatomy import read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.errors import CalibrationError
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.calibrate.statistics_file import StatisticsFile, load_statistics, save_statistics
+from featherweight.storage.checkpoint.anatomy import read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 NEEDS = ("gram", "mean_abs")
 
@@ -111,7 +111,7 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
     tensors["transformer.wte.weight"][token, 3] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     told: list[dict[str, object]] = []
-    with n.opened("gpt2", path=broken, tell=told.append) as calibration:
+    with n.opened("gpt2", path=broken, notify=told.append) as calibration:
         session = next(calibration.blocks())
         name = session.names[0]
         found = session.gather([name], ("gram",))[name]
@@ -167,7 +167,7 @@ def test_a_base_class_without_head(tmp_path: Path) -> None:
 
     path = make_tiny("bert", tmp_path / "b", torch.float32, model_class="BertModel")
     checkpoint = Checkpoint.open(path)
-    from featherweight.calibrate.runner import Calibration
+    from featherweight.methods.calibrate.runner import Calibration
 
     with Calibration.open(checkpoint, read_anatomy(checkpoint), n.ids(), n.SMALL) as calibration:
         assert type(calibration.host.model).__name__ == "BertModel"

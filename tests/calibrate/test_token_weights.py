@@ -11,12 +11,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featherweight.calibrate import query_blocks
-from featherweight.calibrate.accumulate import Accumulator
-from featherweight.calibrate.errors import CalibrationError
-from featherweight.calibrate.session import BlockSession
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.calibrate.token_weights import attention_weights, normalised, received, text_scores
+from featherweight.errors import CalibrationError
+from featherweight.methods.calibrate.accumulate import Accumulator
+from featherweight.methods.calibrate.session import BlockSession
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.calibrate.token_weights import attention_weights, normalised, received, text_scores
+from featherweight.model.network import query_blocks
 from models import FAMILIES as MODELS
 
 CPU = torch.device("cpu")
@@ -213,7 +213,7 @@ def test_expansion_rolls_every_window() -> None:
 
 
 def test_weights_need_a_language_model() -> None:
-    from featherweight.calibrate.runner import Calibration
+    from featherweight.methods.calibrate.runner import Calibration
 
     with pytest.raises(CalibrationError, match="token_weights"):
         Calibration.of_module(

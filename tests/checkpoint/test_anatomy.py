@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
-from featherweight.checkpoint.anatomy.family import declared_families, find_family
-from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.errors import CheckpointError
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.storage.checkpoint.anatomy.family import declared_families, find_family
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from models import FAMILIES, make_tiny
 
 ATTENTION = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}]

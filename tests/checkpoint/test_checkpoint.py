@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from featherweight.errors import CheckpointError
+from featherweight.storage.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

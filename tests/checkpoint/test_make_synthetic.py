@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from featherweight.checkpoint.anatomy import read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.anatomy import read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_synthetic.py"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint.checkpoint import INDEX_NAME, Checkpoint
-from featherweight.checkpoint.prefixes import unwrapped
-from featherweight.checkpoint.resolve import resolve
 from featherweight.errors import CheckpointError
+from featherweight.storage.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from featherweight.storage.checkpoint.prefixes import unwrapped
+from featherweight.storage.checkpoint.resolve import resolve
 from models import make_tiny
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from featherweight.checkpoint.safetensors_file import MAX_HEADER_BYTES, Entry, SafetensorsFile
 from featherweight.errors import CheckpointError
+from featherweight.storage.checkpoint.safetensors_file import MAX_HEADER_BYTES, Entry, SafetensorsFile
 
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -283,7 +283,7 @@ def test_invented_headers(tmp_path_factory: pytest.TempPathFactory, header: dict
 RSS_SCRIPT = """
 import sys, torch
 from pathlib import Path
-from featherweight.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 def resident():  # file-mapped pages count
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 rows, columns, step = 1 << 15, 5000, 1 << 10

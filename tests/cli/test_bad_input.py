@@ -18,9 +18,9 @@ from feather_command import feather, feather_here
 from safetensors.torch import load_file, save_file
 
 from damage import flip_bit
-from featherweight.checkpoint.verify import verify
 from featherweight.errors import CheckpointError
-from featherweight.evaluate.size import measure_size
+from featherweight.storage.checkpoint.size import measure_size
+from featherweight.tasks.analyse.verify import verify
 from models import make_tiny
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -358,8 +358,8 @@ def test_generate(model: Path, bert: Path) -> None:
 
 
 def test_verify_finds_a_flipped_bit_in_every_tensor(compressed: Path, tmp_path: Path) -> None:
-    from featherweight.checkpoint.safetensors_file import SafetensorsFile
-    from featherweight.checkpoint.verify import verify
+    from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+    from featherweight.tasks.analyse.verify import verify
 
     folder = Path(shutil.copytree(compressed, tmp_path / "folder"))
     path = folder / "model.safetensors"
@@ -381,8 +381,8 @@ def test_verify_finds_a_flipped_bit_in_every_tensor(compressed: Path, tmp_path: 
 
 def test_verify_finds_a_flipped_bit_in_the_header(compressed: Path, tmp_path: Path) -> None:
     """A header that still can be read must not pass for whole."""
-    from featherweight.checkpoint.verify import verify
     from featherweight.errors import CheckpointError
+    from featherweight.tasks.analyse.verify import verify
 
     folder = Path(shutil.copytree(compressed, tmp_path / "folder"))
     path = folder / "model.safetensors"

@@ -256,7 +256,7 @@ def test_methods(tmp_path: Path) -> None:
 
 
 def test_bench(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featherweight.evaluate.speed.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("featherweight.tasks.evaluate.speed.BUFFER_BYTES", 1 << 20)
     report = tmp_path / "bench.json"
     done = feather_here("bench", compressed, "--threads", 1, "--json", report)
     assert done.code == 0, done.errors
@@ -298,7 +298,7 @@ def test_starting_imports_nothing_heavy() -> None:
 
 
 def test_threads_reach_the_kernels(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featherweight.kernels import library
+    from featherweight.native import library
 
     asked: list[int] = []
 

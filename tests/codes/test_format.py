@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featherweight.codes import UnknownCodeError, code_from, code_layout
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
+from featherweight.storage.codes import UnknownCodeError, code_from, code_layout
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
 
 
 def test_base3_bytes_run_over_row_ends() -> None:

@@ -12,14 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherweight.checkpoint.safetensors_file import SafetensorsFile
-from featherweight.checkpoint.writer import blob_of, write_safetensors
-from featherweight.codes import Code, UnknownCodeError, code_from, code_layout
-from featherweight.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
-from featherweight.codes.codebook import Codebook
-from featherweight.codes.column_scaled import ColumnScaled
-from featherweight.codes.dense import Dense
-from featherweight.codes.hadamard import (
+from featherweight.model.layers.activations import quantized_inputs
+from featherweight.model.layers.modules import FeatherLinear
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
+from featherweight.storage.codes import Code, UnknownCodeError, code_from, code_layout
+from featherweight.storage.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
+from featherweight.storage.codes.codebook import Codebook
+from featherweight.storage.codes.column_scaled import ColumnScaled
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.hadamard import (
     Hadamard,
     hadamard_transform,
     kernel_order,
@@ -29,18 +31,16 @@ from featherweight.codes.hadamard import (
     rotate_back,
     splitmix64,
 )
-from featherweight.codes.low_rank import LowRank
-from featherweight.codes.offset_trits import OffsetTrits
-from featherweight.codes.permuted import Permuted, inverse_order
-from featherweight.codes.quantized_input import QuantizedInput
-from featherweight.codes.sparse import Sparse
-from featherweight.codes.sum import Sum
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
-from featherweight.compress.plan import describe_code
-from featherweight.evaluate.levels import histogram_of
-from featherweight.integrations.modules import FeatherLinear
-from featherweight.quantize.activations import quantized_inputs
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.offset_trits import OffsetTrits
+from featherweight.storage.codes.permuted import Permuted, inverse_order
+from featherweight.storage.codes.quantized_input import QuantizedInput
+from featherweight.storage.codes.sparse import Sparse
+from featherweight.storage.codes.sum import Sum
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
+from featherweight.tasks.analyse.levels import histogram_of
+from featherweight.tasks.compress.plan import describe_code
 
 SHAPES = [(8, 24), (7, 20), (5, 13), (3, 1), (1, 40)]
 

@@ -13,12 +13,12 @@ import yaml
 from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 from featherweight import load
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.engine import compress
-from featherweight.compress.inspect import inspect_folder
-from featherweight.compress.plan import Plan, make_plan
 from featherweight.errors import FeatherError
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.recipe import load_recipe
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.analyse.inspect import inspect_folder
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.plan import Plan, make_plan
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 SMALL = ("calibration.sequences=8", "calibration.length=64", "calibration.held_out=0.25")
@@ -119,7 +119,7 @@ def test_every_family_runs(tiny: Callable[..., Path], tmp_path: Path, options: d
 def test_statistics_are_gathered_once_and_used_again(
     llama: Path, tmp_path: Path, options: dict[str, Any], text: Path
 ) -> None:
-    from featherweight.compress.gather import gather_statistics
+    from featherweight.tasks.compress.gather import gather_statistics
 
     file = tmp_path / "statistics.safetensors"
     changes = {
@@ -221,7 +221,7 @@ def test_too_little_memory_is_told_before_the_work(
     advice: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("featherweight.compress.plan.available_bytes", lambda: 10**7)
+    monkeypatch.setattr("featherweight.tasks.compress.plan.available_bytes", lambda: 10**7)
     options["changes"] += changes
     with pytest.raises(
         FeatherError, match=r"recipe rtn-3 needs about 0\.\d GB of memory .* 0\.0 GB are free"
@@ -241,7 +241,7 @@ def test_too_little_memory_is_told_before_the_work(
 def test_a_stated_limit_overrules_the_free_memory(
     llama: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featherweight.compress.plan.available_bytes", lambda: 10**7)
+    monkeypatch.setattr("featherweight.tasks.compress.plan.available_bytes", lambda: 10**7)
     assert compress(llama, out=tmp_path / "out", max_memory="64GB", **options).layers
     free = compress(llama, "rtn-3", tmp_path / "free", changes=("grid.group_size=32",))  # runs no network
     assert free.layers

@@ -14,19 +14,19 @@ from outputs import contents
 from torch import Tensor
 
 import featherweight
-from featherweight.checkpoint.anatomy import LinearLayer, read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import module_specs
-from featherweight.checkpoint.verify import verify
-from featherweight.codes import code_from, code_layout
-from featherweight.compress import engine
-from featherweight.compress import plan as plan_module
-from featherweight.compress.engine import Compression, compress
-from featherweight.compress.inspect import inspect_folder
-from featherweight.compress.plan import make_plan, parse_size
 from featherweight.errors import CheckpointError, FeatherError, NonFiniteError, RecipeError
-from featherweight.evaluate.size import measure_size
-from featherweight.quantize.recipe import load_recipe, presets, recipe_from
+from featherweight.methods.recipe import load_recipe, presets, recipe_from
+from featherweight.storage.checkpoint.anatomy import LinearLayer, read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.format import module_specs
+from featherweight.storage.checkpoint.size import measure_size
+from featherweight.storage.codes import code_from, code_layout
+from featherweight.tasks.analyse.inspect import inspect_folder
+from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.compress import engine
+from featherweight.tasks.compress import plan as plan_module
+from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.plan import make_plan, parse_size
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tokenizer": True}),
@@ -429,6 +429,6 @@ def test_compressed_models_are_refused(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_the_python_interface_works_more_than_once(tiny: Any, tmp_path: Path) -> None:
-    """Importing the package `featherweight.compress` must not hide the function of that name."""
+    """Importing the package `featherweight.tasks.compress` must not hide the function of that name."""
     for _ in range(2):
-        assert featherweight.compress(tiny("llama"), "rtn-4", tmp_path / "out").out == tmp_path / "out"
+        assert featherweight.tasks.compress(tiny("llama"), "rtn-4", tmp_path / "out").out == tmp_path / "out"

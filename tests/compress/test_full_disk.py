@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
-from featherweight.compress import engine
-from featherweight.compress.engine import compress
-from featherweight.compress.run import RUN_SUFFIX
 from featherweight.errors import OutputError
+from featherweight.storage.run.folder import RUN_SUFFIX
+from featherweight.tasks.compress import engine
+from featherweight.tasks.compress.engine import compress
 
 Mount = Callable[[str, int], Path]
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}

@@ -14,9 +14,10 @@ import pytest
 import torch
 from outputs import assert_only_output, contents, log_events
 
-from featherweight.compress import engine, training_file
-from featherweight.compress.engine import compress
 from featherweight.errors import OutputError
+from featherweight.storage.run import training_state as training_file
+from featherweight.tasks.compress import engine
+from featherweight.tasks.compress.engine import compress
 from models import make_tiny
 
 FEW = ("calibration.sequences=6", "calibration.length=32")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes import Code
-from featherweight.codes.dense import Dense
-from featherweight.compress.solve import drift_error, output_error
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.dense import Dense
+from featherweight.tasks.compress.solve import drift_error, output_error
 
 
 def random(*shape: int, seed: int) -> Tensor:

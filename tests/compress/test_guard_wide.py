@@ -11,17 +11,17 @@ import torch
 from outputs import Stop, assert_only_output, contents, log_events, stopping
 from safetensors.torch import load_file
 
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.calibrate.text import windows
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.calibrated import compared
-from featherweight.compress.data import calibration_needs, tokenizer_of
-from featherweight.compress.engine import Compression, compress
-from featherweight.quantize import training
-from featherweight.quantize.corrections.scale_tuning import ScaleTuning
-from featherweight.quantize.recipe import load_recipe, presets
-from featherweight.quantize.rounding import flexround
-from featherweight.quantize.transforms.rotation import ResidualRotation
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.learn import loop as training
+from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
+from featherweight.methods.quantize.rounding import flexround
+from featherweight.methods.quantize.transforms.rotation import ResidualRotation
+from featherweight.methods.recipe import load_recipe, presets
+from featherweight.model.text.windows import windows
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.compress.calibrated import compared
+from featherweight.tasks.compress.data import calibration_needs, tokenizer_of
+from featherweight.tasks.compress.engine import Compression, compress
 from models import make_tiny
 
 LENGTH, COUNT, HELD_OUT = 48, 16, 4

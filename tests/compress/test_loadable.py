@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from featherweight.api import compress
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.loadable import loading_note
+from featherweight import compress
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.compress.loadable import loading_note
 from models import FAMILIES, make_tiny
 
 
@@ -75,8 +75,8 @@ def test_the_note_is_told_and_the_output_is_made(folder: Path, tmp_path: Path) -
 def test_usual_configurations_do_not_import_transformers(tmp_path: Path) -> None:
     folders = [str(make_tiny(family, tmp_path / family)) for family in FAMILIES]
     program = (
-        "import sys\nfrom featherweight.checkpoint.checkpoint import Checkpoint\n"
-        "from featherweight.compress.loadable import loading_note\n"
+        "import sys\nfrom featherweight.storage.checkpoint.checkpoint import Checkpoint\n"
+        "from featherweight.tasks.compress.loadable import loading_note\n"
         "for folder in sys.argv[1:]:\n"
         "    with Checkpoint.open(folder) as checkpoint:\n"
         "        assert loading_note(checkpoint) is None, folder\n"

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from outputs import Stop, assert_only_output, contents, stopping
 
-from featherweight.compress.engine import compress
-from featherweight.compress.run import RUN_SUFFIX
 from featherweight.errors import OutputError
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.recipe import load_recipe
+from featherweight.storage.run.folder import RUN_SUFFIX
+from featherweight.tasks.compress.engine import compress
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.engine import compress
-from featherweight.compress.plan import make_plan
-from featherweight.compress.refusals import check_recipe
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import Correction
-from featherweight.quantize.recipe import load_recipe, presets, recipe_from
+from featherweight.methods.quantize.base import Correction
+from featherweight.methods.recipe import load_recipe, presets, recipe_from
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.plan import make_plan
+from featherweight.tasks.compress.refusals import check_recipe
 
 UNIFORM = {"kind": "uniform", "bits": 4}
 TUNING = {"kind": "scale-tuning", "against": "model"}
@@ -114,7 +114,7 @@ def test_an_unknown_statistic_is_named_before_anything_is_gathered() -> None:
 def test_statistics_that_cannot_serve_are_refused_before_the_weights_are_read(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featherweight.compress import engine
+    from featherweight.tasks.compress import engine
 
     def too_late(*_: Any) -> None:
         pytest.fail("weights were read first")

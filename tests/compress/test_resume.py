@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, start, stopping
 
-from featherweight.checkpoint.verify import verify
-from featherweight.compress.engine import compress
-from featherweight.compress.run import RUN_SUFFIX
 from featherweight.errors import OutputError
+from featherweight.storage.run.folder import RUN_SUFFIX
+from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.compress.engine import compress
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 

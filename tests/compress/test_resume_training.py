@@ -11,12 +11,12 @@ import pytest
 import torch
 from outputs import Stop, assert_only_output, contents, die, in_process, log_events, stopping
 
-from featherweight.compress import training_file
-from featherweight.compress.engine import compress
-from featherweight.compress.run import RUN_SUFFIX
-from featherweight.compress.training_file import TrainingFile
 from featherweight.errors import OutputError
-from featherweight.quantize.access import TrainingState
+from featherweight.storage.run import training_state as training_file
+from featherweight.storage.run.folder import RUN_SUFFIX
+from featherweight.storage.run.training_state import TrainingFile
+from featherweight.storage.run.training_store import TrainingState
+from featherweight.tasks.compress.engine import compress
 
 CHANGES = ("calibration.sequences=16", "calibration.length=48", "grid.group_size=32")
 TRAININGS: dict[str, dict[str, Any]] = {

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.checkpoint.anatomy import LinearLayer
-from featherweight.codes import Code
-from featherweight.codes.dense import Dense
-from featherweight.compress.plan import Job
-from featherweight.compress.solve import InputGroup, solve_layer
-from featherweight.quantize.base import Correction, HeldWeight, SolveOptions, Statistics, restricted
-from featherweight.quantize.corrections.low_rank import LowRankCorrection
-from featherweight.quantize.corrections.outliers import DenseAndSparse
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import Recipe
-from featherweight.quantize.transforms.hadamard import HadamardTransform
+from featherweight.methods.calibrate.statistics import Statistics, restricted
+from featherweight.methods.quantize.base import Correction, HeldWeight, SolveOptions
+from featherweight.methods.quantize.corrections.low_rank import LowRankCorrection
+from featherweight.methods.quantize.corrections.outliers import DenseAndSparse
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.transforms.hadamard import HadamardTransform
+from featherweight.methods.recipe import Recipe
+from featherweight.storage.checkpoint.anatomy import LinearLayer
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.dense import Dense
+from featherweight.tasks.compress.plan import Job
+from featherweight.tasks.compress.solve import InputGroup, solve_layer
 
 
 class FirstColumns(Correction):
@@ -105,5 +106,5 @@ def test_a_statistic_of_unknown_axes_is_refused_by_name() -> None:
     assert {name: tuple(value.shape) for name, value in cut.items()} == {
         "gram": (3, 3), "mean": (3,), "inputs": (3, 3), "tokens": (),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="'variance'.*STATISTIC_AXES"):
+    with pytest.raises(ValueError, match="'variance'.*known are base, cross"):
         restricted({"variance": torch.ones(8)}, 2, 5)

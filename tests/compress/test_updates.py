@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from featherweight.checkpoint.anatomy import read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.engine import compress
-from featherweight.compress.updates import model_update_range, updates_of
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import SolveOptions
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.quantize.base import SolveOptions
+from featherweight.methods.recipe import load_recipe
+from featherweight.storage.checkpoint.anatomy import read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.updates import model_update_range, updates_of
 
 NARROW = SolveOptions(window_bytes=2048)  # a few rows at a time
 CHANGES = ["calibration.sequences=8", "calibration.length=32", "transforms=[{kind: quantlrm, search_tokens: 64}]"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import featherweight.integrations.transformers  # noqa: F401  # teaches transformers the format
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.verify import verify
-from featherweight.compress.engine import compress
-from featherweight.engine.network import network_of
-from featherweight.engine.weights import load_weights
-from featherweight.quantize.recipe import load_recipe, recipe_from
+from featherweight.methods.recipe import load_recipe, recipe_from
+from featherweight.model.decoder.network import network_of
+from featherweight.model.decoder.weights import load_weights
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.compress.engine import compress
 from models import make_tiny
 
 CHANGES = ["calibration.sequences=16", "calibration.length=48"]

@@ -15,9 +15,9 @@ import transformers
 from known_models import Characters, Sinking, random_bigram
 
 from featherweight.errors import EvaluationError
-from featherweight.evaluate import bundled_text
-from featherweight.evaluate.evaluation import check_causal, evaluate, own_context, tokenizer_sha256
-from featherweight.evaluate.perplexity import LogitsReader
+from featherweight.tasks.evaluate import bundled_text
+from featherweight.tasks.evaluate.evaluation import check_causal, evaluate, own_context, tokenizer_sha256
+from featherweight.tasks.evaluate.perplexity import LogitsReader
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 26}
 LLAMA = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -113,7 +113,7 @@ def test_without_an_original_kl_is_null(letters: Path) -> None:
 
 
 def test_the_package_is_the_function_too(letters: Path) -> None:
-    import featherweight.evaluate as package
+    import featherweight.tasks.evaluate as package
 
     pair = (build("Llama", **LLAMA), Characters())
     assert package(pair, text=letters).perplexity == evaluate(pair, text=letters).perplexity  # type: ignore[operator]

@@ -12,10 +12,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from featherweight.errors import CheckpointError, EvaluationError
-from featherweight.evaluate import speed as speed_module
-from featherweight.evaluate.evaluation import evaluate
-from featherweight.evaluate.speed import measure_speed, read_bandwidth
-from featherweight.integrations.calls import cache_name
+from featherweight.system.transformers_calls import cache_name
+from featherweight.tasks.evaluate import speed as speed_module
+from featherweight.tasks.evaluate.evaluation import evaluate
+from featherweight.tasks.evaluate.speed import measure_speed, read_bandwidth
 from models import make_tiny
 
 LETTERS = "abcdefghijklmnop "

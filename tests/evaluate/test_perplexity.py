@@ -13,10 +13,10 @@ from known_models import Bigram, Counter, SoftCapped, random_bigram, uniform
 from torch import nn
 
 from featherweight.errors import EvaluationError
-from featherweight.evaluate import perplexity as perplexity_module
-from featherweight.evaluate.divergence import kl_divergence
-from featherweight.evaluate.perplexity import LogitsReader, Loss, measure
-from featherweight.evaluate.protocols import NAMES, protocol_named
+from featherweight.tasks.evaluate import perplexity as perplexity_module
+from featherweight.tasks.evaluate.divergence import kl_divergence
+from featherweight.tasks.evaluate.perplexity import LogitsReader, Loss, measure
+from featherweight.tasks.evaluate.protocols import NAMES, protocol_named
 
 VOCABULARY = 7
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featherweight.errors import EvaluationError
-from featherweight.evaluate.protocols import NAMES, Setting, protocol_named
+from featherweight.tasks.evaluate.protocols import NAMES, Setting, protocol_named
 
 
 def scored(name: str, tokens: int, context: int) -> list[tuple[int, int]]:

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherweight.codes.dense import Dense
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
 from featherweight.errors import OutputError
-from featherweight.evaluate import plots
-from featherweight.evaluate.levels import histogram_of, levels_of
-from featherweight.evaluate.report import Variant, write_report
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
+from featherweight.tasks.analyse.levels import histogram_of, levels_of
+from featherweight.tasks.evaluate import plots
+from featherweight.tasks.evaluate.report import Variant, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "cite"}

@@ -11,14 +11,14 @@ import torch
 from benchmarks.synthetic_folder import VARIANTS, write_folder
 
 import featherweight
-from featherweight.checkpoint.verify import verify
 from featherweight.cli.main import main
-from featherweight.engine.families import UnsupportedModelError
 from featherweight.errors import EvaluationError
-from featherweight.evaluate import speed
-from featherweight.evaluate.size import bytes_per_token, measure_size
-from featherweight.evaluate.speed import TransformersRunner, measure_speed
-from featherweight.kernels import measure
+from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.native import measure
+from featherweight.storage.checkpoint.size import bytes_per_token, measure_size
+from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.evaluate import speed
+from featherweight.tasks.evaluate.speed import TransformersRunner, measure_speed
 
 REFERENCE = Path(featherweight.__file__).parent / "assets" / "reference"
 REQUIRED = (
@@ -39,7 +39,7 @@ def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def needs_native() -> None:
-    from featherweight.engine import native
+    from featherweight.model.decoder import native
 
     try:
         native.functions()

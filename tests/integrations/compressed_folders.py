@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from featherweight.checkpoint.format import quantization_config
-from featherweight.codes.base import Code
-from featherweight.integrations.modules import CodedModule
+from featherweight.model.layers.modules import CodedModule
+from featherweight.storage.checkpoint.format import quantization_config
+from featherweight.storage.codes.base import Code
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -25,7 +25,7 @@ V5 = int(transformers.__version__.split(".")[0]) >= 5
 
 def uniform(weight: Tensor) -> Code:
     """4 bit, min-max, asymmetric, groups of 16 columns."""
-    from featherweight.codes.uniform import Uniform
+    from featherweight.storage.codes.uniform import Uniform
 
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -columns % 16)).view(rows, -1, 16)
@@ -38,7 +38,7 @@ def uniform(weight: Tensor) -> Code:
 
 def trit_planes(weight: Tensor) -> Code:
     """Two planes, groups of 16 columns: the sign where |w| is large, then a third of it by chance."""
-    from featherweight.codes.trit_planes import TritPlanes
+    from featherweight.storage.codes.trit_planes import TritPlanes
 
     rows, columns = weight.shape
     trits = torch.stack([weight.sign() * (weight.abs() > weight.abs().mean() * 0.7), torch.randn_like(weight).sign()])
@@ -47,7 +47,7 @@ def trit_planes(weight: Tensor) -> Code:
 
 
 def dense(weight: Tensor) -> Code:
-    from featherweight.codes.dense import Dense
+    from featherweight.storage.codes.dense import Dense
 
     return Dense(weight.bfloat16())
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featherweight
-from featherweight.checkpoint.accounting import is_whole
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.verify import verify
-from featherweight.compress.plan import make_plan
 from featherweight.errors import CheckpointError, FeatherWarning
-from featherweight.integrations.accounting import check_complete
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.recipe import load_recipe
+from featherweight.model.network.accounting import check_complete
+from featherweight.storage.checkpoint.accounting import is_whole
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.compress.plan import make_plan
 from models import FAMILIES, VOCABULARY, make_tiny
 
 Tensors = dict[str, Tensor]
@@ -176,7 +176,7 @@ def as_gptq(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize("change", [as_fp8, as_int8, as_gptq])
 def test_codes_without_a_quantization_config_are_refused(make: Make, change: Callable[[Tensors], None]) -> None:
-    from featherweight.engine.model import NativeModel
+    from featherweight.model.decoder.model import NativeModel
 
     folder = make("llama", change)
     refused(folder, "holds the codes of a quantised model .* config.json names no quantization_config")
@@ -230,7 +230,7 @@ def test_an_unmerged_adapter_is_refused(make: Make) -> None:
 
 
 def test_a_declared_family_under_other_names_is_not_taken_for_another(make: Make) -> None:
-    from featherweight.checkpoint.anatomy import read_anatomy
+    from featherweight.storage.checkpoint.anatomy import read_anatomy
 
     folder = make("llama", renamed(lambda name: name.replace("model.layers", "decoder.stack")))
     refused(folder, "lacks model.layers.0")
@@ -333,7 +333,7 @@ def test_a_config_that_transformers_cannot_read(make: Make) -> None:
 
 
 def test_only_headers_are_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featherweight.checkpoint.safetensors_file import SafetensorsFile
+    from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
@@ -348,7 +348,7 @@ def test_only_headers_are_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_accelerate(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    from featherweight.integrations import accounting
+    from featherweight.model.network import accounting
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else find(name, *a))

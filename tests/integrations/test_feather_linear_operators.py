@@ -17,14 +17,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from featherweight.codes import Code
-from featherweight.codes.quantized_input import QuantizedInput
-from featherweight.codes.sparse import Sparse
-from featherweight.codes.sum import Sum
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.codes.uniform import Uniform
 from featherweight.errors import CheckpointError
-from featherweight.integrations.modules import (
+from featherweight.model import products as operators
+from featherweight.model.layers.activations import quantized_inputs
+from featherweight.model.layers.modules import (
     FeatherConv1D,
     FeatherLinear,
     coded_class,
@@ -32,9 +28,13 @@ from featherweight.integrations.modules import (
     set_cache,
     set_precision,
 )
-from featherweight.kernels import operators
-from featherweight.memory import PAGEMAP, PRESENT, page_flags
-from featherweight.quantize.activations import quantized_inputs
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.quantized_input import QuantizedInput
+from featherweight.storage.codes.sparse import Sparse
+from featherweight.storage.codes.sum import Sum
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
+from featherweight.system.memory import PAGEMAP, PRESENT, page_flags
 
 pytestmark = pytest.mark.skipif(not operators.ready(), reason="the native library is not built")
 
@@ -262,7 +262,7 @@ def test_damage_is_reported_by_name() -> None:
 
 @torch.no_grad()
 def test_wrong_kernels_are_found_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from featherweight.kernels.operators import dispatch
+    from featherweight.model.products import dispatch
 
     for cached in (dispatch._trusted, dispatch._say_none):
         cached.cache_clear()
@@ -327,7 +327,7 @@ class FakeGpuOperand:
 def test_gpu_kernels_are_checked_before_they_are_used(
     factor: float, failure: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featherweight.kernels.operators import gpu
+    from featherweight.model.products import gpu
 
     code = QuantizedInput(trits(), 8, 64)
 

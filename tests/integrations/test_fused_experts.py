@@ -24,7 +24,7 @@ from compressed_folders import (
 from safetensors.torch import save_file
 
 from featherweight.errors import CheckpointError
-from featherweight.integrations.experts import ExpertStack
+from featherweight.model.layers.experts import ExpertStack
 
 SIZES = {
     "vocab_size": 97,

@@ -13,7 +13,7 @@ from compressed_folders import Folder
 from safetensors.torch import save_file
 
 from featherweight.errors import CheckpointError
-from featherweight.integrations.modules import FeatherLinear
+from featherweight.model.layers.modules import FeatherLinear
 
 LAYER = "model.layers.1.self_attn.q_proj"
 

@@ -24,7 +24,7 @@ from compressed_folders import (
 
 import featherweight
 from featherweight.errors import CheckpointError
-from featherweight.integrations.modules import CodedModule, FeatherLinear, set_cache
+from featherweight.model.layers.modules import CodedModule, FeatherLinear, set_cache
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import featherweight
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.compress.plan import make_plan
-from featherweight.engine.model import NativeModel
 from featherweight.errors import FeatherError, FeatherWarning
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.recipe import load_recipe
+from featherweight.model.decoder.model import NativeModel
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.tasks.compress.plan import make_plan
 from models import make_tiny
 
 COUNT = int(os.environ.get("FEATHERWEIGHT_MUTATIONS", "64"))

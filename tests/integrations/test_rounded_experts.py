@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor
 
 import featherweight.integrations.transformers  # noqa: F401  # teaches transformers the format
-from featherweight.codes.quantized_input import QuantizedInput
-from featherweight.compress.engine import compress
 from featherweight.errors import CheckpointError
-from featherweight.integrations.experts import ExpertStack, RoundingMatrix, expert_name, install_experts
-from featherweight.quantize.activations import quantized_inputs
-from featherweight.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.model.layers.activations import quantized_inputs
+from featherweight.model.layers.experts import ExpertStack, RoundingMatrix, expert_name, install_experts
+from featherweight.storage.codes.quantized_input import QuantizedInput
+from featherweight.tasks.compress.engine import compress
 from models import FAMILIES, make_tiny
 
 SHAPES: dict[str, dict[str, Any]] = {

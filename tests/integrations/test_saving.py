@@ -14,8 +14,8 @@ import transformers
 from compressed_folders import MODELS, V5, Folder, assert_same_logits, auto_class, from_pretrained, load_all, logits
 from safetensors import safe_open
 
-from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, VERSION_KEY
 from featherweight.integrations.transformers import FeatherConfig
+from featherweight.storage.checkpoint.format import FORMAT_VERSION, HASHES_KEY, VERSION_KEY
 
 WRITES_METADATA = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 57)
 

@@ -95,7 +95,7 @@ def run_many(
     numbers: Sequence[int],
     bases: Sequence[tuple[Base, Files]],
     work: Path,
-    tell: Any = lambda result: None,
+    notify: Any = lambda result: None,
     warm: bool = True,
 ) -> list[Result]:
     """All cases, in child processes one after the other; one that dies or hangs is a fault of its case.
@@ -107,7 +107,7 @@ def run_many(
     results = _warm(bases, work) if warm else []
     left = list(numbers)
     while left:
-        done, fault = _batch(left[:BATCH], bases, work, tell)
+        done, fault = _batch(left[:BATCH], bases, work, notify)
         results += done
         left = left[len(done) :]
         if fault is not None:
@@ -116,7 +116,7 @@ def run_many(
             theirs = rule.startswith("transformers alone")
             found = ([], [f"{rule}: {words}"]) if theirs else ([fault], [])
             results.append(Result(left[0], case.base.name, list(case.steps), "failed", *found))
-            tell(results[-1])
+            notify(results[-1])
             left = left[1:]
     return results
 
@@ -132,7 +132,7 @@ def _warm(bases: Sequence[tuple[Base, Files]], work: Path) -> list[Result]:
 
 
 def _batch(
-    numbers: Sequence[int], bases: Sequence[tuple[Base, Files]], work: Path, tell: Any
+    numbers: Sequence[int], bases: Sequence[tuple[Base, Files]], work: Path, notify: Any
 ) -> tuple[list[Result], tuple[str, str] | None]:
     """Results of a child, and (rule, words) where it ended before its time."""
     out, into = os.pipe()
@@ -155,7 +155,7 @@ def _batch(
         for line in lines:
             if line.startswith(b"{"):
                 results.append(Result(**json.loads(line)))
-                tell(results[-1])
+                notify(results[-1])
             else:
                 step = line.decode()
     os.close(out)

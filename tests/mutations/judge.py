@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.checkpoint.format import METHOD, module_specs
 from featherweight.errors import FeatherError
+from featherweight.storage.checkpoint.format import METHOD, module_specs
 from mutations import steps
 from mutations.files import Files
 from mutations.kinds import Case

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.engine.families import UnsupportedModelError
 from featherweight.errors import FeatherError
 from featherweight.integrations.loading import TOKENIZER_FILES
+from featherweight.model.decoder.families import UnsupportedModelError
 
 TOKENS = (256, 72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33, 10, 65, 66)
 TEXT = "Hello  world, <s>again</s> \u00e9\n\ttabs"
@@ -74,28 +74,28 @@ def attempt(function: Callable[[], Any]) -> Outcome:
 
 
 def plan(folder: Path) -> Any:
-    from featherweight.checkpoint.checkpoint import Checkpoint
-    from featherweight.compress.plan import make_plan
-    from featherweight.quantize.recipe import load_recipe
+    from featherweight.methods.recipe import load_recipe
+    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.tasks.compress.plan import make_plan
 
     with Checkpoint.open(folder) as checkpoint:
         return make_plan(checkpoint, load_recipe("rtn-8", ()), 1).summary()
 
 
 def verify(folder: Path) -> Any:
-    from featherweight.checkpoint.verify import verify
+    from featherweight.tasks.analyse.verify import verify
 
     return verify(folder)
 
 
 def inspect(folder: Path) -> Any:
-    from featherweight.compress.inspect import inspect_folder
+    from featherweight.tasks.analyse.inspect import inspect_folder
 
     return json.dumps(inspect_folder(folder))
 
 
 def decode(folder: Path) -> Tensor:
-    from featherweight.engine.model import NativeModel
+    from featherweight.model.decoder.model import NativeModel
 
     model = NativeModel.open(folder, threads=1, precision="float")
     if len(TOKENS) > model.context:
@@ -212,7 +212,7 @@ def evaluate(folder: Path) -> float:
     import featherweight
 
     text = evaluation_text(folder)
-    return float(featherweight.evaluate(folder, text=text, limit=40, dtype="float32", threads=1).perplexity)
+    return float(featherweight.tasks.evaluate(folder, text=text, limit=40, dtype="float32", threads=1).perplexity)
 
 
 def evaluation_text(folder: Path) -> Path:
@@ -233,8 +233,8 @@ def compress(folder: Path, out: Path, calibrated: bool) -> Tensor:
     if calibrated:
         text = evaluation_text(folder)
         changes = ("grid.bits=8", "calibration.sequences=3", "calibration.length=24")
-        featherweight.compress(folder, "gptq", out, changes=changes, calibration=text, threads=1)
+        featherweight.tasks.compress(folder, "gptq", out, changes=changes, calibration=text, threads=1)
     else:
-        featherweight.compress(folder, "rtn-8", out, threads=1)
+        featherweight.tasks.compress(folder, "rtn-8", out, threads=1)
     model, _ = featherweight.load(out, dtype="float32", attn_implementation="eager")
     return logits_of(model)

@@ -181,7 +181,7 @@ def test_refused(judged: Callable[[str, Change], Verdict], name: str, change: Ch
 
 def test_a_tokenizer_that_wants_more_than_text_is_no_useless_one(tmp_path: Path) -> None:
     from featherweight.errors import CheckpointError
-    from featherweight.text.tokenizer import refuse_useless
+    from featherweight.model.text.tokenizer import refuse_useless
 
     def wants_boxes(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         raise ValueError("Words must be of type `List[str]`, with a box for each")
@@ -193,8 +193,8 @@ def test_a_tokenizer_that_wants_more_than_text_is_no_useless_one(tmp_path: Path)
 
 
 def test_experts_keep_their_places() -> None:
-    from featherweight.checkpoint.prefixes import unwrapped
     from featherweight.errors import CheckpointError
+    from featherweight.storage.checkpoint.prefixes import unwrapped
 
     names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(3)]
     assert list(unwrapped(f"_orig_mod.{name}" for name in names).values()) == names
@@ -213,7 +213,7 @@ def test_a_folder_in_the_place_of_a_file(judged: Callable[[str, Change], Verdict
 
 
 def test_what_transformers_says_is_for_people() -> None:
-    from featherweight.integrations.calls import one_line
+    from featherweight.system.transformers_calls import one_line
 
     text = one_line(TypeError(f"expected {int}, got {dict}\n of \x1b[31mred torch.Size([2, 3])"))
     assert text == "TypeError expected int, got dict of ?[31mred [2, 3]"

@@ -119,7 +119,7 @@ def test_a_process_that_dies_is_a_fault_of_its_case(bases: Bases, work: Path, mo
 
 def test_what_is_wrong_is_found(bases: Bases, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules themselves: an engine that computes something else, and one that raises what is not ours."""
-    from featherweight.engine.model import NativeModel
+    from featherweight.model.decoder.model import NativeModel
 
     kept = [pair for pair in bases if pair[0].name == "llama-untied"]
     monkeypatch.setattr("mutations.kinds.all_kinds", lambda: {"nothing": lambda chance, files: "nothing"})

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes import Code
-from featherweight.codes.dense import Dense
-from featherweight.kernels import library
-from featherweight.quantize.base import NO_STATISTICS, Fit, Grid, SolveOptions, Statistics
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.sweep import SweepResult, SweepSettings, sweep
+from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
+from featherweight.methods.quantize.base import Fit, Grid, SolveOptions
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.sweep import SweepResult, SweepSettings, sweep
+from featherweight.native import library
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.dense import Dense
 
 EXACT = SolveOptions(backend="reference")
 NATIVE = library.get()

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes import code_from, code_layout
-from featherweight.codes.quantized_input import QuantizedInput
-from featherweight.integrations.modules import FeatherConv1D, FeatherLinear
-from featherweight.kernels.bit_planes import grouped_product
-from featherweight.quantize.activations import (
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.transforms.quantize_inputs import QuantizeInputs
+from featherweight.methods.recipe import load_recipe
+from featherweight.model.layers.activations import (
     affine_inputs,
     dequantize_inputs,
     input_bits,
@@ -21,9 +20,10 @@ from featherweight.quantize.activations import (
     quantize_inputs,
     quantized_inputs,
 )
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import load_recipe
-from featherweight.quantize.transforms.quantize_inputs import QuantizeInputs
+from featherweight.model.layers.modules import FeatherConv1D, FeatherLinear
+from featherweight.native.bit_planes import grouped_product
+from featherweight.storage.codes import code_from, code_layout
+from featherweight.storage.codes.quantized_input import QuantizedInput
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -11,11 +11,11 @@ from tiny_network import TinyBlock, gathered, tiny_model
 from torch import Tensor
 
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import HeldWeight, SolveOptions
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.rounding.adadim import AdaDim, along_outputs, in_order
-from featherweight.quantize.rounding.hessian import Hessian
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.adadim import AdaDim, along_outputs, in_order
+from featherweight.methods.quantize.rounding.hessian import Hessian
 
 ROWS = UniformGrid(bits=3, group_size=64, scale_dtype="float32")
 

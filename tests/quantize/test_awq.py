@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny_network import TinyBlock, gathered, tiny_model
 
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import SolveOptions
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.scale_search import (
+from featherweight.methods.quantize.base import SolveOptions
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.scale_search import (
     Unit,
     averaged,
     clamped,
@@ -26,9 +26,9 @@ from featherweight.quantize.scale_search import (
     search,
     unit_of,
 )
-from featherweight.quantize.transforms.awq import Awq, Clipped
-from featherweight.quantize.transforms.column_scale import ColumnScale
-from featherweight.quantize.transforms.quantlrm import QuantLrm, channel_importance, two_parabolas, update_range
+from featherweight.methods.quantize.transforms.awq import Awq, Clipped
+from featherweight.methods.quantize.transforms.column_scale import ColumnScale
+from featherweight.methods.quantize.transforms.quantlrm import QuantLrm, channel_importance, two_parabolas, update_range
 
 THREE_BITS = UniformGrid(bits=3, group_size=128)
 

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes import Code, code_from
-from featherweight.codes.dense import Dense
-from featherweight.codes.low_rank import LowRank
-from featherweight.codes.sparse import Sparse
-from featherweight.codes.sum import Sum
-from featherweight.codes.uniform import Uniform
-from featherweight.quantize.base import Correction
-from featherweight.quantize.corrections.low_rank import LowRankCorrection, truncated_svd
-from featherweight.quantize.corrections.outliers import DenseAndSparse, largest_mask, quartile_threshold
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import load_recipe
+from featherweight.methods.quantize.base import Correction
+from featherweight.methods.quantize.corrections.low_rank import LowRankCorrection, truncated_svd
+from featherweight.methods.quantize.corrections.outliers import DenseAndSparse, largest_mask, quartile_threshold
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.recipe import load_recipe
 from featherweight.registry import registered
+from featherweight.storage.codes import Code, code_from
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.sparse import Sparse
+from featherweight.storage.codes.sum import Sum
+from featherweight.storage.codes.uniform import Uniform
 
 LAYER_CORRECTIONS = {
     name: cls

@@ -11,12 +11,12 @@ from tiny_network import tiny_session
 from torch import Tensor
 
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import Grid, SolveOptions
-from featherweight.quantize.grids.dense import DenseGrid
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.objectives import ModelObjective
-from featherweight.quantize.rounding.discquant import DiscQuant, Neighbours
+from featherweight.methods.learn.objectives import ModelObjective
+from featherweight.methods.quantize.base import Grid, SolveOptions
+from featherweight.methods.quantize.grids.dense import DenseGrid
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.discquant import DiscQuant, Neighbours
 
 GRIDS: list[Grid] = [
     UniformGrid(bits=3, group_size=32),

@@ -11,11 +11,11 @@ from tiny_network import TinyBlock, tiny_model
 from torch import Tensor
 
 from featherweight.errors import RecipeError
-from featherweight.quantize.base import SolveOptions
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.objectives import BlockObjective
-from featherweight.quantize.rounding.flexround import DividedWeight, FlexRound
+from featherweight.methods.learn.objectives import BlockObjective
+from featherweight.methods.quantize.base import SolveOptions
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.flexround import DividedWeight, FlexRound
 
 GRIDS = [
     UniformGrid(bits=3, group_size=1 << 20, clip="mse"),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from featherweight.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
-from featherweight.quantize.grids.binary_planes import BinaryPlaneGrid, greedy
-from featherweight.quantize.sweep import SweepSettings, sweep
+from featherweight.methods.quantize.grids.binary_planes import BinaryPlaneGrid, greedy
+from featherweight.methods.quantize.sweep import SweepSettings, sweep
+from featherweight.storage.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
 
 
 def exact(**settings: object) -> BinaryPlaneGrid:

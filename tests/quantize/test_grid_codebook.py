@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featherweight.codes.codebook import Codebook
-from featherweight.quantize.corrections.outliers import DenseAndSparse
-from featherweight.quantize.grids.codebook import CodebookGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.kmeans import density_start, exact_centroids, lloyd, plus_plus_start, quantile_start
-from featherweight.quantize.sorted_groups import SortedGroups
+from featherweight.methods.quantize.corrections.outliers import DenseAndSparse
+from featherweight.methods.quantize.grids.codebook import CodebookGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.kmeans import density_start, exact_centroids, lloyd, plus_plus_start, quantile_start
+from featherweight.methods.quantize.sorted_groups import SortedGroups
+from featherweight.storage.codes.codebook import Codebook
 
 
 def drawn(rows: int, count: int, seed: int) -> SortedGroups:

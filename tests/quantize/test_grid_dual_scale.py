@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes.binary_planes import BinaryPlanes
-from featherweight.codes.column_scaled import ColumnScaled
-from featherweight.quantize.grids.dual_scale import (
+from featherweight.methods.quantize.grids.dual_scale import (
     DualScaleGrid,
     DualScales,
     column_step,
@@ -16,8 +14,10 @@ from featherweight.quantize.grids.dual_scale import (
     row_step,
     start,
 )
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.sweep import SweepSettings, sweep
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.sweep import SweepSettings, sweep
+from featherweight.storage.codes.binary_planes import BinaryPlanes
+from featherweight.storage.codes.column_scaled import ColumnScaled
 
 
 def relative(weight: Tensor, found: DualScales) -> float:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featherweight.codes.offset_trits import OffsetTrits
-from featherweight.quantize.grids.offset_trits import Affine, OffsetTritGrid, initial, iterate
-from featherweight.quantize.grids.ternary import TernaryGrid
-from featherweight.quantize.sorted_groups import SortedGroups
-from featherweight.quantize.sweep import sweep
-from featherweight.quantize.transforms.reorder import ReorderTransform
+from featherweight.methods.quantize.grids.offset_trits import Affine, OffsetTritGrid, initial, iterate
+from featherweight.methods.quantize.grids.ternary import TernaryGrid
+from featherweight.methods.quantize.sorted_groups import SortedGroups
+from featherweight.methods.quantize.sweep import sweep
+from featherweight.methods.quantize.transforms.reorder import ReorderTransform
+from featherweight.storage.codes.offset_trits import OffsetTrits
 
 
 def golden(count: int) -> Tensor:

@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featherweight.codes import Code, code_from
-from featherweight.codes.dense import Dense
-from featherweight.codes.pyramid import Pyramid
-from featherweight.codes.pyramid_enumeration import (
+from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.pyramid import PyramidGrid, nearest_points
+from featherweight.methods.quantize.rounding.hessian import Hessian
+from featherweight.storage.codes import Code, code_from
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.pyramid import Pyramid
+from featherweight.storage.codes.pyramid_enumeration import (
     index_bits,
     indexed_points,
     pack_indices,
@@ -23,10 +27,7 @@ from featherweight.codes.pyramid_enumeration import (
     tables,
     unpack_indices,
 )
-from featherweight.codes.pyramid_levels import amplitude_levels, share_law
-from featherweight.quantize.base import NO_STATISTICS, Fit, Grid, HeldWeight, SolveOptions, Statistics
-from featherweight.quantize.grids.pyramid import PyramidGrid, nearest_points
-from featherweight.quantize.rounding.hessian import Hessian
+from featherweight.storage.codes.pyramid_levels import amplitude_levels, share_law
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -275,7 +276,7 @@ def test_damaged_codes_are_refused() -> None:
 
 
 def test_less_error_than_uniform_at_no_more_bits() -> None:
-    from featherweight.quantize.grids.uniform import UniformGrid
+    from featherweight.methods.quantize.grids.uniform import UniformGrid
 
     weight = gaussian(16, 1024).float()
     pyramid = PyramidGrid().quantize(weight)

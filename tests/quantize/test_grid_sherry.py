@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from featherweight.codes import code_from
-from featherweight.codes.sherry import QUARTETS, Sherry, from_quartets, quartet_codes, to_quartets
-from featherweight.quantize.base import HeldWeight, SolveOptions
-from featherweight.quantize.grids.sherry import SherryGrid
-from featherweight.quantize.rounding.hessian import Hessian
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.sherry import SherryGrid
+from featherweight.methods.quantize.rounding.hessian import Hessian
+from featherweight.storage.codes import code_from
+from featherweight.storage.codes.sherry import QUARTETS, Sherry, from_quartets, quartet_codes, to_quartets
 
 PUBLISHED = "A9 89 29 09 A6 86 26 06 9A 92 1A 12 6A 62 4A 42"  # of STQ1_0, positive first weight, 2 bits a lane
 

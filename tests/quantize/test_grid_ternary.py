@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from featherweight.codes.trit_planes import TritPlanes
-from featherweight.quantize.grids.ternary import TernaryGrid
+from featherweight.methods.quantize.grids.ternary import TernaryGrid
+from featherweight.storage.codes.trit_planes import TritPlanes
 
 
 def quantized(weight: torch.Tensor, scaling: str, group_size: int = 128) -> TritPlanes:

@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from featherweight.codes.uniform import Uniform
-from featherweight.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.storage.codes.uniform import Uniform
 
 
 def exact(**settings: object) -> UniformGrid:

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from featherweight.checkpoint.safetensors_file import SafetensorsFile
-from featherweight.checkpoint.writer import blob_of, write_safetensors
-from featherweight.codes import Code, code_from, code_layout
-from featherweight.compress.methods import choices_table, cost_text, method_table
-from featherweight.quantize.base import Grid, HeldWeight, SolveOptions
-from featherweight.quantize.grids.binary_planes import BinaryPlaneGrid
-from featherweight.quantize.grids.codebook import CodebookGrid
-from featherweight.quantize.grids.dual_scale import DualScaleGrid
-from featherweight.quantize.grids.offset_trits import OffsetTritGrid
-from featherweight.quantize.grids.ternary import TernaryGrid
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import load_recipe, presets
+from featherweight.methods.quantize.base import Grid, HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.binary_planes import BinaryPlaneGrid
+from featherweight.methods.quantize.grids.codebook import CodebookGrid
+from featherweight.methods.quantize.grids.dual_scale import DualScaleGrid
+from featherweight.methods.quantize.grids.offset_trits import OffsetTritGrid
+from featherweight.methods.quantize.grids.ternary import TernaryGrid
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.recipe import load_recipe, presets
 from featherweight.registry import registered
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
+from featherweight.storage.codes import Code, code_from, code_layout
+from featherweight.tasks.compress.methods import choices_table, cost_text, method_table
 
 # Whole groups, a short last group, a row shorter than a group, rows that end inside a packed byte, a single column.
 SHAPES = [(24, 256), (7, 200), (5, 96), (43, 131), (3, 1)]

@@ -10,20 +10,20 @@ import torch
 from tiny_network import TinyBlock, tiny_model
 from torch import Tensor
 
-from featherweight.codes import Code
-from featherweight.codes.binary_planes import BinaryPlanes
-from featherweight.codes.codebook import Codebook
-from featherweight.codes.column_scaled import ColumnScaled
-from featherweight.codes.dense import Dense
-from featherweight.codes.hadamard import Hadamard
-from featherweight.codes.low_rank import LowRank
-from featherweight.codes.offset_trits import OffsetTrits
-from featherweight.codes.sum import Sum
-from featherweight.quantize.corrections.absorb import AbsorbColumnScales
-from featherweight.quantize.corrections.mean_shift import MeanShift
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.row_scaling import rows_scaled
+from featherweight.methods.quantize.corrections.absorb import AbsorbColumnScales
+from featherweight.methods.quantize.corrections.mean_shift import MeanShift
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.row_scaling import rows_scaled
+from featherweight.storage.codes import Code
+from featherweight.storage.codes.binary_planes import BinaryPlanes
+from featherweight.storage.codes.codebook import Codebook
+from featherweight.storage.codes.column_scaled import ColumnScaled
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.hadamard import Hadamard
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.offset_trits import OffsetTrits
+from featherweight.storage.codes.sum import Sum
 
 GRID = UniformGrid(bits=2, group_size=32)
 

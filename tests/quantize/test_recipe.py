@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.errors import RecipeError
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.recipe import load_recipe, presets
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.recipe import load_recipe, presets
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 
 
 def layer(name: str, kind: str = "attention", block: int | None = 0) -> LinearLayer:

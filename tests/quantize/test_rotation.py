@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_network import ModelSession, tiny_model
 
-from featherweight.calibrate.runner import Calibration
-from featherweight.calibrate.settings import CalibrationSettings
-from featherweight.checkpoint.anatomy import read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
 from featherweight.errors import RecipeError
-from featherweight.quantize.transforms.rotation import ResidualRotation
+from featherweight.methods.calibrate.runner import Calibration
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.quantize.transforms.rotation import ResidualRotation
+from featherweight.storage.checkpoint.anatomy import read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from models import make_tiny
 
 

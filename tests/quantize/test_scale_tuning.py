@@ -10,21 +10,21 @@ import torch
 from tiny_network import TinyBlock, tiny_model, tiny_session
 from torch import Tensor
 
-from featherweight.codes import Code, code_from
-from featherweight.codes.binary_planes import BinaryPlanes
-from featherweight.codes.codebook import Codebook
-from featherweight.codes.column_scaled import ColumnScaled
-from featherweight.codes.dense import Dense
-from featherweight.codes.hadamard import Hadamard
-from featherweight.codes.low_rank import LowRank
-from featherweight.codes.offset_trits import OffsetTrits
-from featherweight.codes.sparse import Sparse
-from featherweight.codes.sum import Sum
-from featherweight.quantize.corrections.scale_tuning import ScaleTuning
-from featherweight.quantize.decoding import TunableCode
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.objectives import BlockObjective, ModelObjective
+from featherweight.methods.learn.objectives import BlockObjective, ModelObjective
+from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
+from featherweight.methods.quantize.decoding import TunableCode
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.storage.codes import Code, code_from
+from featherweight.storage.codes.binary_planes import BinaryPlanes
+from featherweight.storage.codes.codebook import Codebook
+from featherweight.storage.codes.column_scaled import ColumnScaled
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.hadamard import Hadamard
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.offset_trits import OffsetTrits
+from featherweight.storage.codes.sparse import Sparse
+from featherweight.storage.codes.sum import Sum
 
 GRIDS = {
     "uniform": UniformGrid(bits=3, group_size=32),
@@ -173,7 +173,7 @@ def test_the_divergence_is_that_of_the_whole_logits(tmp_path: Path, monkeypatch:
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     expected.backward()
     for chunk in (1 << 23, 256 * 7):
-        monkeypatch.setattr("featherweight.quantize.objectives.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("featherweight.methods.learn.objectives.CHUNK_ELEMENTS", chunk)
         mine = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         loss = ModelObjective(model, batch_size=4).backward(mine, {}, 0)
         assert loss == pytest.approx(float(expected), rel=1e-4)

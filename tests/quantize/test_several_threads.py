@@ -11,10 +11,10 @@ import pytest
 import torch
 from sweep_problems import problem
 
-from featherweight.quantize.base import HeldWeight, SolveOptions
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.rounding import hessian
-from featherweight.quantize.rounding.hessian import Hessian
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding import hessian
+from featherweight.methods.quantize.rounding.hessian import Hessian
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own options", "shared options"])

@@ -27,17 +27,17 @@ from sweep_problems import (
 )
 from torch import Tensor
 
-from featherweight.codes.dense import Dense
-from featherweight.codes.permuted import Permuted
-from featherweight.kernels.sweep import FeedbackRule, sweep_columns
-from featherweight.quantize.base import Grid, HeldWeight, SolveOptions
-from featherweight.quantize.grids.dense import DenseGrid
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.recipe import load_recipe, presets
-from featherweight.quantize.rounding.hessian import Hessian
-from featherweight.quantize.sweep import Sweeper, SweepSettings, sweep
-from featherweight.quantize.sweep_factor import invert_lower
+from featherweight.methods.quantize.base import Grid, HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.dense import DenseGrid
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.hessian import Hessian
+from featherweight.methods.quantize.sweep import Sweeper, SweepSettings, sweep
+from featherweight.methods.quantize.sweep_factor import invert_lower
+from featherweight.methods.recipe import load_recipe, presets
+from featherweight.native.sweep import FeedbackRule, sweep_columns
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.permuted import Permuted
 
 
 @pytest.fixture(autouse=True)

@@ -21,14 +21,14 @@ from sweep_problems import (
     same,
 )
 
-from featherweight.codes.permuted import Permuted
-from featherweight.quantize.base import SolveOptions
-from featherweight.quantize.grids.offset_trits import OffsetTritGrid
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.rounding.hessian import Hessian
-from featherweight.quantize.sweep import SweepResult, SweepSettings, sweep
-from featherweight.quantize.sweep_factor import factorise, order_of_columns
+from featherweight.methods.quantize.base import SolveOptions
+from featherweight.methods.quantize.grids.offset_trits import OffsetTritGrid
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.hessian import Hessian
+from featherweight.methods.quantize.sweep import SweepResult, SweepSettings, sweep
+from featherweight.methods.quantize.sweep_factor import factorise, order_of_columns
+from featherweight.storage.codes.permuted import Permuted
 
 
 @pytest.fixture(autouse=True)

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featherweight.codes import code_from
-from featherweight.codes.dense import Dense
-from featherweight.codes.hadamard import kernel_order
-from featherweight.quantize.base import LayerTransform, Transform
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.transforms.carrying import Identity
-from featherweight.quantize.transforms.column_scale import ColumnScale
-from featherweight.quantize.transforms.hadamard import HadamardTransform, Rotation, block_for
-from featherweight.quantize.transforms.reorder import ReorderTransform, activation_order, similarity_order
+from featherweight.methods.quantize.base import LayerTransform, Transform
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.transforms.column_scale import ColumnScale
+from featherweight.methods.quantize.transforms.hadamard import HadamardTransform, Rotation, block_for
+from featherweight.methods.quantize.transforms.identity import Identity
+from featherweight.methods.quantize.transforms.reorder import ReorderTransform, activation_order, similarity_order
 from featherweight.registry import registered
+from featherweight.storage.codes import code_from
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.hadamard import kernel_order
 
 Maker = Callable[[Tensor, dict[str, Tensor]], LayerTransform]
 

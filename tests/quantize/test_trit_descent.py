@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from featherweight.codes import code_from
-from featherweight.codes.trit_planes import TritPlanes, log8_decode, log8_encode, log8_rounded
 from featherweight.errors import RecipeError
-from featherweight.kernels import library
-from featherweight.kernels import trit_descent as kernel
-from featherweight.kernels.ptqtp_settings import join_trits
-from featherweight.kernels.trit_descent import descend
-from featherweight.quantize.base import HeldWeight, SolveOptions
-from featherweight.quantize.grids.trit_planes import TritPlaneGrid
-from featherweight.quantize.grids.uniform import UniformGrid
-from featherweight.quantize.rounding.trit_descent import TritDescent, _damped, _Rows
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
+from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.rounding.trit_descent import TritDescent, _damped, _Rows
+from featherweight.native import library
+from featherweight.native import trit_descent as kernel
+from featherweight.native.ptqtp_settings import join_trits
+from featherweight.native.trit_descent import descend
+from featherweight.storage.codes import code_from
+from featherweight.storage.codes.trit_planes import TritPlanes, log8_decode, log8_encode, log8_rounded
 
 NATIVE = pytest.mark.skipif(library.get() is None, reason="no native library")
 FREE = TritPlaneGrid(planes=2, group_size=16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featherweight.codes.uniform import Uniform
-from featherweight.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.storage.codes.uniform import Uniform
 
 
 def test_asymmetric_min_max_by_hand() -> None:

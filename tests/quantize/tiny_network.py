@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
-from featherweight.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from models import make_tiny
 
 

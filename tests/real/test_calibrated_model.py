@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from featherweight.compress.engine import compress
-from featherweight.evaluate.evaluation import evaluate
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.evaluate.evaluation import evaluate
 
 REFERENCE = Path(__file__).parents[2] / "src" / "featherweight" / "assets" / "reference"
 TEXT = ("calibration.sequences=24", "calibration.length=1024")

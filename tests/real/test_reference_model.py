@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from featherweight import load
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import module_specs
 from featherweight.cli.demo import reference_model
-from featherweight.codes import code_from, code_layout
-from featherweight.compress.engine import compress
-from featherweight.evaluate.evaluation import Evaluation, bundled_text, evaluate
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.format import module_specs
+from featherweight.storage.codes import code_from, code_layout
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.evaluate.evaluation import Evaluation, bundled_text, evaluate
 
 pytestmark = pytest.mark.slow
 RECIPES = ("rtn-4", "rtn-3", "ptqtp", "ptqtp-tied", "ptqtp-3", "ptqtp-1")

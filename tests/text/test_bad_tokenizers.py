@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 import featherweight
-from featherweight.calibrate.errors import CalibrationError
-from featherweight.calibrate.text import load_tokenizer
-from featherweight.errors import CheckpointError, FeatherError
-from featherweight.integrations.calls import asking_transformers
-from featherweight.text.tokenizer import Tokenizer
+from featherweight.errors import CalibrationError, CheckpointError, FeatherError
+from featherweight.model.text.tokenizer import Tokenizer
+from featherweight.model.text.windows import load_tokenizer
+from featherweight.system.transformers_calls import asking_transformers
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

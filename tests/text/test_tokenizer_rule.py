@@ -10,7 +10,7 @@ import pytest
 from tokenizer_folders import TEXTS, write_folder
 
 from featherweight.errors import CheckpointError
-from featherweight.text.tokenizer import Tokenizer
+from featherweight.model.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -23,8 +23,8 @@ def run_bench(
 ) -> None:
     import torch
 
-    from featherweight.evaluate.speed import measure_speed
-    from featherweight.kernels.threads import thread_count
+    from featherweight.system.threads import thread_count
+    from featherweight.tasks.evaluate.speed import measure_speed
 
     claim_json(json, ("engine", "bandwidth_gb_s"))
     quiet_transformers()

@@ -35,8 +35,8 @@ def claim_json(path: Path | None, marks: Collection[str]) -> None:
     """
     if path is None or not os.path.lexists(path):
         return
-    from featherweight.checkpoint.writer import disk_errors
     from featherweight.errors import OutputError
+    from featherweight.storage.checkpoint.writer import disk_errors
 
     if not path.is_file():
         raise OutputError(f"--json {path} exists and is no file; name a file of its own")
@@ -56,7 +56,7 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write a result if asked for; folders are made as needed, the file appears complete. See `claim_json`."""
     if path is None:
         return
-    from featherweight.checkpoint.writer import disk_errors, to_json, write_text
+    from featherweight.storage.checkpoint.writer import disk_errors, to_json, write_text
 
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +88,14 @@ def steps(what: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         spoken = -1
 
-        def tell(done: int, total: int) -> None:
+        def notify(done: int, total: int) -> None:
             nonlocal spoken
             tenth = 10 * done // max(1, total)
             if tenth > spoken:
                 spoken = tenth
                 print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
 
-        yield tell
+        yield notify
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -117,7 +117,7 @@ def run_compress(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
-    from featherweight.compress.engine import compress
+    from featherweight.tasks.compress.engine import compress
 
     claim_json(json, ("out", "layers", "recipe"))
     with Watcher(error_console()) as watcher:
@@ -173,10 +173,10 @@ def run_plan(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
-    from featherweight.checkpoint.checkpoint import Checkpoint
-    from featherweight.compress.engine import estimate_seconds
-    from featherweight.compress.plan import make_plan, parse_size
-    from featherweight.quantize.recipe import load_recipe
+    from featherweight.methods.recipe import load_recipe
+    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.tasks.compress.engine import estimate_seconds
+    from featherweight.tasks.compress.plan import make_plan, parse_size
 
     claim_json(json, ("recipe", "roles", "seconds"))
     chosen = load_recipe(recipe, changes)
@@ -229,7 +229,7 @@ def run_plan(
 
 
 def _memory_text(need: int) -> str:
-    from featherweight.memory import available_bytes
+    from featherweight.system.memory import available_bytes
 
     free = available_bytes()
     return f"about {size_text(need)}" + (f" ({size_text(free)} free)" if free else "")
@@ -254,14 +254,14 @@ def run_eval(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
-    from featherweight.evaluate.evaluation import evaluate
-    from featherweight.kernels.threads import thread_count
+    from featherweight.system.threads import thread_count
+    from featherweight.tasks.evaluate.evaluation import evaluate
 
     claim_json(json, ("perplexity", "protocol"))
     quiet_transformers()
-    with steps("evaluating") as tell:
+    with steps("evaluating") as notify:
         result = evaluate(
-            model, against, text, protocol, context, dtype, limit, tell, thread_count(threads), trust_remote_code
+            model, against, text, protocol, context, dtype, limit, notify, thread_count(threads), trust_remote_code
         )
     report = result.to_json()
     write_json(json, report)
@@ -287,7 +287,7 @@ def run_eval(
 
 
 def run_inspect(model: str, json: Path | None) -> None:
-    from featherweight.compress.inspect import inspect_folder
+    from featherweight.tasks.analyse.inspect import inspect_folder
 
     claim_json(json, ("architecture", "layers"))
     report = inspect_folder(model)
@@ -319,11 +319,11 @@ def run_inspect(model: str, json: Path | None) -> None:
 
 
 def run_verify(model: str) -> None:
-    from featherweight.checkpoint.verify import verify
     from featherweight.errors import CheckpointError
+    from featherweight.tasks.analyse.verify import verify
 
-    with steps("verifying") as tell:
-        result = verify(model, tell)
+    with steps("verifying") as notify:
+        result = verify(model, notify)
     for problem in result.problems:
         print(problem, file=sys.stderr)
     if result.newer == len(result.problems) > 0:
@@ -344,7 +344,7 @@ def run_verify(model: str) -> None:
 
 
 def run_methods(json: Path | None) -> None:
-    from featherweight.compress.methods import cost_text, method_table
+    from featherweight.tasks.compress.methods import cost_text, method_table
 
     claim_json(json, ("preset", "grid", "bits"))
     table_rows = method_table()
@@ -372,10 +372,10 @@ def run_calibrate(
 ) -> None:
     import yaml
 
-    from featherweight.compress.data import check_file
-    from featherweight.compress.gather import gather_statistics
     from featherweight.errors import RecipeError
-    from featherweight.kernels.threads import use_threads
+    from featherweight.system.threads import use_threads
+    from featherweight.tasks.compress.data import check_file
+    from featherweight.tasks.compress.gather import gather_statistics
 
     claim_json(json, ("file", "bytes", "needs"))
     quiet_transformers()
@@ -386,7 +386,7 @@ def run_calibrate(
             raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
         settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
     check_file(calibration)
-    with use_threads(threads), steps("blocks") as tell:
+    with use_threads(threads), steps("blocks") as notify:
         done = 0
 
         def watch(event: dict[str, Any]) -> None:
@@ -395,12 +395,12 @@ def run_calibrate(
                 print(f"note: {event['text']}", file=sys.stderr, flush=True)
             elif event["event"] == "advanced":
                 done += 1
-                tell(done, event.get("of", done))
+                notify(done, event.get("of", done))
 
         chosen = [n.strip() for n in needs]
         written = gather_statistics(
             model, out, calibration, chosen, settings,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, tell=watch,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, notify=watch,
         )  # fmt: skip
     size = written.stat().st_size
     write_json(json, {"file": str(written), "bytes": size, "needs": needs})

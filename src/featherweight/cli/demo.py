@@ -13,6 +13,7 @@ from rich.table import Table
 from featherweight.cli.commands import error_console, out_console, quiet_transformers, steps, write_json
 from featherweight.cli.progress import Watcher, size_text
 from featherweight.errors import OutputError
+from featherweight.system.places import ASSETS
 
 
 def tuning(rate: float) -> str:
@@ -37,22 +38,22 @@ PICTURED = ("q_proj", "down_proj")  # layers of the middle block whose weights t
 
 def reference_model() -> Path:
     """Folder of the model that comes with the package."""
-    return Path(__file__).parent.parent / "assets" / "reference"
+    return ASSETS / "reference"
 
 
 def run_demo(out: Path, tokens: int, threads: int | None) -> None:
-    from featherweight.compress.engine import compress
-    from featherweight.evaluate.evaluation import evaluate
-    from featherweight.evaluate.report import Variant, write_report
-    from featherweight.quantize.recipe import load_recipe
+    from featherweight.methods.recipe import load_recipe
+    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.evaluate.report import Variant, write_report
 
     quiet_transformers()
     original, say = reference_model(), error_console()
     _claim(out)
     variants = []
     say.print(f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes; output in {out}")
-    with steps("original") as tell:
-        measured = evaluate(original, limit=tokens, progress=tell, threads=threads)
+    with steps("original") as notify:
+        measured = evaluate(original, limit=tokens, progress=notify, threads=threads)
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
     for recipe in RECIPES:
         folder = out / recipe
@@ -61,8 +62,8 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
             done = compress(
                 original, recipe, folder, changes=changes, threads=threads, overwrite=True, observer=watcher
             )
-        with steps(recipe) as tell:
-            measured = evaluate(folder, original, limit=tokens, progress=tell, threads=threads)
+        with steps(recipe) as notify:
+            measured = evaluate(folder, original, limit=tokens, progress=notify, threads=threads)
         variants.append(
             Variant(
                 recipe,
@@ -118,7 +119,7 @@ def _sample(folder: Path) -> str:
     """What a model writes after the prompt, greedily."""
     import torch
 
-    from featherweight.api import load
+    from featherweight.integrations.load import load
 
     model, tokenizer = load(folder, dtype="float32", cache=True)
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -136,11 +137,11 @@ def _sample(folder: Path) -> str:
 
 def _histograms(original: Path, folder: Path) -> list[dict[str, Any]]:
     """Weights and levels of two layers of the middle block."""
-    from featherweight.checkpoint.anatomy import read_anatomy
-    from featherweight.checkpoint.checkpoint import Checkpoint
-    from featherweight.checkpoint.format import module_specs
-    from featherweight.codes import code_from, code_layout
-    from featherweight.evaluate.levels import histogram_of
+    from featherweight.storage.checkpoint.anatomy import read_anatomy
+    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.storage.checkpoint.format import module_specs
+    from featherweight.storage.codes import code_from, code_layout
+    from featherweight.tasks.analyse.levels import histogram_of
 
     with Checkpoint.open(original) as source, Checkpoint.open(folder) as made:
         anatomy = read_anatomy(source)

@@ -79,7 +79,7 @@ Trust = Annotated[
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from featherweight import __version__
+        from featherweight.version import __version__
 
         print(f"featherweight {__version__}")
         raise typer.Exit

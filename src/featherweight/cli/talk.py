@@ -21,7 +21,7 @@ def run_generate(
     trust_remote_code: bool = False,
 ) -> None:
     """Print a prompt and its continuation."""
-    from featherweight.kernels.threads import use_threads
+    from featherweight.system.threads import use_threads
 
     with use_threads(threads):
         talker = open_talker(folder, engine, dtype, threads, cache, trust_remote_code)
@@ -43,7 +43,7 @@ def run_chat(
     trust_remote_code: bool = False,
 ) -> None:
     """Ask for a turn, print the answer, and so on to the end of the input. Ctrl-C ends an answer, or else the chat."""
-    from featherweight.kernels.threads import use_threads
+    from featherweight.system.threads import use_threads
 
     with use_threads(threads):
         _chat(open_talker(folder, engine, dtype, threads, cache, trust_remote_code), system, choices)

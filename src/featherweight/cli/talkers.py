@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from featherweight.checkpoint.resolve import Place, resolve
 from featherweight.errors import CheckpointError, FeatherError
+from featherweight.storage.checkpoint.resolve import Place, resolve
 
 if TYPE_CHECKING:
-    from featherweight.engine.model import NativeModel
-    from featherweight.engine.sampling import GenerationDefaults, Sampling
-    from featherweight.engine.text import TextStream
-    from featherweight.text.tokenizer import Tokenizer
+    from featherweight.model.decoder.model import NativeModel
+    from featherweight.model.decoder.sampling import GenerationDefaults, Sampling
+    from featherweight.model.decoder.text import TextStream
+    from featherweight.model.text.tokenizer import Tokenizer
 
 CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
@@ -41,7 +41,7 @@ class Choices:
 
     def sampling(self, defaults: GenerationDefaults, answers: int) -> Sampling:
         """Of a talker's next answer, after so many: each has random numbers of its own."""
-        from featherweight.engine.sampling import RANGES, derived_seed
+        from featherweight.model.decoder.sampling import RANGES, derived_seed
 
         return defaults.sampling({name: getattr(self, name) for name in RANGES}, derived_seed(self.seed, answers))
 
@@ -93,7 +93,7 @@ def open_talker(
         return NativeTalker.open(place, dtype, threads, cache)
     if engine == "transformers" or dtype != "auto" or _has_gpu():
         return TransformersTalker(place.model, dtype, threads, trust_remote_code)
-    from featherweight.engine.families import UnsupportedModelError
+    from featherweight.model.decoder.families import UnsupportedModelError
 
     try:
         return NativeTalker.open(place, dtype, threads, cache)
@@ -148,11 +148,11 @@ class NativeTalker(_TextSide):
         Raises:
             UnsupportedModelError: the native decoder lacks something that the model or its folder asks for.
         """
-        from featherweight.engine.families import UnsupportedModelError
-        from featherweight.engine.model import NativeModel
-        from featherweight.engine.sampling import FILE_NAME, generation_defaults
-        from featherweight.text.plain import read_object
-        from featherweight.text.tokenizer import Tokenizer
+        from featherweight.model.decoder.families import UnsupportedModelError
+        from featherweight.model.decoder.model import NativeModel
+        from featherweight.model.decoder.sampling import FILE_NAME, generation_defaults
+        from featherweight.model.text.plain import read_object
+        from featherweight.model.text.tokenizer import Tokenizer
 
         if dtype not in ("auto", "float32"):
             raise FeatherError(
@@ -172,7 +172,7 @@ class NativeTalker(_TextSide):
         return cls(model, tokenizer)
 
     def write(self, tokens: list[int], choices: Choices) -> str:
-        from featherweight.engine.text import TextStream
+        from featherweight.model.decoder.text import TextStream
 
         stream = TextStream(self.tokenizer.decode, _print)
         sampling = choices.sampling(self.model.defaults, self.answers)
@@ -196,14 +196,14 @@ class TransformersTalker(_TextSide):
     def __init__(self, folder: Path, dtype: str, threads: int | None, trust_remote_code: bool = False) -> None:
         import torch
 
-        from featherweight.api import load
         from featherweight.cli.commands import quiet_transformers
-        from featherweight.engine.sampling import generation_defaults
-        from featherweight.evaluate.evaluation import own_context
-        from featherweight.integrations.calls import asking_transformers
-        from featherweight.kernels.threads import thread_count
-        from featherweight.text.plain import read_object
-        from featherweight.text.tokenizer import Tokenizer, refuse_useless
+        from featherweight.integrations.load import load
+        from featherweight.model.decoder.sampling import generation_defaults
+        from featherweight.model.text.plain import read_object
+        from featherweight.model.text.tokenizer import Tokenizer, refuse_useless
+        from featherweight.system.threads import thread_count
+        from featherweight.system.transformers_calls import asking_transformers
+        from featherweight.tasks.evaluate.evaluation import own_context
 
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))
@@ -228,8 +228,8 @@ class TransformersTalker(_TextSide):
         self._cache_if_small()
 
     def _cache_if_small(self) -> None:
-        from featherweight.integrations.modules import CodedModule, set_cache
-        from featherweight.memory import available_bytes
+        from featherweight.model.layers.modules import CodedModule, set_cache
+        from featherweight.system.memory import available_bytes
 
         coded = [module for module in self.model.modules() if isinstance(module, CodedModule)]
         decoded = sum(module.compute_dtype.itemsize * math.prod(module.spec["shape"]) for module in coded)
@@ -238,9 +238,9 @@ class TransformersTalker(_TextSide):
     def write(self, tokens: list[int], choices: Choices) -> str:
         import torch
 
-        from featherweight.engine.text import TextStream
-        from featherweight.integrations.calls import asking_transformers
-        from featherweight.text.tokenizer import quiet
+        from featherweight.model.decoder.text import TextStream
+        from featherweight.model.text.tokenizer import quiet
+        from featherweight.system.transformers_calls import asking_transformers
 
         most = self._room(tokens, choices.max_tokens)
         sampling = choices.sampling(self.defaults, self.answers)

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from featherweight.checkpoint.accounting import architecture_of, refuse_impossible_depth, refuse_other_kinds
-from featherweight.checkpoint.anatomy import own_head, own_head_text
-from featherweight.checkpoint.checkpoint import Checkpoint
-from featherweight.checkpoint.format import METHOD
-from featherweight.checkpoint.prefixes import as_key_mapping
-from featherweight.checkpoint.resolve import Place
-from featherweight.checkpoint.view import View
 from featherweight.errors import CheckpointError, FeatherWarning
-from featherweight.integrations.accounting import account_from, check_complete, judge, unexpected_text
-from featherweight.integrations.calls import asking_transformers
 from featherweight.integrations.transformers import LOADS_BY_CONVERSION
+from featherweight.model.network.accounting import account_from, check_complete, judge, unexpected_text
+from featherweight.storage.checkpoint.accounting import architecture_of, refuse_impossible_depth, refuse_other_kinds
+from featherweight.storage.checkpoint.anatomy import own_head, own_head_text
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.format import METHOD
+from featherweight.storage.checkpoint.prefixes import as_key_mapping
+from featherweight.storage.checkpoint.resolve import Place
+from featherweight.storage.checkpoint.view import View
+from featherweight.system.transformers_calls import asking_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -149,7 +149,7 @@ def _check_loaded(checkpoint: Checkpoint, model: Any, info: Mapping[str, Any]) -
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, None if there is none."""
-    from featherweight.text.tokenizer import auto_tokenizer
+    from featherweight.model.text.tokenizer import auto_tokenizer
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None

@@ -26,16 +26,15 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from featherweight.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
-from featherweight.checkpoint.integrity import check_paths
 from featherweight.errors import CheckpointError
-from featherweight.integrations.experts import PARTS
-from featherweight.integrations.modules import CodedModule
-from featherweight.integrations.replace import give_biases, replace_layers
-from featherweight.kernels.threads import thread_count
+from featherweight.model.layers.experts import PARTS
+from featherweight.model.layers.modules import CodedModule
+from featherweight.model.layers.replace import give_biases, replace_layers
+from featherweight.model.network.accounting import BESIDE
+from featherweight.storage.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.storage.checkpoint.integrity import check_paths
+from featherweight.system.threads import thread_count
 
-BESIDE = re.compile(r"(^|\.)pooler\.")
-"""Parts of an encoder that nothing else reads: without them the rest is still the model."""
 LOADS_BY_CONVERSION = int(transformers.__version__.split(".")[0]) >= 5
 SAFETENSORS_DTYPES = {
     torch.uint8: "U8",

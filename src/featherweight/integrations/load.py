@@ -1,0 +1,82 @@
+"""`featherweight.load`: a model, compressed or not, as transformers gives it, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import FeatherError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    model: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    *,
+    cache: bool = False,
+    verify: bool | str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Load a model, compressed or not, and its tokenizer.
+
+    Args:
+        model: a folder, one .safetensors file with its config.json beside it, or a hub id; `~` is the home folder.
+        dtype: of everything that is not compressed, and of the computation; default: what config.json says.
+        device_map: as in transformers; default: the CPU.
+        cache: keep each layer's matrix once it is decoded: faster from the second call on, as large as uncompressed.
+        verify: whether the tensors of a compressed model are compared with their hashes: "always" (or True), "never"
+            (or False), "auto" for models of up to 8 GiB; default: what FEATHERWEIGHT_VERIFY says, else "auto". It
+            reads the files once, at 1.5 GB a second and thread.
+        trust_remote_code: run the code that a folder brings for its model class or tokenizer.
+        kwargs: passed on to `from_pretrained`; `revision` and `token` are those of a hub id.
+
+    Returns:
+        The model, of the class that config.json names (a causal language model where it names none), in evaluation
+        mode; and the tokenizer, or None if the folder has none.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is incomplete, damaged, or of a kind transformers does not know.
+            Tensors that are missing are named; transformers alone would make them up.
+
+    Warns:
+        FeatherWarning: tensors that the model does not use, and whatever else is odd about the folder.
+    """
+    from featherweight.storage.checkpoint.resolve import resolve
+
+    place = resolve(model, revision=kwargs.pop("revision", None), token=kwargs.pop("token", None))
+    import torch
+    import transformers
+
+    from featherweight.integrations.hooks import install
+    from featherweight.integrations.loading import load_model, load_tokenizer
+    from featherweight.model.layers.modules import set_cache
+    from featherweight.storage.checkpoint.integrity import verifying
+
+    install()
+    default_dtype = torch.get_default_dtype()
+    dtype_argument = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    kwargs[dtype_argument] = _dtype(dtype)
+    try:
+        with verifying(verify):
+            loaded = load_model(place, trust_remote_code, device_map=device_map, **kwargs)
+        tokenizer = load_tokenizer(place.folder, trust_remote_code)
+    finally:
+        torch.set_default_dtype(default_dtype)  # transformers 4.x leaves its own behind when loading fails
+    set_cache(loaded, cache)
+    return loaded, tokenizer
+
+
+def _dtype(dtype: str | torch.dtype | None) -> Any:
+    """`auto` or a torch dtype."""
+    import torch
+
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise FeatherError(f"dtype is {dtype!r}, expected one of float32, bfloat16, float16")
+    return found

@@ -1,0 +1,391 @@
+"""Runs a network block by block over calibration samples, one block's weights in memory at a time.
+
+Two streams of hidden states go through the blocks where a method asks for it: the one of the network as compressed so
+far, and the one of the original network; they are paired token by token (GPTAQ, arXiv 2504.02692).
+
+    with Calibration.open(checkpoint, anatomy, windows, settings, needs=("gram",)) as calibration:
+        for session in calibration.blocks():
+            for stage in session.stages:
+                statistics = session.gather(stage, ("gram",))
+                ...
+                session.set_weight(name, weight)
+            session.advance()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import CalibrationError
+from featherweight.events import Observer
+from featherweight.methods.calibrate.session import EXPERT_NUMBER, BlockSession
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
+from featherweight.methods.calibrate.whole import WholeModel
+from featherweight.model.network.host import Host
+from featherweight.model.network.module import ModuleHost
+from featherweight.model.network.observe import InputRecorder, Probe
+from featherweight.model.network.query_blocks import in_query_blocks
+from featherweight.model.network.skeleton import Skeleton
+from featherweight.model.network.streams import Capture, capture_first, hidden_of
+from featherweight.storage.checkpoint.anatomy import Anatomy
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+
+ATTENTION_BYTES = 256 << 20  # attention probabilities of one batch, where they can only be had whole
+
+
+def _silent(event: dict[str, Any]) -> None:
+    pass
+
+
+class Calibration:
+    """A network and samples; `blocks` walks through it. Made by `open` or `of_module`; a context manager.
+
+    Attributes
+    ----------
+    settings : CalibrationSettings
+    hidden : hidden states in front of the present block, one [B, T, hidden] a batch, of the measured stream
+    original_hidden : the same of the full-precision stream; the same list as `hidden` while they do not differ
+    batches_seen : the batches before this number are for methods, the others are held out
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        forward: Callable[[Any], Any],
+        batches: Sequence[Any],
+        settings: CalibrationSettings,
+        needs: Collection[str],
+        *,
+        batches_seen: int | None = None,
+        masks: Sequence[Tensor] | None = None,
+        ids: Tensor | None = None,
+        length: int | None = None,
+        head: str | None = None,
+        whole: bool = False,
+        traced: bool = False,
+        notify: Observer | None = None,
+    ) -> None:
+        self.host, self.forward, self.batches, self.settings = host, forward, list(batches), settings
+        self.needs = frozenset(needs)
+        self.batches_seen = len(self.batches) if batches_seen is None else batches_seen
+        self.masks, self.ids, self.length, self.head = masks, ids, length, head
+        self.whole, self.traced = whole, traced
+        self.notify = notify or _silent
+        self.two_streams = settings.stream == "quantized" and bool(self.needs & {"cross", "targets"})
+        self.keeps_originals = self.two_streams or settings.stream == "original"
+        self.stoppable = not whole
+        self.hidden: list[Any] = []
+        self.original_hidden: list[Any] = []
+        self.capture: Capture | None = None
+        self._scores: Tensor | None = None
+        self._fisher: dict[str, Tensor] = {}
+
+    # Opening --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        windows: Tensor,
+        settings: CalibrationSettings | None = None,
+        needs: Collection[str] = ("gram",),
+        *,
+        attention_mask: Tensor | None = None,
+        head: bool = False,
+        device: torch.device | str = "cpu",
+        notify: Observer | None = None,
+    ) -> Calibration:
+        """Calibrate a checkpoint that transformers has a class for.
+
+        Args:
+            windows: token ids int64 [sequences, length], see `featherweight.model.text.windows.windows`.
+            needs: the statistics that will be gathered, and "targets" if outputs of original blocks are wanted.
+            attention_mask: [sequences, length], 0 for padding, which leaves no trace in statistics.
+            head: a last session holds the output layer, unless it is tied.
+            device: where blocks run; the streams stay in main memory.
+        """
+        settings = settings or CalibrationSettings()
+        windows, attention_mask = _expanded(windows, attention_mask, settings)
+        dtype = settings.torch_dtype(notify)
+        host = Skeleton(checkpoint, anatomy, dtype, device)
+        plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
+        if plain:  # its probabilities can only be had whole
+            host = Skeleton(checkpoint, anatomy, dtype, device, "eager")
+        _check_ids(windows, host)
+        times = settings.expansion
+        held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
+        size = _batch_size(windows, settings, host if plain else None)
+        bounds = _bounds(len(windows), held_out, size)
+        masks = None if attention_mask is None else [attention_mask[a:b].bool() for a, b in bounds]
+        batches = [
+            {"input_ids": windows[a:b]} | ({} if attention_mask is None else {"attention_mask": attention_mask[a:b]})
+            for a, b in bounds
+        ]
+
+        def forward(batch: dict[str, Tensor]) -> Any:
+            return host.model(**{name: value.to(host.device) for name, value in batch.items()})
+
+        return cls(
+            host,
+            forward,
+            batches,
+            settings,
+            needs,
+            batches_seen=sum(b <= len(windows) - held_out for _, b in bounds),
+            masks=masks,
+            ids=windows,
+            length=windows.shape[1],
+            head=anatomy.head.name if head and anatomy.head else None,
+            traced=anatomy.family != "structure",
+            notify=notify,
+        )
+
+    @classmethod
+    def of_module(
+        cls,
+        module: nn.Module,
+        forward: Callable[[nn.Module, Any], Any],
+        batches: Sequence[Any],
+        settings: CalibrationSettings | None = None,
+        needs: Collection[str] = ("gram",),
+        *,
+        blocks: str | None = None,
+        notify: Observer | None = None,
+    ) -> Calibration:
+        """Calibrate any module in memory; its linear layers are changed in place.
+
+        Until `close` the module is in evaluation mode and its parameters take no gradients; then both are as before.
+
+        Args:
+            forward: runs the module on one batch.
+            batches: whatever `forward` takes, one at a time.
+            blocks: path of the list of blocks; None looks for the longest list of alike modules through which hidden
+                states go one after the other, and takes the whole module as one block where there is none; "" does
+                so in any case.
+        """
+        settings = settings or CalibrationSettings()
+        if not batches:
+            raise CalibrationError("calibration needs at least one batch")
+        if settings.token_weights != "none":
+            raise CalibrationError("calibration.token_weights can be used with language models only; set it to none")
+        held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
+        host = ModuleHost(module, forward, batches[0], blocks)
+        return cls(
+            host,
+            lambda batch: forward(module, batch),
+            batches,
+            settings,
+            needs,
+            batches_seen=len(batches) - held_out,
+            whole=host.whole,
+            traced=True,
+            notify=notify,
+        )
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the streams and the blocks' weights back."""
+        self.hidden, self.original_hidden, self.capture = [], [], None
+        for number in range(len(self.host.blocks)):
+            self.host.drop_block(number)
+        self.host.close()
+
+    # Walking --------------------------------------------------------------------------------------------------------
+
+    def blocks(self, first: int = 0) -> Iterator[BlockSession]:
+        """A session for every block from number `first` on, and for the head if asked for.
+
+        Blocks before `first` stay as they are. A session that was not advanced is advanced when the next is asked for.
+        """
+        self._start()
+        for number, module in enumerate(self.host.blocks):
+            self.host.load_block(number)
+            layers = [layer for layer in self.host.layers.values() if layer.block == number]
+            session = BlockSession(self, number, module, layers)
+            if number >= first:
+                yield session
+            session.advance()
+        if self.head:
+            yield BlockSession(self, len(self.host.blocks), self.host.model, [self.host.layers[self.head]])
+
+    def _start(self) -> None:
+        """Find the hidden states in front of the first block, and the Fisher information if it is needed."""
+        if "fisher" in self.needs and not self._fisher:
+            with self.whole_model() as whole:
+                self._fisher = whole.fisher(seed=self.settings.seed)
+        if self.whole:
+            self.hidden = list(self.batches)
+            self.original_hidden = self.hidden
+            return
+        self.capture = Capture(self.forward, self.host.blocks, self._in_tuple())
+        self.hidden = []
+        for index, batch in enumerate(self.batches):
+            self.hidden.append(self.capture.add(batch).to("cpu", copy=True))
+            self.notify({"event": "embedded", "batch": index + 1, "batches": len(self.batches)})
+        self.original_hidden = self.hidden
+
+    def _in_tuple(self) -> bool:
+        """Whether a block gives a tuple, tried on the first block and the first batch."""
+        block = self.host.load_block(0)
+        hidden, arguments = capture_first(self.forward, block, self.batches[0])
+        with torch.no_grad():
+            output = arguments.call(block, hidden)
+        if hidden_of(output).shape != hidden.shape:
+            raise CalibrationError(
+                f"a block makes {list(hidden_of(output).shape)} of {list(hidden.shape)}, which block-by-block "
+                "calibration cannot follow; calibrate the model as one whole module"
+            )
+        return isinstance(output, tuple | list)
+
+    def call(self, index: int, hidden: Any, batch_index: int) -> Tensor:
+        """The output of block `index` (or of what follows the last one) for hidden states of a batch."""
+        if self.whole:
+            return hidden_of(self.forward(hidden))
+        assert self.capture is not None
+        hidden = hidden.to(self.host.device)
+        if index == len(self.host.blocks):
+            output = self.capture.after(self.batches[batch_index], hidden)
+            return hidden_of(getattr(output, "logits", output))
+        return hidden_of(self.capture.arguments[batch_index][index].call(self.host.blocks[index], hidden))
+
+    def move(self, session: BlockSession) -> None:
+        """Both streams through a session's block; used by `BlockSession.advance`."""
+        last = session.index == len(self.host.blocks) - 1 and not self.head
+        if not last and not self.whole and session.index < len(self.host.blocks):
+            self._move_streams(session)
+        if session.index < len(self.host.blocks):
+            self.host.drop_block(session.index)
+        self.notify({"event": "advanced", "block": session.index})
+
+    def _move_streams(self, session: BlockSession) -> None:
+        apart = self.original_hidden is not self.hidden
+        with torch.no_grad():
+            if self.two_streams and (apart or session.differs):
+                originals = session.original_outputs()
+                self._replace(session, self.hidden)
+                self.original_hidden = originals
+            elif self.settings.stream == "original":
+                with session.original():
+                    self._replace(session, self.hidden)
+            else:
+                self._replace(session, self.hidden)
+
+    def _replace(self, session: BlockSession, hidden: list[Any]) -> None:
+        for index in range(len(hidden)):
+            hidden[index] = self.call(session.index, hidden[index], index).detach().to("cpu")
+
+    def whole_model(self) -> WholeModel:
+        """All blocks in memory; a context manager. Use it before `blocks`, or instead."""
+        return WholeModel(self)
+
+    def fisher(self, name: str) -> Tensor:
+        """float32 [out, in], of the original model; "fisher" must be among the needs."""
+        if name not in self._fisher:
+            raise ValueError(f"there is no Fisher information of {name}: declare 'fisher' in the calibration's needs")
+        return self._fisher[name].contiguous().cpu()
+
+    # What sessions ask ----------------------------------------------------------------------------------------------
+
+    def order_groups(self, session: BlockSession, groups: list[list[str]]) -> list[list[str]]:
+        """Groups in order of execution; found by running the first batch where no family file gives the order."""
+        if self.traced or session.index >= len(self.host.blocks):
+            return groups
+        probes = {g[0]: Probe(self.host.slots[g[0]], session.layers[g[0]].expert) for g in groups}
+        with torch.no_grad():
+            seen = InputRecorder(self.host.model, probes, stop=False).run(
+                lambda: self.call(session.index, self.hidden[0], 0)
+            )
+        order: dict[str, int] = {}
+        keys = {g[0]: EXPERT_NUMBER.sub("", session.layers[g[0]].input_group) for g in groups}
+        for place, name in enumerate(seen):
+            order.setdefault(keys[name], place)
+        return sorted(groups, key=lambda group: order.get(keys[group[0]], len(seen)))
+
+    def mask_of(self, batch: int) -> Tensor | None:
+        """bool [B, T], False for padding; None where there is none."""
+        return None if self.masks is None else self.masks[batch]
+
+    def batch_tokens(self, batch: int) -> int:
+        """B * T of a batch of hidden states."""
+        hidden = self.hidden[batch]
+        return 0 if self.whole else hidden.numel() // hidden.shape[-1]
+
+    def place_of(self, batch: int, token: int) -> dict[str, int]:
+        """Sequence and token in it, of a token of a batch."""
+        if self.length is None:
+            return {"token": token}
+        before = sum(len(b["input_ids"]) for b in self.batches[:batch])
+        return {"sequence": before + token // self.length, "token": token % self.length}
+
+    def token_weights(self, session: BlockSession) -> list[Tensor] | None:
+        """Weights [B, T] of every batch for a block, mean one in each sequence; None where tokens are equal."""
+        kind, settings = self.settings.token_weights, self.settings
+        if kind == "none" or self.whole:
+            return None
+        if kind == "attention" and session.index < len(self.host.blocks):
+            scores = [attention_weights(session, hidden, i) for i, hidden in enumerate(self.hidden)]
+        else:
+            if kind == "attention" or self.ids is None:  # the head has no attention
+                return None
+            if self._scores is None:
+                self._scores = text_scores(kind, self.ids)
+            scores = list(torch.split(self._scores, [len(b["input_ids"]) for b in self.batches]))
+        weights = [
+            normalised(s, settings.minimum_weight, settings.exponent, self.mask_of(i)).to(self.host.device)
+            for i, s in enumerate(scores)
+        ]
+        total = sum(float(w.double().sum()) for w in weights)
+        effective = total**2 / sum(float(w.double().square().sum()) for w in weights)
+        session.effective_tokens = effective
+        self.notify({"event": "token weights", "block": session.index, "effective_tokens": effective, "tokens": total})
+        return weights
+
+
+def _expanded(windows: Tensor, mask: Tensor | None, settings: CalibrationSettings) -> tuple[Tensor, Tensor | None]:
+    """RSQ's dataset expansion: every window rolled cyclically, so that tokens are seen at several positions."""
+    if windows.dim() != 2 or 0 in windows.shape or windows.is_floating_point():
+        raise CalibrationError(
+            f"windows must be token ids [sequences, length], not {windows.dtype} {list(windows.shape)}"
+        )
+    times = settings.expansion
+    if times == 1:
+        return windows, mask
+    steps = [i * windows.shape[1] // times for i in range(times)]
+    rolled = torch.stack([windows.roll(step, 1) for step in steps], 1).flatten(0, 1)
+    return rolled, None if mask is None else torch.stack([mask.roll(step, 1) for step in steps], 1).flatten(0, 1)
+
+
+def _check_ids(windows: Tensor, host: Skeleton) -> None:
+    rows = host.model.get_input_embeddings().weight.shape[0]
+    if int(windows.min()) < 0 or int(windows.max()) >= rows:
+        raise CalibrationError(
+            f"the calibration windows hold token {int(windows.max())}, but the model has {rows} tokens: "
+            "they were made with another tokenizer"
+        )
+
+
+def _batch_size(windows: Tensor, settings: CalibrationSettings, attends: Skeleton | None) -> int:
+    length = windows.shape[1]
+    size = max(1, settings.batch_tokens // length)
+    if attends is not None:
+        heads = int(getattr(attends.model.config.get_text_config(), "num_attention_heads", 1) or 1)
+        size = min(size, max(1, ATTENTION_BYTES // (4 * heads * length * length)))
+    return size
+
+
+def _bounds(count: int, held_out: int, size: int) -> list[tuple[int, int]]:
+    """First and last sequence of every batch; no batch holds both seen and held-out ones."""
+    seen = count - held_out
+    parts = ((0, seen), (seen, count))
+    return [(a, min(a + size, stop)) for start, stop in parts for a in range(start, stop, size)]

@@ -1,0 +1,413 @@
+"""One block of a network in memory: gathers statistics, takes new weights, moves the streams on."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.methods.calibrate.accumulate import Accumulator
+from featherweight.methods.calibrate.feed import Feed
+from featherweight.methods.calibrate.statistics import gathered_names, known_statistics
+from featherweight.model.network.host import parameter_of
+from featherweight.model.network.observe import InputRecorder, Probe, Seen
+from featherweight.model.network.placement import Slot
+from featherweight.model.network.streams import Captured
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
+
+TARGETS = "targets"
+"""A need that is no statistic: outputs of the original blocks."""
+EXPERT_NUMBER = re.compile(r"\.\d+$")
+
+
+class BlockSession:
+    """A block with its weights loaded, and the samples in front of it.
+
+    Attributes
+    ----------
+    index : number of the block; the number of blocks for the head, which is a session of its own
+    names : its linear layers
+    layers : the anatomy's description of them
+    groups : the names by shared input, in order of execution
+    stages : the names by what can be gathered in one pass, in order of execution: all groups of a stage are upstream of
+        the next; one single stage where the settings are not sequential
+    module : the block, float, in evaluation mode
+    inputs : hidden states of the stream that is measured, one [B, T, hidden] a batch; the held-out batches come last
+    changed : tensors given to `set_tensor`, by name
+    starved : layers whose last gathered statistics are of too few tokens -> tokens
+    non_finite : layers into which NaN or infinity went -> where that began
+    remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it
+    """
+
+    def __init__(self, calibration: Feed, index: int, module: nn.Module, layers: Sequence[LinearLayer]) -> None:
+        self.calibration, self.index, self.module = calibration, index, module
+        self.host = calibration.host
+        self.layers = {layer.name: layer for layer in layers}
+        self.names = list(self.layers)
+        self.groups = calibration.order_groups(self, _groups(layers))
+        self.stages = _stages(self.groups, self.layers) if calibration.settings.sequential else [self.names]
+        self.changed: dict[str, Tensor] = {}
+        self.starved: dict[str, int] = {}
+        self.non_finite: dict[str, dict[str, Any]] = {}
+        self.effective_tokens: float | None = None
+        self.remembers = False
+        self._originals: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._targets: list[Tensor] | None = None
+        self._weights: list[Tensor] | None = None
+        self._advanced = False
+
+    # Weights --------------------------------------------------------------------------------------------------------
+
+    def weight(self, name: str) -> Tensor:
+        """float32 [out, in], a copy of what the block computes with now."""
+        slot = self.host.slots[name]
+        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True).contiguous()
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Let the block compute with `weight` [out, in] from now on."""
+        self._set(self.host.slots[name], weight)
+
+    def tensor(self, tensor_name: str) -> Tensor:
+        """float32 copy of another tensor of the checkpoint (a norm, a bias), as it is stored there."""
+        slot = self.host.tensor_slot(tensor_name)
+        return slot.view(parameter_of(self.host, slot.parameter)).to("cpu", torch.float32, copy=True)
+
+    def set_tensor(self, tensor_name: str, value: Tensor) -> None:
+        """Replace another tensor of the checkpoint; it is noted in `changed` as it will be stored, and used so."""
+        slot = self.host.tensor_slot(tensor_name)
+        stored = self.host.as_stored(tensor_name, value)
+        self._set(slot, stored)
+        self.changed[tensor_name] = stored.clone()
+
+    def add_bias(self, name: str, bias: Tensor) -> None:
+        """Add [out] to the bias of a layer; a layer without one gets one, noted in `changed` as NAME.bias."""
+        layer = self.layers.get(name) or self.host.layers.get(name)
+        tensor_name = (layer.bias if layer else None) or f"{name}.bias"
+        self.set_tensor(tensor_name, self.tensor(tensor_name) + bias)
+
+    def _set(self, slot: Slot, value: Tensor) -> None:
+        self._before_change()
+        data = parameter_of(self.host, slot.parameter)
+        if self.calibration.keeps_originals and slot.parameter not in self._originals:
+            self._originals[slot.parameter] = data.clone()
+        if self.remembers and slot.parameter not in self._loaded:
+            self._loaded[slot.parameter] = data.clone()
+        part = slot.view(data)
+        if part.shape != value.shape:
+            raise ValueError(f"{slot.parameter} takes {list(part.shape)}, not {list(value.shape)}")
+        part.copy_(value.detach())
+
+    @contextlib.contextmanager
+    def overridden(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, the block computes with these weights [out, in] instead; gradients flow into them.
+
+        Tensors of the checkpoint may be given by name too.
+        """
+        with contextlib.ExitStack() as stack:
+            for path, value in override_values(self.host, weights).items():
+                for module, leaf in self.host.owners(path):
+                    stack.callback(module._parameters.__setitem__, leaf, module._parameters[leaf])
+                    module._parameters[leaf] = value  # type: ignore[assignment]  # any tensor will do
+            yield
+
+    def rebase(self) -> None:
+        """Take the present weights for the original ones: a transform has changed them, but not the function."""
+        self._originals = {}
+
+    def restore(self) -> None:
+        """Make the block what it was before anything was set; `remembers` must have been true since."""
+        for path, value in self._loaded.items():
+            parameter_of(self.host, path).copy_(value)
+        self.changed.clear()
+        self._originals = {}
+
+    @property
+    def differs(self) -> bool:
+        """Whether the block computes with other weights than the original's."""
+        return bool(self._originals)
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """Within, the block computes with the original weights."""
+        now = {path: parameter_of(self.host, path) for path in self._originals}
+        self._put(self._originals)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for path, value in values.items():
+            module, leaf = self.host.owners(path)[0]
+            parameter = module._parameters[leaf]
+            assert parameter is not None
+            parameter.data = value
+
+    # Samples --------------------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Hidden states in front of the block, of the batches that methods may see."""
+        return self.calibration.hidden[: self.calibration.batches_seen]
+
+    @property
+    def held_out_inputs(self) -> list[Tensor]:
+        return self.calibration.hidden[self.calibration.batches_seen :]
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Outputs of the original block on the full-precision stream, for every batch of `inputs`; made when asked.
+
+        Needs "targets" among the calibration's needs.
+        """
+        return self.original_outputs()[: self.calibration.batches_seen]
+
+    @property
+    def held_out_targets(self) -> list[Tensor]:
+        return self.original_outputs()[self.calibration.batches_seen :]
+
+    def original_outputs(self) -> list[Tensor]:
+        """Outputs of the original block on the full-precision stream, for every batch."""
+        if not self.calibration.keeps_originals:
+            raise ValueError("targets are there only if 'targets' or 'cross' is among the needs of the calibration")
+        if self._targets is None:
+            with torch.no_grad(), self.original():
+                originals = self.calibration.original_hidden
+                self._targets = [self._moved(hidden, i) for i, hidden in enumerate(originals)]
+        return self._targets
+
+    def run(self, hidden: Any, batch_index: int) -> Tensor:
+        """The block's output for `hidden` with the arguments captured for a batch; differentiable."""
+        return self.calibration.call(self.index, hidden, batch_index)
+
+    @property
+    def output_layer(self) -> str | None:
+        """Name of the output layer behind the last block; None for other blocks, and where no checkpoint names one."""
+        anatomy = getattr(self.host, "anatomy", None)
+        if self.index != len(self.host.blocks) - 1 or not isinstance(anatomy, Anatomy):
+            return None
+        return anatomy.head.name if anatomy.head else next((head for head, _ in anatomy.tied), None)
+
+    def output_weight(self) -> Tensor:
+        """float32 [vocabulary, hidden] of the output layer, a copy."""
+        weight: Tensor = self._output_module().weight
+        return weight.detach().to("cpu", torch.float32, copy=True)
+
+    def output_inputs(self, hidden: Tensor, batch_index: int) -> Tensor:
+        """What the output layer reads [B, T, hidden] for the last block's output; its product is not computed."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found.append(arguments[0])
+            raise Captured
+
+        handle = self._output_module().register_forward_pre_hook(stop)
+        try:
+            with contextlib.suppress(Captured):
+                self.calibration.call(len(self.host.blocks), hidden, batch_index)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _output_module(self) -> Any:
+        model: Any = self.host.model
+        return model.get_output_embeddings()
+
+    def _moved(self, hidden: Any, batch_index: int) -> Tensor:
+        return self.run(hidden, batch_index).detach().to("cpu")
+
+    # Statistics -----------------------------------------------------------------------------------------------------
+
+    def gather(self, names: Collection[str], needs: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """Statistics of layers, from one run of the block over all samples with its present weights.
+
+        Layers of one group share their tensors. `tokens` is always there; the others only where tokens were seen. Asked
+        for "held_out_gram" alone, it runs held-out samples only: `tokens` is 0 then and no layer counts as starved.
+        """
+        unknown = [name for name in needs if name not in known_statistics() and name != TARGETS]
+        if unknown:
+            raise ValueError(f"no statistics are called {', '.join(unknown)}")
+        known = gathered_names()
+        wanted = [need for need in needs if need in known]
+        groups = {group[0]: [n for n in group if n in names] for group in self.groups if any(n in names for n in group)}
+        found: dict[str, dict[str, Tensor]] = {}
+        self._before_change()
+        accumulators = self._accumulate(list(groups), wanted)
+        for first, members in groups.items():
+            statistics = accumulators[first].finish()
+            tokens = int(statistics["tokens"])
+            for name in members:
+                found[name] = statistics
+                self.starved.pop(name, None)
+                if wanted != ["held_out_gram"] and tokens < self.calibration.settings.least_tokens(
+                    self.layers[name].shape[1]
+                ):
+                    self.starved[name] = tokens
+                if first in self.non_finite:
+                    self.non_finite[name] = self.non_finite[first]
+        return found
+
+    def _accumulate(self, firsts: list[str], needs: list[str]) -> dict[str, Accumulator]:
+        calibration = self.calibration
+        kept = {name: Accumulator(self.layers[name].shape[1], needs, self.host.device) for name in firsts}
+        observer = self._observer(firsts)
+        stream = calibration.hidden
+        for index in range(calibration.batches_seen if needs == ["held_out_gram"] else 0, len(stream)):
+            held_out = index >= calibration.batches_seen
+            if held_out and "held_out_gram" not in needs:
+                break
+            with torch.no_grad():
+                with self.original() if calibration.settings.stream == "original" else contextlib.nullcontext():
+                    seen = observer.run(lambda i=index: self.run(stream[i], i))  # type: ignore[misc]
+                other: dict[str, list[Seen]] = {}
+                if "cross" in needs and not held_out and calibration.two_streams:
+                    with self.original():
+                        other = observer.run(lambda i=index: self.run(calibration.original_hidden[i], i))  # type: ignore[misc]
+                for name, accumulator in kept.items():
+                    self._add(accumulator, name, index, seen.get(name, []), other.get(name, []), held_out)
+            calibration.notify({"event": "gathered", "block": self.index, "batch": index + 1, "batches": len(stream)})
+        return kept
+
+    def _observer(self, firsts: list[str]) -> InputRecorder:
+        probes = {name: self._probe(name) for name in firsts}
+        experts = {(p.mixture, p.expert) for p in probes.values() if p.expert is not None}
+        others = [self._probe(group[0]) for group in self.groups if group[0] not in probes]
+        helpers = [probe for probe in others if probe.expert is not None and (probe.mixture, probe.expert) in experts]
+        return InputRecorder(self.host.model, probes, helpers, stop=self.calibration.stoppable)
+
+    def _probe(self, name: str) -> Probe:
+        return Probe(self.host.slots[name], self.layers[name].expert)
+
+    def _add(
+        self, accumulator: Accumulator, name: str, batch: int, seen: list[Seen], other: list[Seen], held_out: bool
+    ) -> None:
+        for call, one in enumerate(seen):
+            rows, tokens = one.rows, one.tokens
+            partner = other[call] if call < len(other) else None
+            difference = None if partner is None else _difference(one, partner, self.calibration.batch_tokens(batch))
+            weights = self._row_weights(batch, rows, tokens)
+            keep = self._kept(name, batch, rows, tokens, difference)
+            if keep is not None:
+                rows = rows[keep]
+                weights = None if weights is None else weights[keep]
+                difference = None if difference is None else difference[keep]
+            if held_out:
+                accumulator.add_held_out(rows, weights)
+            else:
+                accumulator.add(rows, weights, difference)
+
+    def _row_weights(self, batch: int, rows: Tensor, tokens: Tensor | None) -> Tensor | None:
+        if self._weights is None:
+            return None
+        weights = self._weights[batch].reshape(-1)
+        weights = weights if tokens is None else weights[tokens]
+        return weights if len(weights) == len(rows) else None  # not one row a token: all count the same
+
+    def _kept(
+        self, name: str, batch: int, rows: Tensor, tokens: Tensor | None, difference: Tensor | None
+    ) -> Tensor | None:
+        """Which rows count: those of real tokens with finite values. None for all."""
+        if bool(torch.isfinite(rows.sum() if difference is None else rows.sum() + difference.sum())):
+            finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        else:
+            finite = torch.isfinite(rows).all(1)
+        if difference is not None:
+            finite &= torch.isfinite(difference).all(1)
+        mask = self.calibration.mask_of(batch)
+        if mask is not None:
+            mask = mask.reshape(-1).to(rows.device)
+            mask = mask if tokens is None else mask[tokens]
+            mask = mask if len(mask) == len(rows) else None
+        bad = ~finite if mask is None else ~finite & mask
+        if bool(bad.any()) and name not in self.non_finite:
+            row = int(bad.nonzero()[0])
+            token = row if tokens is None else int(tokens[row])
+            self.non_finite[name] = {"batch": batch, **self.calibration.place_of(batch, token)}
+            self.calibration.notify(
+                {"event": "non-finite", "layer": name, "block": self.index, **self.non_finite[name]}
+            )
+        if mask is None:
+            return None if bool(finite.all()) else finite
+        return finite & mask
+
+    def _before_change(self) -> None:
+        """Token weights of a block are found once, with the block as it was before any of its layers changed."""
+        if self._weights is None:
+            self._weights = self.calibration.token_weights(self)
+
+    # Moving on ------------------------------------------------------------------------------------------------------
+
+    def skip(self, decoded: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
+        """Finish a block that an earlier run has treated: set its weights and tensors, and advance."""
+        for name, value in changed.items():
+            slot = self.host.tensor_slot(name)
+            self._keep_and_copy(slot, value)
+            self.changed[name] = value
+        for name, weight in decoded.items():
+            self._keep_and_copy(self.host.slots[name], weight)
+        self.advance()
+
+    def _keep_and_copy(self, slot: Slot, value: Tensor) -> None:
+        data = parameter_of(self.host, slot.parameter)
+        if self.calibration.keeps_originals and slot.parameter not in self._originals:
+            self._originals[slot.parameter] = data.clone()
+        slot.view(data).copy_(value.detach())
+
+    def advance(self) -> None:
+        """Move the streams through the block and drop its weights. Calling it again does nothing."""
+        if not self._advanced:
+            self._advanced = True
+            self.calibration.move(self)
+            self._originals, self._loaded, self._targets, self._weights = {}, {}, None, None
+
+
+def override_values(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, by path, with the given weights in them, differentiable in the weights."""
+    values: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        slot = host.slots[name] if name in host.slots else host.tensor_slot(name)
+        data = parameter_of(host, slot.parameter)
+        weight = weight.to(data.device, data.dtype)
+        if slot.expert is None and slot.rows is None:
+            values[slot.parameter] = weight.t() if slot.transposed else weight
+            continue
+        if slot.parameter not in values:
+            values[slot.parameter] = data.clone()
+        slot.view(values[slot.parameter]).copy_(weight)
+    return values
+
+
+def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
+    """Full-precision input minus present input, row by row; zero for tokens that went elsewhere in the other stream."""
+    if one.tokens is None or partner.tokens is None:
+        return partner.rows - one.rows if partner.rows.shape == one.rows.shape else None
+    place = torch.full((batch_tokens,), -1, dtype=torch.long, device=one.rows.device)
+    place[partner.tokens] = torch.arange(len(partner.rows), device=one.rows.device)
+    at = place[one.tokens]
+    paired = at >= 0
+    difference = torch.zeros_like(one.rows)
+    difference[paired] = partner.rows[at[paired]] - one.rows[paired]
+    return difference
+
+
+def _groups(layers: Iterable[LinearLayer]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.input_group, []).append(layer.name)
+    return list(groups.values())
+
+
+def _stages(groups: list[list[str]], layers: Mapping[str, LinearLayer]) -> list[list[str]]:
+    """Consecutive groups that differ only in the expert are one stage."""
+
+    def key(group: list[str]) -> str:
+        layer = layers[group[0]]
+        return layer.input_group if layer.expert is None else EXPERT_NUMBER.sub("", layer.input_group)
+
+    return [list(itertools.chain.from_iterable(part)) for _, part in itertools.groupby(groups, key)]

@@ -1,0 +1,97 @@
+"""Second moments [in, in].
+
+gram            sum w x x' / sum w          (GPTQ's Hessian, arXiv 2210.17323, without its factor 2)
+held_out_gram   the same of windows that enter no other statistics
+cross           sum w (x~ - x) x' / sum w   (GPTAQ, arXiv 2504.02692), x~ the input in the full-precision stream
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featherweight.methods.calibrate.statistics.base import Basis, Running, Statistic, Statistics, Tokens
+from featherweight.registry import register
+
+
+def symmetric(moment: Tensor) -> Tensor:
+    """The moment [in, in] itself if it equals its transpose in every bit, else (M + M') / 2, which does.
+
+    Products leave the two triangles apart by rounding, by how much depends on the BLAS. What is symmetric is not
+    copied: factors are kept for the very tensor they were made from.
+    """
+    return moment if torch.equal(moment, moment.mT) else (moment + moment.mT) / 2
+
+
+def symmetrised(matrix: Tensor, block: int = 1024) -> Tensor:
+    """(M + M') / 2 in place, with a temporary of one block of rows."""
+    size = len(matrix)
+    for i in range(0, size, block):
+        for j in range(i, size, block):
+            upper, lower = matrix[i : i + block, j : j + block], matrix[j : j + block, i : i + block]
+            middle = (upper + lower.t()) / 2
+            upper.copy_(middle)
+            lower.copy_(middle.t())
+    return matrix
+
+
+def _on_both_sides(moment: Tensor, basis: Basis) -> Tensor:
+    return basis.inputs(basis.inputs(moment).mT.contiguous()).mT.contiguous()
+
+
+class _RunningGram(Running):
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.mean = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, tokens: Tokens) -> None:
+        scaled = tokens.inputs if tokens.weights is None else tokens.inputs * tokens.weights.sqrt()[:, None]
+        self.mean.addmm_(scaled.t(), scaled, beta=tokens.old, alpha=tokens.new)
+
+    def finish(self) -> Tensor:
+        return symmetrised(self.mean)
+
+
+class _RunningCross(Running):
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.mean = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, tokens: Tokens) -> None:
+        if tokens.difference is None:
+            self.mean.mul_(tokens.old)
+        else:
+            self.mean.addmm_(tokens.difference.float().t(), tokens.weighted, beta=tokens.old, alpha=tokens.new)
+
+    def finish(self) -> Tensor:
+        return self.mean
+
+
+@register("statistic", "gram")
+class Gram(Statistic):
+    axes = ("in", "in")
+
+    def start(self, in_features: int, device: torch.device) -> Running:
+        return _RunningGram(in_features, device)
+
+    def unchanged(self, value: Tensor) -> Tensor:
+        return symmetric(value)
+
+    def carry(self, value: Tensor, basis: Basis, statistics: Statistics) -> Tensor | None:
+        return symmetric(_on_both_sides(value, basis))
+
+
+@register("statistic", "held_out_gram")
+class HeldOutGram(Gram):
+    held_out = True
+
+
+@register("statistic", "cross")
+class Cross(Statistic):
+    axes = ("in", "in")
+    stored = False
+    two_streams = True
+
+    def start(self, in_features: int, device: torch.device) -> Running:
+        return _RunningCross(in_features, device)
+
+    def carry(self, value: Tensor, basis: Basis, statistics: Statistics) -> Tensor | None:
+        return _on_both_sides(value, basis)

@@ -1,0 +1,1 @@
+"""What trainings share: the loop, and what it minimises."""

@@ -1,0 +1,196 @@
+"""What learned choices minimise: a block's output error, or the divergence of the model's predictions.
+
+Both take weights as leaf tensors, run the network with them in place, and accumulate gradients into them. Part of the
+samples is held out: `held_out_loss` decides which step is kept, so that nothing learned ends worse than it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from featherweight.model.network.access import BlockAccess, ModelAccess
+from featherweight.system.precision import Chosen, autocast
+
+Weights = Mapping[str, Tensor]
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MiB in float32
+CACHE_BYTES = 1 << 30  # of the teacher's hidden states; beyond, they are computed again
+
+
+class Objective(Protocol):
+    """A loss over `batches` training batches."""
+
+    batches: int
+
+    def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
+        """The loss of one batch; adds its gradient to the `.grad` of all weights and tensors that require one."""
+        ...
+
+    def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
+        """The loss over the held-out samples, in float32; None if nothing could be held out."""
+        ...
+
+
+class BlockObjective:
+    """||block(x; W) - y||^2 / ||y||^2: x the stream quantised so far, y the float block's output on the float stream.
+
+    A batch is one of the session's. Held out are the session's own held-out batches; where it has none,
+    held_out_share : part of the batches, at least one where there are two, taken evenly from the whole
+    """
+
+    def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
+        self.session = session
+        self.precision = precision
+        count = len(session.inputs)
+        self._inputs, self._targets = list(session.inputs), list(session.targets)
+        apart = list(getattr(session, "held_out_inputs", ()))
+        if apart:
+            self._inputs += apart
+            self._targets += list(session.held_out_targets)  # type: ignore[attr-defined]
+            self._held_out = list(range(count, len(self._inputs)))
+        else:
+            self._held_out = evenly(count, held_out_share)
+        self._training = [i for i in range(count) if i not in set(self._held_out)]
+        self.batches = len(self._training)
+
+    def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
+        loss = self._loss(weights, tensors, self._training[batch], self.precision)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
+        if not self._held_out:
+            return None
+        with torch.no_grad():
+            losses = [float(self._loss(weights, tensors, i, "float32")) for i in self._held_out]
+        return sum(losses) / len(losses)
+
+    def _loss(self, weights: Weights, tensors: Weights, index: int, precision: Chosen) -> Tensor:
+        target = self._targets[index].float()
+        with self.session.overridden({**weights, **tensors}), autocast(precision):
+            output = self.session.run(self._inputs[index], index).float()
+        return _relative(output, target)
+
+
+class ModelObjective:
+    """KL(original || student) of the next-token distributions, nats a token, on calibration windows.
+
+    A network without an output layer over a vocabulary (an encoder) has no such distributions: there the loss is
+    the relative squared error of its last hidden states plus that of their mean over the window, which is what
+    sentence embeddings are made of.
+
+    batch_size : windows a batch
+    held_out_share : part of the windows, taken evenly, where the model has none apart
+    """
+
+    def __init__(
+        self,
+        model: ModelAccess,
+        batch_size: int = 4,
+        precision: Chosen = "float32",
+        held_out_share: float = 0.125,
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self._divergence = self._of_predictions if getattr(model, "predicts", True) else self._of_states
+        windows, held_out = list(model.windows), list(model.held_out)
+        if not held_out:
+            places = evenly(len(windows), held_out_share)
+            held_out = [windows[i] for i in places]
+            windows = [window for i, window in enumerate(windows) if i not in set(places)]
+        self._training = _stacked(windows, batch_size)
+        self._held_out = _stacked(held_out, batch_size)
+        self.batches = len(self._training)
+        self._teacher: dict[tuple[bool, int], Tensor] = {}
+        self._teacher_bytes = 0
+
+    def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
+        ids = self._training[batch]
+        teacher = self._original(False, batch, ids)
+        with self.model.overridden(weights, tensors):
+            with autocast(self.precision):
+                states = self.model.hidden(ids)
+            leaf = states.detach().float().requires_grad_()
+            loss = self._divergence(leaf, teacher, backward=True)
+        assert leaf.grad is not None
+        states.backward(leaf.grad.to(states.dtype))  # type: ignore[no-untyped-call]
+        return loss
+
+    def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
+        if not self._held_out:
+            return None
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch, ids in enumerate(self._held_out):
+                teacher = self._original(True, batch, ids)
+                with self.model.overridden(weights, tensors):
+                    total += ids.numel() * self._divergence(self.model.hidden(ids).float(), teacher, backward=False)
+                tokens += ids.numel()
+        return total / tokens
+
+    def _of_states(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
+        """Relative squared errors of hidden states [batch, tokens, hidden] and of their means over the tokens."""
+        loss = _relative(states, teacher) + _relative(states.mean(1), teacher.mean(1))
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _of_predictions(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
+        """Mean over tokens; backward into `states` chunk by chunk, so that never all logits are held."""
+        flat, original = states.flatten(0, -2), teacher.flatten(0, -2)
+        with torch.no_grad():
+            vocabulary = self._teacher_logits(original[:1]).shape[-1]
+        step = max(1, CHUNK_ELEMENTS // vocabulary)
+        total = 0.0
+        for first in range(0, len(flat), step):
+            with torch.no_grad():
+                log_p = self._teacher_logits(original[first : first + step]).log_softmax(-1)
+            log_q = self.model.head(flat[first : first + step]).log_softmax(-1)
+            loss = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(flat)
+            if backward:
+                loss.backward(retain_graph=first + step < len(flat))  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    def _teacher_logits(self, states: Tensor) -> Tensor:
+        with self.model.original():
+            return self.model.head(states)
+
+    def _original(self, held_out: bool, batch: int, ids: Tensor) -> Tensor:
+        """What the original model's output layer reads: float32 [batch, tokens, hidden]."""
+        known = self._teacher.get((held_out, batch))
+        if known is not None:
+            return known
+        with torch.no_grad(), self.model.original():
+            states = self.model.hidden(ids).float()
+        size = states.numel() * 4
+        if self._teacher_bytes + size <= CACHE_BYTES:
+            self._teacher[held_out, batch] = states
+            self._teacher_bytes += size
+        return states
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """||found - wanted||^2 / ||wanted||^2."""
+    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def evenly(count: int, share: float) -> list[int]:
+    """Places of a share of `count` samples, evenly spread; at least one of two or more, none of fewer."""
+    kept = max(1, round(count * share)) if count > 1 and share > 0 else 0
+    return [int((i + 0.5) * count / kept) for i in range(kept)]
+
+
+def _stacked(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """Batches [batch, tokens]; windows of different length are never stacked."""
+    batches: list[list[Tensor]] = []
+    for window in windows:
+        if batches and len(batches[-1]) < batch_size and batches[-1][0].shape == window.shape:
+            batches[-1].append(window)
+        else:
+            batches.append([window])
+    return [torch.stack(batch) for batch in batches]

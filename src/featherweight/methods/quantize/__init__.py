@@ -1,0 +1,1 @@
+"""The axes of quantisation: transforms, grids, rounding, corrections."""

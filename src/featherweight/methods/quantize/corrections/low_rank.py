@@ -1,0 +1,121 @@
+"""LoRC: the error of a quantised matrix, approximated by a matrix of low rank that is stored beside it.
+
+ZeroQuant-V2: Exploring Post-training Quantization in LLMs from Comprehensive Study to Low Rank Compensation
+(arXiv 2303.08302). E = W - decode(code) in float32, E = U S V by singular values, left = U_m S_m^(1/2) and
+right = S_m^(1/2) V_m. Data-free, and after any rounding. Factors are rounded to float16 or, per row of each factor, to
+int8 (that these are rows is reconstructed: the paper names no layout).
+
+`weighted` is not LoRC: it minimises the error of the output, ||(E - left right) L|| with L L' the gram matrix of the
+input, from the singular values of E L; right is then S_m^(1/2) V_m L^-1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featherweight.methods.calibrate.statistics import Statistics
+from featherweight.methods.quantize.base import Correction
+from featherweight.methods.quantize.scales import scale_dtype_for
+from featherweight.registry import register
+from featherweight.storage.codes import Code, code_layout
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.sum import Sum
+
+EXACT = 512  # up to this many rows or columns all singular values are computed
+OVERSAMPLING, STEPS = 8, 14
+DAMPING = 0.01  # of the mean diagonal of the gram matrix
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` leading triplets: [out, rank], [rank], [rank, in], in float64; the same in every run.
+
+    Large matrices by a randomised block Krylov method (Musco and Musco, arXiv 1504.05477), whose error does not depend
+    on gaps between singular values: quantisation errors have none. Products are taken in the matrix's dtype.
+    """
+    if min(matrix.shape) <= EXACT:
+        u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return u[:, :rank], s[:rank], v[:rank]
+    unit = float(matrix.abs().amax())  # squares of 1e30 overflow
+    if unit == 0:
+        rows, columns = matrix.shape
+        return torch.zeros(rows, rank).double(), torch.zeros(rank).double(), torch.zeros(rank, columns).double()
+    matrix = matrix / unit
+    basis = _krylov_basis(matrix, rank)
+    projected = (basis.to(matrix.dtype).T @ matrix).double()
+    found = basis @ torch.linalg.eigh(projected @ projected.T).eigenvectors[:, -rank:].flip(1)
+    rows_of = (found.to(matrix.dtype).T @ matrix).double()
+    sizes = rows_of.norm(dim=1)
+    return found, sizes * unit, rows_of / sizes.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)
+
+
+def _krylov_basis(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal basis float64 [out, (rank + oversampling) steps] of a random start and its products with E E'."""
+    generator = torch.Generator().manual_seed(0)
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator)
+    basis: Tensor = torch.linalg.qr((matrix @ start).double()).Q
+    block = basis
+    for _ in range(min(STEPS, min(matrix.shape) // width) - 1):
+        block = (matrix @ (block.to(matrix.dtype).T @ matrix).T).double()
+        for _ in range(2):  # twice: once leaves parts of the order of the rounding error times the condition
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis = torch.cat([basis, block], 1)
+    return basis
+
+
+@register("correction", "lorc")
+class LowRankCorrection(Correction):
+    """Add the leading singular triplets of the rounding error as two factors (see the module)."""
+
+    rank: int = Field(8, ge=1, description="singular triplets m; at most the smaller side of the matrix")
+    factors: Literal["float16", "int8", "float32"] = Field("float16", description="how the factors are stored")
+    weighted: bool = Field(False, description="least error of the output (needs the gram matrix); not LoRC")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("gram",) if self.weighted else ()
+
+    def extra_bytes(self, shape: tuple[int, int]) -> int:
+        spec = {"kind": "low-rank", "shape": list(shape), "rank": min(self.rank, *shape), "factor_dtype": self.factors}
+        return sum(entry.nbytes for entry in code_layout(spec).values())
+
+    def correct(self, weight: Tensor, code: Code, statistics: Statistics) -> Code:
+        error = weight.float() - code.decode()
+        gram = statistics.get("gram") if self.weighted else None
+        left, right = self._factors(error, gram)
+        return Sum.of(code, self._encode(left, right))
+
+    def _factors(self, error: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+        rank = min(self.rank, *error.shape)
+        root = None if gram is None else _root(gram.double())
+        u, s, v = truncated_svd(error if root is None else error.double() @ root, rank)
+        left, right = u * s.sqrt(), s.sqrt().unsqueeze(1) * v
+        if root is not None:
+            right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        return left, right
+
+    def _encode(self, left: Tensor, right: Tensor) -> LowRank:
+        largest = [float(factor.abs().amax()) for factor in (left, right)]
+        dtypes = {scale_dtype_for("auto", value) for value in largest}
+        scale_dtype = torch.float32 if torch.float32 in dtypes else torch.float16
+        stored = {"float16": scale_dtype, "int8": torch.int8, "float32": torch.float32}[self.factors]
+        return LowRank.encode(left.float(), right.float(), stored, scale_dtype)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Lower triangular L with L L' = gram, damped until it exists. ValueError if it is not finite."""
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the gram matrix of its input is not finite")
+    mean = float(gram.diagonal().mean())
+    unit = torch.eye(len(gram), dtype=gram.dtype) * (mean if mean > 0 else 1.0)
+    damping = DAMPING
+    while True:
+        root: Tensor
+        root, failed = torch.linalg.cholesky_ex(gram + damping * unit)
+        if int(failed) == 0:
+            return root
+        damping *= 10

@@ -1,0 +1,171 @@
+"""Differentiable decoding: the matrix of a code as a function of its stored scales, with the digits fixed.
+
+Every kind of code is a frozen dataclass whose floating-point tensors (scales, offsets, look-up tables, factors) enter
+`decode` by differentiable arithmetic. `TunableCode` puts float32 tensors that require gradients in their place,
+through wrapper codes (a field that is a code) and sums (a field that is a tuple of codes) down to the leaves. Codes
+that are scales times small integers keep these unpacked between calls; other kinds decode as they always do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.storage.codes.base import Code, TensorLayout
+from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.offset_trits import OffsetTrits
+from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.codes.uniform import Uniform
+
+
+class TunableCode:
+    """A code whose floating-point tensors can be varied.
+
+    `parameters` maps a path ("scales", "inner.scales", "terms.0.scales") to a float32 copy of the stored tensor.
+    Plain weights (`dense`) are not among them: they are left as they are.
+    """
+
+    def __init__(self, code: Code, prefix: str = "") -> None:
+        self.code = code
+        self._prefix = prefix
+        self._children: dict[str, TunableCode | tuple[TunableCode, ...]] = {}
+        self._own: list[str] = []
+        for name in _fields(code):
+            value = getattr(code, name)
+            if isinstance(value, Code):
+                self._children[name] = TunableCode(value, f"{prefix}{name}.")
+            elif isinstance(value, tuple) and value and all(isinstance(item, Code) for item in value):
+                parts = (TunableCode(item, f"{prefix}{name}.{i}.") for i, item in enumerate(value))
+                self._children[name] = tuple(parts)
+            elif isinstance(value, Tensor) and value.is_floating_point() and not isinstance(code, Dense):
+                self._own.append(name)
+        self._digits = _digits(code)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """float32 copies of all floating-point tensors, by path."""
+        found = {self._prefix + name: getattr(self.code, name).detach().float().clone() for name in self._own}
+        for child in self._leaves():
+            found |= child.parameters
+        return found
+
+    def _leaves(self) -> list[TunableCode]:
+        return [c for child in self._children.values() for c in (child if isinstance(child, tuple) else (child,))]
+
+    def decode(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """float32 [out, in] with these values in place of the stored ones; differentiable in them."""
+        own = {name: parameters[self._prefix + name] for name in self._own}
+        if self._digits is not None:
+            scales = own["scales"].reshape(*own["scales"].shape[:2], -1)  # [out, groups, planes]
+            if "offsets" in own:
+                scales = torch.cat([scales, own["offsets"].unsqueeze(-1)], -1)
+            value: Tensor = _GroupScaled.apply(scales, self._digits)  # type: ignore[no-untyped-call]
+            return value[:, : self.code.shape[1]]
+        moved = self._replaced(own, lambda child: _Decoded(child.decode(parameters)))
+        if isinstance(moved, LowRank):  # its own decode sums rank by rank, in an order that is the same everywhere
+            left, right = moved.factors()
+            return left @ right
+        return moved.decode()
+
+    def stored(self, parameters: Mapping[str, Tensor]) -> Code:
+        """The code with these values, rounded to the types in which they are stored."""
+        own = {
+            name: parameters[self._prefix + name].detach().to(getattr(self.code, name).dtype).clone()
+            for name in self._own
+        }
+        return self._replaced(own, lambda child: child.stored(parameters))
+
+    def _replaced(self, own: dict[str, Tensor], child: Any) -> Code:
+        changes: dict[str, Any] = dict(own)
+        for name, value in self._children.items():
+            changes[name] = tuple(child(c) for c in value) if isinstance(value, tuple) else child(value)
+        if not changes:
+            return self.code
+        return replaced(self.code, changes)
+
+
+def replaced(code: Code, changes: dict[str, Any]) -> Code:
+    """`dataclasses.replace` for a code, all of which are dataclasses."""
+    found: Code = dataclasses.replace(code, **changes)  # type: ignore[type-var]
+    return found
+
+
+def _fields(code: Code) -> list[str]:
+    return [field.name for field in dataclasses.fields(code)] if dataclasses.is_dataclass(code) else []
+
+
+def _digits(code: Code) -> Tensor | None:
+    """Integers int8 or int16 [planes, out, groups, size] by which scales (and offsets) are multiplied, if there are."""
+    if isinstance(code, Uniform) and code.axis == "input":
+        codes, zero_points = (t.to(torch.int16) for t in code.unpack())
+        digits = (codes - zero_points.repeat_interleave(code.group_size, 1)[:, : code.shape[1]]).unsqueeze(0)
+    elif isinstance(code, TritPlanes):
+        digits = code.unpack()
+        if code.tied:
+            weights = torch.tensor(code.plane_weights, dtype=torch.int8)
+            digits = (digits * weights.view(-1, 1, 1)).sum(0, keepdim=True, dtype=torch.int8)
+    elif isinstance(code, OffsetTrits):
+        trits = code.unpack()
+        digits = torch.stack([trits, torch.ones_like(trits)])
+    else:
+        return None
+    if int(digits.abs().amax()) < 128:
+        digits = digits.to(torch.int8)
+    rows, columns = code.shape
+    groups = code.scales.shape[1]
+    size = min(code.group_size, columns)
+    return torch.nn.functional.pad(digits, (0, groups * size - columns)).view(len(digits), rows, groups, size)
+
+
+class _GroupScaled(torch.autograd.Function):
+    """sum over planes k of scales[..., k] times digits[k], flattened to [out, groups x size]; keeps only the digits."""
+
+    @staticmethod
+    def forward(ctx: Any, scales: Tensor, digits: Tensor) -> Tensor:
+        ctx.save_for_backward(digits)
+        value = digits[0].float().mul_(scales[..., 0].unsqueeze(-1))
+        for k in range(1, digits.shape[0]):
+            value.addcmul_(digits[k].float(), scales[..., k].unsqueeze(-1))
+        return value.view(value.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (digits,) = ctx.saved_tensors
+        grouped = gradients[0].reshape(digits.shape[1:])
+        parts = [torch.einsum("ogs,ogs->og", grouped, plane.to(grouped.dtype)) for plane in digits]
+        return torch.stack(parts, -1), None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded(Code):
+    """Stands in for an inner code while a wrapper decodes."""
+
+    value: Tensor
+    kind = "decoded"
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.value.shape[0], self.value.shape[1]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": list(self.shape)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def decode(self) -> Tensor:
+        return self.value
+
+    @classmethod
+    def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:
+        raise TypeError("a decoded matrix is not stored")
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Code:
+        raise TypeError("a decoded matrix is not stored")

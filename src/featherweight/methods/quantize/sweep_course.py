@@ -1,0 +1,238 @@
+"""The course of a sweep through blocks of columns, groups and vectors; see `featherweight.methods.quantize.sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featherweight.methods.calibrate.statistics import Statistics, of_columns, restricted
+from featherweight.methods.quantize.base import Fit, Grid, SolveOptions
+from featherweight.methods.quantize.sweep_factor import Factor, Piece
+from featherweight.native.sweep import FeedbackRule, SweptColumns, sweep_columns
+
+
+@dataclass
+class Work:
+    """State of a run, columns in sweep order."""
+
+    weight: Tensor  # working copy
+    original: Tensor
+    grid: Grid
+    statistics: Statistics
+    factor: Factor
+    order: Tensor | None  # column of the matrix at each place; grows on the way where columns go by similarity
+    rule: FeedbackRule
+    static: Fit | None
+    options: SolveOptions
+    indices: Tensor  # uint8 [out, in]
+    fits: list[Fit]
+    parts: list[Fit]
+    loss: float = 0.0
+    clipped: int = 0
+    drift: float = 0.0
+
+
+def ordered(statistics: Statistics, order: Tensor | None) -> Statistics:
+    return statistics if order is None else _Ordered(statistics, order)
+
+
+class _Ordered(dict[str, Tensor]):
+    """Statistics in sweep order, made window by window: nothing of the size of H is copied."""
+
+    def __init__(self, statistics: Statistics, order: Tensor) -> None:
+        super().__init__(statistics)
+        self.order = order
+
+    def window(self, first: int, last: int) -> dict[str, Tensor]:
+        return of_columns(self, self.order[first:last])
+
+
+def _statistics_of(work: Work, first: int, last: int) -> dict[str, Tensor]:
+    if isinstance(work.statistics, _Ordered):
+        return work.statistics.window(first, last)
+    return restricted(work.statistics, first, last)
+
+
+def blocks(first: int, stop: int, work: Work, block_size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Blocks of columns first to stop - 1 of a piece, each with its segments.
+
+    No group of a dynamic grid begins or ends inside a segment. A group that begins inside a block and goes on behind it
+    would be fitted to columns that are not up to date: the block then ends before it.
+    """
+    size, jointly = work.grid.group_size, work.grid.columns_jointly
+    if jointly > 1 and first % jointly:
+        raise ValueError(f"pieces of {first} columns do not hold whole vectors of {jointly}; change factor_columns")
+    dynamic = work.static is None
+    step = -(-block_size // jointly) * jointly
+    while first < stop:
+        last = min(stop, first + step)
+        whole = last // size * size
+        if dynamic and last < stop and first < whole < last:
+            last = whole
+        begins = range(-(-first // size) * size, last, size) if dynamic else range(0)
+        edges = sorted({first, last, *begins})
+        segments = list(zip(edges, edges[1:], strict=False))
+        if work.rule.pull_back == "all-columns":  # the decay goes over whatever is behind: one segment a block
+            for segment in segments:
+                yield *segment, [segment]
+        else:
+            yield first, last, segments
+        first = last
+
+
+def sweep_segment(work: Work, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
+    """Round columns first to last - 1 of the working copy, fitting the grid if a group begins here."""
+    if work.static is None and first % work.grid.group_size == 0:
+        _fit_group(work, first)
+    if work.grid.columns_jointly > 1:
+        swept = _sweep_vectors(work, first, last, upper, feedback)
+    else:
+        levels, group_of = _levels(work, first, last)
+        options = work.options
+        swept = sweep_columns(
+            work.weight[:, first:last], work.original[:, first:last], upper, feedback, levels, group_of, work.rule,
+            options.threads, "auto" if options.backend == "native" else options.backend,
+        )  # fmt: skip
+        work.indices[:, first:last] = swept.indices
+    work.loss += swept.loss
+    work.clipped += swept.clipped
+    work.drift = max(work.drift, swept.drift)
+    return swept
+
+
+def _fit_group(work: Work, first: int) -> None:
+    last = min(work.weight.shape[1], first + work.grid.group_size)
+    window = work.weight[:, first:last].float().contiguous()
+    if work.rule.pull_back == "next-column":  # its first column is pulled back before it is rounded
+        start = work.weight[:, first]
+        pulled = start - work.rule.shrink * (start - work.original[:, first])
+        window = torch.cat([pulled.float().unsqueeze(1), window[:, 1:]], 1)
+    work.fits.append(work.grid.fit(window, _statistics_of(work, first, last)))
+
+
+def _levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Levels [out, groups, L] of the groups that columns first to last - 1 belong to, and the place of each column's.
+
+    With a grid that scales columns, every column has levels of its own.
+    """
+    levels, place = _group_levels(work, first, last)
+    fit = work.fits[-1] if work.static is None else work.static
+    scales = work.grid.column_scales(fit)
+    if scales is None:
+        return levels, place
+    if work.static is None:
+        columns = torch.arange(first, last) - first // work.grid.group_size * work.grid.group_size
+    else:
+        columns = torch.arange(first, last) if work.order is None else work.order[first:last]
+    own = levels[:, place.long()] * scales[columns].unsqueeze(-1)
+    return own, torch.arange(last - first, dtype=torch.int32)
+
+
+def _group_levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
+    if work.static is None:
+        return work.grid.levels(work.fits[-1]), torch.zeros(last - first, dtype=torch.int32)
+    columns = torch.arange(first, last)
+    if work.order is not None:
+        columns = work.order[first:last]
+    of = columns // work.grid.group_size
+    groups = torch.tensor(sorted(set(of.tolist())))
+    place = torch.searchsorted(groups, of).to(torch.int32)
+    return work.grid.levels({name: value[:, groups] for name, value in work.static.items()}), place
+
+
+def _sweep_vectors(work: Work, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
+    """Several columns at a time: E = (V - V^) U_JJ^-1. The rule's terms are those of single columns."""
+    rule, size = work.rule, work.grid.columns_jointly
+    weight, original = work.weight[:, first:last], work.original[:, first:last]
+    passed: dict[str, list[Tensor]] = {"errors": [], "residuals": [], "tail_errors": [], "tail_residuals": []}
+    loss, drift = 0.0, 0.0
+    for a in range(0, last - first, size):
+        b = min(last - first, a + size)
+        v, v0 = weight[:, a:b], original[:, a:b]
+        if rule.pull_back == "next-column":
+            v -= rule.shrink * (v - v0)
+        rounded = _round_vector(work, v, first + a)
+        triangle = upper[a:b, a:b]
+        instead = rounded if rule.tail == "rounded" else v  # a vector grid has no range to clamp to
+        for name, kept in (("errors", v), ("tail_errors", instead)):
+            missed = (v - rounded) + rule.residual * (v0 - kept) + rule.shrink * (v0 - v)
+            passed[name].append(torch.linalg.solve_triangular(triangle, missed, upper=True, left=False))
+        for name, kept in (("residuals", v), ("tail_residuals", instead)):
+            passed[name].append(rule.alpha * kept + rule.residual * (v0 - kept))
+        plain = torch.linalg.solve_triangular(triangle, v - rounded, upper=True, left=False)
+        loss += float(plain.double().square().sum())
+        drift = max(drift, float((v - v0).abs().max()))
+        after, pulled = weight[:, b:], None
+        if rule.pull_back == "all-columns":
+            pulled = rule.shrink * (after - original[:, b:])
+        push(after, passed["errors"][-1], upper[a:b, b:], 1)
+        if feedback is not None:
+            push(after, passed["residuals"][-1], feedback[a:b, b:], -1)
+        if pulled is not None:
+            after -= pulled
+    whole = {name: torch.cat(parts, 1) for name, parts in passed.items()}
+    fed = feedback is not None
+    return SweptColumns(
+        work.indices[:, first:last],
+        whole["errors"],
+        whole["residuals"] if fed else None,
+        whole["tail_errors"],
+        whole["tail_residuals"] if fed else None,
+        loss,
+        0,
+        drift,
+    )
+
+
+def _round_vector(work: Work, vectors: Tensor, first: int) -> Tensor:
+    """Values of the vectors in columns from `first` on; their code parts are kept."""
+    size, width = work.grid.columns_jointly, vectors.shape[1]
+    padded = torch.nn.functional.pad(vectors.float(), (0, size - width))
+    if work.static is not None:
+        fit, place = work.static, first
+    else:
+        fit, place = work.fits[-1], first - first // work.grid.group_size * work.grid.group_size
+    values, part = work.grid.round_vectors(padded, place, fit, _statistics_of(work, first, first + width))
+    work.parts.append(part)
+    return values[:, :width].to(vectors.dtype)
+
+
+def push_tail(
+    work: Work,
+    piece: Piece,
+    first: int,
+    last: int,
+    swept: list[SweptColumns],
+    upper: Tensor,
+    feedback: Tensor | None,
+) -> None:
+    """Hand what a block's columns pass on to all columns behind the block."""
+    behind = work.weight[:, last : piece.last]
+    inside, rest = slice(first - piece.first, last - piece.first), slice(last - piece.first, None)
+    errors = torch.cat([part.tail_errors for part in swept], 1) if len(swept) > 1 else swept[0].tail_errors
+    kept = [part.tail_residuals for part in swept if part.tail_residuals is not None]
+    residuals = torch.cat(kept, 1) if kept else None
+    if work.rule.pull_back == "all-columns":  # every column of the block decays what came before it
+        decay, jointly = 1 - work.rule.shrink, work.grid.columns_jointly
+        steps = -(-(last - first) // jointly)
+        weights = torch.tensor([decay ** (steps - 1 - j // jointly) for j in range(last - first)], dtype=errors.dtype)
+        original = work.original[:, last : piece.last]
+        behind.sub_(original).mul_(decay**steps).add_(original)
+        errors = errors * weights
+        residuals = None if residuals is None else residuals * weights
+    push(behind, errors, upper[inside, rest], 1)
+    if feedback is not None and residuals is not None:
+        push(behind, residuals, feedback[inside, rest], -1)
+
+
+def push(target: Tensor, passed: Tensor, through: Tensor, sign: int) -> None:
+    """target -= sign * passed @ through, in place."""
+    target.addmm_(passed, through, alpha=-sign)
+
+
+def joined(fits: list[Fit]) -> Fit:
+    """The fit of neighbouring windows together."""
+    return {name: torch.cat([fit[name] for fit in fits], 1) for name in fits[0]}

@@ -1,0 +1,1 @@
+"""How a model is walked and run: products, layers, text, network, decoder."""

@@ -1,0 +1,1 @@
+"""Layers that hold codes in place of weights, as modules of PyTorch."""

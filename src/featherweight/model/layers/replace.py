@@ -1,0 +1,165 @@
+"""Puts compressed layers into a model that has not been loaded yet.
+
+The names in `quantization_config` are those of the checkpoint. The loaded class may have another base (`AutoModel` for
+a checkpoint of `AutoModelForCausalLM`, or the other way round), other heads, or renamed modules; what cannot be placed
+is an error that names the module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from featherweight.errors import CheckpointError
+from featherweight.model.layers.experts import PARTS, ExpertName, expert_name, install_experts
+from featherweight.model.layers.modules import FeatherConv1D, FeatherLinear, coded_class
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """`expert_paths` are the modules whose 3-D parameters were replaced; `saved_names` maps the names of all compressed
+    modules in the checkpoint to those under which this model saves them (a base model has no prefix)."""
+
+    expert_paths: list[str]
+    saved_names: dict[str, str]
+
+
+def replace_layers(
+    model: Any,
+    specs: dict[str, dict[str, Any]],
+    rename: Callable[[str], str] = str,
+    parts: Sequence[tuple[str, tuple[str, ...]]] = PARTS,
+) -> Placed:
+    """Replace every module that `specs` names.
+
+    Args:
+        model: a `PreTrainedModel`, usually on the meta device.
+        specs: module name in the checkpoint -> code spec with `shape`.
+        rename: checkpoint name -> name in this model class.
+        parts: see `install_experts`.
+
+    Raises:
+        CheckpointError: a module is missing, has no matrix, is tied, or has another shape; a code is unknown.
+    """
+    modules = dict(model.named_modules())
+    experts: dict[str, list[tuple[str, ExpertName, dict[str, Any]]]] = {}
+    saved_names: dict[str, str] = {}
+    for name, spec in specs.items():
+        for path, saved_name in _candidates(model, name, rename):
+            saved_names[name] = saved_name
+            if path in modules and path:
+                _replace(model, path, name, spec)
+                break
+            place = expert_name(path, modules.get)
+            if place is not None:
+                experts.setdefault(place.path, []).append((name, place, spec))
+                break
+        else:
+            if not _of_another_head(model, name, specs):
+                raise CheckpointError(
+                    f"quantization_config compresses the module {name!r}, which {type(model).__name__} does not have: "
+                    "load the folder with the class named in its config.json (architectures)"
+                )
+            del saved_names[name]
+            logger.warning("%s has no module %r: its compressed weights are not used", type(model).__name__, name)
+    for path, entries in experts.items():
+        install_experts(modules[path], entries, parts)
+    return Placed(list(experts), saved_names)
+
+
+def give_biases(model: Any, names: Iterable[str], rename: Callable[[str], str] = str) -> list[str]:
+    """Biases, to be loaded, for plain linear modules that the compression gave one; their names as this model saves
+    them. Modules of another head are left out, as in `replace_layers`.
+
+    Raises:
+        CheckpointError: a module is missing or no linear layer.
+    """
+    modules = dict(model.named_modules())
+    given = []
+    for name in names:
+        path, saved = next(((p, s) for p, s in _candidates(model, name, rename) if p in modules and p), ("", ""))
+        if not path and type(model).__name__ not in (getattr(model.config, "architectures", None) or []):
+            logger.warning("%s has no module %r: its bias is not used", type(model).__name__, name)
+            continue
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"quantization_config gives a bias to {name!r}, which is no linear layer of {type(model).__name__}: "
+                "load the folder with the class named in its config.json (architectures)"
+            )
+        weight = module.weight
+        module.register_parameter(
+            "bias", nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+        )
+        given.append(saved)
+    return given
+
+
+def _candidates(model: Any, name: str, rename: Callable[[str], str]) -> Iterable[tuple[str, str]]:
+    """Paths where a module of the checkpoint may be, each with the name under which the model will save it."""
+    prefix = f"{model.base_model_prefix}."
+    for path in dict.fromkeys((rename(name), name)):
+        yield path, name
+        yield prefix + path, prefix + name
+        yield path.removeprefix(prefix), name.removeprefix(prefix)
+
+
+def _of_another_head(model: Any, name: str, specs: Iterable[str]) -> bool:
+    """Whether a module that the model lacks belongs to the head of the class that was saved, not to the base model."""
+    prefix = f"{model.base_model_prefix}."
+    saved_as = getattr(model.config, "architectures", None) or []
+    outside = not name.startswith(prefix) and any(other.startswith(prefix) for other in specs)
+    return outside and type(model).__name__ not in saved_as
+
+
+def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
+    old = model.get_submodule(path)
+    shape = matrix_shape(old)
+    if shape is None:
+        raise CheckpointError(
+            f"quantization_config compresses the module {name!r}, which is a {type(old).__name__} in "
+            f"{type(model).__name__}, without a weight matrix: leave it out of the recipe and compress the model again"
+        )
+    if list(spec["shape"]) != shape:
+        raise CheckpointError(
+            f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
+            f"{type(model).__name__}: config.json and the weights do not belong together"
+        )
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    if any(old is end for end in ends) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        raise CheckpointError(
+            f"quantization_config compresses {name!r}, but input embedding and output layer are tied: leave it out "
+            "of the recipe, or set tie_word_embeddings to false in config.json"
+        )
+    parent, _, leaf = path.rpartition(".")
+    if not is_linear(old):  # an embedding, a router: keeps its own forward, which reads `weight`
+        old.__class__ = coded_class(type(old))
+        weight = old._parameters.pop("weight")
+        old.hold(spec, name, weight.dtype, weight.device)
+        return
+    kind = FeatherLinear if isinstance(old, nn.Linear) else FeatherConv1D
+    bias = old.bias is not None or spec.get("bias") is True  # the compression may have given it one
+    spec = {key: value for key, value in spec.items() if key != "bias"}
+    model.get_submodule(parent)._modules[leaf] = kind(
+        spec, bias, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def matrix_shape(module: nn.Module) -> list[int] | None:
+    """Shape [out_features, in_features] of a module's weight matrix, None if it has none."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return None
+    return list(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1]

@@ -1,0 +1,1 @@
+"""A network, block by block: its module without weights, where weights lie in it, streams of hidden states."""

@@ -1,0 +1,81 @@
+"""Compressed layers on a GPU: the operands of `products/triton`, held against the decoded matrix once."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from featherweight.model.products import reference, triton
+from featherweight.storage.codes import code_from
+
+if TYPE_CHECKING:
+    from featherweight.model.products.triton import GpuOperand
+
+PACKING: Literal["2bit"] = "2bit"  # of trits: 2 to 3 times as fast as base 3, for a fifth more bytes (docs/results.md)
+CHECKED_TOKENS = (1, 16)  # one kernel for few tokens, another for many
+TOLERANCE = 5e-3  # relative; tensor cores round float32 inputs to 10 bits
+
+
+class GpuLinear:
+    """A linear layer as operands on a GPU, see `triton.linear`."""
+
+    def __init__(self, operands: list[GpuOperand]) -> None:
+        self.operands = operands
+        self.device_type = operands[0].device.type
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(operand.nbytes for operand in self.operands)
+
+    def __call__(self, x: Tensor, precision: str = "float") -> Tensor:
+        """x [..., in] on the operands' device -> [..., out] in its dtype."""
+        return triton.linear(x, self.operands, None, "int8" if precision == "int8" else "float")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GpuLinear:
+        return self  # nothing in it ever changes
+
+
+def pack_gpu(spec: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> GpuLinear | None:
+    """A stored code on a GPU; None, with one warning, where its products cannot be computed there or are wrong.
+
+    ValueError if the code is damaged.
+    """
+    if not triton.available():
+        return None
+    stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    weight = code_from(spec, stored).decode()
+    try:
+        packed = GpuLinear([operand.to(device) for operand in triton.pack_terms(spec, stored, PACKING)])
+        error = _error(packed, weight.to(device), spec)
+    except Exception as failure:  # compilers and drivers raise anything
+        _warn(f"{type(failure).__name__}: {failure}".splitlines()[0])
+        return None
+    if not error <= TOLERANCE:
+        _warn(f"products of a {spec['kind']} code have the relative error {error:.1g}")
+        return None
+    return packed
+
+
+def _error(packed: GpuLinear, weight: Tensor, spec: dict[str, Any]) -> float:
+    """The largest relative error of a product with random inputs."""
+    errors = []
+    for tokens in CHECKED_TOKENS:
+        x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(tokens)).to(weight.device)
+        inputs = reference.rounded(x, spec["bits"], spec["group_size"]) if spec["kind"] == "quantized-input" else x
+        expected = inputs @ weight.T
+        errors.append((packed(x) - expected).norm() / expected.norm().clamp(min=1e-30))
+    return float(torch.stack(errors).max())
+
+
+@functools.lru_cache(maxsize=1)  # once a process
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"featherweight decodes some layers in each call, slowly: its GPU kernels do not work here ({reason})",
+        RuntimeWarning,
+        stacklevel=4,
+    )

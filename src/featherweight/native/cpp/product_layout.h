@@ -1,0 +1,95 @@
+// Where things lie in an operand (product.h). For all layouts a tile is sixteen rows, the last one padded with rows of zeros.
+//
+// FIELDS, lanes are rows. A tile's codes: for each segment, for each plane, `steps` steps in units. A unit has 8 steps if a code
+//   has a part of one bit, else 4 if it has one of two bits, else 2 (four bits) or 1 (a byte), and holds first the vectors of
+//   four-bit parts (step 2v in the low half of each byte of vector v, step 2v + 1 in the high half), then those of two bits
+//   (step 4v + i at bits 2i), then those of one bit (step 8v + i at bit i). A vector has 64 bytes: byte 4r + j belongs to
+//   row r and column 4 step + j. The lowest bits of a code are in its four-bit part, the highest in its one-bit part.
+//   W = scale (code - zero), zero = offset or the group's zero point; several planes: W = sum of scale_k (code_k - offset),
+//   tied: W = scale sum of weights_k (code_k - offset).
+// TRITS, lanes are rows, five steps a vector, digits t + 1. Vectors of the planes alternate. Segments of 8, 16 or 32 steps
+//   follow each other without padding (a vector may span two), others are padded to whole vectors. Byte for the digits
+//   d0 .. d4 of a row and column at steps 5v .. 5v + 4, r = d0 + 3 d1 + 9 d2, q = (2 - d3) + 3 (2 - d4):
+//   8 r + q if q < 8, else 216 + r. So d0, d1, d2 are looked up in 64 bytes by the byte's upper five bits or the distance
+//   from 216, d3 and d4 by its lower bits: single permutes of AVX-512 VBMI.
+// QUARTETS, lanes are rows. A tile's segment has units of 32 steps; step i of a row is the five bits from 5 i of 160 bits, of
+//   which 32-bit word w is lane `row` of vector w: pattern + 16 sign. Columns are those of the activations in which the four
+//   lanes of a quartet are neighbours (product.cpp permutes them where lane_stride is not 1).
+// TABLES, lanes are columns. A row's group of codes: units as in FIELDS, but of 16-byte vectors, byte j of step s for column
+//   16 s + j. Tables float32 [rows, groups, 2^bits] instead of scales.
+// PLAIN, lanes are rows. Values column by column, padded with zeros to a multiple of 64 columns; those of a column are sixteen
+//   neighbours. Of bfloat16 it is pairs of columns: the two values of row r are lane r.
+//
+// Scales [tile][group][plane][16], zero points uint8 [tile][group][16].
+#ifndef FEATHERWEIGHT_PRODUCT_LAYOUT_H
+#define FEATHERWEIGHT_PRODUCT_LAYOUT_H
+
+#include <stdint.h>
+
+#include "product.h"
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kStepBytes = 64;
+constexpr int64_t kPlainPadding = 64;
+constexpr uint32_t kOperandMagic = 0x646e7066;  // "fpnd"
+constexpr uint32_t kOperandVersion = 2;
+constexpr int kEscape = 216;
+// Exponents of one-byte scales: with smaller ones the least scales would be subnormal, which kernels put together from their
+// bits do not know.
+constexpr int32_t kLeastExponent = -112, kMostExponent = 127;
+constexpr int64_t kMostTerms = int64_t{1} << 20;  // of a layer: more are a damaged struct
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+constexpr int unit_steps(int bits) { return bits == 8 ? 1 : bits & 1 ? 8 : bits & 2 ? 4 : 2; }
+
+// Whether segments of this many steps follow each other without padding in TRITS.
+constexpr bool packed_segments(int64_t steps) { return steps == 8 || steps == 16 || steps == 32; }
+
+constexpr uint8_t trit_byte(int d0, int d1, int d2, int d3, int d4) {
+  const int r = d0 + 3 * d1 + 9 * d2, q = (2 - d3) + 3 * (2 - d4);
+  return static_cast<uint8_t>(q < 8 ? 8 * r + q : kEscape + r);
+}
+
+inline int64_t scale_bytes(int32_t dtype) { return dtype == FW_LOG8 || dtype == FW_INT8 ? 1 : dtype == FW_FLOAT32 ? 4 : 2; }
+
+inline const uint8_t* bytes_of(const fw_operand* operand) { return reinterpret_cast<const uint8_t*>(operand); }
+inline const uint8_t* tile_codes(const fw_operand* operand, int64_t tile) {
+  return bytes_of(operand) + operand->codes_at + tile * operand->codes_per_tile;
+}
+inline const uint8_t* tile_scales(const fw_operand* operand, int64_t tile) {
+  return bytes_of(operand) + operand->scales_at + tile * operand->scales_per_tile;
+}
+inline const uint8_t* tile_zeros(const fw_operand* operand, int64_t tile) {
+  return bytes_of(operand) + operand->zeros_at + tile * operand->zeros_per_tile;
+}
+
+// Where in a tile of PLAIN the value of a row and column is, in values.
+inline int64_t plain_index(int32_t dtype, int64_t row, int64_t column) {
+  if (dtype == FW_BFLOAT16) return column / 2 * 2 * kTileRows + 2 * row + column % 2;
+  return column * kTileRows + row;
+}
+
+// Columns of the padded activations that an operand reads: [segments][4 steps], or for lanes of columns one run.
+inline int64_t padded_columns(const fw_operand* operand) { return operand->segments * operand->steps * 4; }
+
+// Vectors of five steps of one plane of a tile.
+inline int64_t trit_vectors(const fw_operand* operand) {
+  return divide_up(operand->segments * operand->steps, 5);
+}
+
+// Whether runs of `block` columns, one behind the other, are what a Hadamard step can do here: its order is a power of two
+// times 1, 12, 20 or 28.
+constexpr bool hadamard_order(int64_t block) {
+  if (block < 1) return false;
+  const int64_t odd = block / (block & -block);
+  return odd == 1 || ((odd == 3 || odd == 5 || odd == 7) && block % 4 == 0);
+}
+constexpr bool hadamard_fits(int64_t block, int64_t cols) { return hadamard_order(block) && cols % block == 0; }
+
+// 2^(exponent - code / 32), 0 for 255: the values of storage/codes/trit_planes.py, with its 32 fractions rounded to float.
+float log8_value(int code, int exponent);
+extern const float kLog8Fractions[32];
+
+#endif

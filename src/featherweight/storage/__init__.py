@@ -1,0 +1,1 @@
+"""What is stored: codes of weights, checkpoints, and runs that keep what is done."""

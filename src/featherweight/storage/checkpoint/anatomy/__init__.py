@@ -1,0 +1,12 @@
+"""What is in a checkpoint: blocks, linear layers, shared inputs, norms, ties; from names, shapes and config alone."""
+
+from featherweight.storage.checkpoint.anatomy.anatomy import (
+    Anatomy,
+    LinearLayer,
+    config_ties,
+    own_head,
+    own_head_text,
+    read_anatomy,
+)
+
+__all__ = ["Anatomy", "LinearLayer", "config_ties", "own_head", "own_head_text", "read_anatomy"]

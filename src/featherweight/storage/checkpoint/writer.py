@@ -1,0 +1,148 @@
+"""Writing safetensors files: streamed, hashed per tensor, complete or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import OutputError
+from featherweight.storage.checkpoint.format import FORMAT_VERSION, HASHES_KEY, VERSION_KEY
+
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One tensor to write: its description and where its bytes come from."""
+
+    name: str
+    dtype: str  # safetensors code, "BF16"
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterable[memoryview]]
+
+
+def blob_of(name: str, tensor: Tensor) -> Blob:
+    """A tensor in memory as something to write."""
+    raw = tensor.detach().cpu().contiguous()
+    view: memoryview = raw.reshape(-1).view(torch.uint8).numpy().data if raw.numel() else memoryview(b"")
+    return Blob(name, DTYPE_CODES[raw.dtype], tuple(raw.shape), view.nbytes, lambda: (view,))
+
+
+def write_safetensors(path: Path, blobs: list[Blob], metadata: dict[str, str], sync: bool = True) -> dict[str, str]:
+    """Write a file atomically and return the SHA-256 (hex) of every tensor's bytes.
+
+    `sync` waits for the disk, so that not even a power cut leaves a complete name on incomplete bytes.
+
+    Tensors are laid out by falling element size, then name, so that each is aligned (what readers that map files
+    need) and the same content always gives the same bytes. The hashes are in the header, which therefore is written
+    twice: first with blanks, then, when all bytes have passed by, in its final form of the same length.
+    """
+    ordered = sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
+    hashes = {blob.name: "0" * 64 for blob in ordered}
+    header = _header(ordered, hashes, metadata)
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path):
+        try:
+            with part.open("wb") as stream:
+                stream.write(header)
+                for blob in ordered:
+                    digest, written = hashlib.sha256(), 0
+                    for chunk in blob.chunks():
+                        digest.update(chunk)
+                        stream.write(chunk)
+                        written += chunk.nbytes
+                    if written != blob.nbytes:
+                        raise OutputError(f"tensor {blob.name} gave {written} bytes instead of {blob.nbytes}")
+                    hashes[blob.name] = digest.hexdigest()
+                final = _header(ordered, hashes, metadata)
+                assert len(final) == len(header)
+                stream.seek(0)
+                stream.write(final)
+                stream.flush()
+                if sync:
+                    os.fsync(stream.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+    return hashes
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path):
+        try:
+            with part.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about a failed write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk is full while writing {path}; free some space and run the same command again, "
+                "it goes on where it stopped"
+            ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _item_bytes(blob: Blob) -> int:
+    digits = "".join(c for c in blob.dtype.split("_")[0] if c.isdigit())
+    return int(digits) // 8 if digits else 1
+
+
+def _header(blobs: list[Blob], hashes: dict[str, str], metadata: dict[str, str]) -> bytes:
+    described: dict[str, object] = {
+        "__metadata__": {
+            "format": "pt",
+            VERSION_KEY: str(FORMAT_VERSION),
+            **metadata,
+            HASHES_KEY: json.dumps(hashes, separators=(",", ":")),
+        }
+    }
+    offset = 0
+    for blob in blobs:
+        end = offset + blob.nbytes
+        described[blob.name] = {"dtype": blob.dtype, "shape": list(blob.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

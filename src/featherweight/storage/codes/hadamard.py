@@ -1,0 +1,197 @@
+"""A code of a matrix whose input was rotated by a randomised block-Hadamard transform T: inner = W T^-1.
+
+T x = blockdiag(H, ..., H) (s * x), H a Hadamard matrix of order `block` divided by the root of its order, s signs that
+follow from a seed and therefore cost nothing. Orders are 2^p (Sylvester, entries (-1)^popcount(i & j)) and, as the
+Kronecker product of a Paley matrix of order 12, 20 or 28 with a Sylvester matrix, 12, 20 and 28 times 2^p (R. Paley,
+On Orthogonal Matrices, 1933; constructions I for 12 and 20, II for 28).
+
+Sign j is that of the j-th output (from 0) of the generator SplitMix64 (Steele, Lea, Flood 2014) started with the seed:
+-1 where the top bit is set. `decode` adds and subtracts in a fixed order, so it gives the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.registry import register
+from featherweight.storage.codes.base import Code, TensorLayout, matrix_shape, whole_number
+from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_tensors
+
+SEEDS = 1 << 53
+"""Seeds are below this: integers that every JSON reader keeps exactly."""
+
+CACHED = 1 << 17  # elements that are transformed together: with their copy they fit a second-level cache
+
+PALEY = {12: (11, 1), 20: (19, 1), 28: (13, 2)}  # order: (prime, construction)
+
+
+def _signed(value: int) -> int:
+    """An unsigned 64-bit constant as int64."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def splitmix64(seed: int, count: int) -> Tensor:
+    """The first outputs of SplitMix64 as int64 [count] (the bits of the unsigned numbers)."""
+
+    def shifted(z: Tensor, by: int) -> Tensor:  # a logical shift
+        return z ^ (z >> by & (1 << (64 - by)) - 1)
+
+    z = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    z = shifted(z, 30) * _signed(0xBF58476D1CE4E5B9)
+    z = shifted(z, 27) * _signed(0x94D049BB133111EB)
+    return shifted(z, 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(seed: int, columns: int) -> Tensor:
+    """On the CPU whatever the default device: a cached tensor made while a model is built on "meta" would stay so."""
+    return torch.where(splitmix64(seed, columns) < 0, -1, 1).to(torch.int8)
+
+
+def random_signs(seed: int, columns: int) -> Tensor:
+    """The signs of a seed: int8 [columns], -1 or 1."""
+    return _signs(seed, columns).clone()
+
+
+def kernel_order(order: int) -> int | None:
+    """m with order = m 2^p for which a Hadamard matrix is built here: 1, 12, 20 or 28; None if there is none."""
+    odd = order // (order & -order) if order > 0 else 0
+    kernel = {1: 1, 3: 12, 5: 20, 7: 28}.get(odd)
+    return kernel if kernel is not None and order % kernel == 0 else None
+
+
+@functools.lru_cache(maxsize=8)
+def paley_matrix(order: int) -> Tensor:
+    """The Hadamard matrix int8 [order, order] of order 12, 20 or 28; order 1 is [[1]]."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
+    prime, construction = PALEY[order]
+    squares = {x * x % prime for x in range(1, prime)}
+    character = [0] + [1 if x in squares else -1 for x in range(1, prime)]
+    core = torch.zeros(prime + 1, prime + 1, dtype=torch.int8, device="cpu")
+    core[0, 1:] = 1
+    core[1:, 0] = -1 if construction == 1 else 1  # skew for primes 3 mod 4, symmetric for primes 1 mod 4
+    for i in range(prime):
+        for j in range(prime):
+            core[i + 1, j + 1] = character[(i - j) % prime]
+    unit = torch.eye(prime + 1, dtype=torch.int8, device="cpu")
+    if construction == 1:
+        return unit + core
+    return torch.kron(core, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)) + torch.kron(
+        unit, torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    )
+
+
+def hadamard_transform(x: Tensor, block: int, transposed: bool = False) -> Tensor:
+    """H v (or H^T v) for each run v of `block` neighbours along the last dimension of a floating-point tensor.
+
+    Differentiable. ValueError if `block` does not divide the dimension or no Hadamard matrix of this order is known.
+    """
+    if kernel_order(block) is None or x.shape[-1] % block:
+        raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {x.shape[-1]}")
+    value: Tensor = _Transform.apply(x, block, transposed)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Transform(torch.autograd.Function):
+    """The gradient of an orthogonal transform is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, transposed: bool) -> Tensor:
+        ctx.settings = block, not transposed
+        return _transformed(x, block, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _Transform.apply(gradients[0], *ctx.settings), None, None  # type: ignore[no-untyped-call]
+
+
+def _transformed(x: Tensor, block: int, transposed: bool) -> Tensor:
+    runs = x.reshape(-1, block)
+    result = torch.empty_like(runs, memory_format=torch.contiguous_format)
+    step = max(16, CACHED // block)
+    for first in range(0, len(runs), step):
+        # one column a run: the butterflies then work on whole contiguous rows
+        part = runs[first : first + step].t().clone(memory_format=torch.contiguous_format)
+        torch.mul(_butterflies(part, block, transposed).t(), 1 / math.sqrt(block), out=result[first : first + step])
+    return result.view(x.shape)
+
+
+def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
+    """Columns [block, n] times the Hadamard matrix, not yet divided by its root; overwrites `runs`."""
+    kernel = paley_matrix(kernel_order(block) or 1)
+    spare, half = torch.empty_like(runs), 1
+    while half * len(kernel) < block:
+        pairs, sums = (t.view(block // (2 * half), 2, half, runs.shape[1]) for t in (runs, spare))
+        torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+        runs, spare, half = spare, runs, 2 * half
+    if len(kernel) == 1:
+        return runs
+    signs = (kernel.T if transposed else kernel).to(runs.dtype)
+    parts, total = runs.view(len(kernel), -1), torch.zeros(len(kernel), runs.numel() // len(kernel), dtype=runs.dtype)
+    for j in range(len(kernel)):  # in this order, so that sums round alike everywhere
+        total += signs[:, j : j + 1] * parts[j]
+    return total.view(block, -1)
+
+
+def rotate(x: Tensor, block: int, seed: int) -> Tensor:
+    """T x for inputs [..., in]; for a matrix [out, in], its rows being such vectors, W T^-1."""
+    return hadamard_transform(x * random_signs(seed, x.shape[-1]).to(x.dtype), block)
+
+
+def rotate_back(x: Tensor, block: int, seed: int) -> Tensor:
+    """T^-1 x for [..., in]; for a matrix, W T."""
+    return hadamard_transform(x, block, transposed=True) * random_signs(seed, x.shape[-1]).to(x.dtype)
+
+
+@register("code", "hadamard")
+@dataclass(frozen=True)
+class Hadamard(Code):
+    """See the module. `block` divides the number of columns; 0 <= `seed` < 2^53."""
+
+    inner: Code
+    block: int
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.inner.shape
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "block": self.block,
+            "seed": self.seed,
+            "inner": bare_spec(self.inner),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return part_tensors(self.inner, "inner_")
+
+    def decode(self) -> Tensor:
+        return rotate_back(self.inner.decode(), self.block, self.seed)
+
+    def decode_rows(self, first: int, last: int) -> Tensor:
+        return rotate_back(self.inner.decode_rows(first, last), self.block, self.seed)
+
+    @classmethod
+    def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:
+        _, columns = matrix_shape(spec)
+        block = whole_number(spec, "block", 1, columns)
+        whole_number(spec, "seed", 0, SEEDS - 1)
+        if kernel_order(block) is None or columns % block:
+            raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {columns}")
+        return part_layout(spec, spec.get("inner"), "inner_")
+
+    @classmethod
+    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Hadamard:
+        return cls(part_from(spec, spec.get("inner"), "inner_", tensors), spec["block"], spec["seed"])

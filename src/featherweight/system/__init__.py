@@ -1,0 +1,1 @@
+"""The machine: memory, threads, precision, and calls into libraries that raise what they like."""

@@ -1,0 +1,1 @@
+"""What a person asks for: compress, evaluate, analyse. Tasks put methods, models and storage together."""

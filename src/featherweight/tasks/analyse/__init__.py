@@ -1,0 +1,1 @@
+"""What is in a folder: inspection, verification, distributions of levels."""

@@ -1,0 +1,169 @@
+"""What a calibrated run is given beside the model: windows of text, and the model it was fine-tuned from."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from featherweight.errors import CheckpointError, FeatherError, RecipeError
+from featherweight.events import Observer
+from featherweight.methods.recipe import Recipe
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.weights import sample_digest
+from featherweight.tasks.compress.refusals import check_base, check_recipe, check_stored
+
+if TYPE_CHECKING:
+    from featherweight.methods.calibrate.settings import CalibrationSettings
+    from featherweight.model.text.tokenizer import Tokenizer
+    from featherweight.storage.run.folder import RunFolder
+    from featherweight.tasks.compress.plan import Plan
+
+QUIET = {"embedded", "gathered", "advanced"}  # what a run of the network tells of every batch
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Checked as early as possible: what is missing is said before anything is computed.
+
+    windows : token ids int64 [sequences, length]; None for data-free recipes and stored statistics
+    stored : a statistics file instead of text
+    """
+
+    recipe: Recipe
+    windows: Tensor | None = None
+    stored: Path | None = None
+    base_model: str | Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        source: str | Path | None,
+        base_model: str | Path | None,
+        notify: Observer | None = None,
+    ) -> CalibrationData:
+        """FeatherError where something is missing or there is too little text."""
+        check_source(recipe, source, base_model)
+        if not recipe.calibrated:
+            return cls(recipe)
+        if str(source).endswith(".safetensors"):
+            check_stored(recipe, Path(str(source)), checkpoint)
+            return cls(recipe, None, Path(str(source)), base_model)
+        return cls(recipe, text_windows(checkpoint, source, recipe.calibration, notify), None, base_model)
+
+    def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
+        """RecipeError where the base model does not fit, before weights are read."""
+        if self.base_model is not None:
+            with Checkpoint.open(self.base_model) as base:
+                check_base([job.layer for job in plan.jobs], checkpoint, base)
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on beside model and recipe; nothing for a data-free recipe."""
+        if not self.recipe.calibrated:
+            return {}
+        from featherweight.model.text.windows import windows_digest
+
+        if self.windows is not None:
+            found = {"calibration": windows_digest(self.windows)}
+        else:
+            assert self.stored is not None
+            found = {"calibration": _file_digest(self.stored)}
+        if self.base_model is not None:
+            with Checkpoint.open(self.base_model) as base:
+                found["base_model"] = sample_digest(base)
+        return found
+
+    def solve(
+        self, plan: Plan, checkpoint: Checkpoint, run: RunFolder, notify: Observer, seed: int
+    ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+        """Every layer's record, how many were found finished, and the entries of config.json that change."""
+        from featherweight.methods.calibrate.runner import Calibration
+        from featherweight.tasks.compress.calibrated import CalibratedRun
+        from featherweight.tasks.compress.stored import run_on_stored
+
+        if self.stored is not None:
+            return run_on_stored(plan, checkpoint, run, notify, seed, self.stored)
+        assert self.windows is not None
+        with ExitStack() as stack:
+            base = None if self.base_model is None else stack.enter_context(Checkpoint.open(self.base_model))
+            calibration = stack.enter_context(
+                Calibration.open(
+                    checkpoint,
+                    plan.anatomy,
+                    self.windows,
+                    self.recipe.calibration,
+                    calibration_needs(self.recipe),
+                    head=self.recipe.layers.head,
+                    notify=lambda event: None if event["event"] in QUIET else notify(event),
+                )
+            )
+            work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, self.windows, base)
+            records = work.solve()
+            return records, work.journal.resumed, work.config
+
+
+def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Path | None) -> None:
+    """What can be said without opening anything."""
+    check_file(source)
+    check_recipe(recipe)
+    if "base" in recipe.needs and base_model is None:
+        raise RecipeError(
+            f"recipe {recipe.name} compares the model with the one it was fine-tuned from: "
+            "name that one with base_model= (on the command line --base-model)"
+        )
+
+
+def check_file(source: str | Path | None) -> None:
+    """FeatherError if the calibration text is to come from a file that is not there."""
+    if source is not None and not str(source).startswith("hf:") and not Path(source).exists():
+        raise FeatherError(f"there is no calibration file {source}")
+
+
+def text_windows(
+    checkpoint: Checkpoint, source: str | Path | None, settings: CalibrationSettings, notify: Observer | None = None
+) -> Tensor:
+    """Windows of the text in the model's own tokens."""
+    from featherweight.model.text.windows import check_vocabulary, context_of, vocabulary_of, windows
+
+    config = checkpoint.config
+    ids = windows(tokenizer_of(checkpoint), source, settings, context=context_of(config), notify=notify)
+    check_vocabulary(ids, vocabulary_of(config))
+    return ids
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder; CheckpointError if there is none that can be used."""
+    from featherweight.model.text.tokenizer import Tokenizer
+
+    found = Tokenizer.open(checkpoint.folder, checkpoint.trust_remote_code)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has no tokenizer, and a recipe that runs the network needs one: "
+            "put its files beside the weights"
+        )
+    return found
+
+
+def calibration_needs(recipe: Recipe) -> set[str]:
+    """The statistics that running a recipe gathers, and "targets" where a block's output is compared."""
+    needs = set(recipe.needs) - {"base", "update_range"}
+    scopes = {getattr(choice, "scope", "layer") for choice in (recipe.rounding, *recipe.corrections)}
+    if "block" in scopes:
+        needs.add("targets")
+    if recipe.calibration.held_out > 0:
+        needs.add("held_out_gram")  # keeps windows apart, also for comparisons of outputs
+    return needs
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,367 @@
+"""`compress`: the whole line, one layer at a time, without ever building the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featherweight.errors import CheckpointError, FeatherError, OutputError
+from featherweight.events import Observer
+from featherweight.methods.quantize.base import HeldWeight
+from featherweight.methods.quantize.rounding.nearest import Nearest
+from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
+from featherweight.storage.checkpoint.writer import disk_errors, to_json, write_text
+from featherweight.storage.run.folder import RunFolder, occupants
+from featherweight.storage.run.log import Events
+from featherweight.storage.run.ownership import first_foreign, within
+from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.system.threads import thread_reason, use_threads
+from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
+from featherweight.tasks.compress.data import CalibrationData, check_source
+from featherweight.tasks.compress.identity import same_identity
+from featherweight.tasks.compress.journal import Journal
+from featherweight.tasks.compress.loadable import loading_note
+from featherweight.tasks.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
+from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
+from featherweight.version import __version__
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The result of `compress`.
+
+    layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
+    resumed : layers found finished by an earlier run of the same command
+    """
+
+    out: Path
+    seconds: float
+    peak_memory_bytes: int
+    weights: int
+    bits_per_weight: float
+    bits_per_weight_linear: float
+    bits_per_weight_model: float
+    bytes: int
+    layers: list[dict[str, Any]] = field(repr=False)
+    tensors: dict[str, Any]
+    recipe: dict[str, Any] = field(repr=False)
+    resumed: int = 0
+    already_complete: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain | {"out": str(self.out)}
+
+
+def compress(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    changes: Sequence[str] = (),
+    calibration: str | Path | None = None,
+    base_model: str | Path | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    max_memory: int | str | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    trust_remote_code: bool = False,
+    observer: Observer | None = None,
+) -> Compression:
+    """Compress a checkpoint.
+
+    Parameters
+    ----------
+    model : folder of safetensors files, a single such file, or a hub id
+    recipe : preset name, YAML file or Recipe
+    out : folder to make; while the work lasts OUT.feather-run stands beside it, and OUT.log.jsonl records events
+    changes : like "grid.planes=3", applied to the recipe
+    calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
+        the shipped text if None; data-free recipes do not read it
+    base_model : the model this one was fine-tuned from, for recipes that compare the two
+    threads : of native kernels and PyTorch, results do not depend on it; default: see `kernels.threads`
+    seed : for recipes with random choices; part of the run's identity
+    max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
+        without it, recipes that run the network are refused where the memory that is free now is too little
+    overwrite : replace an existing output of featherweight's, or another unfinished run; what else stands in OUT is
+        never replaced
+    trust_remote_code : run the code that the model's folder brings for its class or tokenizer
+    observer : called with every event that goes to the log
+
+    Called again after an interruption, it goes on; called again when complete, it returns at once.
+    Raises the errors of `featherweight.errors`.
+    """
+    begun = time.monotonic()
+    reset_peak_memory()
+    out = _absolute(out)
+    chosen = load_recipe(recipe, tuple(changes))
+    check_source(chosen, calibration, base_model)
+    if shard_bytes < 1:
+        raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
+    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
+        checkpoint.trust_remote_code = trust_remote_code
+        _check_out(out, checkpoint, model, base_model)
+        beside = tuple(path.name for path in checkpoint.other_files())
+        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
+        identity = {
+            "source": checkpoint.identity(),
+            "weights": sample_digest(checkpoint),
+            "recipe": chosen.dump(),
+            "seed": seed,
+            "shard_bytes": shard_bytes,
+            "featherweight": __version__,
+            **data.identity(),
+        }
+        done = _finished(out, identity, overwrite, beside)
+        if done is not None:
+            RunFolder(out, same=same_identity).remove_leftover(identity)
+            return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+        plan = make_plan(checkpoint, chosen, threads, limit)
+        data.check(plan, checkpoint)
+        with RunFolder.opened(out, identity, overwrite, beside, same_identity) as run:
+            # once more: another process may have been at work until now
+            done = _finished(out, identity, overwrite, beside)
+            if done is not None:
+                return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+            if limit is None and not run.publishing and run.read_assembly() is None:
+                check_memory(plan)
+            with Events(out, observer) as events:
+                for note in plan.notes:
+                    events({"event": "note", "text": note})
+                told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
+                events({"event": "plan", **plan.summary(), **told})
+                if not chosen.calibrated and (loading := loading_note(checkpoint)) is not None:
+                    events({"event": "note", "text": loading})
+                resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
+                manifest = read_manifest(out)
+                assert manifest is not None
+                result = _result(out, manifest, begun, resumed)
+                short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
+                events({"event": "done", **short})
+    return result
+
+
+def _make(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    run: RunFolder,
+    events: Events,
+    identity: dict[str, Any],
+    shard_bytes: int,
+    data: CalibrationData,
+) -> int:
+    """All the work there is left to do; returns how many layers were found finished."""
+    resumed = len(plan.jobs)
+    if not run.publishing:
+        assembly = run.read_assembly()
+        if assembly is None:
+            _check_disk(plan, run, shard_bytes)
+            for name in plan.copied:
+                scan_tensor(checkpoint, name)
+            config: dict[str, Any] = {}
+            if plan.recipe.calibrated:
+                _scan_layers(plan, checkpoint)
+                records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
+            else:
+                records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
+            changed, verdicts = run.changed_tensors(), run.all_verdicts()
+            assembly = lay_out(plan, checkpoint, records, shard_bytes, changed, config, verdicts)
+            write_text(run.assembly, to_json(assembly))
+        else:
+            lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
+            resumed -= len(lost)
+            if lost and plan.recipe.calibrated:
+                data.solve(plan, checkpoint, run, events, identity["seed"])
+            for index in lost if not plan.recipe.calibrated else ():
+                _solve(plan, plan.jobs[index], checkpoint, run, index, identity["seed"])
+        write_shards(
+            run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
+        )
+        write_rest(run, assembly, checkpoint, plan, identity)
+    run.publish()
+    return resumed
+
+
+def _scan_layers(plan: Plan, checkpoint: Checkpoint) -> None:
+    """NonFiniteError now for a weight that would be met only after hours of running the network."""
+    for job in plan.jobs:
+        source = LayerWeight(checkpoint, job.layer)
+        source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+
+
+def _solve_all(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events, seed: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Every layer's record, from its artifact or from work, and how many were found finished."""
+    journal = Journal(plan, events)
+    for index, job in enumerate(plan.jobs):
+        record = run.record(index, job.layer.name)
+        resumed = record is not None
+        journal.finish(index, record or _solve(plan, job, checkpoint, run, index, seed), resumed)
+    return journal.in_order(), journal.resumed
+
+
+def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int, seed: int) -> dict[str, Any]:
+    source = LayerWeight(checkpoint, job.layer)
+    source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+    group = InputGroup({}, group_seed(seed, job.layer.input_group))
+    solved = solve_layer(plan.recipe, job, source, group, plan.options)
+    record = record_of(job, source, solved, plan.options.threads)
+    run.keep(index, solved.code, record)
+    return record
+
+
+def _result(
+    out: Path, manifest: dict[str, Any], begun: float, resumed: int, already_complete: bool = False
+) -> Compression:
+    return Compression(
+        out=out,
+        seconds=time.monotonic() - begun,
+        peak_memory_bytes=peak_memory_bytes(),
+        resumed=resumed,
+        already_complete=already_complete,
+        **{
+            name: manifest[name]
+            for name in (
+                "weights",
+                "bits_per_weight",
+                "bits_per_weight_linear",
+                "bits_per_weight_model",
+                "bytes",
+                "layers",
+                "tensors",
+                "recipe",
+            )
+        },
+    )
+
+
+def _absolute(out: str | Path) -> Path:
+    """The folder itself where OUT is a link, so that the work is done on its disk and the link stays."""
+    try:
+        path = Path(out).expanduser().absolute()
+        resolved = path.resolve()
+        return resolved if path.is_symlink() else path
+    except (OSError, RuntimeError, ValueError) as error:  # unknown ~user, a loop of links, a NUL byte
+        raise OutputError(f"--out {out} is not a usable path: {error}") from None
+
+
+def _check_out(out: Path, checkpoint: Checkpoint, model: str | Path, base_model: str | Path | None) -> None:
+    run = RunFolder(out).path
+    with disk_errors(out):
+        target, here = out.resolve(), Path.cwd().resolve()
+        is_file = out.exists() and not out.is_dir()
+    for what, folder in (("the model that is read", checkpoint.folder), ("the base model", _folder_of(base_model))):
+        if folder is not None and (within(folder, out) or within(folder, run)):
+            raise OutputError(f"--out {out} holds {what}; choose another folder")
+    if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
+        raise OutputError(f"--out {out} lies in the folder of the model that is read; choose a folder outside of it")
+    if target == here or target in here.parents:
+        raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
+    if is_file:
+        raise OutputError(f"--out {out} is a file; choose a folder")
+
+
+def _folder_of(model: str | Path | None) -> Path | None:
+    """The folder of a model that is given as one, or as a file in one."""
+    if model is None or not (path := Path(model).expanduser()).exists():
+        return None
+    return path if path.is_dir() else path.parent
+
+
+def _finished(out: Path, identity: dict[str, Any], overwrite: bool, beside: Collection[str]) -> dict[str, Any] | None:
+    """The manifest if OUT is the finished output of this very command; OutputError if it is something else, or, where
+    it is to be replaced, if not all of it is ours."""
+    with disk_errors(out):
+        held = occupants(out)
+    if not held:
+        return None
+    manifest, run = read_manifest(out), RunFolder(out, same=same_identity)
+    if run.publishing and same_identity(run.identity(), identity):
+        return None
+    same = manifest is not None and same_identity(manifest["identity"], identity)
+    if same and (run.published(identity) if overwrite else _readable(out)):
+        return manifest
+    foreign = first_foreign(out, held, beside, ours=run.publishing)
+    if foreign is not None:
+        raise OutputError(
+            f"--out {out} is not empty and holds {foreign.name}, which featherweight did not write and never replaces; "
+            "choose another folder"
+        )
+    if overwrite:
+        return None
+    what = "the output of this command, but damaged" if same else "the output of another command"
+    raise OutputError(f"--out {out} exists already and is {what}; choose another folder or replace it with --overwrite")
+
+
+def _readable(out: Path) -> bool:
+    """Whether all shards are there and as long as their headers say."""
+    try:
+        Checkpoint.open(out).close()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
+    # A shard of a single entry may be larger than shard_bytes.
+    shard = min(plan.code_bytes, max(shard_bytes, max(job.nbytes for job in plan.jobs)))
+    need = plan.output_bytes + shard + plan.aside_bytes
+    with disk_errors(run.path):
+        have = shutil.disk_usage(run.path).free + run.kept_bytes()
+    if have < need:
+        raise OutputError(
+            f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
+            "free some space or choose another --out"
+        )
+
+
+def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:
+    """Seconds of computing for a plan, disk not counted: each distinct grid is timed on a Gaussian sample."""
+    rates: dict[str, float] = {}
+    seconds = 0.0
+    for job in plan.jobs:
+        key = json.dumps(job.grid.settings(), sort_keys=True)
+        if key not in rates:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
+            rounding = plan.recipe.rounding if not plan.recipe.calibrated else Nearest()
+            rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
+            begun = time.perf_counter()
+            code = rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
+            relative_error(HeldWeight(weight), code, plan.options.threads)
+            rates[key] = (time.perf_counter() - begun) / weight.numel()
+        seconds += rates[key] * job.layer.parameters
+    return seconds + (calibration_seconds(plan) if plan.recipe.calibrated else 0.0)
+
+
+def calibration_seconds(plan: Plan) -> float:
+    """Seconds of running the network for a plan, from the speed of a matrix product measured now.
+
+    Counts passes over the blocks, second moments and, per layer, a factorisation and a sweep; learned choices (tuning,
+    FlexRound) come on top of it.
+    """
+    recipe, settings = plan.recipe, plan.recipe.calibration
+    tokens = settings.sequences * settings.length * settings.expansion
+    passes = (3.5 if settings.sequential else 2.0) * (2 if "cross" in recipe.needs else 1)
+    work = 2.0 * tokens * plan.linear_weights * passes
+    inputs = {job.layer.input_group: job.layer.shape[1] for job in plan.jobs}
+    if "gram" in recipe.needs:
+        work += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
+        work += sum(2.0 * job.layer.parameters * job.layer.shape[1] for job in plan.jobs)
+    sample = torch.ones(1024, 1024)
+    sample @ sample  # warm up
+    begun = time.perf_counter()
+    sample @ sample
+    return work * (time.perf_counter() - begun) / (2.0 * 1024**3)

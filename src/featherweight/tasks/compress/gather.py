@@ -1,0 +1,98 @@
+"""Statistics of a model gathered once, into a file that any number of compressions can use."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from featherweight.errors import OutputError, RecipeError
+from featherweight.events import Observer
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.calibrate.statistics_file import is_statistics
+from featherweight.methods.recipe import explain
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.run.ownership import within
+from featherweight.tasks.compress.account import accounted_anatomy
+from featherweight.tasks.compress.data import text_windows
+
+PARTS_SUFFIX = ".parts"
+PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves where it is stopped
+
+
+def gather_statistics(
+    model: str | Path,
+    out: str | Path,
+    source: str | Path | None = None,
+    needs: Collection[str] = ("gram", "mean_abs", "held_out_gram"),
+    settings: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    notify: Observer | None = None,
+) -> Path:
+    """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
+
+    settings : fields of `CalibrationSettings`
+    overwrite : replace a file of statistics; no other file is ever replaced
+    Raises OutputError if OUT is there already, RecipeError for an unknown statistic or setting.
+    """
+    from featherweight.methods.calibrate.runner import Calibration
+    from featherweight.methods.calibrate.statistics import known_statistics
+    from featherweight.methods.calibrate.statistics_file import save_statistics
+    from featherweight.model.text.windows import windows_digest
+
+    out = Path(out).expanduser()
+    _check_out(out, overwrite)
+    if out.suffix != ".safetensors":
+        raise OutputError(f"--out {out} must end with .safetensors")
+    known = [name for name, one in known_statistics().items() if one.stored and name != "tokens"]
+    for name in needs:
+        if name not in known:
+            raise RecipeError(f"there is no statistic {name!r} to gather beforehand; known: {', '.join(known)}")
+    try:
+        chosen = CalibrationSettings(**dict(settings or {}))
+    except ValidationError as error:
+        raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
+    with Checkpoint.open(model) as checkpoint:
+        if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
+            raise OutputError(
+                f"--out {out} lies in the folder of the model, where it would count as weights of it; "
+                "choose a place outside of it"
+            )
+        checkpoint.trust_remote_code = trust_remote_code
+        anatomy, notes, _ = accounted_anatomy(checkpoint)
+        if notify is not None:
+            for note in notes:
+                notify({"event": "note", "text": note})
+        ids = text_windows(checkpoint, source, chosen, notify)
+        with Calibration.open(checkpoint, anatomy, ids, chosen, needs, head=True, notify=notify) as calibration:
+            save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))
+    return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """OutputError for a file that may not be replaced, or a folder in the place of the one for the work."""
+    parts = out.with_name(out.name + PARTS_SUFFIX)
+    foreign = None
+    if os.path.lexists(parts):
+        foreign = (
+            parts if not parts.is_dir() else next((p for p in parts.iterdir() if not PART.fullmatch(p.name)), None)
+        )
+    if foreign is not None:
+        raise OutputError(
+            f"{parts} is where unfinished statistics are kept, but {foreign.name} is there, which featherweight did "
+            "not write; move it away or choose another --out"
+        )
+    if not os.path.lexists(out):
+        return
+    if not is_statistics(out):
+        raise OutputError(
+            f"--out {out} exists and is no file of statistics, so it is not replaced; choose another file"
+        )
+    if not overwrite:
+        raise OutputError(f"--out {out} exists already; choose another file or replace it with --overwrite")

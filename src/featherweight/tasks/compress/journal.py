@@ -1,0 +1,59 @@
+"""Which layers are done, and the event that tells of each."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from featherweight.events import Observer
+from featherweight.system.memory import peak_memory_bytes
+from featherweight.tasks.compress.plan import Plan
+
+
+class Journal:
+    """Records of finished layers by their number in the plan; every new one is an event with rate and time left."""
+
+    def __init__(self, plan: Plan, notify: Observer) -> None:
+        self.plan, self.notify = plan, notify
+        self.records: dict[int, dict[str, Any]] = {}
+        self.resumed = 0
+        self._worked = 0
+        self._left = plan.weights
+        self._started = time.monotonic()
+
+    def finish(self, index: int, record: dict[str, Any], resumed: bool) -> None:
+        """`resumed`: it was found finished."""
+        weights = self.plan.jobs[index].layer.parameters
+        self.records[index] = record
+        self._left -= weights
+        self.resumed += resumed
+        self._worked += 0 if resumed else weights
+        seconds = time.monotonic() - self._started
+        self.notify(
+            {
+                "event": "layer",
+                "number": len(self.records),
+                "of": len(self.plan.jobs),
+                "resumed": resumed,
+                "weights": weights,
+                "weights_per_second": self._worked / seconds if self._worked else None,
+                "seconds_left": self._left * seconds / self._worked if self._worked else None,
+                "peak_memory_bytes": peak_memory_bytes(),
+                **{k: v for k, v in record.items() if k != "spec"},
+            }
+        )
+
+    def note_fallback(self, name: str, notes: dict[str, Any]) -> None:
+        """Say so where a layer is compressed without its statistics."""
+        if "fallback" in notes:
+            self.notify(
+                {"event": "note", "layer": name, "text": f"{name} is compressed without data: {notes['reason']}"}
+            )
+
+    def note(self, text: str, **facts: Any) -> None:
+        """Something the user must know."""
+        self.notify({"event": "note", "text": text, **facts})
+
+    def in_order(self) -> list[dict[str, Any]]:
+        """All records, in the plan's order."""
+        return [self.records[index] for index in range(len(self.plan.jobs))]

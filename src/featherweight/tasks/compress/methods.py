@@ -1,0 +1,113 @@
+"""The Rosetta table: every preset as a point in the recipe space. docs/methods.md is generated from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featherweight.methods.quantize.base import Choice
+from featherweight.methods.recipe import Recipe, load_recipe, presets
+from featherweight.registry import PACKAGES, registered
+from featherweight.storage.codes import code_layout
+from featherweight.tasks.compress.plan import tokens_a_step
+
+HELD = {"tensor": "one tensor", "block": "one block", "model": "whole model"}
+WHOLE_ROW = 1 << 30  # the group size that presets with a scale a row have
+TYPICAL = (4096, 4096)  # the shape for which bits per weight are stated
+
+
+def method_table() -> list[dict[str, Any]]:
+    """A row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, cost, paper.
+
+    The cost is what a machine cannot change: how much of the network is in memory, how many tokens run through it to
+    be seen, and how many forwards and backwards in trainings. `feather plan` measures seconds, on a model.
+    """
+    return [_row(load_recipe(name)) for name in presets()]
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    codes = sum(tensor.nbytes for tensor in code_layout(recipe.grid.spec(TYPICAL)).values())
+    nbytes = codes + recipe.extra_bytes(TYPICAL)
+    return {
+        "preset": recipe.name,
+        "title": recipe.title,
+        "paper": recipe.paper,
+        "notes": recipe.notes,
+        "transform": _join(recipe.transforms),
+        "grid": _words(recipe.grid),
+        "rounding": _words(recipe.rounding),
+        "correction": _join(recipe.corrections),
+        "allocation": _words(recipe.allocation),
+        "needs": _needs(recipe),
+        "bits": round(8 * nbytes / (TYPICAL[0] * TYPICAL[1]), 4),
+        **_cost(recipe),
+        "recipe": recipe.dump(),
+    }
+
+
+def _needs(recipe: Recipe) -> str:
+    """What must be at hand beside the weights."""
+    if not recipe.calibrated:
+        return "no data"
+    wide = {getattr(choice, "scope", "layer") for choice in recipe.choices} - {"layer"}
+    return ", ".join(["text", *(name for name in recipe.needs), *(f"whole {scope}" for scope in sorted(wide))])
+
+
+def _cost(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.calibrated:
+        return {"memory": "tensor", "seen_tokens": 0, "trained_tokens": 0}
+    wide = any(getattr(choice, "scope", "layer") == "model" for choice in recipe.choices)
+    settings = recipe.calibration
+    trained = sum(
+        int(getattr(choice, "steps", 0)) * tokens_a_step(choice, settings)
+        for choice in recipe.choices
+        if choice.training_bytes
+    )
+    return {
+        "memory": "model" if wide or "fisher" in recipe.needs else "block",
+        "seen_tokens": settings.sequences * settings.length,
+        "trained_tokens": trained,
+    }
+
+
+def cost_text(row: dict[str, Any]) -> str:
+    """One row's cost in words."""
+    parts = [HELD[row["memory"]]]
+    if row["seen_tokens"]:
+        parts.append(f"{_thousands(row['seen_tokens'])} tokens")
+    if row["trained_tokens"]:
+        parts.append(f"{_thousands(row['trained_tokens'])} trained")
+    return ", ".join(parts)
+
+
+def _thousands(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count >= 10**6 else f"{count / 1e3:.3g} k"
+
+
+def _join(choices: tuple[Choice, ...]) -> str:
+    return ", ".join(_words(choice) for choice in choices) or "-"
+
+
+def _words(choice: Choice) -> str:
+    """`kind` and the settings that differ from their defaults."""
+    changed = [
+        f"{name} {'row' if value == WHOLE_ROW else value}" if not isinstance(value, bool) else name
+        for name, value in choice.model_dump().items()
+        if value != type(choice).model_fields[name].default
+    ]
+    return " ".join([choice.kind, *([f"({', '.join(changed)})"] if changed else [])])
+
+
+def choices_table() -> list[dict[str, Any]]:
+    """Every registered choice on every axis with its settings, for the documentation."""
+    rows = []
+    for axis in PACKAGES:
+        if axis == "code":
+            continue
+        for name, cls in registered(axis).items():
+            fields = [
+                {"name": f, "default": info.default, "description": info.description or ""}
+                for f, info in cls.model_fields.items()  # type: ignore[attr-defined]
+            ]
+            summary = (cls.__doc__ or "").strip().split("\n")[0]
+            rows.append({"axis": axis, "name": name, "summary": summary, "settings": fields})
+    return rows

@@ -1,0 +1,367 @@
+"""What a compression will do and need, before it starts: every source tensor accounted for, bytes, memory, disk."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from featherweight.errors import CheckpointError, FeatherError, shown
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.learn.objectives import CHUNK_ELEMENTS
+from featherweight.methods.quantize.base import Choice, Grid, Rounding, SolveOptions
+from featherweight.methods.quantize.grids.dense import DenseGrid
+from featherweight.methods.recipe import Recipe
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.codes import code_layout
+from featherweight.system.memory import available_bytes, resident_bytes
+from featherweight.tasks.compress.account import accounted_anatomy
+from featherweight.tasks.compress.refusals import check_layers, check_recipe
+
+COPY_WINDOW = 16 << 20
+SHARD_BYTES = 4_000_000_000
+WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
+MARGIN = 32 << 20  # allocator and thread stacks; docs/results.md has estimates beside measured peaks
+SOURCE_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
+    "F64": "float32",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to compress."""
+
+    layer: LinearLayer
+    grid: Grid
+    extra_bytes: int = 0  # what is stored beside the codes of the grid
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes to expect (scales that need float32 add to it)."""
+        return self.extra_bytes + sum(t.nbytes for t in code_layout(self.grid.spec(self.layer.shape)).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """jobs : layers to compress, in model order
+    copied : names of source tensors that are copied byte by byte
+    replaced : names of source tensors whose place the jobs' tensors take
+    dropped : source tensor -> reason; nothing is dropped silently
+    notes : what is odd about the checkpoint, a sentence each
+    """
+
+    anatomy: Anatomy
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    copied: tuple[str, ...]
+    replaced: tuple[str, ...]
+    dropped: dict[str, str]
+    copied_bytes: int
+    source_bytes: int
+    parameters: int
+    linear_weights: int
+    linear_dense_bytes: int
+    options: SolveOptions
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        return sum(job.layer.parameters for job in self.jobs)
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def output_bytes(self) -> int:
+        return self.code_bytes + self.copied_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room needed while working: the output, and the artifacts of the shard being assembled once more."""
+        return self.output_bytes + min(self.code_bytes, SHARD_BYTES) + self.aside_bytes
+
+    @property
+    def aside_bytes(self) -> int:
+        """Room beside it: layers as they are before a stage that changes all of them, and states of trainings."""
+        tuned = any(getattr(choice, "scope", "layer") == "model" for choice in self.recipe.corrections)
+        return self.code_bytes * tuned + self.training_state_bytes
+
+    def memory_bytes(self) -> int:
+        """Expected peak of resident memory."""
+        return resident_bytes() + MARGIN + self._working(self.options)
+
+    def _working(self, options: SolveOptions) -> int:
+        needs = [job.grid.working_bytes(job.layer.shape, options) + self._pages(job.layer) for job in self.jobs]
+        solving = max([*needs, COPY_WINDOW])
+        return solving + self.calibration_bytes() if self.recipe.calibrated else solving
+
+    def calibration_bytes(self) -> int:
+        """Memory of running the network: a block (or the whole model) in float32, streams, and one set's statistics."""
+        recipe, settings = self.recipe, self.recipe.calibration
+        blocks: dict[int | None, int] = {}
+        for layer in self.anatomy.layers:
+            blocks[layer.block] = blocks.get(layer.block, 0) + layer.parameters
+        block = max(blocks.values(), default=0)
+        two_streams = bool({"cross", "targets"} & set(recipe.needs))
+        wide = {getattr(choice, "scope", "layer") for choice in recipe.choices}
+        whole = "model" in wide or "fisher" in recipe.needs
+        held = 4 * (self.parameters if whole else block * (1 + two_streams))
+        if "block" in wide:
+            held += 4 * block  # the weights the block was loaded with
+        held += max((self._training_bytes(choice, block) for choice in recipe.choices), default=0)
+        if "fisher" in recipe.needs:  # gradients and their squares; the squares stay
+            held += 8 * self.linear_weights + self._passing_bytes(settings.length, True)
+        widest = max(job.layer.shape[1] for job in self.jobs)
+        tallest = max(job.layer.shape[0] for job in self.jobs)
+        hidden = min(job.layer.shape[1] for job in self.jobs)
+        stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
+        moments = sum(name in ("gram", "cross") for name in recipe.needs) + (settings.held_out > 0)
+        # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
+        return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
+
+    def _training_bytes(self, choice: Choice, block: int) -> int:
+        """Memory of a choice that trains, on top of the network's float weights."""
+        if not choice.training_bytes:
+            return 0
+        whole = getattr(choice, "scope", "layer") == "model"
+        tokens = tokens_a_step(choice, self.recipe.calibration)
+        return choice.training_bytes * (self.weights if whole else block) + self._passing_bytes(tokens, whole)
+
+    def _passing_bytes(self, tokens: int, whole: bool) -> int:
+        """What a forward pass keeps of so many tokens for the way back: what goes into layers, comes out of them and is
+        between them; with the whole model also logits, a chunk at a time."""
+        touched = sum(sum(layer.shape) for layer in self.anatomy.layers)
+        if not whole:
+            return 6 * tokens * touched // max(1, self.anatomy.blocks)
+        hidden = min(layer.shape[1] for layer in self.anatomy.layers)
+        vocabulary = (
+            self.parameters - self.linear_weights
+        ) // hidden  # or more: the head is not told from the embedding
+        return 6 * tokens * touched + 24 * min(CHUNK_ELEMENTS, tokens * vocabulary)
+
+    @property
+    def training_state_bytes(self) -> int:
+        """Most room that saved states of trainings of the whole model take: a new one is written beside the last."""
+        sizes = [0]
+        for choice in self.recipe.choices:
+            if choice.training_bytes and getattr(choice, "scope", "layer") == "model":
+                trained = self.weights if isinstance(choice, Rounding) else self._stored_floats()
+                sizes.append(2 * 16 * trained)  # value, two moments and the best value, in float32
+        return sum(sizes)
+
+    def _stored_floats(self) -> int:
+        """Scales, tables and the like of all codes."""
+        layouts = [code_layout(job.grid.spec(job.layer.shape)) for job in self.jobs]
+        return sum(math.prod(t.shape) for layout in layouts for t in layout.values() if t.dtype.is_floating_point)
+
+    def _pages(self, layer: LinearLayer) -> int:
+        """Mapped pages of the source that are resident at once."""
+        whole = 4 * layer.parameters
+        return whole if layer.transposed or layer.fused_slice else min(whole, 4 * self.options.window_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able account."""
+        weights = max(1, self.weights)
+        return {
+            "recipe": self.recipe.name,
+            "family": self.anatomy.family,
+            "blocks": self.anatomy.blocks,
+            "parameters": self.parameters,
+            "weights": self.weights,
+            "layers": len(self.jobs),
+            "tensors": {"replaced": len(self.replaced), "copied": len(self.copied), "dropped": len(self.dropped)},
+            "bits_per_weight": 8 * self.code_bytes / weights,
+            "bits_per_weight_model": 8 * self.output_bytes / max(1, self.parameters),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes(),
+            "needs": list(self.recipe.needs),
+            "roles": self.roles(),
+        }
+
+    def roles(self) -> list[dict[str, Any]]:
+        """Per role: layers, weights, bits, bytes; copied linear layers are listed as dense."""
+        table: dict[tuple[str, str], dict[str, Any]] = {}
+        for job in self.jobs:
+            code = describe_code(job.grid.spec(job.layer.shape))
+            row = table.setdefault(
+                (job.layer.role, code),
+                {"role": job.layer.role, "code": code, "layers": 0, "weights": 0, "bytes": 0},
+            )
+            row["layers"] += 1
+            row["weights"] += job.layer.parameters
+            row["bytes"] += job.nbytes
+        for row in table.values():
+            row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
+        return list(table.values())
+
+
+def describe_code(spec: dict[str, Any]) -> str:
+    """A code in a few words: "2 trit-planes g128", "hadamard 128 of 4 bit asymmetric g128 + rank 8 int8"."""
+    kind, size = spec["kind"], f" g{spec['group_size']}" if spec.get("group_size") else ""
+    if kind == "trit-planes":
+        plural = "s" if spec["planes"] > 1 else ""
+        return f"{spec['planes']} {'tied ' if spec['tied'] else ''}trit-plane{plural}{size}"
+    if kind == "uniform":
+        along = " of outputs" if spec.get("axis") == "output" else ""
+        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{size}{along}"
+    if kind == "dense":
+        return f"dense {spec['dtype']}"
+    if kind == "sum":
+        return " + ".join(describe_code({**_shape_of(spec), **term}) for term in spec["terms"])
+    if kind == "hadamard":
+        return f"hadamard {spec['block']} of {describe_code({**_shape_of(spec), **spec['inner']})}"
+    if kind in ("permuted", "column-scaled"):
+        return f"{kind} {describe_code({**_shape_of(spec), **spec['inner']})}"
+    if "inner" in spec:
+        bits = f" {spec['bits']} bit" if "bits" in spec else ""
+        return f"{kind}{bits}{size} of {describe_code({**_shape_of(spec), **spec['inner']})}"
+    return _describe_other(spec, size)
+
+
+def _describe_other(spec: dict[str, Any], size: str) -> str:
+    kind = spec["kind"]
+    if kind == "codebook":
+        return f"{spec['bits']} bit codebook{size}"
+    if kind == "binary-planes":
+        strip = spec.get("rows_per_scale", 1)
+        rows = "" if strip == 1 else " all rows" if strip is None else f" x {strip} rows"
+        shifts = f" in {spec['shift_terms']} shifts" if spec.get("shift_terms") else ""
+        return f"{spec['planes']} binary plane{'s' if spec['planes'] > 1 else ''}{size}{rows}{shifts}"
+    if kind == "offset-trits":
+        return f"1 trit-plane with offset{size}"
+    if kind == "low-rank":
+        return f"rank {spec['rank']} {spec.get('factor_dtype', 'float16')}"
+    if kind == "sparse":
+        return f"sparse {100 * spec['entries'] / math.prod(spec['shape']):.2g} %" if "shape" in spec else "sparse"
+    return f"{kind}{size}"
+
+
+def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """What the parts of a code inherit of its spec."""
+    return {"shape": spec["shape"]} if "shape" in spec else {}
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, threads: int | None = None, max_memory: int | None = None
+) -> Plan:
+    """Assign every tensor of the checkpoint a fate and choose window sizes within `max_memory`.
+
+    Raises CheckpointError where the tensors are not those of the model that config.json describes.
+    """
+    found = checkpoint.quantization_config
+    if found is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantised already (quant_method {shown(found.get('quant_method'))}); "
+            "start from the original weights"
+        )
+    check_recipe(recipe)
+    anatomy, notes, dropped = accounted_anatomy(checkpoint)
+    grids = recipe.grids_for(anatomy)
+    layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
+    chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
+    jobs = []
+    for layer in layers:
+        if layer.name in grids:
+            jobs.append(Job(layer, grids[layer.name], recipe.extra_bytes(layer.shape)))
+        elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
+            stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
+            jobs.append(Job(layer, DenseGrid(dtype=stored)))
+    check_layers(recipe, anatomy, ((job.layer.name, job.grid) for job in jobs))
+    copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
+    linear = {layer.tensor for layer in anatomy.layers}
+    plan = Plan(
+        anatomy=anatomy,
+        recipe=recipe,
+        jobs=tuple(jobs),
+        copied=copied,
+        replaced=tuple(name for name in checkpoint.names if name in chosen_tensors),
+        dropped=dropped,
+        notes=notes,
+        copied_bytes=sum(checkpoint.entry(name).nbytes for name in copied),
+        source_bytes=checkpoint.total_bytes,
+        parameters=checkpoint.parameters,
+        linear_weights=sum(checkpoint.entry(name).elements for name in linear),
+        linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
+        options=SolveOptions(threads=threads),
+    )
+    assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
+    return plan if max_memory is None else _within(plan, max_memory)
+
+
+def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:
+    """Tokens that a step of a choice that trains runs forwards and backwards: windows of the model, or a batch."""
+    if getattr(choice, "scope", "layer") == "model":
+        return settings.length * int(getattr(choice, "batch_size", 1))
+    return settings.batch_tokens
+
+
+def _within(plan: Plan, max_memory: int) -> Plan:
+    """The plan with the largest windows whose expected peak stays within `max_memory`."""
+    for window in WINDOWS:
+        trial = _replace_options(plan, plan.options.model_copy(update={"window_bytes": window}))
+        if trial.memory_bytes() <= max_memory:
+            return trial
+    smallest = _replace_options(plan, plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
+    too_little = f"--max-memory {max_memory / 1e9:.2f} GB is too little: "
+    if plan.recipe.calibrated:
+        raise FeatherError(
+            f"{too_little}recipe {plan.recipe.name} needs about {smallest.memory_bytes() / 1e9:.2f} GB for this model; "
+            f"{_with_less_memory(plan.recipe)}"
+        )
+    largest = max(smallest.jobs, key=lambda job: job.grid.working_bytes(job.layer.shape, smallest.options))
+    raise FeatherError(
+        f"{too_little}layer {largest.layer.name} [{largest.layer.shape[0]}, {largest.layer.shape[1]}] needs "
+        f"{smallest.memory_bytes() / 1e9:.2f} GB"
+    )
+
+
+def check_memory(plan: Plan) -> None:
+    """FeatherError if the network has to be run and there is not the memory: the system would end it hours later.
+
+    Recipes without data keep to one tensor, and have windows that can be made small.
+    """
+    free, need = available_bytes(), plan.memory_bytes() - resident_bytes()
+    if not plan.recipe.calibrated or not free or need <= free:
+        return
+    raise FeatherError(
+        f"recipe {plan.recipe.name} needs about {need / 1e9:.1f} GB of memory for this model, and {free / 1e9:.1f} GB "
+        f"are free: {_with_less_memory(plan.recipe)}, or name what may be used with --max-memory"
+    )
+
+
+def _with_less_memory(recipe: Recipe) -> str:
+    """What to do where a recipe that runs the network needs too much."""
+    whole = [c.kind for c in recipe.choices if getattr(c, "scope", "layer") == "model"]
+    if whole:
+        return (
+            f"the whole model is in memory at once for {' and '.join(whole)}; take a recipe that treats one block at a "
+            "time, like trit-2-blockwise, trit-1-blockwise or gptq"
+        )
+    if "fisher" in recipe.needs:
+        return "it takes gradients of the whole model at once; take a recipe that treats one block at a time, like gptq"
+    settings = recipe.calibration
+    return (
+        f"take fewer or shorter windows than {settings.sequences} of {settings.length} tokens "
+        "(--set calibration.sequences=N calibration.length=N)"
+    )
+
+
+def _replace_options(plan: Plan, options: SolveOptions) -> Plan:
+    return replace(plan, options=options)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", "800 MB", "1.5GiB" or a plain number; FeatherError otherwise."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not match or not math.isfinite(float(match[1])) or float(match[1]) == 0:
+        raise FeatherError(f"{text!r} is not a size; write it like 800MB, 2GB or 1.5GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

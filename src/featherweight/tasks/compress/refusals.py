@@ -1,0 +1,106 @@
+"""What a recipe, a model's structure and shapes alone say cannot be done: said before the work, not after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from featherweight.errors import RecipeError
+from featherweight.methods.calibrate.session import TARGETS
+from featherweight.methods.calibrate.statistics import known_statistics, statistic_named
+from featherweight.methods.calibrate.statistics_file import StatisticsFile
+from featherweight.methods.quantize.base import Choice, Correction, Grid
+from featherweight.methods.recipe import Recipe
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+
+
+def scope_of(choice: Choice) -> str:
+    """How much of the network a choice sees at once."""
+    return str(getattr(choice, "scope", "layer"))
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """RecipeError for choices that do not go together, or ask for what nobody gathers."""
+    for name in recipe.needs:
+        if name != TARGETS:
+            try:
+                statistic_named(name)
+            except ValueError as error:
+                raise RecipeError(f"recipe {recipe.name} needs the statistic {name!r}: {error}") from None
+    left_out = _left_out(recipe)
+    if left_out:
+        raise RecipeError(
+            f"recipe {recipe.name}: the rounding {recipe.rounding.kind} makes the codes of a whole "
+            f"{recipe.rounding.scope}, to which {_kinds(left_out)} would not be applied; leave them out"
+        )
+    later = [c for c in recipe.corrections if scope_of(c) == "model"]
+    before = [c for c in recipe.choices if c.alters]
+    if later and before:
+        raise RecipeError(
+            f"recipe {recipe.name}: {_kinds(later)} compares with the original model, which no longer has the norms "
+            f"and biases that {_kinds(before)} changes; leave one of them out"
+        )
+
+
+def _left_out(recipe: Recipe) -> list[Choice]:
+    """Choices that a rounding of blocks, or of the whole model, never comes to."""
+    rounds = recipe.rounding.scope
+    if rounds == "layer":
+        return []
+    found: list[Choice] = [t for t in recipe.transforms if scope_of(t) in ("layer", "block")]
+    for correction in recipe.corrections:
+        between = type(correction).after_group is not Correction.after_group
+        if scope_of(correction) == "layer" or (scope_of(correction) == "block" and (rounds == "model" or between)):
+            found.append(correction)
+    return found
+
+
+def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]]) -> None:
+    """RecipeError for a model, or a layer's grid, that a choice cannot treat."""
+    for transform in recipe.transforms:
+        reason = transform.refusal(anatomy)
+        if reason is not None:
+            raise RecipeError(f"recipe {recipe.name}: transform {transform.kind} {reason}")
+    for name, grid in grids:
+        reason = recipe.rounding.refusal(grid)
+        if reason is not None:
+            raise RecipeError(
+                f"recipe {recipe.name}: rounding {recipe.rounding.kind} cannot round {name}, whose grid is "
+                f"{grid.kind}: {reason}"
+            )
+
+
+def check_base(layers: Iterable[LinearLayer], checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """RecipeError for a base model that lacks a layer or has it in another shape."""
+    for layer in layers:
+        tensor, wanted = layer.tensor, checkpoint.entry(layer.tensor).shape
+        found = base.entry(tensor).shape if tensor in base.names else None
+        if found != wanted:
+            what = "lacks" if found is None else f"has {list(found)} for"
+            raise RecipeError(
+                f"the base model {base.folder} {what} {tensor} {list(wanted)} of the model that is compressed: name "
+                "the one that this model was fine-tuned from"
+            )
+
+
+def check_stored(recipe: Recipe, path: Path, checkpoint: Checkpoint) -> None:
+    """RecipeError where a recipe needs more than a file of statistics holds."""
+    wide = [choice.kind for choice in recipe.choices if scope_of(choice) != "layer"]
+    if wide:
+        raise RecipeError(f"recipe {recipe.name} runs the network ({', '.join(wide)}): give it a text, not {path.name}")
+    with StatisticsFile.open(path, checkpoint) as file:
+        lacking = [name for name in recipe.needs if name not in file.names]
+        if lacking:
+            known = known_statistics()
+            never = [name for name in lacking if name in known and not known[name].stored]
+            remedy = "no file can hold that" if never else "gather it with `feather calibrate`"
+            raise RecipeError(
+                f"{path} does not hold {', '.join(never or lacking)}, which recipe {recipe.name} needs (it holds "
+                f"{', '.join(file.names)}): {remedy}{';' if never else ', or'} give a text"
+            )
+
+
+def _kinds(choices: Iterable[Any]) -> str:
+    return " and ".join(choice.kind for choice in choices)

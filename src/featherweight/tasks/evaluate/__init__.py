@@ -1,0 +1,6 @@
+"""Measuring: perplexity by named protocol, divergence from the original, true sizes, speed, and the report."""
+
+from featherweight.storage.checkpoint.size import Size, measure_size
+from featherweight.tasks.evaluate.evaluation import Evaluation, bundled_text
+
+__all__ = ["Evaluation", "Size", "bundled_text", "measure_size"]

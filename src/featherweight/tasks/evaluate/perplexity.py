@@ -1,0 +1,250 @@
+"""Token perplexity: exp of the mean negative log-likelihood of the scored tokens.
+
+Log-softmax in float32, sums in float64. The logits of a window are never held whole for the usual models: the
+hidden states before the output layer are, and the output layer is applied to a slice of positions at a time, so a
+vocabulary of 150,000 costs no more memory than one of 4,000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featherweight.errors import EvaluationError
+from featherweight.system.transformers_calls import asking_transformers
+from featherweight.tasks.evaluate.divergence import Divergence, DivergenceSum
+from featherweight.tasks.evaluate.protocols import Protocol, Window
+
+Progress = Callable[[int, int], None]
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at a time for each model: 32 MiB in float32
+BATCH_TOKENS = 4096  # windows are batched up to so many tokens a forward pass
+PROBE_SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed negative log-likelihood (nats) and number of scored tokens of every window."""
+
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return math.fsum(self.sums) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of `mean`, from the spread between windows; None for a single window."""
+        return _ratio_error(self.sums, self.counts)
+
+    def log_ratio(self, other: Loss) -> tuple[float, float | None]:
+        """log(perplexity / perplexity of `other`) on the same windows, and its standard error.
+
+        Paired: the difficulty of a passage is the same for both models and cancels, so the error is far below that of
+        either perplexity.
+        """
+        if self.counts != other.counts:
+            raise ValueError("the two losses are of different windows")
+        differences = tuple(a - b for a, b in zip(self.sums, other.sums, strict=True))
+        return math.fsum(differences) / self.tokens, _ratio_error(differences, self.counts)
+
+
+def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over windows, the linearised ratio estimator."""
+    n, total = len(sums), sum(counts)
+    if n < 2:
+        return None
+    mean = math.fsum(sums) / total
+    residuals = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return math.sqrt(n / (n - 1) * residuals) / total
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass over the windows gives; `against` and `divergence` only if a second model took part."""
+
+    loss: Loss
+    against: Loss | None = None
+    divergence: Divergence | None = None
+
+
+class _Positions:
+    """The output of one forward pass, from which the logits of any slice of positions can be had."""
+
+    def __init__(self, states: Tensor, head: torch.nn.Module | None) -> None:
+        self.states, self.head = states, head
+
+    def logits(self, row: int, first: int, stop: int) -> Tensor:
+        """float32 [stop - first, vocabulary]."""
+        part = self.states[row, first:stop]
+        return (part if self.head is None else self.head(part)).float()
+
+
+@dataclass
+class LogitsReader:
+    """Runs a causal language model without building the logits of all positions at once where it can.
+
+    A hook before the output layer keeps the hidden states and lets one position through. If what the model returns for
+    it is exactly the output layer's result, the model does nothing afterwards (no soft cap, no scale), and the layer
+    can be applied to slices. Otherwise the model's own full logits are used.
+    """
+
+    model: Any
+    sliceable: bool | None = field(default=None, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        first = next(iter(self.model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def __call__(self, ids: Tensor) -> _Positions:
+        """`ids` int64 [batch, context]."""
+        ids = ids.to(self.device)
+        head = self._head()
+        if head is not None and self.sliceable is not False:
+            states = self._states(ids, head)
+            if states is not None:
+                return _Positions(states, head)
+        return _Positions(self.model(input_ids=ids, use_cache=False).logits, None)
+
+    def _head(self) -> torch.nn.Module | None:
+        get = getattr(self.model, "get_output_embeddings", None)
+        head = get() if get is not None else None
+        return head if isinstance(head, torch.nn.Module) else None
+
+    def _states(self, ids: Tensor, head: torch.nn.Module) -> Tensor | None:
+        kept: list[Tensor] = []
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            kept.append(inputs[0])
+            # Scaled up, so that a soft cap shows even on the small logits of an untrained model.
+            return (inputs[0][:, :1] * PROBE_SCALE, *inputs[1:])
+
+        hook = head.register_forward_pre_hook(keep)
+        try:
+            returned = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        if self.sliceable is None:
+            whole = len(kept) == 1 and kept[0].dim() == 3 and kept[0].shape[:2] == ids.shape
+            self.sliceable = whole and torch.equal(head(kept[0][:, :1] * PROBE_SCALE), returned)
+        return kept[0] if self.sliceable else None
+
+
+def measure(
+    model: Any,
+    tokens: Tensor,
+    protocol: Protocol,
+    against: Any = None,
+    bos: int | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+    prefix: Sequence[int] = (),
+) -> Measurement:
+    """Loss of `model` on the windows of `protocol` over `tokens` int64 [n], and its divergence from `against`.
+
+    Models are called as `model(input_ids=[batch, context], use_cache=False).logits`. `prefix`, `protocol.prefix`
+    tokens, stands before each window; `bos` replaces the first token of each where the protocol asks for it (None: the
+    tokenizer adds none). `batch` is windows a forward pass; `progress(done, total)` counts windows. EvaluationError
+    where a model fails, or its output is not usable.
+    """
+    if len(prefix) != protocol.prefix:
+        raise ValueError(f"the protocol has {protocol.prefix} tokens before a window, and {len(prefix)} are given")
+    before = torch.tensor(list(prefix), dtype=torch.int64)
+    windows = list(protocol.windows(len(tokens)))
+    batch = batch or max(1, BATCH_TOKENS // protocol.context)
+    reader = LogitsReader(model)
+    other = None if against is None else LogitsReader(against)
+    sums: list[float] = []
+    other_sums: list[float] = []
+    divergence = DivergenceSum()
+    with torch.inference_mode():
+        for group in _batches(windows, batch):
+            ids = torch.stack([torch.cat([before, tokens[w.start : w.stop]]) for w in group])
+            targets = ids.clone()
+            if protocol.bos_each_window and bos is not None:
+                ids[:, 0] = bos
+            with asking_transformers("run the model on the text", error=EvaluationError):
+                positions = reader(ids)
+                other_positions = None if other is None else other(ids)
+            for row, window in enumerate(group):
+                place = window.first - window.start + len(before)
+                loss, other_loss = _window(positions, other_positions, row, targets[row], window, place, divergence)
+                sums.append(loss)
+                other_sums.append(other_loss)
+            if progress is not None:
+                progress(len(sums), len(windows))
+    counts = tuple(w.scored for w in windows)
+    if other is None:
+        return Measurement(Loss(tuple(sums), counts))
+    return Measurement(Loss(tuple(sums), counts), Loss(tuple(other_sums), counts), divergence.result())
+
+
+def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
+    rest = iter(windows)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def _window(
+    positions: _Positions,
+    other: _Positions | None,
+    row: int,
+    targets: Tensor,
+    window: Window,
+    first: int,
+    divergence: DivergenceSum,
+) -> tuple[float, float]:
+    """Summed losses of both models on one window, a slice of positions at a time; `divergence` is added to.
+
+    `first` is the place of the first scored token in the row.
+    """
+    total = other_total = 0.0
+    stop = first + window.scored
+    step = 1
+    while first < stop:
+        end = min(stop, first + step)
+        log_p = torch.log_softmax(positions.logits(row, first - 1, end - 1), dim=-1)
+        chosen = targets[first:end, None].to(log_p.device)
+        total -= _sum_of(log_p, chosen)
+        if other is not None:
+            log_q = torch.log_softmax(other.logits(row, first - 1, end - 1), dim=-1).to(log_p.device)
+            if log_q.shape != log_p.shape:
+                raise EvaluationError(
+                    f"the two models have vocabularies of {log_p.shape[-1]} and {log_q.shape[-1]} tokens: "
+                    "KL divergence and agreement need models with the same tokenizer"
+                )
+            other_total -= _sum_of(log_q, chosen)
+            divergence.add(original=log_q, compressed=log_p)
+        first, step = end, max(1, CHUNK_ELEMENTS // log_p.shape[-1])
+    if math.isnan(total) or math.isnan(other_total):
+        raise EvaluationError(
+            f"the model's logits are NaN or infinite within tokens {window.start} to {window.stop - 1} of the text: "
+            "use a wider --dtype, or check the weights with `feather verify`"
+        )
+    return total, other_total
+
+
+def _sum_of(log_p: Tensor, chosen: Tensor) -> float:
+    if int(chosen.max()) >= log_p.shape[-1]:
+        raise EvaluationError(
+            f"the text has token {int(chosen.max())} and the model a vocabulary of {log_p.shape[-1]}: "
+            "the tokenizer does not belong to this model"
+        )
+    return float(log_p.gather(1, chosen).sum(dtype=torch.float64))

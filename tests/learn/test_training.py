@@ -1,0 +1,123 @@
+"""The loop of learned choices: schedule, the best check kept, losses that are not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.methods.learn.loop import Schedule, minimise
+from featherweight.methods.learn.objectives import evenly
+from featherweight.storage.run.training_store import TrainingState, TrainingStore
+
+
+def test_schedule() -> None:
+    schedule = Schedule(100, 0.5, warmup=0.1, checks=4)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert max(rates) == rates[10] == 0.5
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert [step for step in range(100) if schedule.checked(step)] == [24, 49, 74, 99]
+    assert [step for step in range(3) if Schedule(3, 1.0, checks=8).checked(step)] == [0, 1, 2]
+    assert Schedule(1, 1.0).rate(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "losses", [[5.0, 3.0, 4.0, 6.0, 7.0], [1.0, 3.0, 4.0, 6.0, 7.0], [5.0, math.nan, 4.0, 2.0, 9.0]]
+)
+def test_the_best_check_is_kept(losses: list[float]) -> None:
+    theta = [torch.zeros(1)]
+    seen: list[float] = []
+    told: list[dict[str, Any]] = []
+
+    def check() -> float:
+        seen.append(float(theta[0]))
+        return losses[len(seen) - 1]
+
+    def gradients(_: int) -> float:
+        theta[0].grad = torch.ones(1)
+        return 0.0
+
+    minimise(theta, gradients, 2, Schedule(4, 0.1, checks=4), told.append, "test", check=check)
+    best = min((loss, i) for i, loss in enumerate(losses) if math.isfinite(loss))
+    assert float(theta[0]) == seen[best[1]]
+    assert told[-1] == {"event": "test", "held_out_before": losses[0], "held_out_after": best[0]}
+
+
+def test_a_loss_that_is_not_finite_ends_it() -> None:
+    theta = [torch.zeros(1)]
+    told: list[dict[str, Any]] = []
+    minimise(theta, lambda _: math.nan, 1, Schedule(5, 0.1), told.append, "test")
+    assert torch.equal(theta[0], torch.zeros(1))
+    assert told == [{"event": "test", "step": 0, "stopped": "the loss is not finite"}]
+
+
+def test_batches_come_in_turn_and_values_are_projected() -> None:
+    theta, batches = [torch.zeros(1)], []
+
+    def gradients(batch: int) -> float:
+        batches.append(batch)
+        theta[0].grad = -torch.ones(1)
+        return 1.0
+
+    minimise(theta, gradients, 3, Schedule(6, 10.0), lambda _: None, "test", project=lambda: theta[0].clamp_(0, 1))
+    assert sorted(batches[:3]) == sorted(batches[3:]) == [0, 1, 2]
+    assert float(theta[0]) == 1
+
+
+def test_evenly() -> None:
+    assert evenly(8, 0.25) == [2, 6]
+    assert evenly(16, 0.125) == [4, 12]
+    assert [len(evenly(n, 0.125)) for n in (0, 1, 2, 3)] == [0, 0, 1, 1]
+    assert evenly(8, 0.0) == []
+
+
+class Held:
+    """A store in memory that keeps the state of one step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps, self.kept = at, 0, dict[str, Any]()
+
+    def load(self, task: dict[str, Any]) -> TrainingState | None:
+        return self.kept.get("state")
+
+    def due(self) -> bool:
+        self.steps += 1
+        return self.steps == self.at
+
+    def save(self, state: TrainingState) -> None:
+        copies = {name: value.clone() for name, value in state.tensors.items()}
+        self.kept["state"] = TrainingState(state.task, state.step, copy.deepcopy(state.facts), copies)
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 12])
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool) -> None:
+    """Also for a tensor without gradients, and for one that has them at some steps only."""
+    goal = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
+
+    def train(store: TrainingStore) -> tuple[list[torch.Tensor], list[int]]:
+        theta = [torch.zeros(5, 3), torch.ones(2), torch.zeros(3)]
+        batches = []
+
+        def gradients(batch: int) -> float:
+            batches.append(batch)
+            theta[0].grad = theta[0] - goal * (1 + batch)
+            theta[2].grad = theta[2] - 1 if batch == 2 else None
+            return 1.0
+
+        def check() -> float:
+            return float((theta[0] - goal).abs().sum())
+
+        schedule = Schedule(13, 0.3, warmup=0.2, checks=5)
+        minimise(theta, gradients, 4, schedule, lambda _: None, "test", 5, check if checked else None, store=store)
+        return theta, batches
+
+    store = Held(at)
+    whole, batches = train(store)
+    rest, later = train(store)
+    assert later == batches[at:]
+    assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True))

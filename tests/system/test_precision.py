@@ -1,0 +1,51 @@
+"""What passes are made in: as asked, or whichever is faster here; the choice is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.recipe import load_recipe
+from featherweight.system import precision
+from featherweight.system.precision import bfloat16_time_ratio, choose_precision
+
+
+@pytest.mark.parametrize(
+    ("ratio", "chosen"), [(0.4, "bfloat16"), (0.79, "bfloat16"), (0.81, "float32"), (22.0, "float32")]
+)
+def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch, ratio: float, chosen: str) -> None:
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: ratio)
+    events: list[dict[str, Any]] = []
+    assert choose_precision("auto", events.append) == chosen
+    assert [event["chosen"] for event in events] == [chosen]
+    assert chosen in events[0]["text"]
+    assert CalibrationSettings(dtype="auto").torch_dtype() == getattr(torch, chosen)
+
+
+def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: pytest.fail("timed"))
+    events: list[dict[str, Any]] = []
+    assert choose_precision("bfloat16", events.append) == "bfloat16"
+    assert choose_precision("float32", events.append) == "float32"
+    assert not events
+
+
+def test_both_types_are_timed_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    bfloat16_time_ratio.cache_clear()
+    state = torch.get_rng_state()
+    with torch.inference_mode():  # gradients are timed whatever the caller's mode
+        first = bfloat16_time_ratio()
+    assert 0 < first < float("inf")
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: pytest.fail("timed again"))
+    assert bfloat16_time_ratio() == first
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["trit-2", "trit-1", "flexround", "flexround-3", "discquant", "discquant-4"])
+def test_presets_that_train_leave_the_type_to_the_machine(name: str) -> None:
+    recipe = load_recipe(name)
+    chosen = [getattr(choice, "precision", None) for choice in (recipe.rounding, *recipe.corrections)]
+    assert "auto" in chosen

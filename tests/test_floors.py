@@ -1,0 +1,120 @@
+"""The plan of the house: no import goes up or in a circle, and no function or file is too long to read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "featherweight"
+FLOORS = (
+    "version",
+    "errors",
+    "events",
+    "registry",
+    "system",
+    "native",
+    "storage.codes",
+    "storage.checkpoint",
+    "storage.run",
+    "model.products",
+    "model.layers",
+    "model.text",
+    "model.network",
+    "model.decoder",
+    "methods.calibrate",
+    "methods.learn",
+    "methods.quantize",
+    "methods.budget",
+    "methods.recipe",
+    "integrations",
+    "tasks.compress",
+    "tasks.evaluate",
+    "tasks.analyse",
+    "cli",
+    "__main__",
+)
+"""From the ground up: a room imports its own modules and those of rooms before it; docs/architecture.md has their plan."""
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 450, 80
+
+
+def name_of(path: Path) -> str:
+    """Dotted name inside the package, "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+WINGS = {name.rpartition(".")[0] for name in FLOORS} | {"", "recipes", "assets"}
+
+
+def floor_of(name: str) -> int:
+    found = [i for i, floor in enumerate(FLOORS) if name == floor or name.startswith(f"{floor}.")]
+    assert found, f"{name} is in no room: give it a floor here and in docs/architecture.md"
+    return found[0]
+
+
+def imports_of(name: str) -> Iterator[tuple[str, int]]:
+    """Modules of the package that a module imports anywhere, in functions and for types too; and the lines."""
+    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}, line {node.lineno}: imports are written with full names"
+            module = node.module or ""
+            if module == "featherweight" or module.startswith("featherweight."):
+                inner = module.removeprefix("featherweight").lstrip(".")
+                for alias in node.names:
+                    full = f"{inner}.{alias.name}".lstrip(".")
+                    yield (full if full in FILES else inner), node.lineno
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "featherweight":
+                    yield alias.name.removeprefix("featherweight").lstrip("."), node.lineno
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name])
+def test_no_import_goes_up(name: str) -> None:
+    if name in WINGS:
+        assert not list(imports_of(name)), "a wing's own __init__ imports nothing"
+        return
+    for imported, line in imports_of(name):
+        place = f"{FILES[name].relative_to(PACKAGE)}, line {line}"
+        assert imported in FILES, f"{place} imports {imported}, which is no module"
+        assert imported, f"{place} imports the package as a whole, which is above every room"
+        assert floor_of(imported) <= floor_of(name), f"{place} imports {imported}, which is above it"
+
+
+def test_there_is_no_circle() -> None:
+    graph = {name: {found for found, _ in imports_of(name) if found != name} for name in FILES if name}
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, "modules import each other: " + " -> ".join((*path[path.index(name) :], name))
+        if name in state or name not in graph:
+            return
+        state[name] = 1
+        for other in sorted(graph[name]):
+            visit(other, (*path, name))
+        state[name] = 2
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_can_be_read(name: str) -> None:
+    text = FILES[name].read_text("utf-8")
+    assert text.count("\n") <= MOST_LINES_OF_A_FILE, f"{FILES[name].name} is longer than {MOST_LINES_OF_A_FILE} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} in {FILES[name].name} has {lines} lines"
+
+
+def test_the_plan_names_every_room() -> None:
+    plan = (PACKAGE.parent.parent / "docs" / "architecture.md").read_text("utf-8")
+    for floor in FLOORS:
+        assert floor.replace(".", "/") in plan or floor in ("__main__", "version"), (
+            f"docs/architecture.md lacks {floor}"
+        )
