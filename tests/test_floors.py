@@ -36,7 +36,7 @@ FLOORS = (
     "cli",
     "__main__",
 )
-"""From the ground up: a room imports its own modules and those of rooms before it; docs/architecture.md has their plan."""
+"""From the ground up: a room imports its own modules and those of rooms before it; see docs/architecture.md."""
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 450, 80
 
 

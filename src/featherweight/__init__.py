@@ -4,8 +4,8 @@ Importing this package is cheap: torch and transformers are loaded on first use.
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
 What users import is here: the calls `compress`, `evaluate`, `load`; `Recipe`; the errors. The rooms behind it are,
-from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; docs/architecture.md is
-their plan.
+from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; their plan is in
+docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What calibration learns about layers: one class a statistic, and what is done with them by name.
 
 A new statistic is a class with `@register("statistic", name)` in a file here: it says what its dimensions are, how
-tokens enter it, and what becomes of it in another basis. Gathering, files, windows of columns and transforms take it in.
+tokens enter it, and what becomes of it in another basis. Gathering, files, windows of columns and transforms then take
+it in by themselves.
 """
 
 from featherweight.methods.calibrate.statistics.base import (
