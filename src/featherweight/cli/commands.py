@@ -36,7 +36,7 @@ def claim_json(path: Path | None, marks: Collection[str]) -> None:
     if path is None or not os.path.lexists(path):
         return
     from featherweight.errors import OutputError
-    from featherweight.storage.checkpoint.writer import disk_errors
+    from featherweight.system.files import disk_errors
 
     if not path.is_file():
         raise OutputError(f"--json {path} exists and is no file; name a file of its own")
@@ -56,7 +56,7 @@ def write_json(path: Path | None, value: Any) -> None:
     """Write a result if asked for; folders are made as needed, the file appears complete. See `claim_json`."""
     if path is None:
         return
-    from featherweight.storage.checkpoint.writer import disk_errors, to_json, write_text
+    from featherweight.system.files import disk_errors, to_json, write_text
 
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +115,11 @@ def run_compress(
     max_memory: str | None,
     overwrite: bool,
     trust_remote_code: bool,
+    workers: int,
     json: Path | None,
 ) -> None:
     from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.fates import counts_text
 
     claim_json(json, ("out", "layers", "recipe"))
     with Watcher(error_console()) as watcher:
@@ -133,11 +135,11 @@ def run_compress(
             max_memory=max_memory,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            workers=workers,
             observer=watcher,
         )
     write_json(json, result.to_json())
     worst = max(result.layers, key=lambda record: record["relative_error"])
-    tensors = result.tensors
     console = out_console()
     if result.already_complete:
         console.print(f"{result.out} is complete already; nothing to do")
@@ -150,11 +152,7 @@ def run_compress(
                 ("bits per weight, all linear layers", f"{result.bits_per_weight_linear:.3f}"),
                 ("bits per weight, whole model", f"{result.bits_per_weight_model:.3f}"),
                 ("size", size_text(result.bytes)),
-                (
-                    "source tensors",
-                    f"{tensors['source']}: {tensors['replaced']} replaced, {tensors['copied']} copied, "
-                    f"{len(tensors['dropped'])} dropped",
-                ),
+                ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
                 ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
                 ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
                 ("time", f"{result.seconds:.1f} s"),
@@ -176,6 +174,7 @@ def run_plan(
     from featherweight.methods.recipe import load_recipe
     from featherweight.storage.checkpoint.checkpoint import Checkpoint
     from featherweight.tasks.compress.engine import estimate_seconds
+    from featherweight.tasks.compress.fates import counts_text
     from featherweight.tasks.compress.plan import make_plan, parse_size
 
     claim_json(json, ("recipe", "roles", "seconds"))
@@ -189,17 +188,13 @@ def run_plan(
     summary = {**made.summary(), "seconds": estimate_seconds(made)}
     write_json(json, summary)
     console = out_console()
-    tensors = summary["tensors"]
     console.print(
         facts(
             [
                 ("recipe", summary["recipe"]),
                 ("family", f"{summary['family']}, {summary['blocks']} blocks"),
                 ("parameters", f"{summary['parameters']:,}"),
-                (
-                    "source tensors",
-                    f"{tensors['replaced']} replaced, {tensors['copied']} copied, {tensors['dropped']} dropped",
-                ),
+                ("source tensors", counts_text(summary["tensors"])),
                 ("weights compressed", f"{summary['weights']:,} in {summary['layers']} layers"),
                 (
                     "bits per weight",

@@ -103,6 +103,10 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
     trust_remote_code: Trust = False,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", metavar="N", min=1, help="Processes that share the layers; recipes without data."),
+    ] = 1,
     json: JsonFile = None,
 ) -> None:
     """Compress a model. Interrupted, the same command goes on where it stopped."""
@@ -110,7 +114,7 @@ def compress(
 
     run_compress(
         model, recipe, out, changes or [], calibration, base_model, threads, seed, max_memory, overwrite,
-        trust_remote_code, json,
+        trust_remote_code, workers, json,
     )  # fmt: skip
 
 

@@ -85,11 +85,14 @@ class Watcher:
             self.live.update(self._view())
 
     def _plan(self, event: dict[str, Any]) -> None:
-        tensors = event["tensors"]
+        counts = {kind: count for kind, count in event["tensors"].items() if kind not in ("replaced", "copied")}
+        others = ", ".join(
+            [f"{event['tensors']['copied']} tensors copied", *(f"{count} {kind}" for kind, count in counts.items())]
+        )
         self._say(
             f"{event['recipe']} on {event['family']}, {event['blocks']} blocks, {count_text(event['parameters'])} "
             f"parameters: {event['layers']} layers ({count_text(event['weights'])} weights) to "
-            f"{event['bits_per_weight']:.3f} bits; {tensors['copied']} tensors copied, {tensors['dropped']} dropped; "
+            f"{event['bits_per_weight']:.3f} bits; {others}; "
             f"{size_text(event['source_bytes'])} become {size_text(event['output_bytes'])}"
         )
         self.bar.update(self.task, total=event["weights"], what="compressing")

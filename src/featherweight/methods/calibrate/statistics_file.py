@@ -20,7 +20,8 @@ from featherweight.methods.calibrate.statistics import gathered_names
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.weights import sample_digest
-from featherweight.storage.checkpoint.writer import Blob, blob_of, disk_errors, write_safetensors
+from featherweight.storage.checkpoint.writer import Blob, blob_of, write_safetensors
+from featherweight.system.files import disk_errors
 
 if TYPE_CHECKING:
     from featherweight.methods.calibrate.runner import Calibration

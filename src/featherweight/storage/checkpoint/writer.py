@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from featherweight.errors import OutputError
 from featherweight.storage.checkpoint.format import FORMAT_VERSION, HASHES_KEY, VERSION_KEY
+from featherweight.system.files import replacing
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -49,79 +47,38 @@ def blob_of(name: str, tensor: Tensor) -> Blob:
     return Blob(name, DTYPE_CODES[raw.dtype], tuple(raw.shape), view.nbytes, lambda: (view,))
 
 
-def write_safetensors(path: Path, blobs: list[Blob], metadata: dict[str, str], sync: bool = True) -> dict[str, str]:
+def write_safetensors(
+    path: Path, blobs: list[Blob], metadata: dict[str, str], sync: bool = True, coded: bool = True
+) -> dict[str, str]:
     """Write a file atomically and return the SHA-256 (hex) of every tensor's bytes.
 
-    `sync` waits for the disk, so that not even a power cut leaves a complete name on incomplete bytes.
+    `sync` waits for the disk, so that not even a power cut leaves a complete name on incomplete bytes. `coded` puts our
+    format version into the header: the file is of use to featherweight alone. Without it the file is like any other.
 
     Tensors are laid out by falling element size, then name, so that each is aligned (what readers that map files
     need) and the same content always gives the same bytes. The hashes are in the header, which therefore is written
     twice: first with blanks, then, when all bytes have passed by, in its final form of the same length.
     """
+    about = {**({VERSION_KEY: str(FORMAT_VERSION)} if coded else {}), **metadata}
     ordered = sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
     hashes = {blob.name: "0" * 64 for blob in ordered}
-    header = _header(ordered, hashes, metadata)
-    part = path.with_name(path.name + ".part")
-    with disk_errors(path):
-        try:
-            with part.open("wb") as stream:
-                stream.write(header)
-                for blob in ordered:
-                    digest, written = hashlib.sha256(), 0
-                    for chunk in blob.chunks():
-                        digest.update(chunk)
-                        stream.write(chunk)
-                        written += chunk.nbytes
-                    if written != blob.nbytes:
-                        raise OutputError(f"tensor {blob.name} gave {written} bytes instead of {blob.nbytes}")
-                    hashes[blob.name] = digest.hexdigest()
-                final = _header(ordered, hashes, metadata)
-                assert len(final) == len(header)
-                stream.seek(0)
-                stream.write(final)
-                stream.flush()
-                if sync:
-                    os.fsync(stream.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+    header = _header(ordered, hashes, about)
+    with replacing(path, sync) as stream:
+        stream.write(header)
+        for blob in ordered:
+            digest, written = hashlib.sha256(), 0
+            for chunk in blob.chunks():
+                digest.update(chunk)
+                stream.write(chunk)
+                written += chunk.nbytes
+            if written != blob.nbytes:
+                raise OutputError(f"tensor {blob.name} gave {written} bytes instead of {blob.nbytes}")
+            hashes[blob.name] = digest.hexdigest()
+        final = _header(ordered, hashes, about)
+        assert len(final) == len(header)
+        stream.seek(0)
+        stream.write(final)
     return hashes
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    part = path.with_name(path.name + ".part")
-    with disk_errors(path):
-        try:
-            with part.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
-
-
-def to_json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about a failed write into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"the disk is full while writing {path}; free some space and run the same command again, "
-                "it goes on where it stopped"
-            ) from error
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _item_bytes(blob: Blob) -> int:
@@ -133,7 +90,6 @@ def _header(blobs: list[Blob], hashes: dict[str, str], metadata: dict[str, str])
     described: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
-            VERSION_KEY: str(FORMAT_VERSION),
             **metadata,
             HASHES_KEY: json.dumps(hashes, separators=(",", ":")),
         }

@@ -49,3 +49,36 @@ Without the import, transformers reports an unknown quantization type `featherwe
 unexpected ones called `trits`, `codes` and `scales`. Nothing is wrong with the files then: install the package and
 import it.
 """
+
+
+def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str) -> str:
+    """README.md of an output that is a checkpoint like any other.
+
+    Parameters
+    ----------
+    manifest, config : dict[str, Any]
+        featherweight.json and config.json of the output.
+    fates : str
+        How many tensors of the source were changed, copied, ...
+    """
+    recipe, tensors = manifest["recipe"], manifest["tensors"]
+    architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    source = config.get("_name_or_path") or "an original checkpoint"
+    paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
+    return f"""---
+library_name: transformers
+tags: [featherweight]
+---
+
+# Made with featherweight
+
+{architecture} from {source}, recipe `{recipe["name"]}`{paper}. Nothing in it is coded: every program that reads the
+original reads this. featherweight.json says what was done.
+
+| | |
+|---|---|
+| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
+| parameters | {manifest["parameters"]:,} |
+| bytes of tensors | {manifest["bytes"]:,} |
+| source tensors | {tensors["source"]}: {fates} |
+"""

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from featherweight.errors import FeatherError, OutputError
 from featherweight.events import Observer
-from featherweight.storage.checkpoint.writer import disk_errors
+from featherweight.system.files import disk_errors
 
 
 class Events:

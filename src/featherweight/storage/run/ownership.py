@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -12,6 +11,8 @@ from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.format import METHOD, VERSION_KEY
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.system.files import read_object
 
 MANIFEST = "featherweight.json"
 OWN_NAMES = re.compile(
@@ -33,8 +34,8 @@ def first_foreign(
     ours : the folder is known to be an output, though it may lack what says so
     """
     found = sorted(entries)
-    manifest = _object(folder / MANIFEST)
-    if not ours and "identity" not in manifest and not _is_ours(_object(folder / "config.json")):
+    manifest = read_object(folder / MANIFEST)
+    if not ours and "identity" not in manifest and not _is_ours(read_object(folder / "config.json")):
         return found[0] if found else None
     listed = manifest.get("files")
     known = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else None
@@ -51,21 +52,12 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
 def is_written(path: Path) -> bool:
-    """Whether a file is one that a run keeps its work in: safetensors with our version in the header, a verdict, or
-    what was being written."""
-    from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
-
+    """Whether a file is one that a run keeps its work in: safetensors with our version in the header, an empty lock, a
+    verdict of an older release, or what was being written."""
     if re.fullmatch(r".+\.(safetensors|json)\.part|(transform|rounding|correction)(-\d+)?\.json", path.name):
+        return True
+    if path.suffix == ".lock" and path.is_file() and path.stat().st_size == 0:
         return True
     try:
         with SafetensorsFile.open(path) as file:

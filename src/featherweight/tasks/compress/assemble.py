@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy import config_ties
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import FORMAT_VERSION, quantization_config
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
-from featherweight.storage.checkpoint.writer import Blob, disk_errors, to_json, write_safetensors, write_text
-from featherweight.storage.run.card import model_card
+from featherweight.storage.checkpoint.writer import Blob, write_safetensors
+from featherweight.storage.run.card import model_card, plain_card
 from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.ownership import MANIFEST
-from featherweight.tasks.compress.plan import COPY_WINDOW, Plan
+from featherweight.storage.run.store import Store
+from featherweight.system.files import PART_SUFFIX, disk_errors, read_object, to_json, write_text
+from featherweight.tasks.compress.fates import counts_in, counts_text
+from featherweight.tasks.compress.plain import COPY_WINDOW, is_plain, plain_blob, with_true_dtype
+from featherweight.tasks.compress.plan import Plan
 from featherweight.version import __version__
 
 
@@ -27,31 +32,37 @@ def lay_out(
     checkpoint: Checkpoint,
     records: list[dict[str, Any]],
     shard_bytes: int,
-    changed: dict[str, Path] | None = None,
+    store: Store,
+    changed: dict[str, str] | None = None,
     config: dict[str, Any] | None = None,
     whole_model: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Which tensors go to which shard. Source order; a layer's tensors stay together.
 
-    changed : plain tensors that calibration changed or added, and the files that hold them
+    store : holds what `changed` names
+    changed : plain tensors that calibration changed or added, and the keys of the artifacts that hold them
     config : entries of config.json that must change with them
     whole_model : what steps that changed the whole model did on held-out windows
     """
     changed = changed or {}
+    sizes = {name: _nbytes(store, key, name) for name, key in changed.items()}
     jobs_of: dict[str, list[int]] = {}
     for index, job in enumerate(plan.jobs):
         jobs_of.setdefault(job.layer.tensor, []).append(index)
     shards: list[list[dict[str, Any]]] = [[]]
+    entries: list[tuple[dict[str, Any], int]]
     size = 0
     names = [name for name in checkpoint.names if name not in plan.dropped]
     added = [name for name in changed if name not in names]
+    plain = is_plain(records, [job.layer for job in plan.jobs], added)
     for name in [*names, *added]:
-        if name in jobs_of:
-            entries: list[tuple[dict[str, Any], int]] = [
-                ({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]
-            ]
+        if name in jobs_of and plain:
+            size_of_all = sum(records[index]["nbytes"] for index in jobs_of[name])
+            entries = [({"plain": name, "jobs": jobs_of[name]}, size_of_all)]
+        elif name in jobs_of:
+            entries = [({"job": index}, records[index]["nbytes"]) for index in jobs_of[name]]
         elif name in changed:
-            entries = [({"changed": name, "file": changed[name].name}, _nbytes(changed[name], name))]
+            entries = [({"changed": name, "key": changed[name]}, sizes[name])]
         else:
             entries = [({"copy": name}, checkpoint.entry(name).nbytes)]
         for entry, nbytes in entries:
@@ -62,10 +73,11 @@ def lay_out(
             size += nbytes
     return {
         "layers": records,
+        "plain": plain,
         "config": config or {},
         "whole_model": whole_model or [],
         "changed": sorted(changed),
-        "added_bytes": sum(_nbytes(changed[name], name) for name in _of_codes(added, records)),
+        "added_bytes": sum(sizes[name] for name in _of_codes(added, records)),
         "shards": [{"file": _shard_name(i, len(shards)), "entries": s} for i, s in enumerate(shards)],
     }
 
@@ -76,8 +88,8 @@ def _of_codes(added: Iterable[str], records: list[dict[str, Any]]) -> list[str]:
     return [name for name in added if name in layers]
 
 
-def _nbytes(path: Path, name: str) -> int:
-    with SafetensorsFile.open(path) as file:
+def _nbytes(store: Store, key: str, name: str) -> int:
+    with store.open(key) as file:
         return file.entry(name).nbytes
 
 
@@ -86,25 +98,34 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def write_shards(
-    run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, told: Callable[[str, int, int], None]
+    run: RunFolder,
+    assembly: dict[str, Any],
+    checkpoint: Checkpoint,
+    plan: Plan,
+    told: Callable[[str, int, int], None],
 ) -> None:
     """Write every shard that is not there yet; artifacts go as soon as their shard is complete."""
     shards = assembly["shards"]
     for number, shard in enumerate(shards):
         path = run.assembled / shard["file"]
         if not _complete(path):
-            blobs = [b for entry in shard["entries"] for b in _blobs(run, entry, assembly["layers"], checkpoint)]
-            write_safetensors(path, blobs, {})
+            blobs = [b for entry in shard["entries"] for b in _blobs(run, entry, assembly["layers"], checkpoint, plan)]
+            write_safetensors(path, blobs, {}, coded=not assembly.get("plain"))
         for entry in shard["entries"]:
-            if "job" in entry:
-                run.discard(entry["job"])
+            for index in _jobs_of(entry):
+                run.discard(index)
         told(shard["file"], number + 1, len(shards))
 
 
 def jobs_to_write(run: RunFolder, assembly: dict[str, Any]) -> list[int]:
     """Jobs whose shard is not there yet, so that their artifacts are still needed."""
     shards = [shard for shard in assembly["shards"] if not _complete(run.assembled / shard["file"])]
-    return [entry["job"] for shard in shards for entry in shard["entries"] if "job" in entry]
+    return [index for shard in shards for entry in shard["entries"] for index in _jobs_of(entry)]
+
+
+def _jobs_of(entry: dict[str, Any]) -> list[int]:
+    """The jobs whose artifacts an entry of a shard is made of."""
+    return [entry["job"]] if "job" in entry else list(entry.get("jobs", ()))
 
 
 def _complete(path: Path) -> bool:
@@ -116,25 +137,29 @@ def _complete(path: Path) -> bool:
     return True
 
 
-def _blobs(run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint) -> list[Blob]:
+def _blobs(
+    run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint, plan: Plan
+) -> list[Blob]:
     if "copy" in entry:
         return [_copied(checkpoint, entry["copy"])]
+    if "plain" in entry:
+        return [plain_blob(run.store, [(plan.jobs[index].layer, run.latest(index)) for index in entry["jobs"]])]
     if "changed" in entry:
-        path, name = run.changes / entry["file"], entry["changed"]
-        with SafetensorsFile.open(path) as file:
+        key, name = entry["key"], entry["changed"]
+        with run.store.open(key) as file:
             e = file.entry(name)
-            return [Blob(name, e.dtype, e.shape, e.nbytes, partial(_artifact_windows, path, name))]
-    module, path = records[entry["job"]]["name"], run.artifact(entry["job"])
-    with SafetensorsFile.open(path) as artifact:
+            return [Blob(name, e.dtype, e.shape, e.nbytes, partial(_artifact_windows, run.store, key, name))]
+    module, key = records[entry["job"]]["name"], run.latest(entry["job"])
+    with run.store.open(key) as artifact:
         return [
-            Blob(f"{module}.{name}", e.dtype, e.shape, e.nbytes, partial(_artifact_windows, path, name))
+            Blob(f"{module}.{name}", e.dtype, e.shape, e.nbytes, partial(_artifact_windows, run.store, key, name))
             for name, e in artifact.entries.items()
         ]
 
 
-def _artifact_windows(path: Path, name: str) -> Iterator[memoryview]:
+def _artifact_windows(store: Store, key: str, name: str) -> Iterator[memoryview]:
     """An artifact is open only while it is copied: a shard may hold more of them than a process may have files open."""
-    with SafetensorsFile.open(path) as artifact:
+    with store.open(key) as artifact:
         yield from artifact.raw_windows(name, COPY_WINDOW)
 
 
@@ -148,16 +173,45 @@ def write_rest(
     run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan, identity: dict[str, Any]
 ) -> None:
     """Index, config, manifest, model card and whatever stood beside the source's weights."""
-    folder, records = run.assembled, assembly["layers"]
+    folder = run.assembled
     weight_map: dict[str, str] = {}
     total = 0
+    dtypes: set[torch.dtype] = set()
     for shard in assembly["shards"]:
         with SafetensorsFile.open(folder / shard["file"]) as file:
             weight_map |= dict.fromkeys(file.entries, shard["file"])
             total += sum(entry.nbytes for entry in file.entries.values())
+            dtypes |= {entry.torch_dtype for entry in file.entries.values()}
+    config = _config_of(assembly, checkpoint, plan)
+    if assembly.get("plain"):
+        config = with_true_dtype(config, dtypes)
     if len(assembly["shards"]) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / "model.safetensors.index.json", to_json(index))
+    manifest = manifest_of(plan, assembly, identity, total)
+    with disk_errors(folder):
+        for path in checkpoint.other_files():
+            if path.name != MANIFEST:  # the source is an output of ours itself
+                shutil.copyfile(path, folder / path.name)
+        written = {path.name for path in folder.iterdir() if not path.name.endswith(PART_SUFFIX)}
+    manifest["files"] = sorted(written | {MANIFEST, "README.md", "config.json"})  # what --overwrite may replace
+    write_text(folder / MANIFEST, to_json(manifest))
+    if assembly.get("plain"):
+        card = plain_card(manifest, config, counts_text(counts_in(manifest["tensors"], checkpoint.has)))
+    else:
+        card = model_card(manifest, config)
+    write_text(folder / "README.md", card)
+    write_text(folder / "config.json", to_json(config))
+
+
+def _config_of(assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """config.json of the output."""
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
+    if plan.anatomy.head is not None and config_ties(checkpoint):  # its own head counts, for every reader
+        config["tie_word_embeddings"] = False
+    if assembly.get("plain"):
+        return config
+    records = assembly["layers"]
     specs = {record["name"]: record["spec"] for record in records}
     kept = set(checkpoint.names) - plan.dropped.keys()
     added = [name for name in assembly.get("changed", []) if name not in kept]
@@ -165,36 +219,17 @@ def write_rest(
         layer = name.removesuffix(".bias")
         specs[layer] = {**specs[layer], "bias": True}
     given = [name.removesuffix(".bias") for name in added if name.endswith(".bias")]
-    recipe = plan.recipe.dump()
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
-    if plan.anatomy.head is not None and config_ties(checkpoint):  # its own head counts, for every reader
-        config["tie_word_embeddings"] = False
-    config["quantization_config"] = quantization_config(specs, recipe, [name for name in given if name not in specs])
-    manifest = manifest_of(plan, records, identity, total, assembly.get("changed", []), assembly.get("added_bytes", 0))
-    if assembly.get("whole_model"):
-        manifest["whole_model"] = assembly["whole_model"]
-    with disk_errors(folder):
-        for path in checkpoint.other_files():
-            shutil.copyfile(path, folder / path.name)
-        written = {path.name for path in folder.iterdir() if not path.name.endswith(".part")}
-    manifest["files"] = sorted(written | {MANIFEST, "README.md", "config.json"})  # what --overwrite may replace
-    write_text(folder / MANIFEST, to_json(manifest))
-    write_text(folder / "README.md", model_card(manifest, config))
-    write_text(folder / "config.json", to_json(config))
+    biases = [name for name in given if name not in specs]
+    config["quantization_config"] = quantization_config(specs, plan.recipe.dump(), biases)
+    return config
 
 
-def manifest_of(
-    plan: Plan,
-    records: list[dict[str, Any]],
-    identity: dict[str, Any],
-    total_bytes: int,
-    changed: list[str],
-    added_bytes: int,
-) -> dict[str, Any]:
+def manifest_of(plan: Plan, assembly: dict[str, Any], identity: dict[str, Any], total_bytes: int) -> dict[str, Any]:
     """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
+    records, added_bytes = assembly["layers"], assembly.get("added_bytes", 0)
     code_bytes = sum(record["nbytes"] for record in records) + added_bytes
     in_blocks = sum(record["nbytes"] for record in records if record["block"] is not None) + added_bytes  # not the head
-    return {
+    manifest = {
         "format_version": FORMAT_VERSION,
         "featherweight": __version__,
         "identity": identity,
@@ -207,21 +242,31 @@ def manifest_of(
         "bits_per_weight_linear": 8 * (in_blocks + plan.linear_dense_bytes) / max(1, plan.linear_weights),
         "bits_per_weight_model": 8 * total_bytes / max(1, plan.parameters),
         "bytes": total_bytes,
-        "tensors": {
-            "source": len(plan.copied) + len(plan.replaced) + len(plan.dropped),
-            "replaced": len(plan.replaced),
-            "copied": len(plan.copied),
-            "dropped": plan.dropped,
-            **({"changed": changed} if changed else {}),
-        },
+        "tensors": _fates_in(plan, assembly),
         "layers": records,
+    }
+    if assembly.get("whole_model"):
+        manifest["whole_model"] = assembly["whole_model"]
+    return manifest
+
+
+def _fates_in(plan: Plan, assembly: dict[str, Any]) -> dict[str, Any]:
+    """What became of the source's tensors, as the manifest has it; `copied` counts changed and renamed ones, too."""
+    plain = bool(assembly.get("plain"))
+    changed = [*assembly.get("changed", []), *(plan.replaced if plain else ())]
+    replaced = () if plain else plan.replaced
+    renamed = {name: plan.renamed[name] for name in plan.copied if name in plan.renamed}
+    return {
+        "source": len(plan.copied) + len(plan.replaced) + len(plan.dropped),
+        "replaced": len(replaced),
+        "copied": len(plan.copied) + len(plan.replaced) - len(replaced),
+        "dropped": plan.dropped,
+        **({"changed": sorted(changed) if plain else changed} if changed else {}),
+        **({"renamed": renamed} if renamed else {}),
     }
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished output; None if the folder is not one."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "identity" in found and (folder / "config.json").exists() else None
+    found = read_object(folder / MANIFEST)
+    return found if "identity" in found and (folder / "config.json").exists() else None

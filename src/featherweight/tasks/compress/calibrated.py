@@ -28,6 +28,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.codes import Code
 from featherweight.storage.run.folder import RunFolder
+from featherweight.storage.run.work import changed_key
 from featherweight.tasks.compress.guard import BlockGuard, ModelGuard, Verdict, folded, likelihood_loss
 from featherweight.tasks.compress.journal import Journal
 from featherweight.tasks.compress.plan import Plan
@@ -164,8 +165,8 @@ class CalibratedRun:
             return
         if self._is_tuned():
             return
-        own = (f"{TRANSFORMED:06d}", f"{TUNED:06d}")  # the latter left by a run that stopped just after it
-        altered = [name for name, path in self.run.changed_tensors().items() if path.stem not in own]
+        own = (changed_key(TRANSFORMED), changed_key(TUNED))  # the latter left by a run that stopped just after it
+        altered = [name for name, key in self.run.changed_tensors().items() if key not in own]
         if altered:
             kinds = ", ".join(correction.kind for correction in chosen)
             raise RecipeError(

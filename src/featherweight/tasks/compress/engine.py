@@ -19,19 +19,23 @@ from featherweight.methods.quantize.rounding.nearest import Nearest
 from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
-from featherweight.storage.checkpoint.writer import disk_errors, to_json, write_text
-from featherweight.storage.run.folder import RunFolder, occupants
+from featherweight.storage.run.executor import Executor, Local, Shared
+from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
 from featherweight.storage.run.ownership import first_foreign, within
+from featherweight.storage.run.publishing import occupants
+from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.tasks.compress.data import CalibrationData, check_source
+from featherweight.tasks.compress.data_free import solve_all, solve_alone
+from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
-from featherweight.tasks.compress.journal import Journal
 from featherweight.tasks.compress.loadable import loading_note
-from featherweight.tasks.compress.plan import SHARD_BYTES, Job, Plan, check_memory, make_plan, parse_size
-from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, relative_error, solve_layer
+from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
+from featherweight.tasks.compress.solve import relative_error
+from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
 
 
@@ -41,6 +45,7 @@ class Compression:
 
     layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
     resumed : layers found finished by an earlier run of the same command
+    fates : how many tensors of the source were replaced, copied, changed, renamed, dropped; adds up to all of them
     """
 
     out: Path
@@ -56,6 +61,7 @@ class Compression:
     recipe: dict[str, Any] = field(repr=False)
     resumed: int = 0
     already_complete: bool = False
+    fates: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -76,6 +82,7 @@ def compress(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
+    workers: int = 1,
     observer: Observer | None = None,
 ) -> Compression:
     """Compress a checkpoint.
@@ -89,13 +96,15 @@ def compress(
     calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
         the shipped text if None; data-free recipes do not read it
     base_model : the model this one was fine-tuned from, for recipes that compare the two
-    threads : of native kernels and PyTorch, results do not depend on it; default: see `kernels.threads`
+    threads : of native kernels and PyTorch, results do not depend on it; default: see `featherweight.system.threads`
     seed : for recipes with random choices; part of the run's identity
     max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
         without it, recipes that run the network are refused where the memory that is free now is too little
     overwrite : replace an existing output of featherweight's, or another unfinished run; what else stands in OUT is
         never replaced
     trust_remote_code : run the code that the model's folder brings for its class or tokenizer
+    workers : processes that share the layers of a recipe without data, this one among them; `threads` and `max_memory`
+        are those of all together, and results do not depend on it
     observer : called with every event that goes to the log
 
     Called again after an interruption, it goes on; called again when complete, it returns at once.
@@ -106,9 +115,12 @@ def compress(
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
     check_source(chosen, calibration, base_model)
+    check_workers(chosen, workers)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    limit = None if limit is None else limit // workers
+    threads = share_of(threads, workers)
     with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
         checkpoint.trust_remote_code = trust_remote_code
         _check_out(out, checkpoint, model, base_model)
@@ -126,30 +138,40 @@ def compress(
         done = _finished(out, identity, overwrite, beside)
         if done is not None:
             RunFolder(out, same=same_identity).remove_leftover(identity)
-            return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+            return _result(out, done, checkpoint, begun, already_complete=True)
         plan = make_plan(checkpoint, chosen, threads, limit)
         data.check(plan, checkpoint)
         with RunFolder.opened(out, identity, overwrite, beside, same_identity) as run:
             # once more: another process may have been at work until now
             done = _finished(out, identity, overwrite, beside)
             if done is not None:
-                return _result(out, done, begun, resumed=len(done["layers"]), already_complete=True)
+                return _result(out, done, checkpoint, begun, already_complete=True)
             if limit is None and not run.publishing and run.read_assembly() is None:
                 check_memory(plan)
             with Events(out, observer) as events:
-                for note in plan.notes:
-                    events({"event": "note", "text": note})
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
-                events({"event": "plan", **plan.summary(), **told})
-                if not chosen.calibrated and (loading := loading_note(checkpoint)) is not None:
-                    events({"event": "note", "text": loading})
-                resumed = _make(plan, checkpoint, run, events, identity, shard_bytes, data)
+                _announce(plan, checkpoint, events, told)
+                executor: Executor = Local()
+                if workers > 1:
+                    place = str(model) if Path(model).is_file() else str(checkpoint.folder)
+                    order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
+                    executor = Shared(run.claims, lambda: Workers(run, order, workers - 1, events))
+                resumed = _make(plan, checkpoint, run, events, identity, data, executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
-                result = _result(out, manifest, begun, resumed)
+                result = _result(out, manifest, checkpoint, begun, resumed)
                 short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
                 events({"event": "done", **short})
     return result
+
+
+def _announce(plan: Plan, checkpoint: Checkpoint, events: Events, told: dict[str, Any]) -> None:
+    """The plan, and what is odd about the model."""
+    for note in plan.notes:
+        events({"event": "note", "text": note})
+    events({"event": "plan", **plan.summary(), **told})
+    if not plan.recipe.calibrated and (loading := loading_note(checkpoint)) is not None:
+        events({"event": "note", "text": loading})
 
 
 def _make(
@@ -158,13 +180,13 @@ def _make(
     run: RunFolder,
     events: Events,
     identity: dict[str, Any],
-    shard_bytes: int,
     data: CalibrationData,
+    executor: Executor,
 ) -> int:
     """All the work there is left to do; returns how many layers were found finished."""
     resumed = len(plan.jobs)
     if not run.publishing:
-        assembly = run.read_assembly()
+        assembly, seed, shard_bytes = run.read_assembly(), identity["seed"], identity["shard_bytes"]
         if assembly is None:
             _check_disk(plan, run, shard_bytes)
             for name in plan.copied:
@@ -172,22 +194,24 @@ def _make(
             config: dict[str, Any] = {}
             if plan.recipe.calibrated:
                 _scan_layers(plan, checkpoint)
-                records, resumed, config = data.solve(plan, checkpoint, run, events, identity["seed"])
+                records, resumed, config = data.solve(plan, checkpoint, run, events, seed)
             else:
-                records, resumed = _solve_all(plan, checkpoint, run, events, identity["seed"])
+                records, resumed = solve_all(plan, checkpoint, run, events, seed, executor)
             changed, verdicts = run.changed_tensors(), run.all_verdicts()
-            assembly = lay_out(plan, checkpoint, records, shard_bytes, changed, config, verdicts)
+            assembly = lay_out(plan, checkpoint, records, shard_bytes, run.store, changed, config, verdicts)
             write_text(run.assembly, to_json(assembly))
         else:
             lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
             resumed -= len(lost)
             if lost and plan.recipe.calibrated:
-                data.solve(plan, checkpoint, run, events, identity["seed"])
+                data.solve(plan, checkpoint, run, events, seed)
             for index in lost if not plan.recipe.calibrated else ():
-                _solve(plan, plan.jobs[index], checkpoint, run, index, identity["seed"])
-        write_shards(
-            run, assembly, checkpoint, lambda f, i, n: events({"event": "shard", "file": f, "number": i, "of": n})
-        )
+                solve_alone(plan, checkpoint, run, index, seed)
+
+        def told(file: str, number: int, of: int) -> None:
+            events({"event": "shard", "file": file, "number": number, "of": of})
+
+        write_shards(run, assembly, checkpoint, plan, told)
         write_rest(run, assembly, checkpoint, plan, identity)
     run.publish()
     return resumed
@@ -200,37 +224,22 @@ def _scan_layers(plan: Plan, checkpoint: Checkpoint) -> None:
         source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
 
 
-def _solve_all(
-    plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events, seed: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Every layer's record, from its artifact or from work, and how many were found finished."""
-    journal = Journal(plan, events)
-    for index, job in enumerate(plan.jobs):
-        record = run.record(index, job.layer.name)
-        resumed = record is not None
-        journal.finish(index, record or _solve(plan, job, checkpoint, run, index, seed), resumed)
-    return journal.in_order(), journal.resumed
-
-
-def _solve(plan: Plan, job: Job, checkpoint: Checkpoint, run: RunFolder, index: int, seed: int) -> dict[str, Any]:
-    source = LayerWeight(checkpoint, job.layer)
-    source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-    group = InputGroup({}, group_seed(seed, job.layer.input_group))
-    solved = solve_layer(plan.recipe, job, source, group, plan.options)
-    record = record_of(job, source, solved, plan.options.threads)
-    run.keep(index, solved.code, record)
-    return record
-
-
 def _result(
-    out: Path, manifest: dict[str, Any], begun: float, resumed: int, already_complete: bool = False
+    out: Path,
+    manifest: dict[str, Any],
+    checkpoint: Checkpoint,
+    begun: float,
+    resumed: int | None = None,
+    already_complete: bool = False,
 ) -> Compression:
+    """resumed : all layers if None"""
     return Compression(
         out=out,
         seconds=time.monotonic() - begun,
         peak_memory_bytes=peak_memory_bytes(),
-        resumed=resumed,
+        resumed=len(manifest["layers"]) if resumed is None else resumed,
         already_complete=already_complete,
+        fates=counts_in(manifest["tensors"], checkpoint.has),
         **{
             name: manifest[name]
             for name in (
@@ -319,7 +328,7 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
     shard = min(plan.code_bytes, max(shard_bytes, max(job.nbytes for job in plan.jobs)))
     need = plan.output_bytes + shard + plan.aside_bytes
     with disk_errors(run.path):
-        have = shutil.disk_usage(run.path).free + run.kept_bytes()
+        have = shutil.disk_usage(run.path).free + run.store.nbytes
     if have < need:
         raise OutputError(
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from featherweight.errors import CheckpointError, FeatherError, shown
@@ -15,12 +16,14 @@ from featherweight.methods.quantize.grids.dense import DenseGrid
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.format import METHOD, module_specs
 from featherweight.storage.codes import code_layout
 from featherweight.system.memory import available_bytes, resident_bytes
 from featherweight.tasks.compress.account import accounted_anatomy
-from featherweight.tasks.compress.refusals import check_layers, check_recipe
+from featherweight.tasks.compress.fates import Fate, counts_of, fates_of
+from featherweight.tasks.compress.plain import COPY_WINDOW
+from featherweight.tasks.compress.refusals import check_layers, check_recipe, scope_of
 
-COPY_WINDOW = 16 << 20
 SHARD_BYTES = 4_000_000_000
 WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
 MARGIN = 32 << 20  # allocator and thread stacks; docs/results.md has estimates beside measured peaks
@@ -53,6 +56,7 @@ class Plan:
     replaced : names of source tensors whose place the jobs' tensors take
     dropped : source tensor -> reason; nothing is dropped silently
     notes : what is odd about the checkpoint, a sentence each
+    renamed : name -> name in the source, of tensors that carry a wrapper's prefix there
     """
 
     anatomy: Anatomy
@@ -68,6 +72,31 @@ class Plan:
     linear_dense_bytes: int
     options: SolveOptions
     notes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fates(self) -> tuple[Fate, ...]:
+        """What becomes of every tensor of the source, one entry each.
+
+        Tensors that calibration is going to change (norms, say) are among the copied ones before it has done so.
+        """
+        layers: dict[str, list[tuple[str, str]]] = {}
+        for job in self.jobs:
+            code = describe_code(job.grid.spec(job.layer.shape))
+            layers.setdefault(job.layer.tensor, []).append((job.layer.name, code))
+        return fates_of(self.copied, layers, self.dropped, self.renamed, self.plain)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers become plain values, so that the output is an ordinary checkpoint."""
+        kinds = {scope_of(choice) for choice in (*self.recipe.transforms, *self.recipe.corrections)}
+        dtypes: dict[str, set[str]] = {}
+        for job in self.jobs:
+            spec = job.grid.spec(job.layer.shape)
+            if spec["kind"] != "dense":
+                return False
+            dtypes.setdefault(job.layer.tensor, set()).add(spec["dtype"])
+        return kinds <= {"model"} and all(len(found) == 1 for found in dtypes.values())
 
     @property
     def weights(self) -> int:
@@ -175,7 +204,7 @@ class Plan:
             "parameters": self.parameters,
             "weights": self.weights,
             "layers": len(self.jobs),
-            "tensors": {"replaced": len(self.replaced), "copied": len(self.copied), "dropped": len(self.dropped)},
+            "tensors": counts_of(self.fates),
             "bits_per_weight": 8 * self.code_bytes / weights,
             "bits_per_weight_model": 8 * self.output_bytes / max(1, self.parameters),
             "source_bytes": self.source_bytes,
@@ -258,10 +287,7 @@ def make_plan(
     """
     found = checkpoint.quantization_config
     if found is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantised already (quant_method {shown(found.get('quant_method'))}); "
-            "start from the original weights"
-        )
+        raise CheckpointError(_quantised(checkpoint, found))
     check_recipe(recipe)
     anatomy, notes, dropped = accounted_anatomy(checkpoint)
     grids = recipe.grids_for(anatomy)
@@ -291,9 +317,26 @@ def make_plan(
         linear_weights=sum(checkpoint.entry(name).elements for name in linear),
         linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
         options=SolveOptions(threads=threads),
+        renamed={name: stored for stored, name in checkpoint.renamed.items() if stored != name},
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
+
+
+def _quantised(checkpoint: Checkpoint, found: dict[str, Any]) -> str:
+    """Why a compressed folder is no source, and what to do."""
+    if found.get("quant_method") == METHOD and not found.get("biases"):
+        with contextlib.suppress(CheckpointError):
+            if all(spec.get("kind") == "dense" for spec in module_specs(found).values()):
+                return (
+                    f"{checkpoint.folder} holds plain values that an earlier featherweight stored as codes; make it "
+                    "again from its original with the same command and --overwrite, and it is a checkpoint like any "
+                    "other"
+                )
+    return (
+        f"{checkpoint.folder} is quantised already (quant_method {shown(found.get('quant_method'))}); "
+        "start from the original weights"
+    )
 
 
 def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:
