@@ -14,6 +14,7 @@ from outputs import Stop, assert_only_output, contents, die, in_process, log_eve
 from featherweight.errors import OutputError
 from featherweight.storage.run import training_state as training_file
 from featherweight.storage.run.folder import RUN_SUFFIX
+from featherweight.storage.run.store import Store
 from featherweight.storage.run.training_state import TrainingFile
 from featherweight.storage.run.training_store import TrainingState
 from featherweight.tasks.compress.engine import compress
@@ -26,7 +27,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
     "discquant": {"recipe": "discquant-fast", "changes": (*CHANGES, "rounding.steps=10", "rounding.batch_size=2")},
 }
-FILES = {"scale-tuning": "correction-0.safetensors", "discquant": "rounding.safetensors"}
+FILES = {"scale-tuning": "training-correction-0.safetensors", "discquant": "training-rounding.safetensors"}
 
 
 def tune_and_die(model: str, out: str, kind: str, step: int | None) -> None:
@@ -64,7 +65,7 @@ def notes(out: Path) -> list[str]:
 def test_killed_while_training(llama: Path, whole: Any, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     assert in_process(tune_and_die, str(llama), str(out), kind, 3) == -9
-    assert (tmp_path / ("out" + RUN_SUFFIX) / "training" / FILES[kind]).exists()
+    assert (tmp_path / ("out" + RUN_SUFFIX) / "artifacts" / FILES[kind]).exists()
     assert in_process(tune_and_die, str(llama), str(out), kind, 7) == -9
     assert in_process(tune_and_die, str(llama), str(out), kind, None) == 0
     said = [note for note in notes(out) if "goes on behind step" in note]
@@ -100,7 +101,7 @@ def damage_header(path: Path) -> None:
 def test_a_damaged_state_is_ignored(llama: Path, whole: Any, tmp_path: Path, damage: Any) -> None:
     kind, out = "scale-tuning", tmp_path / "out"
     assert in_process(tune_and_die, str(llama), str(out), kind, 3) == -9
-    damage(tmp_path / ("out" + RUN_SUFFIX) / "training" / FILES[kind])
+    damage(tmp_path / ("out" + RUN_SUFFIX) / "artifacts" / FILES[kind])
     compress(llama, out=out, threads=1, **TRAININGS[kind])
     assert any("is damaged and ignored: it begins anew" in note for note in notes(out))
     assert_only_output(out, whole[kind])
@@ -108,7 +109,7 @@ def test_a_damaged_state_is_ignored(llama: Path, whole: Any, tmp_path: Path, dam
 
 def test_a_state_of_another_task_is_ignored(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
-    file = TrainingFile(tmp_path / "state.safetensors", told.append)
+    file = TrainingFile(Store(tmp_path), "state", told.append)
     state = TrainingState({"label": "one"}, 4, {"best": float("nan")}, {"value": torch.arange(3.0)})
     file.save(state)
     assert told == []
@@ -145,14 +146,14 @@ def test_a_stop_within_the_first_training_leaves_its_state(
 
 def test_a_full_disk_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
-    file = TrainingFile(tmp_path / "state.safetensors", told.append)
+    file = TrainingFile(Store(tmp_path), "state", told.append)
     state = TrainingState({"label": "one"}, 4, {}, {"value": torch.arange(3.0)})
     file.save(state)
 
     def full(*_: Any, **__: Any) -> None:
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(training_file, "write_safetensors", full)
+    monkeypatch.setattr(Store, "keep", full)
     for _ in range(2):
         file.save(state)
     assert [event["text"] for event in told] == [
@@ -166,12 +167,12 @@ def test_a_full_disk_ends_no_training(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_savings_cost_at_most_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(training_file.time, "monotonic", lambda: now[0])
-    file = TrainingFile(tmp_path / "state.safetensors", lambda _: None)
+    file = TrainingFile(Store(tmp_path), "state", lambda _: None)
 
     def slow(*_: Any, **__: Any) -> None:
         now[0] += 10
 
-    monkeypatch.setattr(training_file, "write_safetensors", slow)
+    monkeypatch.setattr(Store, "keep", slow)
     assert not file.due()
     now[0] = 60.0
     assert file.due()
@@ -190,7 +191,7 @@ def test_what_was_tuned_and_then_lost_is_tuned_again(llama: Path, tmp_path: Path
     out, run = tmp_path / "cut" / "out", tmp_path / "cut" / ("out" + RUN_SUFFIX)
     with pytest.raises(Stop):
         compress(llama, out=out, observer=stopping("shard", 3), **options)
-    tuned = sorted((run / "tuned").iterdir())
+    tuned = sorted((run / "artifacts").glob("tuned-*"))
     assert 0 < len(tuned) < 14
     if lost == "a tuned layer":
         damage_bit(tuned[-1])

@@ -2,7 +2,7 @@
 
 Everything a run must not do twice is kept in one store: the codes of a layer, tensors that calibration changed, the
 state of a training, what became of a step that changed the whole model. A key is any text; by convention a kind and a
-name, "layer-000012". An artifact is a safetensors file whose header holds the key, the record as JSON and the SHA-256
+name, "layer-000012". An artifact is a safetensors file whose header holds the key, the record as JSON and SHA-256 sums
 of both and of every tensor; its name appears when it is complete, and what is not as it was written counts as missing.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -68,7 +68,7 @@ class Store:
         """
         blobs = [blob_of(name, tensor) for name, tensor in tensors.items()]
         text = json.dumps(record)
-        about = {KEY: key, RECORD: text, RECORD_HASH: _hash(key, text)}
+        about = {KEY: key, RECORD: text, RECORD_HASH: _hash(key, text, ((b.name, b.dtype, b.shape) for b in blobs))}
         write_safetensors(self.path(key), blobs, about, sync=False)
 
     def has(self, key: str) -> bool:
@@ -91,7 +91,8 @@ class Store:
         try:
             with SafetensorsFile.open(path) as file:
                 text = file.metadata[RECORD]
-                intact = file.metadata[RECORD_HASH] == _hash(key, text) and not damaged_tensors(file)
+                expected = _hash(key, text, ((n, e.dtype, e.shape) for n, e in file.entries.items()))
+                intact = file.metadata[RECORD_HASH] == expected and not damaged_tensors(file)
                 found = json.loads(text) if intact else None
                 if isinstance(found, dict):
                     return found
@@ -148,6 +149,6 @@ def damaged_tensors(file: SafetensorsFile) -> list[str]:
     return wrong
 
 
-def _hash(key: str, record: str) -> str:
-    """Of a record and whose it is: a file under another's name is not taken for it."""
-    return sha256_of(f"{key}\0{record}")
+def _hash(key: str, record: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    """Of a record, whose it is, and name, dtype and shape of its tensors, which their bytes do not tell."""
+    return sha256_of(json.dumps([key, record, sorted(tensors)]))

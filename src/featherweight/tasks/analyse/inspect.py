@@ -36,12 +36,13 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
         }
         if specs:
             return report | _compressed(checkpoint, specs, manifest)
-        return report | _original(checkpoint, read_anatomy(checkpoint))
+        report |= {"recipe": manifest.get("recipe"), "format_version": manifest.get("format_version")}  # a plain output
+        return report | _original(checkpoint, read_anatomy(checkpoint), _errors_in(checkpoint, manifest))
 
 
 def _compressed(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manifest: dict[str, Any]) -> dict[str, Any]:
     try:
-        errors = {record["name"]: record["relative_error"] for record in manifest.get("layers", [])}
+        errors = _errors_in(checkpoint, manifest)
         blocks = {record["block"] for record in manifest.get("layers", [])} - {None}
         layouts = {name: module_layout(name, spec) for name, spec in specs.items()}
         described = {name: describe_code(spec) for name, spec in specs.items()}
@@ -81,7 +82,15 @@ def _compressed(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manife
     }
 
 
-def _original(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Any]:
+def _errors_in(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, float]:
+    """Layer -> relative error as the manifest has them; CheckpointError where it is malformed."""
+    try:
+        return {record["name"]: record["relative_error"] for record in manifest.get("layers", [])}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: featherweight.json is malformed ({error})") from None
+
+
+def _original(checkpoint: Checkpoint, anatomy: Anatomy, errors: dict[str, float]) -> dict[str, Any]:
     def row(layer: LinearLayer) -> dict[str, Any]:
         entry = checkpoint.entry(layer.tensor)
         bits = 8 * entry.nbytes / max(1, entry.elements)
@@ -91,7 +100,7 @@ def _original(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, Any]:
             "code": f"dense {str(entry.torch_dtype).removeprefix('torch.')}",
             "bits_per_weight": bits,
             "nbytes": int(layer.parameters * bits / 8),
-            "relative_error": None,
+            "relative_error": errors.get(layer.name),
             "role": layer.role,
             "kind": layer.kind,
             "input_group": layer.input_group,
