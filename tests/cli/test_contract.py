@@ -6,13 +6,16 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from feather_command import Outcome, feather, feather_here
+from safetensors.torch import load_file, save_file
 
 import featherweight
 
@@ -382,3 +385,27 @@ def test_interrupted_from_the_keyboard(llama: Path, tmp_path: Path) -> None:
     )
     assert done.code == 0
     assert read(tmp_path / "report.json")["resumed"] >= 3
+
+
+def test_counts_of_tensors_add_up_on_the_terminal(llama: Path, tmp_path: Path) -> None:
+    """Biases that no class asks for are dropped, and a wrapper's prefix goes."""
+    model, out = Path(shutil.copytree(llama, tmp_path / "model")), tmp_path / "out"
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")][:3]:
+        tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
+    save_file({f"module.{n}": t for n, t in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    done = feather_here("compress", model, "--recipe", "rtn-4", "--out", out)
+    assert "0 tensors copied, 7 renamed, 3 dropped" in done.errors
+    assert "24: 14 replaced, 0 copied, 7 renamed, 3 dropped" in done.output
+    planned = feather_here("plan", model, "--recipe", "rtn-4")
+    assert "14 replaced, 0 copied, 7 renamed, 3 dropped" in planned.output
+
+
+def test_compress_with_workers(llama: Path, tmp_path: Path) -> None:
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert feather_here("compress", llama, "--recipe", "rtn-4", "--out", alone).code == 0
+    done = feather_here("compress", llama, "--recipe", "rtn-4", "--out", shared, "--workers", 2)
+    assert done.code == 0, done.errors
+    assert {p.name: p.read_bytes() for p in alone.iterdir()} == {p.name: p.read_bytes() for p in shared.iterdir()}
+    refused = feather_here("compress", llama, "--recipe", "gptq", "--out", tmp_path / "no", "--workers", 2)
+    assert "leave --workers out" in refused.sentence()
