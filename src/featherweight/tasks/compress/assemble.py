@@ -206,7 +206,8 @@ def write_rest(
 
 def _config_of(assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """config.json of the output."""
-    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"} | assembly.get("config", {})
+    kept_of_source = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config: dict[str, Any] = kept_of_source | assembly.get("config", {})
     if plan.anatomy.head is not None and config_ties(checkpoint):  # its own head counts, for every reader
         config["tie_word_embeddings"] = False
     if assembly.get("plain"):

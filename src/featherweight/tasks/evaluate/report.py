@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
@@ -14,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from featherweight.errors import OutputError
+from featherweight.system.files import disk_errors, replacing
 from featherweight.tasks.evaluate import plots
 
 DASH = "\N{EN DASH}"
@@ -132,20 +129,10 @@ def write_report(
 
 
 def _write(path: Path, html: str) -> Path:
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(html.encode("utf-8", "replace"))
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write the report {path}: {error.strerror or error}") from error
+    with replacing(path) as file:
+        file.write(html.encode("utf-8", "replace"))
     return path
 
 
