@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outputs import assert_only_output, contents, die, in_process, log_events
+from outputs import Stop, assert_only_output, contents, die, in_process, log_events
 
 from featherweight.errors import FeatherError, OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
@@ -90,6 +90,21 @@ def test_a_worker_that_is_killed_is_done_without(llama: Path, tmp_path: Path, ex
     compress(llama, out=out, workers=2, observer=watch, **OPTIONS)
     assert_only_output(out, expected)
     assert watch.notes == ["a worker ended early (it was ended); the others did its layers"]
+
+
+def test_a_run_that_stops_sees_its_worker_off(llama: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    class Stopping(Watch):
+        def met(self) -> None:
+            raise Stop
+
+    out = tmp_path / "out"
+    watch = Stopping(out, 4)
+    with pytest.raises(Stop):
+        compress(llama, out=out, workers=2, observer=watch, **OPTIONS)
+    with pytest.raises(ProcessLookupError):
+        os.kill(watch.workers[0], 0)
+    assert compress(llama, out=out, **OPTIONS).resumed >= 4
+    assert_only_output(out, expected)
 
 
 def stop_the_worker_and_die(model: str, out: str) -> None:

@@ -8,7 +8,7 @@ processes here or tasks of a cluster that see the same folder, needs no more tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +48,15 @@ class Done(NamedTuple):
 class Executor(Protocol):
     """Does jobs, each once."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        """Every task's record, in the order in which they come to be known."""
+    def run(self, tasks: Sequence[Task]) -> Generator[Done, None, None]:
+        """Every task's record, in the order in which they come to be known; to be closed by who stops before the end."""
         ...
 
 
 class Local:
     """One job after the other, in this process alone."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Done, None, None]:
         for place, task in enumerate(tasks):
             record = task.find()
             found = record is not None
@@ -79,7 +79,7 @@ class Shared:
     ) -> None:
         self.claims, self.helpers = claims, helpers
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Done, None, None]:
         left = []
         for place, task in enumerate(tasks):
             record = task.find()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -33,8 +34,9 @@ def solve_all(
 ) -> tuple[list[dict[str, Any]], int]:
     """Every layer's record, from its artifact or from work, and how many were found finished."""
     journal = Journal(plan, notify)
-    for place, record, found in executor.run(layer_tasks(plan, checkpoint, run, seed)):
-        journal.finish(place, record, found)
+    with closing(executor.run(layer_tasks(plan, checkpoint, run, seed))) as done:
+        for place, record, found in done:
+            journal.finish(place, record, found)
     return journal.in_order(), journal.resumed
 
 
