@@ -49,7 +49,7 @@ class Executor(Protocol):
     """Does jobs, each once."""
 
     def run(self, tasks: Sequence[Task]) -> Generator[Done, None, None]:
-        """Every task's record, in the order in which they come to be known; to be closed by who stops before the end."""
+        """Every task's record, in the order in which they come to be known; whoever stops before the end closes it."""
         ...
 
 
