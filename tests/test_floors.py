@@ -13,6 +13,7 @@ FLOORS = (
     "version",
     "errors",
     "events",
+    "plugins",
     "registry",
     "system",
     "native",
