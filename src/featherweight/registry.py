@@ -66,8 +66,11 @@ def register(axis: str, name: str) -> Callable[[T], T]:
     def keep(cls: T) -> T:
         if not cls.__module__.startswith(f"{PACKAGES[axis]}."):
             _scan(axis)  # so that whoever takes a name of ours is told, and not whoever looks for ours later
+        cls.kind = name  # type: ignore[attr-defined]
         origin = _origin_of(cls)
         with _lock:
+            if _loading.plugin in _failed:  # another thread has given it up while this one waited for its import
+                return cls
             other = _entries[axis].get(name)
             if other is not None and _place_of(other) != _place_of(cls):
                 raise ValueError(
@@ -78,7 +81,6 @@ def register(axis: str, name: str) -> Callable[[T], T]:
             _origins[axis, name] = origin
         if _loading.plugin is not None and other is None:
             _loading.taken.append((axis, name))
-        cls.kind = name  # type: ignore[attr-defined]
         return cls
 
     return keep
