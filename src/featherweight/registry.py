@@ -79,7 +79,8 @@ def register(axis: str, name: str) -> Callable[[T], T]:
                 )
             _entries[axis][name] = cls
             _origins[axis, name] = origin
-        if _loading.plugin is not None and other is None:
+        plugin = _loading.plugin  # may import modules of ours, or of another plug-in, that register their own
+        if plugin is not None and origin == plugin.distribution and other is None:
             _loading.taken.append((axis, name))
         return cls
 
