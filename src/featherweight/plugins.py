@@ -71,7 +71,7 @@ def plugin_presets(ours: frozenset[str]) -> dict[str, tuple[Path, str]]:
         except (Exception, SystemExit) as error:  # finding a package imports those around it
             _warn(f"the presets of {plugin.distribution} are left out: {reason_of(error)}")
             continue
-        for path in sorted(path for folder in folders for path in folder.glob("*.yaml")):
+        for path in sorted((p for folder in folders for p in folder.glob("*.yaml")), key=lambda p: p.stem):
             if path.stem in ours | found.keys():
                 other = OURS if path.stem in ours else found[path.stem][1]
                 _warn(

@@ -355,7 +355,7 @@ def run_methods(json: Path | None) -> None:
     if any(row["from"] != OURS for row in table_rows):
         names.insert(1, "from")
     for name in names:
-        whole = name in ("preset", "bits")  # is never broken
+        whole = name in ("preset", "from", "bits")  # is never broken
         table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=whole)
     for row in table_rows:
         table.add_row(*(cost_text(row) if name == "cost" else str(row[name]) for name in names))
