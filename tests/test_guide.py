@@ -232,6 +232,31 @@ def test_the_tests_of_the_page_pass(package: Package) -> None:
     assert re.search(r"\b9 passed", done.stdout), done.stdout
 
 
+def test_its_grid_goes_through_our_roundings_and_transforms(package: Package) -> None:
+    """The sweep, the page's coordinate descent, and both under a rotation, leave less of the output than rounding."""
+    script = """
+import torch
+import featherweight_more.plugin
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions
+from featherweight.registry import find
+generator = torch.Generator().manual_seed(0)
+mix = torch.randn(96, 96, generator=generator) / 10 + torch.eye(96)
+x, w = torch.randn(500, 96, generator=generator) @ mix, torch.randn(32, 96, generator=generator) * 0.02
+grid, gram = find("grid", "normal-float")(group_size=32), x.T @ x / 500
+cost = lambda code: float(torch.einsum("ij,jk,ik->", w - code.decode(), gram, w - code.decode()))
+nearest = cost(grid.quantize(w))
+rotation = find("transform", "hadamard")(block=32).for_layer(w, {}, 1)
+for kind in ("hessian", "quantease"):
+    rounding = find("rounding", kind)()
+    assert cost(rounding.quantize_source(HeldWeight(w), grid, {"gram": gram}, SolveOptions())) < 0.8 * nearest, kind
+    moved = rotation.statistics({"gram": gram})
+    code = rounding.quantize_source(HeldWeight(rotation.apply(w)), grid, moved, SolveOptions())
+    assert cost(rotation.wrap(code)) < 0.8 * nearest, kind
+"""
+    done = package.python("-c", script, cwd=package.project)
+    assert done.returncode == 0, done.stderr
+
+
 def test_coordinate_descent_against_all_roundings(package: Package) -> None:
     """Four levels, five columns: no single change is better, and it is nearer to the best of all 1024 than rounding."""
     script = """
