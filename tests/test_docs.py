@@ -57,7 +57,7 @@ PLACES = (
 )
 """Where paths in the documents may begin."""
 NOT_YET = "opens with its first"
-ELSEWHERE = ("llama.cpp", "artifacts/", "changed/", "out/", "training/", "tuned/", "verdicts/")
+ELSEWHERE = ("llama.cpp", "artifacts/", "claims/", "out/")
 """What only looks like a file of the source: another project, and what is in a run folder."""
 
 
