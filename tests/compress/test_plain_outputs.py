@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, OutputError
-from featherweight.methods.recipe import load_recipe
+from featherweight.methods.recipe import load_recipe, recipe_from
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs, quantization_config
 from featherweight.tasks.analyse.inspect import inspect_folder
@@ -242,3 +242,30 @@ def test_fates_of_every_kind(llama: Path, tmp_path: Path) -> None:
     assert result.fates == counts
     assert result.tensors["renamed"] == {n: f"module.{n}" for n in read_all(llama) if "proj" not in n}
     assert compress(model, "rtn-4", tmp_path / "out").fates == counts
+
+
+def test_a_rotated_model_is_a_checkpoint_too(tiny: Any, tmp_path: Path) -> None:
+    """Norms are folded, the residual stream is rotated, and nobody can tell it by what the model computes."""
+    import transformers
+
+    model = tiny("llama", dtype=torch.float32, tokenizer=True)
+    recipe = recipe_from(
+        {
+            "name": "rotated",
+            "transforms": [{"kind": "rotation"}],
+            "grid": {"kind": "dense", "dtype": "float32"},
+            "calibration": {"sequences": 4, "length": 32},
+        },
+        "rotated",
+    )
+    result = compress(model, recipe, tmp_path / "out", threads=1)
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    assert sum(result.fates.values()) == 21
+    assert result.fates["changed"] == 21, "embedding, norms, head and layers"
+    ids = torch.arange(3, 40)[None]
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    with torch.no_grad():
+        before, after = (read(folder, dtype="auto")(ids).logits for folder in (model, tmp_path / "out"))
+    assert not torch.equal(read_all(model)["lm_head.weight"], read_all(tmp_path / "out")["lm_head.weight"])
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    assert compress(tmp_path / "out", "rtn-4", tmp_path / "coded", threads=1).fates["replaced"] == 14
