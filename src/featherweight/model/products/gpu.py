@@ -11,6 +11,7 @@ from torch import Tensor
 
 from featherweight.model.products import reference, triton
 from featherweight.storage.codes import code_from
+from featherweight.storage.codes.base import input_rounding
 
 if TYPE_CHECKING:
     from featherweight.model.products.triton import GpuOperand
@@ -63,10 +64,10 @@ def pack_gpu(spec: dict[str, Any], tensors: dict[str, Tensor], device: torch.dev
 
 def _error(packed: GpuLinear, weight: Tensor, spec: dict[str, Any]) -> float:
     """The largest relative error of a product with random inputs."""
-    errors = []
+    errors, rounding = [], input_rounding(spec)
     for tokens in CHECKED_TOKENS:
         x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(tokens)).to(weight.device)
-        inputs = reference.rounded(x, spec["bits"], spec["group_size"]) if spec["kind"] == "quantized-input" else x
+        inputs = x if rounding is None else reference.rounded(x, *rounding)
         expected = inputs @ weight.T
         errors.append((packed(x) - expected).norm() / expected.norm().clamp(min=1e-30))
     return float(torch.stack(errors).max())
