@@ -16,7 +16,7 @@ from featherweight.model.layers.activations import quantized_inputs
 from featherweight.model.layers.modules import FeatherLinear
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
-from featherweight.storage.codes import Code, UnknownCodeError, code_from, code_layout
+from featherweight.storage.codes import Code, UnknownCodeError, code_from, code_layout, describe_code
 from featherweight.storage.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
 from featherweight.storage.codes.codebook import Codebook
 from featherweight.storage.codes.column_scaled import ColumnScaled
@@ -40,7 +40,6 @@ from featherweight.storage.codes.sum import Sum
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.analyse.levels import histogram_of
-from featherweight.tasks.compress.plan import describe_code
 
 SHAPES = [(8, 24), (7, 20), (5, 13), (3, 1), (1, 40)]
 
