@@ -234,7 +234,8 @@ class FeatherLinear(CodedModule):
     """y = x W^T + b with W [out_features, in_features] held as a code.
 
     Where the code says so (`quantized-input`, outermost), x is rounded to integers first. The product is that of the
-    native operators, or of PyTorch with the matrix decoded in this call: see `set_precision`.
+    native operators, or of PyTorch with the matrix (of a product: its two factors) decoded in this call: see
+    `set_precision`.
 
     Args:
         spec: the code's spec, with `shape`.
