@@ -61,9 +61,9 @@ def load_code(checkpoint: Checkpoint, module: str, terms: int | None = None) -> 
 
 def _read(checkpoint: Checkpoint, module: str, cut: Cut) -> Tensor:
     name = f"{module}.{cut.tensor}"
-    if cut.dim == 0 and checkpoint.entry(name).shape[:1] >= (cut.count,):
-        return checkpoint.rows(name, 0, cut.count)
+    if cut.dim == 0 and checkpoint.entry(name).shape[:1] >= (cut.size,):
+        return checkpoint.rows(name, 0, cut.size)
     tensor = checkpoint.tensor(name)
-    if cut.dim is not None and (cut.dim >= tensor.dim() or tensor.shape[cut.dim] < cut.count):
+    if cut.dim is not None and (cut.dim >= tensor.dim() or tensor.shape[cut.dim] < cut.size):
         return tensor  # a damaged file: whoever makes the code of it says what does not fit
     return cut.of(tensor)

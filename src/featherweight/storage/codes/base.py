@@ -39,15 +39,15 @@ class Grouping(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What a prefix needs of a stored tensor: its first `count` entries along `dim`, all of it where that is None."""
+    """What a prefix needs of a stored tensor: its first `size` entries along `dim`, all of it where that is None."""
 
     tensor: str
     dim: int | None = None
-    count: int = 0
+    size: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The cut of the whole tensor, contiguous."""
-        return tensor if self.dim is None else tensor.narrow(self.dim, 0, self.count).contiguous()
+        return tensor if self.dim is None else tensor.narrow(self.dim, 0, self.size).contiguous()
 
 
 LARGEST_SIDE = (1 << 31) - 1
@@ -235,7 +235,7 @@ class Code(abc.ABC):
 
     def tunable_fields(self) -> tuple[str, ...]:
         """Names of the fields with floating-point tensors that may be trained with the digits fixed."""
-        fields = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        fields: tuple[Any, ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         values = {field.name: getattr(self, field.name) for field in fields}
         return tuple(n for n, value in values.items() if isinstance(value, Tensor) and value.is_floating_point())
 
