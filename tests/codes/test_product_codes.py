@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from code_samples import KINDS, dictionary, low_rank, numbers, sparse, trit_plan
 
 from featherweight.model import products as operators
 from featherweight.model.layers.modules import FeatherConv1D, FeatherLinear, set_cache, set_precision
+from featherweight.model.products import gpu
 from featherweight.storage.checkpoint.format import FORMAT_VERSION, module_layout, module_specs, quantization_config
 from featherweight.storage.codes import Code, code_from, code_layout
 from featherweight.storage.codes import product as product_module
@@ -273,6 +275,49 @@ def test_a_layer_with_a_product_can_be_exported() -> None:
         with torch.no_grad():
             exported = torch.export.export(layer, (x,))
             assert torch.allclose(exported.module()(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_products_on_a_gpu_are_two_in_a_row(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels of which only what they compute is known: what is packed, in which order, at what precision, and
+    that wrong results are found before the first use."""
+    asked: list[tuple[tuple[int, int], torch.dtype, str]] = []
+
+    def linear(x: torch.Tensor, operands: Any, bias: Any, precision: str) -> torch.Tensor:
+        (code,) = operands
+        asked.append((code.shape, x.dtype, precision))
+        matrix = code.decode() * (0.9 if wrong and code.shape[0] == 3 else 1)
+        return (x.float() @ matrix.T).to(x.dtype)
+
+    def pack_terms(spec: dict[str, Any], tensors: dict[str, torch.Tensor], packing: str) -> list[Any]:
+        code = code_from(spec, tensors)
+        made = SimpleNamespace(shape=code.shape, decode=code.decode, device=torch.device("cpu"), nbytes=code.nbytes)
+        made.to = lambda device: made
+        return [made]
+
+    monkeypatch.setattr(gpu, "triton", SimpleNamespace(available=lambda: True, pack_terms=pack_terms, linear=linear))
+    gpu._warn.cache_clear()
+    code = Hadamard(ColumnScaled(dictionary(16, 48), numbers(48).abs()), 16, 1)
+    if wrong:
+        with pytest.warns(RuntimeWarning, match="relative error 0.1"):
+            assert operators.pack_gpu(code.spec, code.tensors(), torch.device("cpu")) is None
+        gpu._warn.cache_clear()
+        return
+    packed = operators.pack_gpu(code.spec, code.tensors(), torch.device("cpu"))
+    assert packed is not None
+    assert packed.nbytes == code.nbytes
+    asked.clear()
+    x = numbers(5, 48, seed=4).bfloat16()
+    found = packed(x, "int8")
+    assert asked == [((3, 48), torch.float32, "int8"), ((16, 3), torch.float32, "float")]
+    assert found.dtype == torch.bfloat16
+    expected = x.double() @ code.decode().double().T
+    assert float((found.double() - expected).norm() / expected.norm()) < 4e-3
+    asked.clear()
+    plain = uniform(16, 48)
+    single = operators.pack_gpu(plain.spec, plain.tensors(), torch.device("cpu"))
+    assert single is not None
+    assert torch.equal(single(x), linear(x, [plain], None, ""))
 
 
 def test_low_rank_codes_are_as_they_were() -> None:
