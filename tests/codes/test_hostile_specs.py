@@ -18,7 +18,14 @@ from code_samples import KINDS, dictionary
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.format import module_layout
-from featherweight.storage.codes import UnknownCodeError, code_from, code_layout, code_prefix, describe_code
+from featherweight.storage.codes import (
+    UnknownCodeError,
+    code_from,
+    code_layout,
+    code_prefix,
+    describe_code,
+    pyramid_enumeration,
+)
 from featherweight.storage.codes.base import code_class
 
 ANYTHING: tuple[Any, ...] = (
@@ -119,16 +126,13 @@ def test_tensors_of_another_spec_are_refused_before_anything_is_made(
     assert not made
 
 
-def test_the_largest_pyramid_takes_no_table() -> None:
+def test_the_largest_pyramid_takes_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of vectors have thousands of bits: what counts them keeps a row, not the table that decoding needs."""
+    monkeypatch.setattr(pyramid_enumeration, "count_table", None)
     spec = {"kind": "pyramid", "shape": [8, 1024], "dimension": 512, "pulses": 1024, "amplitude_bits": 2}
-    tracemalloc.start()
-    try:
-        layouts = [code_layout({**spec, "pulses": pulses}) for pulses in (1024, 1023, 1022)]
-        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
-    finally:
-        tracemalloc.stop()
-    assert layouts[0]["directions"].shape > layouts[1]["directions"].shape > layouts[2]["directions"].shape
+    bits = code_layout(spec)["directions"].shape[0] // 2  # of each of 16 vectors
+    most = math.lgamma(512 + 1024) - math.lgamma(512) - math.lgamma(1025) + 512 * math.log(2)
+    assert 1024 < bits < most / math.log(2)  # at most the ways to choose sizes and signs
 
 
 def wrapped(spec: dict[str, Any], way: str) -> dict[str, Any]:
@@ -154,10 +158,10 @@ def test_parts_within_parts_without_end(ways: tuple[str, ...]) -> None:
 
 
 def test_a_spec_as_wide_as_a_file_is_read_once() -> None:
-    """Time grows with the file and no faster: a hundred thousand terms, or unknown fields, take seconds."""
+    """Time grows with the file and no faster: thousands of terms, or of unknown values, take a second."""
     term = {"kind": "dense", "dtype": "float32"}
-    assert len(code_layout({"kind": "sum", "shape": [2, 2], "terms": [term] * 100_000})) == 100_000
-    assert len(code_layout({**term, "shape": [2, 2], "unknown": [[0]] * 100_000})) == 1
+    assert len(code_layout({"kind": "sum", "shape": [2, 2], "terms": [term] * 20_000})) == 20_000
+    assert len(code_layout({**term, "shape": [2, 2], "unknown": [[0]] * 20_000})) == 1
 
 
 @pytest.mark.parametrize("field", ["left", "right"])
