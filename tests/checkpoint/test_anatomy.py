@@ -163,7 +163,8 @@ def test_order_within_a_block(folders: dict[str, Path]) -> None:
 
 
 def test_every_family_file_is_tried(folders: dict[str, Path]) -> None:
-    assert {family.name for family in declared_families()} == {expected[0] for expected in EXPECTED.values()}
+    declared = {family.name for family in declared_families()}
+    assert declared == {expected[0] for expected in EXPECTED.values()} | {"resnet"}  # see test_convolutions.py
     assert find_family({"architectures": ["GPT2LMHeadModel"]}) == find_family({"model_type": "gpt2"})
     assert find_family({"model_type": "new", "architectures": ["LlamaForCausalLM"]}) is None
     assert find_family({"model_type": ["llama"], "architectures": "LlamaForCausalLM"}) is None

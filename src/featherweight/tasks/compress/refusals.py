@@ -59,6 +59,16 @@ def _left_out(recipe: Recipe) -> list[Choice]:
 
 def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]]) -> None:
     """RecipeError for a model, or a layer's grid, that a choice cannot treat."""
+    convolution = next((layer.name for layer in anatomy.layers if layer.kernel), None)
+    if convolution and recipe.calibrated:
+        raise RecipeError(
+            f"recipe {recipe.name} is calibrated with text, which a model with convolutions ({convolution}) does not "
+            "read: use a recipe without data, or Calibration.of_module with convolutions=True and a forward function"
+        )
+    if convolution and any(transform.kind == "quantize-inputs" for transform in recipe.transforms):
+        raise RecipeError(
+            f"recipe {recipe.name} rounds inputs, which the convolution {convolution} cannot: leave out quantize-inputs"
+        )
     for transform in recipe.transforms:
         reason = transform.refusal(anatomy)
         if reason is not None:
