@@ -30,6 +30,7 @@ from featherweight.storage.checkpoint.size import measure_size
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.codes import Code
 from featherweight.tasks.analyse.verify import verify
+from featherweight.tasks.compress.in_memory import codes_of_module
 
 KINDS = [
     (nn.Conv1d, {"kernel_size": 3}, (11,)),
@@ -100,7 +101,9 @@ def test_statistics_of_convolutions() -> None:
         hidden = module.stem(pixels).relu()
     wanted = {"stem": F.unfold(pixels, 3, padding=1), "wide": F.unfold(hidden, 3, padding=1)}
     wanted["narrow"] = hidden.flatten(2)
-    with Calibration.of_module(module, forward, batches, n.SMALL, ("gram", "mean"), convolutions=True) as calibration:
+    told: list[Any] = []
+    options = {"convolutions": True, "notify": told.append}
+    with Calibration.of_module(module, forward, batches, n.SMALL, ("gram", "mean"), **options) as calibration:
         (session,) = list(calibration.blocks())
         assert session.names == ["stem", "wide", "narrow", "depthwise", "head"]
         assert session.groups == [[name] for name in session.names]  # wide and narrow unfold the same input otherwise
@@ -115,6 +118,9 @@ def test_statistics_of_convolutions() -> None:
         assert n.close(found[name]["mean"], rows.mean(0), 1e-4), name
     assert list(found["depthwise"]) == ["tokens"]
     assert session.starved == {"depthwise": 0}
+    unmeasured = [event for event in told if event["event"] == "unmeasured"]
+    assert [event["layer"] for event in unmeasured] == ["depthwise"]
+    assert "in 8 groups with inputs of their own" in unmeasured[0]["reason"]
 
 
 def test_weights_of_convolutions_are_put_back() -> None:
@@ -221,6 +227,38 @@ def test_codes_of_linear_layers_and_embeddings_in_memory() -> None:
     x = holder["embedding"](torch.tensor([3, 1]))
     assert torch.equal(x, codes["embedding"].decode()[[3, 1]])
     assert torch.equal(holder["linear"](x), F.linear(x, codes["linear"].decode(), bias))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", ["gptq-3", "gptq-3-actorder", "squeezellm-4", "rtn-4"])
+def test_recipes_for_networks_in_memory(recipe: str) -> None:
+    """Codes by a preset; what the module computes with them is what it computes with the decoded weights."""
+    module, batches, told = net(), images(8), list[Any]()
+    before = copy.deepcopy(module.state_dict())
+    settings = load_recipe(recipe, ("calibration.starved_tokens=0", "calibration.starved_floor=1"))
+    codes = codes_of_module(module, forward, batches, settings, convolutions=True, notify=told.append)
+    assert list(codes) == ["stem", "wide", "narrow", "depthwise", "head"]
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    solved = {event["layer"]: event for event in told if event["event"] == "solved"}
+    assert solved.keys() == codes.keys()
+    if recipe == "gptq-3":
+        assert "held_out_error" in solved["wide"]
+        assert solved["depthwise"]["fallback"] == "data-free"
+    plain = with_decoded(module, codes)
+    wanted = output_error(module, plain, images(4, seed=9))
+    put_codes(module, codes)
+    with torch.no_grad():
+        assert all(torch.equal(module(batch), plain(batch)) for batch in images(2, seed=5))
+    assert 0 < wanted < 0.2
+
+
+def test_recipes_that_see_more_than_a_layer_are_refused() -> None:
+    with pytest.raises(RecipeError, match="treats a block at a time .*awq"):
+        codes_of_module(net(), forward, images(2), "awq", convolutions=True)
+    with pytest.raises(RecipeError, match="rounds inputs, which the convolution"):
+        codes_of_module(net(), forward, images(2), "flexq", convolutions=True)
+    with pytest.raises(CalibrationError, match="held-out statistics are wanted"):
+        codes_of_module(net(), forward, images(1), "gptq", convolutions=True)
 
 
 def test_what_cannot_be_put_anywhere() -> None:

@@ -116,7 +116,7 @@ def test_permuted_hidden_channels_change_nothing(name: str, made: Callable[[str]
     one, order = made(name), shuffled(64)
     residual = one.residual()
     assert residual.hidden == 64
-    moved = arrange(one.tensors, residual.channels(), order)
+    moved = residual.arranged(one.tensors, order)
     assert same(one.logits(one.tensors | moved, tmp_path), one.logits(one.tensors, tmp_path))
     reader = residual.of("reader")[0]
     assert torch.equal(moved[reader.tensor], one.tensors[reader.tensor].index_select(reader.dim, torch.tensor(order)))
@@ -126,7 +126,7 @@ def test_permuted_hidden_channels_change_nothing(name: str, made: Callable[[str]
 def test_no_part_of_a_hidden_channel_can_be_left_out(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
     """Every port counts: the permutation of all others changes the output."""
     one, order = made(name), shuffled(64)
-    moved = arrange(one.tensors, one.residual().channels(), order)
+    moved = one.residual().arranged(one.tensors, order)
     model = one.model(one.tensors | moved, tmp_path)
     before, parameters = logits_of(model), dict(model.named_parameters())
     first = f"{model.base_model_prefix}.{'decoder.' if name == 'opt' else ''}{'h' if name == 'gpt2' else 'layers'}.0."
@@ -155,6 +155,18 @@ def test_hidden_channels_by_structure(name: str, made: Callable[[str], Made], tm
     declared = one.residual()
     assert {(p.role, p.tensor, p.dim) for p in found.ports} == {(p.role, p.tensor, p.dim) for p in declared.ports}
     assert found.rotation_refusal is not None
+
+
+def test_channels_one_by_one_and_together(made: Callable[[str], Made]) -> None:
+    """Both ways of saying what goes with a hidden channel agree, also where some are removed."""
+    for name in ("bert", "gpt2", "qwen2-moe"):
+        one, order = made(name), shuffled(64)[:40]
+        residual = one.residual()
+        together = residual.arranged(one.tensors, order)
+        apart = arrange(one.tensors, [residual.channel(i) for i in range(64)], order)
+        assert together.keys() == apart.keys()
+        assert all(torch.equal(apart[key], value) for key, value in together.items())
+        assert all(40 in value.shape for value in together.values())
 
 
 def test_which_streams_can_be_rotated(made: Callable[[str], Made]) -> None:
@@ -365,8 +377,8 @@ def test_stacked_experts_are_those_apart(made: Callable[[str], Made], tmp_path: 
         arrange(together.tensors, by_owner(together.geometry().units("neuron"))[0], [0, 1])
     channels = together.residual()
     assert {port.dim for port in channels.ports if port.tensor.endswith("gate_up_proj")} == {2}
-    moved = stacked(one.tensors | arrange(one.tensors, one.residual().channels(), shuffled(64)))
-    again = arrange(together.tensors, channels.channels(), shuffled(64))
+    moved = stacked(one.tensors | one.residual().arranged(one.tensors, shuffled(64)))
+    again = channels.arranged(together.tensors, shuffled(64))
     assert all(torch.equal(again.get(key, together.tensors[key]), moved[key]) for key in moved)
 
 
@@ -415,6 +427,8 @@ def test_wrong_questions(made: Callable[[str], Made], tmp_path: Path) -> None:
     for order in ([0, 0], [128], [-1]):
         with pytest.raises(CheckpointError, match="at most once"):
             arrange(one.tensors, units, order)
+        with pytest.raises(CheckpointError, match="at most once"):
+            one.residual().arranged(one.tensors, order)
     with pytest.raises(CheckpointError, match="different owners"):
         arrange(one.tensors, [*units, *one.geometry().units("neuron", block=0)], [1, 0])
     folder = under_another_name(one, tmp_path)

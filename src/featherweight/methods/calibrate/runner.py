@@ -171,7 +171,7 @@ class Calibration:
                 so in any case.
             convolutions: they are layers too, seen as matrices [out, in / groups * product of kernel] whose inputs are
                 unfolded, one row a position of the output. Of those in groups no statistics are gathered, as every
-                group has inputs of its own: they count as starved.
+                group has inputs of its own: they count as starved, and `notify` is told.
         """
         settings = settings or CalibrationSettings()
         if not batches:
@@ -180,6 +180,8 @@ class Calibration:
             raise CalibrationError("calibration.token_weights can be used with language models only; set it to none")
         held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
         host = ModuleHost(module, forward, batches[0], blocks, convolutions)
+        for name, reason in host.unmeasured.items() if notify else ():
+            notify({"event": "unmeasured", "layer": name, "reason": reason})
         return cls(
             host,
             lambda batch: forward(module, batch),

@@ -23,6 +23,10 @@ class ModuleHost:
 
     whole : the module is one block, as no list of blocks was found through which hidden states go one after the other
     convolutions : these are layers too, seen as matrices [out, in / groups * product of kernel]
+
+    Attributes
+    ----------
+    unmeasured : layers of whose inputs there are no statistics -> a sentence that says why
     """
 
     def __init__(
@@ -66,6 +70,12 @@ class ModuleHost:
                 layer = replace(_layer(name, found), block=number, input_group=group)
                 self.layers[name] = layer
                 self.slots[name] = Slot(f"{name}.weight", transposed=layer.transposed, matrix=bool(layer.kernel))
+        self.unmeasured = {
+            name: f"{name} is a convolution in {layer.groups} groups with inputs of their own, of which no statistics "
+            "are gathered: give it a code without data"
+            for name, layer in self.layers.items()
+            if layer.groups > 1
+        }
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self.replaced: dict[str, Tensor] = {}
 

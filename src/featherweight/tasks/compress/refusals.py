@@ -68,14 +68,14 @@ def check_reads_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
 def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
     return RecipeError(
         f"recipe {recipe.name} is calibrated with text, which a model with convolutions ({convolution}) does not read: "
-        "use a recipe without data, or Calibration.of_module with convolutions=True and a forward function"
+        "use a recipe without data, or codes_of_module (tasks/compress/in_memory.py) with batches of images"
     )
 
 
-def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]]) -> None:
-    """RecipeError for a model, or a layer's grid, that a choice cannot treat."""
+def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]], text: bool = True) -> None:
+    """RecipeError for a model, or a layer's grid, that a choice cannot treat; `text`: it is calibrated with that."""
     convolution = next((layer.name for layer in anatomy.layers if layer.kernel), None)
-    if convolution and recipe.calibrated:
+    if convolution and recipe.calibrated and text:
         raise _reads_no_text(recipe, convolution)
     if convolution and any(transform.kind == "quantize-inputs" for transform in recipe.transforms):
         raise RecipeError(

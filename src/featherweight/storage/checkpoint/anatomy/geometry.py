@@ -9,9 +9,9 @@ told is refused with a sentence: nothing is guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.anatomy import Anatomy, LinearLayer, read_anatomy
@@ -27,6 +27,7 @@ HEAD_NORM = re.compile(r"(?P<which>[qk])_(layer)?norm\.(weight|bias)")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 BUFFER = re.compile(r"^(masked_)?bias$|rotary_emb\.|inv_freq$")
+Found = TypeVar("Found", "Attention", "Mlp", Unit)
 ATTENTION_KINDS, MLP_KINDS = ("head", "group", "value", "query-key"), ("neuron", "expert")
 
 
@@ -190,26 +191,26 @@ def read_geometry(checkpoint: Source, anatomy: Anatomy | None = None) -> Geometr
     ------
     CheckpointError : its anatomy cannot be read. What of the geometry cannot be told is in `refusals`.
     """
-    anatomy = anatomy or read_anatomy(checkpoint)
+    known = anatomy or read_anatomy(checkpoint)
     refusals: dict[str, str] = {}
-    attentions: list[Attention] = []
-    mlps: list[Mlp] = []
-    experts: list[Unit] = []
     blocks: dict[int | None, list[LinearLayer]] = {}
-    for layer in anatomy.layers:
+    for layer in known.layers:
         blocks.setdefault(layer.block, []).append(layer)
-    for layers in blocks.values():
-        for kinds, into, read in (
-            (ATTENTION_KINDS, attentions, _attentions),
-            (("neuron",), mlps, _mlps),
-            (("expert",), experts, _experts),
-        ):
+
+    def understood(
+        read: Callable[[Source, Anatomy, list[LinearLayer]], list[Found]], kinds: Iterable[str]
+    ) -> list[Found]:
+        found: list[Found] = []
+        for layers in blocks.values():
             try:
-                into.extend(read(checkpoint, anatomy, layers))  # type: ignore[attr-defined]
+                found += read(checkpoint, known, layers)
             except CheckpointError as error:
                 for kind in kinds:
                     refusals.setdefault(kind, str(error))
-    return Geometry(tuple(attentions), tuple(mlps), tuple(experts), refusals)
+        return found
+
+    attentions, mlps = understood(_attentions, ATTENTION_KINDS), understood(_mlps, ("neuron",))
+    return Geometry(tuple(attentions), tuple(mlps), tuple(understood(_experts, ("expert",))), refusals)
 
 
 def is_last(layer: LinearLayer) -> bool:

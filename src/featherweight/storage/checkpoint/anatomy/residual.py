@@ -6,8 +6,12 @@ all: a parameter with a dimension as long as the hidden size that has no place i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.anatomy import Anatomy, LinearLayer, read_anatomy
@@ -70,9 +74,29 @@ class Residual:
         """A hidden channel: everything that goes with it. Norms average over fewer channels without it."""
         return Unit("channel", None, index, "", tuple(port.channel(index) for port in self.ports))
 
-    def channels(self) -> tuple[Unit, ...]:
-        """All hidden channels; see `arrange`."""
-        return tuple(self.channel(index) for index in range(self.hidden))
+    def arranged(self, stored: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors that change when hidden channels are put in another order, and those left out are removed.
+
+        Parameters
+        ----------
+        stored : tensors by name, as they are stored
+        order : numbers of channels, each at most once; the others are removed
+
+        Raises
+        ------
+        CheckpointError : a number is out of range or there twice
+        """
+        if len(set(order)) != len(order) or not all(0 <= number < self.hidden for number in order):
+            raise CheckpointError(
+                f"an order of {self.hidden} hidden channels holds each of 0 to {self.hidden - 1} at most once, not "
+                f"{list(order)[:20]}"
+            )
+        index = torch.tensor(list(order), dtype=torch.long)
+        made: dict[str, Tensor] = {}
+        for port in self.ports:
+            value = made.get(port.tensor, stored[port.tensor])
+            made[port.tensor] = value.index_select(port.dim, index.to(value.device))
+        return made
 
 
 def read_residual(checkpoint: Source, anatomy: Anatomy | None = None) -> Residual:
