@@ -279,6 +279,10 @@ def test_what_cannot_be_put_anywhere() -> None:
     with pytest.raises(CheckpointError, match="'0' asks for rounded inputs"):
         put_codes(module, {"0": wrapped.wrap(code)})
     assert type(module[0]) is nn.Conv2d
+    compressed = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 2))
+    put_codes(compressed, {"0": code})
+    with Calibration.of_module(compressed, forward, [torch.randn(1, 2, 5, 5)], n.SMALL, convolutions=True) as found:
+        assert list(found.host.layers) == ["2"]
     with pytest.raises(CalibrationError, match="no linear layers.*convolutions=True"):
         Calibration.of_module(module, forward, [torch.randn(1, 2, 5, 5)], n.SMALL)
 
@@ -366,6 +370,26 @@ def test_a_compressed_resnet_computes_with_its_decoded_weights(recipe: str, resn
     assert size.linear_bytes == sum(t.numel() * t.element_size() for m in held.values() for t in m.parameters())
     specs = json.loads((out / "config.json").read_text())["quantization_config"]["codes"]
     assert all(len(shape) == 2 for entry in specs for shape in entry["modules"].values())
+
+
+def test_a_resnet_in_memory_is_calibrated_with_images(resnet: Path) -> None:
+    """All convolutions and the classifier, by a sweep with statistics of images, against the same grid without them."""
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(resnet).eval()
+    pixels = F.avg_pool2d(torch.randn(24, 3, 68, 68, generator=torch.Generator().manual_seed(2)), 5, 2) * 4
+    batches = list(pixels.split(4))
+    logits = {"float": torch.cat([model(batch).logits for batch in batches[4:]]).detach()}
+    for recipe in ("gptq-3", "rtn-3"):
+        settings = load_recipe(recipe, ("calibration.starved_tokens=0",))
+        codes = codes_of_module(model, lambda m, b: m(b).logits, batches[:4], settings, convolutions=True)
+        assert len(codes) == 3 * 3 + 2 + 2
+        coded = copy.deepcopy(model)
+        put_codes(coded, codes)
+        with torch.no_grad():
+            logits[recipe] = torch.cat([coded(batch).logits for batch in batches[4:]])
+    errors = {name: float((value - logits["float"]).norm()) for name, value in logits.items()}
+    assert 0 < errors["gptq-3"] < errors["rtn-3"]
 
 
 @pytest.mark.parametrize(("recipe", "why"), [("gptq", "is calibrated with text"), ("flexq", "rounds inputs")])

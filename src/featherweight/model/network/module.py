@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
+from featherweight.model.layers.modules import CodedModule
 from featherweight.model.network.observe import no_fast_path
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.streams import hidden_of, same_values
@@ -41,7 +42,7 @@ class ModuleHost:
         if first is None:
             raise CalibrationError(f"{type(module).__name__} has no parameters to calibrate")
         self.dtype, self.device = first.dtype, first.device
-        folded = {name: m for name, m in module.named_modules() if isinstance(m, Convolution)}
+        folded = {name for name, m in module.named_modules() if is_convolution(m)}
         linears = {n: m for n, m in module.named_modules() if is_linear(m) or (convolutions and n in folded)}
         if not linears:
             hint = "; its convolutions are layers if convolutions=True is given" if folded else ""
@@ -64,7 +65,7 @@ class ModuleHost:
             for name in inside:
                 found = linears[name]
                 group = f"{path}:{inputs[name][1]}" if name in inputs else f"{path}:{name}"
-                if isinstance(found, Convolution):
+                if is_convolution(found):
                     found.weight.data = found.weight.data.contiguous()  # channels may lie last: no matrix can be seen
                     group += _unfolding(found)
                 layer = replace(_layer(name, found), block=number, input_group=group)
@@ -138,6 +139,11 @@ class ModuleHost:
 def is_linear(module: nn.Module) -> bool:
     """A linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """A convolution with a weight of its own: none that is compressed, nor transposed."""
+    return isinstance(module, Convolution) and not isinstance(module, CodedModule)
 
 
 def _unfolding(module: Convolution) -> str:
