@@ -56,6 +56,7 @@ class Attention:
     q, k, v : a unit is a head of each
     o : the layer that reads all heads; head h has its columns h * value_size, `value_size` of them
     norms : (weight or bias of a norm of q or k, "q" or "k"); of one head's channels for all, or of all heads' channels
+    sinks : a logit of each head that competes with those of the keys (gpt-oss), None where there is none
     """
 
     block: int
@@ -70,10 +71,12 @@ class Attention:
     o: LinearLayer
     norms: tuple[tuple[str, str], ...] = ()
     norm_sizes: dict[str, int] = field(default_factory=dict)
+    sinks: str | None = None
 
     def of_head(self, head: int) -> list[Slice]:
-        """What only this query head uses: its rows of q, its norm if it has one of its own, its columns of o."""
+        """What only this query head uses: its rows of q, its norm and sink if it has them, its columns of o."""
         found = [*self.q.slices(head), *self._own_norm("q", head)]
+        found += [Slice(name, "entries", head, head + 1, name, 0) for name in (self.sinks,) if name]
         return [*found, *columns_of(self.o, head * self.value_size, (head + 1) * self.value_size)]
 
     def of_group(self, group: int) -> list[Slice]:
@@ -282,12 +285,13 @@ def _attention(checkpoint: Source, anatomy: Anatomy, start: LinearLayer, members
     )
     o, name = parts["o"], _parent(start)
     norms, sizes = _norms(checkpoint, anatomy, name, q.size, heads, groups)
+    sinks = f"{name}.sinks" if f"{name}.sinks" in anatomy.others else None
     if q.size == 0 or q.size != k.size or o.shape[1] != heads * v.size:
         shapes = ", ".join(f"{layer.role} {list(layer.shape)}" for layer in members)
         raise _unknown(
             checkpoint, f"the heads of {name} ({shapes}), which are not {heads} of queries and {groups} of keys"
         )
-    return Attention(start.block or 0, name, heads, groups, q.size, v.size, q, k, v, o, norms, sizes)
+    return Attention(start.block or 0, name, heads, groups, q.size, v.size, q, k, v, o, norms, sizes, sinks)
 
 
 def _apart(parts: dict[str, LinearLayer], heads: int, groups: int) -> tuple[Rows, Rows, Rows]:
@@ -327,6 +331,8 @@ def _norms(
         leaf = tensor.removeprefix(f"{name}.")
         entry = checkpoint.entry(tensor)
         if leaf == tensor or len(entry.shape) > 2 or BUFFER.search(leaf):
+            continue
+        if leaf == "sinks" and entry.shape == (heads,):
             continue
         match = HEAD_NORM.fullmatch(leaf)
         units = heads if match and match["which"] == "q" else groups
