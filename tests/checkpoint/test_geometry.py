@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invented import NAMES, SHAPES, write_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -446,6 +449,39 @@ def test_wrong_questions(made: Callable[[str], Made], tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         with Checkpoint.open(folder) as checkpoint, pytest.raises(CheckpointError, match=why):
             read_geometry(checkpoint).units("head")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shapes=st.dictionaries(NAMES, SHAPES, min_size=1, max_size=10),
+    model_type=st.sampled_from(["llama", "mixtral", "gpt2", "gpt_neox", "bert", "resnet", "strange"]),
+    hidden=st.sampled_from([2, 3, None]),
+    heads=st.sampled_from([1, 2, "2", None]),
+)
+def test_any_names_and_shapes_are_told_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, shapes: Any, model_type: str, hidden: int | None, heads: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "invented-geometry"
+    folder.mkdir(exist_ok=True)
+    sizes = {key: tuple(value) for key, value in shapes.items()}
+    write_tensors(folder, sizes, model_type=model_type, hidden_size=hidden, num_attention_heads=heads)
+    with Checkpoint.open(folder) as checkpoint:
+        try:
+            geometry = read_geometry(checkpoint)
+        except CheckpointError:
+            return
+        for kind in ("head", "group", "value", "query-key", "neuron", "expert"):
+            if kind in geometry.refusals:
+                assert "\n" not in geometry.refusals[kind]
+                continue
+            for part in (part for unit in geometry.units(kind) for part in unit.parts):
+                stored = checkpoint.tensor(part.tensor)
+                assert part.view(stored).shape[part.dim] == part.stop - part.start
+        try:
+            residual = read_residual(checkpoint)
+        except CheckpointError:
+            return
+        assert all(checkpoint.entry(port.tensor).shape[port.dim] == residual.hidden for port in residual.ports)
 
 
 def test_a_parameter_of_unknown_use_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
