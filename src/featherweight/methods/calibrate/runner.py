@@ -180,8 +180,8 @@ class Calibration:
             raise CalibrationError("calibration.token_weights can be used with language models only; set it to none")
         held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
         host = ModuleHost(module, forward, batches[0], blocks, convolutions)
-        for name, reason in host.unmeasured.items() if notify else ():
-            notify({"event": "unmeasured", "layer": name, "reason": reason})
+        for name, reason in host.unmeasured.items():
+            (notify or _silent)({"event": "unmeasured", "layer": name, "reason": reason})
         return cls(
             host,
             lambda batch: forward(module, batch),
