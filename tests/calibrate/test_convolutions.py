@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import networks as n
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import featherweight
+import networks as n
 from featherweight.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.quantize.base import HeldWeight, SolveOptions
