@@ -13,6 +13,7 @@ from featherweight.methods.calibrate.statistics_file import StatisticsFile
 from featherweight.methods.quantize.base import Choice, Correction, Grid
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
+from featherweight.storage.checkpoint.anatomy.family import find_family
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 
@@ -57,8 +58,29 @@ def _left_out(recipe: Recipe) -> list[Choice]:
     return found
 
 
-def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]]) -> None:
-    """RecipeError for a model, or a layer's grid, that a choice cannot treat."""
+def check_reads_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """RecipeError for a recipe that runs a network on text, and a family whose layers are convolutions."""
+    family = find_family(checkpoint.config)
+    if recipe.calibrated and family is not None and any(group.convolution for group in family.groups):
+        raise _reads_no_text(recipe, family.name)
+
+
+def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
+    return RecipeError(
+        f"recipe {recipe.name} is calibrated with text, which a model with convolutions ({convolution}) does not read: "
+        "use a recipe without data, or codes_of_module (tasks/compress/in_memory.py) with batches of images"
+    )
+
+
+def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]], text: bool = True) -> None:
+    """RecipeError for a model, or a layer's grid, that a choice cannot treat; `text`: it is calibrated with that."""
+    convolution = next((layer.name for layer in anatomy.layers if layer.kernel), None)
+    if convolution and recipe.calibrated and text:
+        raise _reads_no_text(recipe, convolution)
+    if convolution and any(transform.kind == "quantize-inputs" for transform in recipe.transforms):
+        raise RecipeError(
+            f"recipe {recipe.name} rounds inputs, which the convolution {convolution} cannot: leave out quantize-inputs"
+        )
     for transform in recipe.transforms:
         reason = transform.refusal(anatomy)
         if reason is not None:
