@@ -269,3 +269,15 @@ def test_a_rotated_model_is_a_checkpoint_too(tiny: Any, tmp_path: Path) -> None:
     assert not torch.equal(read_all(model)["lm_head.weight"], read_all(tmp_path / "out")["lm_head.weight"])
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
     assert compress(tmp_path / "out", "rtn-4", tmp_path / "coded", threads=1).fates["replaced"] == 14
+
+
+def test_kernels_of_convolutions_keep_their_sizes(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 1], num_labels=4)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    result = plainly(tmp_path / "model", tmp_path / "out", "float32")
+    source = read_all(tmp_path / "model")
+    assert same(read_all(tmp_path / "out"), source)
+    assert any(source[name].ndim == 4 for name in result.tensors["changed"])

@@ -143,7 +143,8 @@ def _blobs(
     if "copy" in entry:
         return [_copied(checkpoint, entry["copy"])]
     if "plain" in entry:
-        return [plain_blob(run.store, [(plan.jobs[index].layer, run.latest(index)) for index in entry["jobs"]])]
+        parts = [(plan.jobs[index].layer, run.latest(index)) for index in entry["jobs"]]
+        return [plain_blob(run.store, checkpoint.entry(entry["plain"]).shape, parts)]
     if "changed" in entry:
         key, name = entry["key"], entry["changed"]
         with run.store.open(key) as file:

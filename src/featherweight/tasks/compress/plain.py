@@ -37,12 +37,14 @@ def is_plain(records: Iterable[dict[str, Any]], layers: Sequence[LinearLayer], a
     return all(len(found) == 1 for found in dtypes.values()) and not any(name.endswith(".bias") for name in added)
 
 
-def plain_blob(store: Store, parts: Sequence[tuple[LinearLayer, str]]) -> Blob:
+def plain_blob(store: Store, shape: tuple[int, ...], parts: Sequence[tuple[LinearLayer, str]]) -> Blob:
     """A tensor of the source in its own layout, from the dense codes of the layers it holds.
 
     Parameters
     ----------
     store : Store
+    shape : tuple[int, ...]
+        Of the tensor in the source: [out, in], [in, out], experts first, or with the sizes of a kernel behind.
     parts : Sequence[tuple[LinearLayer, str]]
         All layers of the tensor with the keys of their artifacts: one, or one for each expert of a stacked tensor.
     """
@@ -50,9 +52,7 @@ def plain_blob(store: Store, parts: Sequence[tuple[LinearLayer, str]]) -> Blob:
     layer, key = ordered[0]
     with store.open(key) as file:
         dtype, nbytes = file.entry("weight").dtype, file.entry("weight").nbytes
-    shape = layer.shape[::-1] if layer.transposed else layer.shape
-    whole = (len(ordered), *shape) if layer.fused_slice else shape
-    return Blob(layer.tensor, dtype, whole, nbytes * len(ordered), partial(_windows, store, ordered))
+    return Blob(layer.tensor, dtype, shape, nbytes * len(ordered), partial(_windows, store, ordered))
 
 
 def _windows(store: Store, parts: Sequence[tuple[LinearLayer, str]]) -> Iterator[memoryview]:
