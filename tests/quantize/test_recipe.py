@@ -51,21 +51,21 @@ def test_changes_reach_the_grid() -> None:
 
 
 def test_selection_by_name_role_and_kind() -> None:
-    chosen = set(load_recipe("ptqtp").grids_for(anatomy()))
+    chosen = set(load_recipe("ptqtp").treatments_for(anatomy()))
     assert len(chosen) == 6  # the router is left alone
-    skipped = load_recipe("ptqtp", ["layers.skip=[k_proj, '*.1.mlp.*']"]).grids_for(anatomy())
+    skipped = load_recipe("ptqtp", ["layers.skip=[k_proj, '*.1.mlp.*']"]).treatments_for(anatomy())
     assert set(skipped) == {n for n in chosen if "k_proj" not in n and ".1.mlp." not in n}
-    only = load_recipe("ptqtp", ["layers.include=[mlp]"]).grids_for(anatomy())
+    only = load_recipe("ptqtp", ["layers.include=[mlp]"]).treatments_for(anatomy())
     assert set(only) == {n for n in chosen if "down_proj" in n}
-    assert "model.layers.0.mlp.gate" in load_recipe("ptqtp", ["layers.routers=true"]).grids_for(anatomy())
-    assert "lm_head" in load_recipe("ptqtp", ["layers.head=true"]).grids_for(anatomy(head=True))
+    assert "model.layers.0.mlp.gate" in load_recipe("ptqtp", ["layers.routers=true"]).treatments_for(anatomy())
+    assert "lm_head" in load_recipe("ptqtp", ["layers.head=true"]).treatments_for(anatomy(head=True))
 
 
 def test_overrides_change_single_settings_or_the_kind() -> None:
     recipe = load_recipe(
         "ptqtp", ["overrides=[{match: down_proj, grid: {planes: 3}}, {match: '*.0.*', grid: {kind: uniform, bits: 8}}]"]
     )
-    grids = recipe.grids_for(anatomy())
+    grids = {name: treatment.grid for name, treatment in recipe.treatments_for(anatomy()).items()}
     assert grids["model.layers.1.mlp.down_proj"].settings()["planes"] == 3
     assert grids["model.layers.0.mlp.down_proj"].settings()["planes"] == 3  # the first match counts
     assert grids["model.layers.0.attn.q_proj"].settings()["bits"] == 8
@@ -122,13 +122,13 @@ def test_wrong_files_name_the_field_and_the_file(tmp_path: Path, text: str, word
 
 def test_wrong_overrides_and_patterns() -> None:
     with pytest.raises(RecipeError, match="overrides\\[0\\].grid.plans"):
-        load_recipe("ptqtp", ["overrides=[{match: q_proj, grid: {plans: 3}}]"]).grids_for(anatomy())
+        load_recipe("ptqtp", ["overrides=[{match: q_proj, grid: {plans: 3}}]"]).treatments_for(anatomy())
     with pytest.raises(RecipeError, match="'q_porj' in layers.skip.*'q_proj'"):
-        load_recipe("ptqtp", ["layers.skip=[q_porj]"]).grids_for(anatomy())
+        load_recipe("ptqtp", ["layers.skip=[q_porj]"]).treatments_for(anatomy())
     with pytest.raises(RecipeError, match="no layer"):
-        load_recipe("ptqtp", ["layers.skip=['*']"]).grids_for(anatomy())
+        load_recipe("ptqtp", ["layers.skip=['*']"]).treatments_for(anatomy())
     with pytest.raises(RecipeError, match="tied"):
-        load_recipe("ptqtp", ["layers.head=true"]).grids_for(anatomy())
+        load_recipe("ptqtp", ["layers.head=true"]).treatments_for(anatomy())
 
 
 def test_unknown_presets_and_files() -> None:

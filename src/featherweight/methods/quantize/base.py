@@ -405,11 +405,3 @@ class Correction(Choice):
     ) -> dict[str, Code]:
         """Scope "model": better codes, when all blocks are done. For `store` see `Rounding.quantize_model`."""
         raise TypeError(f"correction {self.kind!r} is not one of whole models")
-
-
-class Allocator(Choice, abc.ABC):
-    """How much each layer gets."""
-
-    @abc.abstractmethod
-    def assign(self, shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid]) -> dict[str, Grid]:
-        """The grid of every layer, from its shape and the grid that the recipe and its overrides name for it."""
