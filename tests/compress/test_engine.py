@@ -431,4 +431,4 @@ def test_compressed_models_are_refused(tiny: Any, tmp_path: Path) -> None:
 def test_the_python_interface_works_more_than_once(tiny: Any, tmp_path: Path) -> None:
     """Importing the package `featherweight.tasks.compress` must not hide the function of that name."""
     for _ in range(2):
-        assert featherweight.tasks.compress(tiny("llama"), "rtn-4", tmp_path / "out").out == tmp_path / "out"
+        assert featherweight.compress(tiny("llama"), "rtn-4", tmp_path / "out").out == tmp_path / "out"
