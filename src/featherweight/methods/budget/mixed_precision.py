@@ -110,7 +110,7 @@ class MixedPrecision(Allocator):
 
 
 def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates on the lower convex hull of error over bytes: bytes rise, errors fall, and ever more slowly.
+    """The candidates on the lower convex hull of error over bytes: bytes rise, errors fall, never faster than before.
 
     The first takes the fewest bytes of all and, among those, misses least.
     """
@@ -118,7 +118,7 @@ def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
     for candidate in sorted(candidates, key=lambda c: (c.nbytes, _error(c))):
         if hull and _error(candidate) >= _error(hull[-1]):
             continue
-        while len(hull) > 1 and _slope(hull[-2], candidate) <= _slope(hull[-2], hull[-1]):
+        while len(hull) > 1 and _slope(hull[-2], candidate) < _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(candidate)
     return hull
