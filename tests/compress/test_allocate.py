@@ -30,20 +30,20 @@ CALIBRATION = {"sequences": 16, "length": 48, "held_out": 0.25}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model two of whose layers are hard to round: single weights in each group are much larger than the others."""
+    """A model two of whose layers are easy to round: their weights are of two values, which two bits can store."""
     torch.set_num_threads(1)
     folder = make_tiny("llama", tmp_path_factory.mktemp("source"), torch.float32, tokenizer=True)
     from safetensors.torch import save_file
 
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    for name in HARD:
-        tensors[f"{name}.weight"][:, ::16] *= 12
+    for name in EASY:
+        tensors[f"{name}.weight"] = 0.02 * (tensors[f"{name}.weight"] > 0)
     save_file(tensors, path, {"format": "pt"})
     return folder
 
 
-HARD = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj")
+EASY = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj")
 
 
 def recipe(**fields: Any) -> Recipe:
@@ -72,11 +72,12 @@ def test_errors_are_those_of_the_weights(source: Path) -> None:
         assert errors == sorted(errors, reverse=True)
 
 
-def test_layers_that_are_hard_to_round_get_more(source: Path, tmp_path: Path) -> None:
+def test_layers_that_are_easy_to_round_get_less(source: Path, tmp_path: Path) -> None:
     done = compress(source, recipe(), tmp_path / "out", threads=1)
     assert verify(tmp_path / "out").whole
     bits = {layer["name"]: layer["spec"]["bits"] for layer in done.layers}
-    assert {bits[name] for name in HARD} == {5}
+    assert {bits[name] for name in EASY} == {2}
+    assert {bits[name] for name in bits.keys() - set(EASY)} == {3, 5}
     assert done.bits_per_weight <= 4.0
     assert 8 * sum(layer["nbytes"] for layer in done.layers) / done.weights == done.bits_per_weight
     told = [event for event in log_events(tmp_path / "out") if event["event"] == "allocation"]
@@ -90,7 +91,7 @@ def test_layers_that_are_hard_to_round_get_more(source: Path, tmp_path: Path) ->
 def test_it_misses_less_than_the_same_grid_everywhere(source: Path, tmp_path: Path) -> None:
     even = recipe(grid={**GRID, "bits": 4}, allocation={"kind": "fixed"})
     plain = compress(source, even, tmp_path / "plain", threads=1)
-    grids = [{"bits": bits} for bits in (3, 4, 5)]
+    grids = [{"bits": bits} for bits in (2, 4, 5)]
     budget = {**MIXED, "grids": grids, "bits": plain.bits_per_weight}
     mixed = compress(source, recipe(allocation=budget), tmp_path / "mixed", threads=1)
     missed = [
@@ -98,16 +99,15 @@ def test_it_misses_less_than_the_same_grid_everywhere(source: Path, tmp_path: Pa
         for done in (mixed, plain)
     ]
     assert mixed.bits_per_weight <= plain.bits_per_weight
-    assert missed[0] < 0.9 * missed[1]
+    assert missed[0] < 0.8 * missed[1]
 
 
 def test_no_other_choice_of_the_same_bytes_misses_less(source: Path) -> None:
-    """Four layers, all choices tried; the budget is what the greedy way comes to."""
-    fields: dict[str, Any] = {
-        "layers": {"include": ["*.0.self_attn.q_proj", "*.1.self_attn.o_proj", "*.mlp.down_proj"]}
-    }
-    for bits in (3.2, 3.8, 4.5):
-        plan = plan_of(source, **fields, allocation={**MIXED, "bits": bits})
+    """All choices tried, for layers and grids that differ by the same bytes: no step is too large where others fit."""
+    grids = [{"bits": 2}, {"bits": 3}, {"bits": 4}]
+    for bits in (3.2, 3.6, 4.1, 4.5):
+        allocation = {**MIXED, "bits": bits, "grids": grids}
+        plan = plan_of(source, layers={"include": ["q_proj", "o_proj"]}, allocation=allocation)
         with Checkpoint.open(source) as checkpoint:
             errors = measured(plan, checkpoint, Measuring())
             chosen = allocated(plan, checkpoint, Measuring())
@@ -122,7 +122,8 @@ def test_no_other_choice_of_the_same_bytes_misses_less(source: Path) -> None:
             return sum(b[i] for b, i in zip(nbytes, places, strict=True))
 
         assert size(found) == chosen.code_bytes <= bits / 8 * sum(sizes)
-        best = min(error(p) for p in itertools.product(range(3), repeat=len(sizes)) if size(p) <= size(found))
+        budget = bits / 8 * sum(sizes)
+        best = min(error(p) for p in itertools.product(range(3), repeat=len(sizes)) if size(p) <= budget)
         assert error(found) == pytest.approx(best, rel=1e-12)
 
 
@@ -160,7 +161,7 @@ def test_known_errors_are_not_measured_again(source: Path) -> None:
             known[key] = 0.5
         again = allocated(plan, checkpoint, Measuring(known=known))
     assert {job.grid.settings()["bits"] for job in again.jobs} == {2}
-    assert {job.grid.settings()["bits"] for job in first.jobs} == {3, 5}
+    assert {job.grid.settings()["bits"] for job in first.jobs} == {2, 3, 5}
 
 
 def test_outputs_are_measured_with_a_file_of_statistics(source: Path, tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_outputs_are_measured_with_a_file_of_statistics(source: Path, tmp_path: 
     with Checkpoint.open(source) as checkpoint:
         found = measured(plan, checkpoint, Measuring(statistics=file))
         grams = {name: known["held_out_gram"] for name, known in load_statistics(file, checkpoint).items()}
-    for name in ("model.layers.0.self_attn.q_proj", HARD[0]):
+    for name in ("model.layers.0.self_attn.q_proj", EASY[0]):
         for treatment, error in zip(plan.candidates[name], found[name], strict=True):
             code = treatment.grid.quantize(tensors[name])
             missed = (tensors[name] - code.decode()).double()
