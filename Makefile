@@ -6,6 +6,7 @@ STAMP := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard src/featherweight/native/cpp/*)
 THREADS ?= 2
 COUNT ?= 40
+WORKERS ?= 2
 
 .PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
 
@@ -30,8 +31,9 @@ $(VENV)/.triton: $(STAMP)
 	  echo 'no Triton for this platform: the tests of the GPU kernels are skipped'
 	touch $@
 
+# Almost every test uses one thread: as many processes as there are processors run them, whole files at a time.
 test: $(STAMP) $(VENV)/.triton
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # In a minute and a half: lint, then the tests of what has changed, as far as they go in a minute.
 check: lint

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from featherweight.model.products import triton as gpu
-from featherweight.model.products.triton.operators import int8_product
+from featherweight.model.products.triton.packed import int8_product
 from featherweight.storage.codes.base import Code
 from featherweight.storage.codes.codebook import Codebook
 from featherweight.storage.codes.hadamard import Hadamard

@@ -141,7 +141,7 @@ def test_rounded_inputs_follow_the_format(device: torch.device) -> None:
 def int8_product(code: Code, x: Tensor, device: torch.device) -> Tensor:
     """The kernel's sums for activations int8 [tokens, in] whose scales are 1."""
     from featherweight.model.products.triton import pack_for_gpu
-    from featherweight.model.products.triton.operators import int8_product as product
+    from featherweight.model.products.triton.packed import int8_product as product
 
     operand = pack_for_gpu(code.spec, code.tensors(), "2bit").to(device)
     assert operand.int8_ready

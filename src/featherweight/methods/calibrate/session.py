@@ -59,7 +59,7 @@ class BlockSession:
         self._originals: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._targets: list[Tensor] | None = None
-        self._weights: list[Tensor] | None = None
+        self._weights: Sequence[Tensor] | None = None
         self._advanced = False
 
     # Weights --------------------------------------------------------------------------------------------------------

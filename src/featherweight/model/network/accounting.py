@@ -250,6 +250,7 @@ def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source
                 output_loading_info=True,
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
+                attn_implementation="eager",  # tensors are placed alike with all of them, and config.json may name none
             )
         except Exception as error:
             gaps = expert_gaps(source)
