@@ -176,7 +176,7 @@ class Recipe(BaseModel):
         """
         named = {layer.name: self._overridden_by(layer)[AXES.index("grid")] for layer in self._chosen(anatomy)}
         alike: dict[int, tuple[Treatment, ...]] = {}
-        found = {}
+        found: dict[str, tuple[Treatment, ...]] = {}
         for name, treatment in self.treatments_for(anatomy).items():
             if named[name] is not None:
                 found[name] = (treatment,)
@@ -225,7 +225,8 @@ class Recipe(BaseModel):
         """
         found = []
         for place, override in enumerate(self.overrides):
-            field, changed = f"overrides[{place}]", {}
+            field = f"overrides[{place}]"
+            changed: dict[str, Any] = {}
             for axis, own in (("grid", self.grid), ("rounding", self.rounding)):
                 settings = getattr(override, axis)
                 if settings is not None:

@@ -101,7 +101,7 @@ def choices_table() -> list[dict[str, Any]]:
     """Every registered choice on every axis with its settings, for the documentation."""
     rows = []
     for axis in PACKAGES:
-        if axis == "code":
+        if axis in ("code", "statistic"):
             continue
         for name, cls in registered(axis).items():
             fields = [
