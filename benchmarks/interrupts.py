@@ -51,14 +51,14 @@ for left in reversed(range(int(sys.argv[4]))):
 
 COMMAND = """
 import sys
-from featherweight.cli import talkers
+from featherweight.cli import backends
 from featherweight.cli.main import main
 
-for talker in (talkers.NativeTalker, talkers.TransformersTalker):
-    def write(self, tokens, choices, write=talker.write):
+for backend in (backends.NativeBackend, backends.TransformersBackend):
+    def write(self, tokens, choices, write=backend.write):
         print("ready", flush=True)
         return write(self, tokens, choices)
-    talker.write = write
+    backend.write = write
 main()
 print("not stopped", flush=True)
 """

@@ -87,9 +87,7 @@ def main() -> None:
                 recipe = load_recipe(preset)
                 changes = list(options.changes) if preset != options.presets[0] else []
                 changes += [f"calibration.seed={seed}"] if recipe.calibrated else []
-                featherweight.tasks.compress(
-                    options.model, preset, out, seed=seed, threads=options.threads, changes=changes
-                )
+                featherweight.compress(options.model, preset, out, seed=seed, threads=options.threads, changes=changes)
                 compressed, _ = featherweight.load(out, dtype="float32")
                 found = errors(original, compressed, inputs)
             results.setdefault(preset, {})[seed] = statistics.fmean(found.values())

@@ -4,8 +4,8 @@
     python benchmarks/preset_bytes.py --json before.json                      # with the one version
     python benchmarks/preset_bytes.py --json after.json --against before.json  # with the other
 
-Every preset runs in a process of its own with two threads; little text and few steps, which change how long a recipe takes
-but not which code it goes through. Digests are of all files of the output. Exits with 1 where any differs.
+Every preset runs in a process of its own with two threads; little text and few steps, which change how long a recipe
+takes but not which code it goes through. Digests are of all files of the output. Exits with 1 where any differs.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 
 Changed is what differs from a revision (the commit that this branch left `origin/main` or `main` at; on it, the last
 commit), and what git does not know yet. A changed test is its own test; of a changed module these are tests: files
-named after it, and files that import it. A change of the native sources stands for tests/kernels and tests/engine.
+named after it, and files that import it. A change of the native sources stands for tests of the library, of its
+products and of the decoder.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("src/featherweight")
-NATIVE = ("tests/native/test_library.py", "tests/kernels/operators", "tests/decoder/test_compressed.py")
+NATIVE = ("tests/native/test_library.py", "tests/products", "tests/decoder/test_compressed.py")
 ALWAYS = ("tests/test_docs.py",)
 
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from featherweight.plugins import OURS
 from featherweight.tasks.compress.methods import choices_table, cost_text, method_table
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 
 def methods_page() -> str:
-    """The page: presets as points in the recipe space, then every choice with its settings."""
+    """The page: presets as points in the recipe space, then every choice with its settings; those of the package."""
+    presets = [row for row in method_table() if row["from"] == OURS]
     lines = [
         "# Methods",
         "",
@@ -25,16 +27,18 @@ def methods_page() -> str:
         "| preset | transform | grid | rounding | correction | allocation | needs | bits | cost | paper |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in method_table():
+    for row in presets:
         cells = [f"`{row['preset']}`", *(row[k] for k in ("transform", "grid", "rounding", "correction", "allocation"))]
         lines.append(
             "| " + " | ".join([*cells, row["needs"], f"{row['bits']:.3f}", cost_text(row), row["paper"]]) + " |"
         )
     lines.append("")
-    for row in method_table():
+    for row in presets:
         lines.append(f"- `{row['preset']}`: {row['title']}. {row['notes']}".rstrip())
     lines += ["", "## Choices and their settings", ""]
     for choice in choices_table():
+        if choice["from"] != OURS:
+            continue
         lines += [f"### {choice['axis']}: `{choice['name']}`", "", choice["summary"], ""]
         if choice["settings"]:
             lines += ["| setting | default | meaning |", "|---|---|---|"]

@@ -13,6 +13,7 @@ FLOORS = (
     "version",
     "errors",
     "events",
+    "plugins",
     "registry",
     "system",
     "native",
@@ -108,7 +109,9 @@ def test_files_and_functions_can_be_read(name: str) -> None:
     assert text.count("\n") <= MOST_LINES_OF_A_FILE, f"{FILES[name].name} is longer than {MOST_LINES_OF_A_FILE} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            told = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) is not None else 0
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1 - told  # help may be as long as it has to be
             assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} in {FILES[name].name} has {lines} lines"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from featherweight import registry
@@ -12,6 +14,7 @@ from featherweight.registry import find, register
 def entries(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.registered("grid")
     monkeypatch.setattr(registry, "_entries", {axis: dict(known) for axis, known in registry._entries.items()})
+    monkeypatch.setattr(registry, "_origins", dict(registry._origins))
 
 
 def make(module: str, qualname: str) -> type:
@@ -39,6 +42,34 @@ def test_the_same_class_defined_again_takes_its_place() -> None:
     register("grid", "mine")(make("plugin.one", "Mine"))
     again = register("grid", "mine")(make("plugin.one", "Mine"))
     assert find("grid", "mine") is again
+
+
+def test_of_many_threads_one_gets_a_name() -> None:
+    classes = [make(f"plugin.number_{i}", "Mine") for i in range(16)]
+    start = threading.Barrier(len(classes))
+    refused: list[str] = []
+
+    def take(cls: type) -> None:
+        start.wait()
+        try:
+            register("grid", "mine")(cls)
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=take, args=(cls,)) for cls in classes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == len(classes) - 1
+    kept = find("grid", "mine")
+    assert all(f"by {kept.__module__}.Mine and plugin.number_" in text for text in refused)
+
+
+def test_where_a_choice_of_a_script_comes_from() -> None:
+    register("grid", "mine")(make("my_script", "Mine"))
+    assert registry.origin("grid", "mine") == "my_script"
+    assert registry.origin("grid", "uniform") == "featherweight"
 
 
 def test_an_unknown_axis_is_named() -> None:

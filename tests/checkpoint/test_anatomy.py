@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invented import NAMES, SHAPES, write_tensors
 from safetensors.torch import load_file, save_file
 
 from featherweight.errors import CheckpointError
@@ -163,7 +164,8 @@ def test_order_within_a_block(folders: dict[str, Path]) -> None:
 
 
 def test_every_family_file_is_tried(folders: dict[str, Path]) -> None:
-    assert {family.name for family in declared_families()} == {expected[0] for expected in EXPECTED.values()}
+    declared = {family.name for family in declared_families()}
+    assert declared == {expected[0] for expected in EXPECTED.values()} | {"resnet"}  # see test_convolutions.py
     assert find_family({"architectures": ["GPT2LMHeadModel"]}) == find_family({"model_type": "gpt2"})
     assert find_family({"model_type": "new", "architectures": ["LlamaForCausalLM"]}) is None
     assert find_family({"model_type": ["llama"], "architectures": "LlamaForCausalLM"}) is None
@@ -336,12 +338,6 @@ def edit_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def write_tensors(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> Path:
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "strange", "architectures": ["StrangeNet"]} | config))
-    return folder
-
-
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -374,40 +370,6 @@ def test_blocks_beyond_the_config_are_left_alone(tmp_path: Path) -> None:
         found = anatomy_of(tmp_path)
         assert (found.blocks, len(found.layers), len(found.others)) == (1, 7, 7)
         edit_config(tmp_path, model_type="unheard-of")
-
-
-PARTS = st.sampled_from(
-    [
-        "model",
-        "layers",
-        "h",
-        "0",
-        "1",
-        "01",
-        "2",
-        "mlp",
-        "experts",
-        "gate",
-        "up_proj",
-        "q_proj",
-        "norm",
-        "weight",
-        "bias",
-    ]
-    + ["", "embed_tokens", "lm_head", "gate_up_proj", "gate_up_proj_bias", "self_attn", "²", "९"]
-)
-GOOD = [f"model.layers.{i}.{path}.weight" for i in (0, 1) for path in ("self_attn.q_proj", "mlp.experts.1.up_proj")]
-NAMES = (
-    st.sampled_from(GOOD)
-    | st.lists(PARTS, min_size=1, max_size=7).map(".".join)
-    | st.builds(
-        "model.layers.{}.{}.{}".format,
-        st.integers(0, 2),
-        PARTS,
-        st.sampled_from(["weight", "q_proj.weight", "gate_up_proj"]),
-    )
-)
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 3]), max_size=4) | st.lists(st.sampled_from([2, 3]), min_size=2, max_size=3)
 
 
 @settings(max_examples=300, deadline=None)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from featherweight.cli import talk
+from featherweight.cli import generate
+from featherweight.cli.backends import AnswerStopped, BackendSettings, GenerationSettings
 from featherweight.cli.prompt import END_MARKS, PASTE, PASTED, open_listener
-from featherweight.cli.talkers import AnswerStopped, Choices
 from interrupts import restore_signal
 
 pty = pytest.importorskip("pty")
@@ -24,11 +24,11 @@ termios = pytest.importorskip("termios")
 
 CHAT = """
 import sys, time
-from featherweight.cli import talk
+from featherweight.cli import generate
+from featherweight.cli.backends import AnswerStopped, BackendSettings, GenerationSettings
 from featherweight.cli.interrupts import Interrupts
-from featherweight.cli.talkers import AnswerStopped, Choices
 
-class Talker:
+class Backend:
     has_template = True
     def prompt(self, messages): return repr([m["content"] for m in messages if m["role"] != "system"])
     def encode(self, text, special=True): return [text]
@@ -41,10 +41,10 @@ class Talker:
                 raise AnswerStopped("a part") from None
         return "answer"
 
-talk.open_talker = lambda *arguments: Talker()
+generate.open_backend = lambda settings: Backend()
 with Interrupts("interrupted"):
     try:
-        talk.run_chat("", None, Choices(1, 0.0, 0, 1.0, 0), "", "", "", None)
+        generate.run_chat(BackendSettings(""), None, GenerationSettings(1, 0.0, 0, 1.0, 0))
     except KeyboardInterrupt:
         print("stopped", flush=True)
         sys.exit(130)
@@ -216,14 +216,14 @@ class Stopping:
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [1]
 
-    def write(self, tokens: list[int], choices: Choices) -> str:
+    def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         if len(self.asked) == 1:
             raise AnswerStopped("what there was ")
         return "all"
 
 
 def test_a_part_of_an_answer_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    talker, said = Stopping(), iter(["one", "two"])
+    backend, said = Stopping(), iter(["one", "two"])
 
     def read(prompt: str) -> str:
         try:
@@ -232,6 +232,6 @@ def test_a_part_of_an_answer_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(talk, "open_talker", lambda *arguments: talker)
-    talk.run_chat("", None, Choices(1, 0.0, 0, 1.0, 0), "", "", "", None)
-    assert talker.asked == [["one"], ["one", "what there was", "two"]]
+    monkeypatch.setattr(generate, "open_backend", lambda settings: backend)
+    generate.run_chat(BackendSettings(""), None, GenerationSettings(1, 0.0, 0, 1.0, 0))
+    assert backend.asked == [["one"], ["one", "what there was", "two"]]

@@ -11,14 +11,20 @@ import pytest
 import torch
 from native_models import some_tokens
 
-from featherweight.cli.talkers import Choices, NativeTalker, TransformersTalker, open_talker
+from featherweight.cli.backends import (
+    BackendSettings,
+    GenerationSettings,
+    NativeBackend,
+    TransformersBackend,
+    open_backend,
+)
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.model.decoder.families import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.decoder.sampling import FOREIGN, Sampling, derived_seed, generation_defaults
 from models import make_tiny
 
-PLAIN = Choices(max_tokens=12, temperature=None, top_k=None, top_p=None, seed=0)
+PLAIN = GenerationSettings(max_tokens=12, temperature=None, top_k=None, top_p=None, seed=0)
 ACTIVE: dict[str, Any] = {
     **{
         "num_beams": 2,
@@ -59,9 +65,9 @@ def says(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def answers(folder: Path, engine: str, choices: Choices = PLAIN, count: int = 1) -> list[str]:
-    talker = open_talker(str(folder), engine, "float32" if engine == "native" else "auto", 1)
-    return [talker.write(talker.encode("It was"), choices) for _ in range(count)]
+def answers(folder: Path, engine: str, choices: GenerationSettings = PLAIN, count: int = 1) -> list[str]:
+    backend = open_backend(BackendSettings(str(folder), engine, "float32" if engine == "native" else "auto", threads=1))
+    return [backend.write(backend.encode("It was"), choices) for _ in range(count)]
 
 
 # What the folder says.
@@ -153,19 +159,19 @@ def test_both_engines_write_the_same(settings: dict[str, Any], folder: Path) -> 
     assert native == answers(folder, "transformers", count=2)
     assert native[0] == native[1]
     (folder / "generation_config.json").unlink()
-    bare = answers(folder, "native", Choices(12, 0.0, None, None, 0))[0]
+    bare = answers(folder, "native", GenerationSettings(12, 0.0, None, None, 0))[0]
     assert (native[0] == bare) is ("repetition_penalty" not in settings)
 
 
 def test_stop_tokens_end_the_text_in_both(folder: Path) -> None:
-    greedy = Choices(12, 0.0, None, None, 0)
-    talker = open_talker(str(folder), "native", "float32", 1)
-    assert isinstance(talker, NativeTalker)
-    tokens = talker.model.generate(talker.encode("It was"), 12)
+    greedy = GenerationSettings(12, 0.0, None, None, 0)
+    backend = open_backend(BackendSettings(str(folder), "native", "float32", threads=1))
+    assert isinstance(backend, NativeBackend)
+    tokens = backend.model.generate(backend.encode("It was"), 12)
     says(folder, eos_token_id=[tokens[4], 1])
     cut = answers(folder, "native", greedy)
     assert (
-        cut == answers(folder, "transformers", greedy) == [talker.tokenizer.decode(tokens[: tokens.index(tokens[4])])]
+        cut == answers(folder, "transformers", greedy) == [backend.tokenizer.decode(tokens[: tokens.index(tokens[4])])]
     )
 
 
@@ -174,11 +180,11 @@ def test_what_the_native_decoder_lacks_is_handed_over(name: str, folder: Path) -
     """Whatever transformers makes of it is a text or a sentence."""
     says(folder, **{name: ACTIVE[name]})
     with pytest.raises(UnsupportedModelError, match=name):
-        open_talker(str(folder), "native", "auto", 1)
+        open_backend(BackendSettings(str(folder), "native", "auto", threads=1))
     try:
-        talker = open_talker(str(folder), "auto", "auto", 1)
-        assert isinstance(talker, TransformersTalker)
-        talker.write(talker.encode("It was"), Choices(6, 0.0, None, None, 0))
+        backend = open_backend(BackendSettings(str(folder), "auto", "auto", threads=1))
+        assert isinstance(backend, TransformersBackend)
+        backend.write(backend.encode("It was"), GenerationSettings(6, 0.0, None, None, 0))
     except FeatherError as error:
         said = str(error)
         assert "transformers cannot" in said
@@ -187,11 +193,11 @@ def test_what_the_native_decoder_lacks_is_handed_over(name: str, folder: Path) -
 
 @pytest.mark.parametrize("name", ["no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"])
 def test_what_is_handed_over_has_its_effect(name: str, folder: Path) -> None:
-    greedy = Choices(40, 0.0, None, None, 0)
-    talker = open_talker(str(folder), "native", "float32", 1)
-    assert isinstance(talker, NativeTalker)
-    prompt = talker.encode("It was")
-    before, first = talker.write(prompt, greedy), talker.model.generate(prompt, 1)[0]
+    greedy = GenerationSettings(40, 0.0, None, None, 0)
+    backend = open_backend(BackendSettings(str(folder), "native", "float32", threads=1))
+    assert isinstance(backend, NativeBackend)
+    prompt = backend.encode("It was")
+    before, first = backend.write(prompt, greedy), backend.model.generate(prompt, 1)[0]
     value = {"no_repeat_ngram_size": 1, "bad_words_ids": [[first]], "suppress_tokens": [first]}[name]
     assert answers(folder, "transformers", greedy) == [before]
     assert answers(says(folder, **{name: value}), "auto", greedy) != [before]
@@ -202,29 +208,29 @@ def test_neutral_settings_change_nothing(folder: Path) -> None:
         folder, num_beams=1, typical_p=1.0, no_repeat_ngram_size=0, guidance_scale=None, bad_words_ids=None,
         suppress_tokens=[], max_length=3, max_new_tokens=2, length_penalty=2.0, min_length=0, pad_token_id=0,
     )  # fmt: skip
-    talker = open_talker(str(folder), "auto", "auto", 1)
-    assert isinstance(talker, NativeTalker)
-    greedy = Choices(12, 0.0, None, None, 0)
+    backend = open_backend(BackendSettings(str(folder), "auto", "auto", threads=1))
+    assert isinstance(backend, NativeBackend)
+    greedy = GenerationSettings(12, 0.0, None, None, 0)
     assert answers(folder, "native", greedy) == answers(folder, "transformers", greedy)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_prompts_that_do_not_fit(engine: str, folder: Path) -> None:
-    talker = open_talker(str(folder), engine, "auto", 1)
+    backend = open_backend(BackendSettings(str(folder), engine, "auto", threads=1))
     with pytest.raises(FeatherError, match="200 tokens do not fit the context of 128"):
-        talker.write([5] * 200, PLAIN)
+        backend.write([5] * 200, PLAIN)
     with pytest.raises(FeatherError, match="there is no token 256, the vocabulary has 256"):
-        talker.write([5, 256], PLAIN)
-    assert len(talker.write([5] * 120, Choices(100, 0.0, None, None, 0))) < 100
+        backend.write([5, 256], PLAIN)
+    assert len(backend.write([5] * 120, GenerationSettings(100, 0.0, None, None, 0))) < 100
 
 
 def test_more_tokens_than_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_tiny("gpt2", tmp_path, tokenizer=True)
-    talker = open_talker(str(folder), "auto", "auto", 1)
-    assert isinstance(talker, TransformersTalker)
-    talker.write([5] * 120, Choices(100, 0.0, None, None, 0))
+    backend = open_backend(BackendSettings(str(folder), "auto", "auto", threads=1))
+    assert isinstance(backend, TransformersBackend)
+    backend.write([5] * 120, GenerationSettings(100, 0.0, None, None, 0))
     with pytest.raises(FeatherError, match="129 tokens do not fit the context of 128"):
-        talker.write([5] * 129, PLAIN)
+        backend.write([5] * 129, PLAIN)
 
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
@@ -236,10 +242,10 @@ def test_templates_that_refuse_a_conversation(engine: str, template: str, folder
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    talker = open_talker(str(folder), engine, "auto", 1)
-    assert talker.has_template
+    backend = open_backend(BackendSettings(str(folder), engine, "auto", threads=1))
+    assert backend.has_template
     with pytest.raises(FeatherError, match="refuses this conversation") as caught:
-        talker.prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
+        backend.prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}])
     assert "\n" not in str(caught.value)
 
 
@@ -272,11 +278,11 @@ def test_calls_without_a_seed_have_random_numbers_of_their_own(plain: Path) -> N
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_turns_do_not_share_random_numbers(engine: str, plain: Path) -> None:
-    warm = Choices(12, 1.5, 0, None, 5)
+    warm = GenerationSettings(12, 1.5, 0, None, 5)
     one, again = answers(plain, engine, warm, count=3), answers(plain, engine, warm, count=3)
     assert one == again
     assert len(set(one)) == 3
-    assert answers(plain, engine, Choices(12, 1.5, 0, None, 6)) != one[:1]
+    assert answers(plain, engine, GenerationSettings(12, 1.5, 0, None, 6)) != one[:1]
 
 
 def test_derived_seeds() -> None:

@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hashes")
     source = make_model("llama", place / "source", torch.bfloat16, hidden_size=64, max_position_embeddings=64)
-    featherweight.tasks.compress(source, "ptqtp", place / "out", threads=1)
+    featherweight.compress(source, "ptqtp", place / "out", threads=1)
     return place / "out"
 
 

@@ -104,7 +104,7 @@ def test_engines_and_output_agree(original: Path, tmp_path: Path, case: str, cal
     text.write_text("It was the best of times, it was the worst of times. " * 12)
     if calibrated:
         recipe, changes = "gptq", ["calibration.sequences=4", "calibration.length=32", "grid={kind: uniform, bits: 8}"]
-    featherweight.tasks.compress(
+    featherweight.compress(
         folder, recipe, tmp_path / "out", changes=changes, calibration=text if calibrated else None, observer=watch
     )
     assert words in " ".join(notes)
@@ -128,10 +128,10 @@ def test_what_is_odd_is_said_by_both_engines(original: Path, tmp_path: Path, cas
 
 def test_the_output_says_whose_head_it_has(original: Path, tmp_path: Path) -> None:
     folder = changed(original, tmp_path / "source", own_head, tie_word_embeddings=True)
-    featherweight.tasks.compress(folder, "rtn-8", tmp_path / "out")
+    featherweight.compress(folder, "rtn-8", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     folder = changed(original, tmp_path / "biased", biases)
-    result = featherweight.tasks.compress(folder, "rtn-8", tmp_path / "plain")
+    result = featherweight.compress(folder, "rtn-8", tmp_path / "plain")
     dropped = result.tensors["dropped"]
     assert set(dropped.values()) == {"LlamaForCausalLM does not ask for it"}
     with Checkpoint.open(tmp_path / "plain") as checkpoint:
@@ -159,7 +159,7 @@ def test_an_adapter_beside_a_whole_model(original: Path, tmp_path: Path) -> None
     adapter = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
     save_file(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
     notes: list[str] = []
-    featherweight.tasks.compress(folder, "rtn-8", tmp_path / "out", observer=lambda e: notes.append(e.get("text", "")))
+    featherweight.compress(folder, "rtn-8", tmp_path / "out", observer=lambda e: notes.append(e.get("text", "")))
     assert any("holds an adapter beside a whole model: the model is used without it" in note for note in notes)
     assert not list((tmp_path / "out").glob("adapter*"))
     with pytest.warns(FeatherWarning, match="holds an adapter beside a whole model"):

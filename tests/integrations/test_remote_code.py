@@ -72,9 +72,9 @@ def test_compress_and_evaluate(folders: tuple[Path, Path], tmp_path: Path, recip
     if recipe == "gptq":
         options |= {"calibration": text, "changes": ["calibration.sequences=4", "calibration.length=32"]}
     out = tmp_path / "out"
-    featherweight.tasks.compress(own, recipe, out, trust_remote_code=True, **options)
+    featherweight.compress(own, recipe, out, trust_remote_code=True, **options)
     assert not [note for note in notes if "nobody checked" in note]
-    result = featherweight.tasks.evaluate(out, own, text=text, context=32, trust_remote_code=True)
+    result = featherweight.evaluate(out, own, text=text, context=32, trust_remote_code=True)
     assert result.divergence is not None
     assert result.divergence.mean < 0.01
     assert (out / "custom_code.py").is_file()
@@ -82,9 +82,7 @@ def test_compress_and_evaluate(folders: tuple[Path, Path], tmp_path: Path, recip
 
 def test_without_it_a_data_free_run_says_what_nobody_checked(folders: tuple[Path, Path], tmp_path: Path) -> None:
     notes: list[str] = []
-    featherweight.tasks.compress(
-        folders[1], "rtn-8", tmp_path / "out", observer=lambda e: notes.append(e.get("text", ""))
-    )
+    featherweight.compress(folders[1], "rtn-8", tmp_path / "out", observer=lambda e: notes.append(e.get("text", "")))
     assert any("only --trust-remote-code runs, so nobody checked" in note for note in notes)
 
 

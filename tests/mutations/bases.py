@@ -156,7 +156,7 @@ def _compress(base: Base, plain: Path, out: Path) -> None:
         text.write_text("".join(chr(97 + (i * i + i // 7) % 26) + " " * (i % 5 == 0) for i in range(4000)))
     calibration = {"calibration": text} if base.changes == FEW else {}
     with quiet():
-        featherweight.tasks.compress(plain, base.recipe, out, changes=base.changes, threads=1, **calibration)
+        featherweight.compress(plain, base.recipe, out, changes=base.changes, threads=1, **calibration)
 
 
 @contextlib.contextmanager

@@ -90,10 +90,10 @@ def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callab
     text = not case.kinds or any(kind.startswith(("text:", "config: special", "files:")) for kind in case.kinds)
     if text or chance.random() < 0.05:
         for engine, words in (("native", ""), ("transformers", " by transformers")):
-            talker = run(f"open{words}", partial(steps.open_engine, folder, engine))
-            if talker.ok:
-                run(f"generate{words}", partial(steps.generate, talker.value))
-                run(f"chat{words}", partial(steps.chat, talker.value))
+            backend = run(f"open{words}", partial(steps.open_engine, folder, engine))
+            if backend.ok:
+                run(f"generate{words}", partial(steps.generate, backend.value))
+                run(f"chat{words}", partial(steps.chat, backend.value))
     if chance.random() < (0.4 if text else 0.05):
         run("evaluate", lambda: steps.evaluate(folder))
     if verdict.outcomes["plan"].ok and chance.random() < 0.1:

@@ -192,27 +192,27 @@ def _too_large(value: Any) -> bool:
 
 
 def open_engine(folder: Path, engine: str) -> Any:
-    from featherweight.cli.talkers import open_talker
+    from featherweight.cli.backends import BackendSettings, open_backend
 
-    return open_talker(str(folder), engine, "float32", 1)
-
-
-def generate(talker: Any) -> tuple[list[int], str]:
-    from featherweight.cli.talkers import Choices
-
-    tokens = talker.encode(TEXT)
-    return tokens, talker.write(tokens, Choices(6, 0.0, 0, 1.0, 0))
+    return open_backend(BackendSettings(str(folder), engine, "float32", threads=1))
 
 
-def chat(talker: Any) -> str | None:
-    return talker.prompt(list(MESSAGES)) if talker.has_template else None
+def generate(backend: Any) -> tuple[list[int], str]:
+    from featherweight.cli.backends import GenerationSettings
+
+    tokens = backend.encode(TEXT)
+    return tokens, backend.write(tokens, GenerationSettings(6, 0.0, 0, 1.0, 0))
+
+
+def chat(backend: Any) -> str | None:
+    return backend.prompt(list(MESSAGES)) if backend.has_template else None
 
 
 def evaluate(folder: Path) -> float:
     import featherweight
 
     text = evaluation_text(folder)
-    return float(featherweight.tasks.evaluate(folder, text=text, limit=40, dtype="float32", threads=1).perplexity)
+    return float(featherweight.evaluate(folder, text=text, limit=40, dtype="float32", threads=1).perplexity)
 
 
 def evaluation_text(folder: Path) -> Path:
@@ -233,8 +233,8 @@ def compress(folder: Path, out: Path, calibrated: bool) -> Tensor:
     if calibrated:
         text = evaluation_text(folder)
         changes = ("grid.bits=8", "calibration.sequences=3", "calibration.length=24")
-        featherweight.tasks.compress(folder, "gptq", out, changes=changes, calibration=text, threads=1)
+        featherweight.compress(folder, "gptq", out, changes=changes, calibration=text, threads=1)
     else:
-        featherweight.tasks.compress(folder, "rtn-8", out, threads=1)
+        featherweight.compress(folder, "rtn-8", out, threads=1)
     model, _ = featherweight.load(out, dtype="float32", attn_implementation="eager")
     return logits_of(model)

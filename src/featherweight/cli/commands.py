@@ -342,8 +342,8 @@ def run_verify(model: str) -> None:
         print(problem, file=sys.stderr)
     if result.newer == len(result.problems) > 0:
         raise CheckpointError(
-            f"{model} was made by a newer featherweight, or with a plugin that is not here: all {result.hashed} hashes "
-            "match, but this release cannot read it; update featherweight"
+            f"{model} was made by a newer featherweight, or with a package that is not installed: all "
+            f"{result.hashed} hashes match, but it cannot be read here; update featherweight, or install that package"
         )
     if not result.whole:
         raise CheckpointError(f"{model} is damaged: {len(result.problems)} problem(s); fetch or make it again")
@@ -358,19 +358,25 @@ def run_verify(model: str) -> None:
 
 
 def run_methods(json: Path | None) -> None:
-    from featherweight.tasks.compress.methods import cost_text, method_table
+    from featherweight.plugins import OURS
+    from featherweight.tasks.compress.methods import added_choices, cost_text, method_table
 
     claim_json(json, ("preset", "grid", "bits"))
     table_rows = method_table()
     write_json(json, table_rows)
     table = Table(box=None, pad_edge=False)
-    names = ("preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "cost", "paper")
+    names = ["preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "cost", "paper"]
+    if any(row["from"] != OURS for row in table_rows):
+        names.insert(1, "from")
     for name in names:
-        whole = name in ("preset", "bits")  # is never broken
+        whole = name in ("preset", "from", "bits")  # is never broken
         table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=whole)
     for row in table_rows:
         table.add_row(*(cost_text(row) if name == "cost" else str(row[name]) for name in names))
     out_console().print(table)
+    if added := added_choices():
+        out_console().print("\nchoices from other packages")
+        out_console().print(facts([(f"{row['axis']} {row['name']}", row["from"]) for row in added]))
 
 
 def run_calibrate(

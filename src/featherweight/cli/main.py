@@ -192,11 +192,12 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a text."""
-    from featherweight.cli.talk import run_generate
-    from featherweight.cli.talkers import Choices
+    from featherweight.cli.backends import BackendSettings, GenerationSettings
+    from featherweight.cli.generate import run_generate
 
-    choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_generate(model, prompt, choices, engine, dtype, kv_cache, threads, trust_remote_code)
+    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code)
+    settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    run_generate(chosen, prompt, settings)
 
 
 @app.command()
@@ -221,11 +222,12 @@ def chat(
     Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one turn, whatever lines it has; so
     are lines that end in a backslash together with the next, also from a pipe.
     """
-    from featherweight.cli.talk import run_chat
-    from featherweight.cli.talkers import Choices
+    from featherweight.cli.backends import BackendSettings, GenerationSettings
+    from featherweight.cli.generate import run_chat
 
-    choices = Choices(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_chat(model, system, choices, engine, dtype, kv_cache, threads, trust_remote_code)
+    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code)
+    settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    run_chat(chosen, system, settings)
 
 
 @app.command()

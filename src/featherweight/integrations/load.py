@@ -23,27 +23,53 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model, compressed or not, and its tokenizer.
 
-    Args:
-        model: a folder, one .safetensors file with its config.json beside it, or a hub id; `~` is the home folder.
-        dtype: of everything that is not compressed, and of the computation; default: what config.json says.
-        device_map: as in transformers; default: the CPU.
-        cache: keep each layer's matrix once it is decoded: faster from the second call on, as large as uncompressed.
-        verify: whether the tensors of a compressed model are compared with their hashes: "always" (or True), "never"
-            (or False), "auto" for models of up to 8 GiB; default: what FEATHERWEIGHT_VERIFY says, else "auto". It
-            reads the files once, at 1.5 GB a second and thread.
-        trust_remote_code: run the code that a folder brings for its model class or tokenizer.
-        kwargs: passed on to `from_pretrained`; `revision` and `token` are those of a hub id.
+    Parameters
+    ----------
+    model : str or Path
+        A folder, one .safetensors file with its config.json beside it, or a hub id; `~` is the home folder.
+    dtype : str or torch.dtype, optional
+        Of everything that is not compressed, and of the computation. Default: what config.json says.
+    device_map : str or dict, optional
+        As in transformers. Default: the CPU.
+    cache : bool
+        Keep each layer's matrix [out_features, in_features] once it is decoded: faster from the second call on, as
+        large as uncompressed.
+    verify : bool or str, optional
+        Whether the tensors of a compressed model are compared with their hashes: "always" (or True), "never" (or
+        False), "auto" for models of up to 8 GiB. Default: what FEATHERWEIGHT_VERIFY says, else "auto". It reads the
+        files once, at 1.5 GB a second and thread.
+    trust_remote_code : bool
+        Run the code that a folder brings for its model class or tokenizer.
+    kwargs
+        Passed on to `from_pretrained`; `revision` and `token` are those of a hub id.
 
-    Returns:
-        The model, of the class that config.json names (a causal language model where it names none), in evaluation
-        mode; and the tokenizer, or None if the folder has none.
+    Returns
+    -------
+    model : torch.nn.Module
+        Of the class that config.json names (a causal language model where it names none), in evaluation mode. It
+        takes token ids int64 [batch, tokens] as any model of transformers does.
+    tokenizer : object or None
+        That of transformers; None if the folder has none.
 
-    Raises:
-        CheckpointError: there is no such folder, or it is incomplete, damaged, or of a kind transformers does not know.
-            Tensors that are missing are named; transformers alone would make them up.
+    Raises
+    ------
+    CheckpointError
+        There is no such model, or it is incomplete, damaged, or of a kind that transformers does not know. Tensors that
+        are missing are named; transformers alone would make them up. A kind of code that is not known here is named
+        as well: a newer release, or a package that is not installed, wrote it.
+    FeatherError
+        `dtype` is no dtype.
 
-    Warns:
-        FeatherWarning: tensors that the model does not use, and whatever else is odd about the folder.
+    Warns
+    -----
+    FeatherWarning
+        Tensors that the model does not use, and whatever else is odd about the folder.
+
+    Examples
+    --------
+    >>> model, tokenizer = featherweight.load("small")
+    >>> ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    >>> print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
     """
     from featherweight.storage.checkpoint.resolve import resolve
 

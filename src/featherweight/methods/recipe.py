@@ -32,12 +32,23 @@ from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.quantize.base import Choice, Correction, Grid, Rounding, Transform
 from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, with_settings
 from featherweight.methods.quantize.treatment import Treatment, check_order, scope_of
+from featherweight.plugins import OURS, plugin_presets
 from featherweight.registry import nearest
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.run.identity import WORDS
 from featherweight.system.places import PRESETS
 
-__all__ = ["WORDS", "Override", "Recipe", "Selection", "explain", "load_recipe", "presets", "recipe_from"]
+__all__ = [
+    "WORDS",
+    "Override",
+    "Recipe",
+    "Selection",
+    "explain",
+    "load_recipe",
+    "preset_origin",
+    "presets",
+    "recipe_from",
+]
 
 AXES = ("transforms", "grid", "rounding", "corrections")
 """What overrides may change, and a treatment consists of."""
@@ -294,7 +305,18 @@ def _model_at(error: ValidationError) -> Any:
 
 
 def presets() -> dict[str, Path]:
-    """Name -> file of every preset that comes with the package."""
+    """Name -> file of every preset: those that come with the package, then those of plug-ins."""
+    own = _own_presets()
+    return own | {name: path for name, (path, _) in plugin_presets(frozenset(own)).items()}
+
+
+def preset_origin(name: str) -> str:
+    """Where a preset comes from: "featherweight", or another distribution's name and version."""
+    own = _own_presets()
+    return OURS if name in own else plugin_presets(frozenset(own))[name][1]
+
+
+def _own_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=lambda p: p.stem)}
 
 

@@ -7,7 +7,7 @@ error each would leave. It names one of them for every layer.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +46,15 @@ class LayerCandidates:
     shape: tuple[int, int]
     candidates: tuple[Candidate, ...]
 
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], treatments: Sequence[Treatment], errors: Sequence[float] | None = None
+    ) -> LayerCandidates:
+        """Candidates from treatments, with the bytes they store and the errors where these are known."""
+        known: Sequence[float | None] = (None,) * len(treatments) if errors is None else errors
+        found = (Candidate(t, t.nbytes(shape), error) for t, error in zip(treatments, known, strict=True))
+        return cls(shape, tuple(found))
+
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
@@ -60,7 +69,7 @@ class Allocator(Choice, abc.ABC):
     needs_errors: ClassVar[bool] = False
 
     def treatments(self, treatment: Treatment) -> tuple[Treatment, ...]:
-        """The treatments that a layer may get instead of the one its recipe gives it, that one among them or not.
+        """The treatments that a layer may get in the place of the one its recipe gives it, this one among them or not.
 
         Not asked for layers whose grid an override names: these keep it.
         """

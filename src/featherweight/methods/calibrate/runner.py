@@ -156,6 +156,7 @@ class Calibration:
         needs: Collection[str] = ("gram",),
         *,
         blocks: str | None = None,
+        convolutions: bool = False,
         notify: Observer | None = None,
     ) -> Calibration:
         """Calibrate any module in memory; its linear layers are changed in place.
@@ -168,6 +169,9 @@ class Calibration:
             blocks: path of the list of blocks; None looks for the longest list of alike modules through which hidden
                 states go one after the other, and takes the whole module as one block where there is none; "" does
                 so in any case.
+            convolutions: they are layers too, seen as matrices [out, in / groups * product of kernel] whose inputs are
+                unfolded, one row a position of the output. Of those in groups no statistics are gathered, as every
+                group has inputs of its own: they count as starved, and `notify` is told.
         """
         settings = settings or CalibrationSettings()
         if not batches:
@@ -175,7 +179,9 @@ class Calibration:
         if settings.token_weights != "none":
             raise CalibrationError("calibration.token_weights can be used with language models only; set it to none")
         held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
-        host = ModuleHost(module, forward, batches[0], blocks)
+        host = ModuleHost(module, forward, batches[0], blocks, convolutions)
+        for name, reason in host.unmeasured.items():
+            (notify or _silent)({"event": "unmeasured", "layer": name, "reason": reason})
         return cls(
             host,
             lambda batch: forward(module, batch),

@@ -374,6 +374,7 @@ def override_values(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         slot = host.slots[name] if name in host.slots else host.tensor_slot(name)
         data = parameter_of(host, slot.parameter)
         weight = weight.to(data.device, data.dtype)
+        weight = weight.reshape(data.shape) if slot.matrix else weight
         if slot.expert is None and slot.rows is None:
             values[slot.parameter] = weight.t() if slot.transposed else weight
             continue

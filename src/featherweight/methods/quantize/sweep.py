@@ -30,7 +30,6 @@ from featherweight.methods.calibrate.statistics import Statistics
 from featherweight.methods.quantize.base import Grid, SolveOptions
 from featherweight.methods.quantize.scales import scale_dtype_for
 from featherweight.methods.quantize.similarity import Remaining, most_similar, with_first
-from featherweight.methods.quantize.sweep_course import Work, blocks, joined, ordered, push, push_tail, sweep_segment
 from featherweight.methods.quantize.sweep_factor import (
     WHOLE_GROUPS,
     Attempt,
@@ -39,6 +38,15 @@ from featherweight.methods.quantize.sweep_factor import (
     Piece,
     factorise,
     order_of_columns,
+)
+from featherweight.methods.quantize.sweep_steps import (
+    SweepState,
+    blocks,
+    joined,
+    ordered,
+    push,
+    push_tail,
+    sweep_segment,
 )
 from featherweight.native.sweep import FeedbackRule, SweptColumns
 from featherweight.storage.codes import Code
@@ -165,19 +173,19 @@ class Sweeper:
         if factor.failure:
             return data_free(weight, grid, own, options, factor.failure)
         with torch.no_grad():
-            work = self._begin(weight, grid, own, factor, options)
+            state = self._begin(weight, grid, own, factor, options)
             for piece in factor.pieces:
                 if self.settings.order == "similarity":
-                    self._sweep_by_similarity(work, piece)
+                    self._sweep_by_similarity(state, piece)
                 else:
-                    self._sweep_piece(work, piece)
-            if not torch.isfinite(torch.tensor([work.loss, work.drift])).all():
+                    self._sweep_piece(state, piece)
+            if not torch.isfinite(torch.tensor([state.loss, state.drift])).all():
                 return data_free(weight, grid, own, options, "the compensated weights ran away and are not finite")
-            code = _encode(work, self.settings)
-        share = work.clipped / max(1, weight.numel())
-        return SweepResult(code, work.loss, factor.damping, factor.attempts, share, work.drift, False, factor.note)
+            code = _encode(state, self.settings)
+        share = state.clipped / max(1, weight.numel())
+        return SweepResult(code, state.loss, factor.damping, factor.attempts, share, state.drift, False, factor.note)
 
-    def _begin(self, weight: Tensor, grid: Grid, own: Statistics, factor: Factor, options: SolveOptions) -> Work:
+    def _begin(self, weight: Tensor, grid: Grid, own: Statistics, factor: Factor, options: SolveOptions) -> SweepState:
         start = weight if weight.dtype == torch.float64 else weight.float()
         static = None
         order = factor.permutation
@@ -193,7 +201,7 @@ class Sweeper:
             vectors = grid.columns_jointly > 1
             plain = start if order is None or vectors else start[:, order.argsort()]
             static = grid.fit(plain.float(), ordered(own, order) if vectors else own)
-        return Work(
+        return SweepState(
             start.clone(memory_format=torch.contiguous_format), start.contiguous(), grid, ordered(own, order), factor,
             order, self.settings.rule, static, options, torch.empty(weight.shape, dtype=torch.uint8), [], [],
         )  # fmt: skip
@@ -211,45 +219,45 @@ class Sweeper:
             shifted[:, piece.first : piece.last] += self.settings.alpha * step
         return shifted
 
-    def _sweep_by_similarity(self, work: Work, piece: Piece) -> None:
+    def _sweep_by_similarity(self, state: SweepState, piece: Piece) -> None:
         """Group by group: the most similar columns that remain come next, then are swept as a piece of their own."""
-        assert work.order is not None
-        remaining, size = Remaining(piece.upper), work.grid.group_size
+        assert state.order is not None
+        remaining, size = Remaining(piece.upper), state.grid.group_size
         first = piece.first
         while first < piece.last:
             last = min(piece.last, (first // size + 1) * size)
             rest = slice(first, piece.last)
-            places = with_first(most_similar(work.weight[:, rest], last - first), piece.last - first)
-            work.weight[:, rest] = work.weight[:, rest][:, places]
-            work.original[:, rest] = work.original[:, rest][:, places]
-            work.order[rest] = work.order[rest][places]
+            places = with_first(most_similar(state.weight[:, rest], last - first), piece.last - first)
+            state.weight[:, rest] = state.weight[:, rest][:, places]
+            state.original[:, rest] = state.original[:, rest][:, places]
+            state.order[rest] = state.order[rest][places]
             rows = remaining.take(places, last - first)
-            self._sweep_columns(work, Piece(first, piece.last, rows, None, ()), last)
+            self._sweep_columns(state, Piece(first, piece.last, rows, None, ()), last)
             first = last
 
-    def _sweep_piece(self, work: Work, piece: Piece) -> None:
-        self._sweep_columns(work, piece, piece.last)
+    def _sweep_piece(self, state: SweepState, piece: Piece) -> None:
+        self._sweep_columns(state, piece, piece.last)
 
-    def _sweep_columns(self, work: Work, piece: Piece, stop: int) -> None:
+    def _sweep_columns(self, state: SweepState, piece: Piece, stop: int) -> None:
         """Columns piece.first to stop - 1, whose errors go into all of the piece."""
-        dtype = work.weight.dtype
+        dtype = state.weight.dtype
         upper = piece.upper.to(dtype)
         feedback = None if piece.feedback is None else piece.feedback.to(dtype)
-        for first, last, segments in blocks(piece.first, stop, work, self.settings.block_size):
+        for first, last, segments in blocks(piece.first, stop, state, self.settings.block_size):
             swept: list[SweptColumns] = []
             for a, b in segments:
                 inside = slice(a - piece.first, b - piece.first)
                 part = sweep_segment(
-                    work, a, b, upper[inside, inside], None if feedback is None else feedback[inside, inside]
+                    state, a, b, upper[inside, inside], None if feedback is None else feedback[inside, inside]
                 )
                 swept.append(part)
                 if b < last:
                     rest = slice(b - piece.first, last - piece.first)
-                    push(work.weight[:, b:last], part.errors, upper[inside, rest], 1)
+                    push(state.weight[:, b:last], part.errors, upper[inside, rest], 1)
                     if feedback is not None and part.residuals is not None:
-                        push(work.weight[:, b:last], part.residuals, feedback[inside, rest], -1)
+                        push(state.weight[:, b:last], part.residuals, feedback[inside, rest], -1)
             if last < piece.last:
-                push_tail(work, piece, first, last, swept, upper, feedback)
+                push_tail(state, piece, first, last, swept, upper, feedback)
 
 
 def sweep(
@@ -277,21 +285,21 @@ def with_scale_dtype(grid: Grid, weight: Tensor) -> Grid:
     return grid.model_copy(update={"scale_dtype": str(dtype).removeprefix("torch.")})
 
 
-def _encode(work: Work, settings: SweepSettings) -> Code:
+def _encode(state: SweepState, settings: SweepSettings) -> Code:
     """The code of what the sweep chose, in the columns' own order where the form allows it."""
-    order, grid = work.order, work.grid
+    order, grid = state.order, state.grid
     if order is not None and settings.order == "similarity" and torch.equal(order, torch.arange(len(order))):
         order = None
-    shape = (work.weight.shape[0], work.weight.shape[1])
-    fit = work.static if work.static is not None else joined(work.fits)
+    shape = (state.weight.shape[0], state.weight.shape[1])
+    fit = state.static if state.static is not None else joined(state.fits)
     if grid.columns_jointly > 1:
-        code = grid.join_vectors(joined(work.parts), fit, shape)
+        code = grid.join_vectors(joined(state.parts), fit, shape)
         return code if order is None else Permuted.encode(code, order)
     if order is None:
-        return grid.encode(work.indices, fit)
+        return grid.encode(state.indices, fit)
     back = order.argsort()
-    if work.static is not None:
-        return grid.encode(work.indices[:, back].contiguous(), fit)
+    if state.static is not None:
+        return grid.encode(state.indices[:, back].contiguous(), fit)
     if settings.order in WHOLE_GROUPS:  # groups are whole: their fits go back to their places
         size = grid.group_size
         places = (order[::size] // size).argsort()
@@ -300,5 +308,5 @@ def _encode(work: Work, settings: SweepSettings) -> Code:
             scales = fit["column_scales"].reshape(-1).clone()
             scales[: len(back)] = scales[back]
             moved["column_scales"] = scales.view(fit["column_scales"].shape)
-        return grid.encode(work.indices[:, back].contiguous(), moved)
-    return Permuted.encode(grid.encode(work.indices, fit), order)
+        return grid.encode(state.indices[:, back].contiguous(), moved)
+    return Permuted.encode(grid.encode(state.indices, fit), order)

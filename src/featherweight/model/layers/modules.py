@@ -25,6 +25,9 @@ from featherweight.model.layers.activations import quantized_inputs
 from featherweight.storage.codes import TensorLayout, code_from, code_layout
 from featherweight.system.memory import give_back_file_pages
 
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Those whose weight is a matrix [out, in / groups * product of kernel]; transposed ones are not."""
+
 PRECISIONS = ("exact", "float", "int8")
 MOST_SEQUENCES = 16
 """With precision "float", up to so many sequences take a generation step through the packed operators."""
@@ -328,10 +331,28 @@ class CodedEmbedding(CodedForward):
         return packed.weight_rows(wanted.tolist()) if isinstance(packed, operators.PackedLinear) else None
 
 
+class CodedConvolution(CodedForward):
+    """A convolution whose code is that of its weight as a matrix [out, in / groups * product of kernel].
+
+    `weight` has the shape of the kernels, [out, in / groups, *kernel], and is decoded for each call; `decode()` gives
+    the matrix.
+    """
+
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        matrix = super()._decoded(dtype)
+        return matrix.view(len(matrix), self.in_channels // self.groups, *self.kernel_size)
+
+
 def coded_class(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a module class whose `weight` is decoded from a code, for classes other than linear layers."""
-    by_rows = issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward
-    return type(f"Feather{cls.__name__}", (CodedEmbedding if by_rows else CodedForward, cls), {})
+    base = CodedConvolution if issubclass(cls, Convolution) else CodedForward
+    if issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward:
+        base = CodedEmbedding
+    return type(f"Feather{cls.__name__}", (base, cls), {})
 
 
 def set_cache(model: nn.Module, enabled: bool) -> None:

@@ -8,7 +8,7 @@ is an error that names the module.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import nn
 
 from featherweight.errors import CheckpointError
 from featherweight.model.layers.experts import PARTS, ExpertName, expert_name, install_experts
-from featherweight.model.layers.modules import FeatherConv1D, FeatherLinear, coded_class
+from featherweight.model.layers.modules import CodedModule, Convolution, FeatherConv1D, FeatherLinear, coded_class
+from featherweight.storage.codes import Code
 
 logger = logging.getLogger(__name__)
 
@@ -132,24 +133,87 @@ def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
             f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
             f"{type(model).__name__}: config.json and the weights do not belong together"
         )
-    ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    if any(old is end for end in ends) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    if any(old is end for end in _ends(model)) and getattr(
+        model.config.get_text_config(), "tie_word_embeddings", False
+    ):
         raise CheckpointError(
             f"quantization_config compresses {name!r}, but input embedding and output layer are tied: leave it out "
             "of the recipe, or set tie_word_embeddings to false in config.json"
         )
+    _refuse_rounded_inputs(old, name, spec)
+    _exchange(model, path, name, spec)
+
+
+def _refuse_rounded_inputs(module: nn.Module, name: str, spec: dict[str, Any]) -> None:
+    if isinstance(module, Convolution) and spec.get("kind") == "quantized-input":
+        raise CheckpointError(
+            f"the code of the convolution {name!r} asks for rounded inputs, which convolutions do not round: compress "
+            "the model without quantize-inputs"
+        )
+
+
+def _ends(model: Any) -> list[Any]:
+    """Output layer and input embedding; models of images have neither."""
+    try:
+        return [model.get_output_embeddings(), model.get_input_embeddings()]
+    except NotImplementedError:
+        return []
+
+
+def _exchange(model: nn.Module, path: str, name: str, spec: dict[str, Any]) -> CodedModule:
+    """Put a compressed module, with uninitialised tensors, in a module's place."""
+    old: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
-    if not is_linear(old):  # an embedding, a router: keeps its own forward, which reads `weight`
-        old.__class__ = coded_class(type(old))
-        weight = old._parameters.pop("weight")
+    if not is_linear(old):  # an embedding, a router, a convolution: keeps its own forward, which reads `weight`
+        weight = old._parameters["weight"]
+        held = coded_class(type(old))
+        old.__class__ = held
+        del old._parameters["weight"]
         old.hold(spec, name, weight.dtype, weight.device)
-        return
+        return old  # type: ignore[no-any-return]
     kind = FeatherLinear if isinstance(old, nn.Linear) else FeatherConv1D
     bias = old.bias is not None or spec.get("bias") is True  # the compression may have given it one
     spec = {key: value for key, value in spec.items() if key != "bias"}
-    model.get_submodule(parent)._modules[leaf] = kind(
-        spec, bias, name=name, compute_dtype=old.weight.dtype, device=old.weight.device
-    )
+    made = kind(spec, bias, name=name, compute_dtype=old.weight.dtype, device=old.weight.device)
+    model.get_submodule(parent)._modules[leaf] = made
+    return made
+
+
+def put_codes(module: nn.Module, codes: Mapping[str, Code]) -> None:
+    """Let modules in memory compute with codes from now on, in place of their weights.
+
+    Parameters
+    ----------
+    module : any module, changed in place; what `codes` does not name stays
+    codes : path of a linear layer, an embedding or a convolution in it -> code of its matrix [out, in]; that of a
+        convolution is [out, in / groups * product of kernel]
+
+    Raises
+    ------
+    CheckpointError : a path leads to no module with a matrix, or a code has another shape; nothing was changed then
+    """
+    modules = dict(module.named_modules())
+    for path, code in codes.items():
+        shape = matrix_shape(modules[path]) if path and path in modules else None
+        if shape is None:
+            raise CheckpointError(
+                f"{type(module).__name__} has no module {path!r} with a weight matrix to put a code in: name its "
+                "linear layers, embeddings and convolutions by their paths"
+            )
+        if list(code.spec["shape"]) != shape:
+            raise CheckpointError(
+                f"the code for {path!r} is that of a matrix {list(code.spec['shape'])}, and the module's is {shape}: "
+                "it was made for another one"
+            )
+        _refuse_rounded_inputs(modules[path], path, code.spec)
+    for path, code in codes.items():
+        bias = getattr(modules[path], "bias", None)
+        device = modules[path].weight.device
+        held = _exchange(module, path, path, code.spec)
+        for key, stored in code.tensors().items():
+            held._parameters[key] = nn.Parameter(stored.to(device, copy=True), requires_grad=False)
+        if bias is not None:
+            held.bias = bias
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -158,8 +222,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: nn.Module) -> list[int] | None:
-    """Shape [out_features, in_features] of a module's weight matrix, None if it has none."""
+    """Shape [out_features, in_features] of a module's weight matrix, None if it has none.
+
+    A convolution's is [out, in / groups * product of kernel].
+    """
     weight = module._parameters.get("weight")
+    if weight is not None and isinstance(module, Convolution):
+        return [len(weight), weight[0].numel()]
     if weight is None or weight.dim() != 2:
         return None
     return list(weight.shape)[:: -1 if type(module).__name__ == "Conv1D" else 1]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
+from featherweight.model.layers.modules import CodedModule
 from featherweight.model.network.observe import no_fast_path
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.streams import hidden_of, same_values
+from featherweight.model.network.unfold import Convolution
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 
 
@@ -21,18 +23,30 @@ class ModuleHost:
     """A `Host` over a module that stays in memory.
 
     whole : the module is one block, as no list of blocks was found through which hidden states go one after the other
+    convolutions : these are layers too, seen as matrices [out, in / groups * product of kernel]
+
+    Attributes
+    ----------
+    unmeasured : layers of whose inputs there are no statistics -> a sentence that says why
     """
 
     def __init__(
-        self, module: nn.Module, forward: Callable[[nn.Module, Any], Any], batch: Any, blocks: str | None = None
+        self,
+        module: nn.Module,
+        forward: Callable[[nn.Module, Any], Any],
+        batch: Any,
+        blocks: str | None = None,
+        convolutions: bool = False,
     ) -> None:
         first = next(iter(module.parameters()), None)
         if first is None:
             raise CalibrationError(f"{type(module).__name__} has no parameters to calibrate")
         self.dtype, self.device = first.dtype, first.device
-        linears = {name: m for name, m in module.named_modules() if is_linear(m)}
+        folded = {name for name, m in module.named_modules() if is_convolution(m)}
+        linears = {n: m for n, m in module.named_modules() if is_linear(m) or (convolutions and n in folded)}
         if not linears:
-            raise CalibrationError(f"{type(module).__name__} has no linear layers to calibrate")
+            hint = "; its convolutions are layers if convolutions=True is given" if folded else ""
+            raise CalibrationError(f"{type(module).__name__} has no linear layers to calibrate{hint}")
         self._training = [m for m in module.modules() if m.training]
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self.model = module.eval().requires_grad_(False)
@@ -49,9 +63,20 @@ class ModuleHost:
             inside = [name for name in linears if not path or name.startswith(path + ".")]
             inside.sort(key=lambda name: inputs.get(name, (len(linears), 0))[0])
             for name in inside:
+                found = linears[name]
                 group = f"{path}:{inputs[name][1]}" if name in inputs else f"{path}:{name}"
-                self.layers[name] = replace(_layer(name, linears[name]), block=number, input_group=group)
-                self.slots[name] = Slot(f"{name}.weight", transposed=type(linears[name]).__name__ == "Conv1D")
+                if is_convolution(found):
+                    found.weight.data = found.weight.data.contiguous()  # channels may lie last: no matrix can be seen
+                    group += _unfolding(found)
+                layer = replace(_layer(name, found), block=number, input_group=group)
+                self.layers[name] = layer
+                self.slots[name] = Slot(f"{name}.weight", transposed=layer.transposed, matrix=bool(layer.kernel))
+        self.unmeasured = {
+            name: f"{name} is a convolution in {layer.groups} groups with inputs of their own, of which no statistics "
+            "are gathered: give it a code without data"
+            for name, layer in self.layers.items()
+            if layer.groups > 1
+        }
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self.replaced: dict[str, Tensor] = {}
 
@@ -116,11 +141,22 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """A convolution with a weight of its own: none that is compressed, nor transposed."""
+    return isinstance(module, Convolution) and not isinstance(module, CodedModule)
+
+
+def _unfolding(module: Convolution) -> str:
+    """On what the unfolded inputs of a convolution depend besides what it reads."""
+    parts = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+    return "".join(f":{part}" for part in parts)
+
+
 def _layer(name: str, module: nn.Module) -> LinearLayer:
     weight = module.weight
     assert isinstance(weight, Tensor)
     transposed = type(module).__name__ == "Conv1D"
-    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    rows, columns = weight.shape[::-1] if transposed else (len(weight), weight[0].numel())
     return LinearLayer(
         name=name,
         tensor=f"{name}.weight",
@@ -135,6 +171,8 @@ def _layer(name: str, module: nn.Module) -> LinearLayer:
         norm=None,
         bias=f"{name}.bias" if module.bias is not None else None,
         fused=(),
+        kernel=tuple(weight.shape[2:]),
+        groups=int(getattr(module, "groups", 1)),
     )
 
 

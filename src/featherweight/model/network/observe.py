@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from featherweight.model.network.placement import Slot
+from featherweight.model.network.unfold import Convolution, unfolded
 
 # name of a product -> positions of the input and of the matrix among its arguments
 PRODUCTS = {
@@ -115,9 +116,12 @@ class InputRecorder:
         return hook
 
     def _layer_hook(self, name: str, probe: Probe) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if found is not None:
+            if found is not None and isinstance(module, Convolution):
+                if module.groups == 1:  # groups have inputs of their own
+                    self._record(name, probe, unfolded(module, found))
+            elif found is not None:
                 self._record(name, probe, found)
 
         return hook

@@ -36,16 +36,20 @@ class Slot:
     expert : slice of the leading dimension, or None for the whole
     transposed : the part is stored as [in, out]
     rows : the rows of the [out, in] matrix, or None for all
+    matrix : the parameter is that of a convolution [out, in / groups, *kernel], of which the matrix
+        [out, in / groups * product of kernel] is seen
     """
 
     parameter: str
     expert: int | None = None
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    matrix: bool = False
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part itself, a view of the parameter: [out, in] for a matrix, any shape for the whole."""
         part = parameter if self.expert is None else parameter[self.expert]
+        part = part.view(len(part), -1) if self.matrix else part
         part = part.t() if self.transposed else part
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
 
@@ -82,7 +86,7 @@ class Placement:
         slot = self.tensor(layer.tensor)
         if layer.fused_slice:
             return Slot(slot.parameter, layer.expert, layer.transposed)
-        return Slot(slot.parameter, slot.expert, slot.transposed or layer.transposed, slot.rows)
+        return Slot(slot.parameter, slot.expert, slot.transposed or layer.transposed, slot.rows, bool(layer.kernel))
 
     def _find(self, name: str, shape: tuple[int, ...]) -> Slot | None:
         for path in self._candidates(name):

@@ -167,7 +167,7 @@ def check(status: int, what: str) -> None:
 
 
 def threads_of(threads: int | None = None) -> int:
-    """Threads of an operator: those that somebody has chosen (`kernels.threads`), else PyTorch's number."""
+    """Threads of an operator: those that somebody has chosen (`system.threads`), else PyTorch's number."""
     chosen = chosen_threads(threads)
     return torch.get_num_threads() if chosen is None else chosen
 

@@ -75,7 +75,7 @@ def windows(
         tokenizer: of transformers, or a `featherweight.model.text.tokenizer.Tokenizer`.
         source: see `featherweight.model.text.sources`.
         context: most tokens the model can take, see `context_of`; longer windows are cut to it.
-        tell: told when there is less text than wanted.
+        notify: called when there is less text than wanted.
 
     Raises:
         CalibrationError: the source cannot be read, or has text for fewer than 4 windows.

@@ -20,6 +20,8 @@ FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 class LayerWeight:
     """Rows of a layer, zero-copy from the mapped file where the layout allows; transposed tensors are gathered.
 
+    Rows of a convolution are its kernels, one behind the other.
+
     shape : (out_features, in_features)
     largest : max |w|, found by `scan`
     """
@@ -37,6 +39,8 @@ class LayerWeight:
 
     def rows(self, first: int, last: int) -> Tensor:
         layer = self.layer
+        if layer.kernel:
+            return self.checkpoint.rows(layer.tensor, first, last).flatten(1)
         if not layer.transposed and not layer.fused_slice:
             return self.checkpoint.rows(layer.tensor, first, last)
         matrix = self.checkpoint.tensor(layer.tensor)
@@ -68,6 +72,12 @@ class LayerWeight:
 
     def _stored_index(self, row: int, column: int) -> list[int]:
         index = [column, row] if self.layer.transposed else [row, column]
+        if self.layer.kernel:
+            place: list[int] = []
+            for size in reversed(self.layer.kernel):
+                column, inner = divmod(column, size)
+                place.insert(0, inner)
+            return [row, column, *place]
         return [self.layer.expert, *index] if self.layer.fused_slice and self.layer.expert is not None else index
 
 

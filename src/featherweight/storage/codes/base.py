@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, shown
-from featherweight.registry import nearest, registered
+from featherweight.registry import left_out, nearest, registered
 
 
 class TensorLayout(NamedTuple):
@@ -114,7 +114,7 @@ class Code(abc.ABC):
 
 
 class UnknownCodeError(CheckpointError):
-    """A spec names a kind of code that this release does not have: a newer one, or a plugin, wrote it."""
+    """A spec names a kind of code that is not here: a newer release, or a package that is not installed, wrote it."""
 
 
 def code_class(spec: dict[str, Any]) -> type[Code]:
@@ -123,7 +123,7 @@ def code_class(spec: dict[str, Any]) -> type[Code]:
     if not isinstance(kind, str) or kind not in known:
         raise UnknownCodeError(
             f"this release knows no code of the kind {str(kind)[:80]!r}{nearest(str(kind), known)}: "
-            "update featherweight"
+            f"update featherweight, or install the package that adds it{left_out()}"
         )
     return known[kind]
 

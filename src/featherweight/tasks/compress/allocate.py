@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from featherweight.events import Observer, silent
+from featherweight.methods.budget.base import LayerCandidates
 from featherweight.methods.calibrate.statistics_file import StatisticsFile
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
-from featherweight.tasks.compress.plan import Job, Plan, layer_candidates
+from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, group_seed, output_error, relative_error
 from featherweight.tasks.compress.stored import solve_with
 
@@ -56,25 +57,29 @@ def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: 
         raise ValueError("errors of outputs are measured with a file of statistics")
     recipe = plan.recipe
     errors = measured(plan, checkpoint, measuring, notify)
-    layers = layer_candidates(plan, errors)
+    layers = {
+        job.layer.name: LayerCandidates.of(job.layer.shape, plan.candidates[job.layer.name], errors[job.layer.name])
+        for job in plan.jobs
+        if job.layer.name in plan.candidates
+    }
     chosen = recipe.allocation.assign(layers)
     decided = replace(
         plan,
-        jobs=tuple(replace(job, treatment=chosen[job.layer.name]) for job in plan.jobs),
+        jobs=tuple(replace(job, treatment=chosen.get(job.layer.name, job.treatment)) for job in plan.jobs),
         candidates={},
         most_code_bytes=None,
         bytes_are="planned after measuring",
     )
-    left = {
-        name: next(c.error for c in layer.candidates if c.treatment is chosen[name]) for name, layer in layers.items()
-    }
+    missed = sum(
+        layer.weights * next(c.error or 0.0 for c in layer.candidates if c.treatment is chosen[name])
+        for name, layer in layers.items()
+    )
     notify(
         {
             "event": "allocation",
             "kind": recipe.allocation.kind,
             "bits_per_weight": 8 * decided.code_bytes / max(1, decided.weights),
-            "error": sum(layers[name].weights * (error or 0.0) for name, error in left.items())
-            / max(1, decided.weights),
+            "error": missed / max(1, decided.weights),
         }
     )
     return decided

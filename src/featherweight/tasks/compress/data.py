@@ -15,7 +15,7 @@ from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
-from featherweight.tasks.compress.refusals import check_base, check_recipe, check_stored
+from featherweight.tasks.compress.refusals import check_base, check_reads_text, check_recipe, check_stored
 
 if TYPE_CHECKING:
     from featherweight.methods.calibrate.settings import CalibrationSettings
@@ -55,6 +55,7 @@ class CalibrationData:
         if str(source).endswith(".safetensors"):
             check_stored(recipe, Path(str(source)), checkpoint)
             return cls(recipe, None, Path(str(source)), base_model)
+        check_reads_text(recipe, checkpoint)
         return cls(recipe, text_windows(checkpoint, source, recipe.calibration, notify), None, base_model)
 
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:

@@ -78,28 +78,63 @@ def compress(
     trust_remote_code: bool = False,
     observer: Observer | None = None,
 ) -> Compression:
-    """Compress a checkpoint.
+    """Compress a checkpoint by a recipe, and write the result as a folder that `featherweight.load` reads.
+
+    Called again after an interruption, it goes on; called again when complete, it returns at once. While it works
+    OUT.feather-run stands beside the output, and OUT.log.jsonl records events.
 
     Parameters
     ----------
-    model : folder of safetensors files, a single such file, or a hub id
-    recipe : preset name, YAML file or Recipe
-    out : folder to make; while the work lasts OUT.feather-run stands beside it, and OUT.log.jsonl records events
-    changes : like "grid.planes=3", applied to the recipe
-    calibration : text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) for recipes that run the network;
-        the shipped text if None; data-free recipes do not read it
-    base_model : the model this one was fine-tuned from, for recipes that compare the two
-    threads : of native kernels and PyTorch, results do not depend on it; default: see `kernels.threads`
-    seed : for recipes with random choices; part of the run's identity
-    max_memory : bytes or "2GB"; a limit on resident memory that is planned for, with an error if it cannot be met;
-        without it, recipes that run the network are refused where the memory that is free now is too little
-    overwrite : replace an existing output of featherweight's, or another unfinished run; what else stands in OUT is
-        never replaced
-    trust_remote_code : run the code that the model's folder brings for its class or tokenizer
-    observer : called with every event that goes to the log
+    model : str or Path
+        A folder of safetensors files, one such file, or a hub id.
+    recipe : str, Path or Recipe
+        The name of a preset, a YAML file, or a Recipe.
+    out : str or Path
+        Folder to make.
+    changes : sequence of str
+        Like "grid.planes=3", applied to the recipe.
+    calibration : str or Path, optional
+        Text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) or a file of statistics, for recipes that
+        run the network. Default: the shipped text. Data-free recipes do not read it.
+    base_model : str or Path, optional
+        The model that this one was fine-tuned from, for recipes that compare the two.
+    threads : int, optional
+        Of native kernels and PyTorch. Default: as `featherweight.system.threads` decides.
+    seed : int
+        For recipes with random choices; part of the run's identity.
+    max_memory : int or str, optional
+        Bytes or "2GB": a limit on resident memory that is planned for, with an error if it cannot be met. Without it,
+        recipes that run the network are refused where the memory that is free now is too little.
+    overwrite : bool
+        Replace an existing output of featherweight's, or another unfinished run. What else stands in OUT is never
+        replaced.
+    shard_bytes : int
+        Most bytes of one file of the output.
+    trust_remote_code : bool
+        Run the code that the model's folder brings for its class or tokenizer.
+    observer : callable, optional
+        Called with every event that goes to the log, a mapping that can be written as JSON.
 
-    Called again after an interruption, it goes on; called again when complete, it returns at once.
-    Raises the errors of `featherweight.errors`.
+    Returns
+    -------
+    Compression
+        Where the result is, what it took (seconds, bytes of peak memory), its bits a weight, and a record of every
+        layer.
+
+    Raises
+    ------
+    CheckpointError
+        The model is missing, damaged, or of a kind that is not understood.
+    RecipeError
+        The recipe is wrong, its choices do not go together, or cannot treat this model.
+    CalibrationError
+        The network cannot be run on the text.
+    NonFiniteError
+        A weight is NaN or infinite.
+    OutputError
+        OUT exists already, or cannot be written.
+    FeatherError
+        Any other setting is wrong, or the memory does not suffice; it is the base of all of these.
     """
     begun = time.monotonic()
     reset_peak_memory()

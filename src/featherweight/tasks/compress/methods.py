@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from featherweight.errors import FeatherWarning, RecipeError
 from featherweight.methods.quantize.base import Choice
-from featherweight.methods.recipe import Recipe, load_recipe, presets
-from featherweight.registry import PACKAGES, registered
+from featherweight.methods.recipe import Recipe, load_recipe, preset_origin, presets
+from featherweight.plugins import OURS
+from featherweight.registry import PACKAGES, origin, registered
 from featherweight.storage.codes import code_layout
 from featherweight.tasks.compress.plan import tokens_a_step
 
@@ -19,16 +22,27 @@ def method_table() -> list[dict[str, Any]]:
     """A row a preset: the five axes in words, needs, true bits per weight of a 4096 x 4096 matrix, cost, paper.
 
     The cost is what a machine cannot change: how much of the network is in memory, how many tokens run through it to
-    be seen, and how many forwards and backwards in trainings. `feather plan` measures seconds, on a model.
+    be seen, and how many forwards and backwards in trainings. `feather plan` measures seconds, on a model. `from` is
+    the distribution that brings the preset; one of another package that cannot be read is a FeatherWarning.
     """
-    return [_row(load_recipe(name)) for name in presets()]
+    rows = []
+    for name in presets():
+        source = preset_origin(name)
+        try:
+            rows.append(_row(load_recipe(name), source))
+        except RecipeError as error:
+            if source == OURS:
+                raise
+            warnings.warn(f"the preset {name!r} of {source} is left out: {error}", FeatherWarning, stacklevel=2)
+    return rows
 
 
-def _row(recipe: Recipe) -> dict[str, Any]:
+def _row(recipe: Recipe, source: str) -> dict[str, Any]:
     codes = sum(tensor.nbytes for tensor in code_layout(recipe.grid.spec(TYPICAL)).values())
     nbytes = codes + recipe.extra_bytes(TYPICAL)
     return {
         "preset": recipe.name,
+        "from": source,
         "title": recipe.title,
         "paper": recipe.paper,
         "notes": recipe.notes,
@@ -101,13 +115,20 @@ def choices_table() -> list[dict[str, Any]]:
     """Every registered choice on every axis with its settings, for the documentation."""
     rows = []
     for axis in PACKAGES:
-        if axis in ("code", "statistic"):
-            continue
         for name, cls in registered(axis).items():
+            if not issubclass(cls, Choice):  # a code or a statistic, which has no settings
+                continue
             fields = [
                 {"name": f, "default": info.default, "description": info.description or ""}
-                for f, info in cls.model_fields.items()  # type: ignore[attr-defined]
+                for f, info in cls.model_fields.items()
             ]
             summary = (cls.__doc__ or "").strip().split("\n")[0]
-            rows.append({"axis": axis, "name": name, "summary": summary, "settings": fields})
+            source = origin(axis, name)
+            rows.append({"axis": axis, "name": name, "from": source, "summary": summary, "settings": fields})
     return rows
+
+
+def added_choices() -> list[dict[str, str]]:
+    """Axis, name and distribution (`from`) of every choice, statistic and kind of code that is not from here."""
+    known = [{"axis": axis, "name": name, "from": origin(axis, name)} for axis in PACKAGES for name in registered(axis)]
+    return [row for row in known if row["from"] != OURS]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from featherweight.errors import CheckpointError, FeatherError, shown
-from featherweight.methods.budget.base import Candidate, LayerCandidates
+from featherweight.methods.budget.base import LayerCandidates
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.learn.objectives import CHUNK_ELEMENTS
 from featherweight.methods.quantize.base import Choice, Grid, Rounding, SolveOptions
@@ -296,17 +296,24 @@ def make_plan(
         )
     check_recipe(recipe)
     anatomy, notes, dropped = accounted_anatomy(checkpoint)
-    candidates = recipe.candidates_for(anatomy)
+    treatments = recipe.candidates_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
-    chosen_tensors = {layer.tensor for layer in layers if layer.name in candidates}
+    candidates = {x.name: LayerCandidates.of(x.shape, treatments[x.name]) for x in layers if x.name in treatments}
+    measures = recipe.allocation.needs_errors
+    given = _largest(candidates) if measures else recipe.allocation.assign(candidates)
+    chosen_tensors = {layer.tensor for layer in layers if layer.name in given}
     jobs = []
     for layer in layers:
-        if layer.name in candidates:
-            jobs.append(Job(layer, _largest(candidates[layer.name], layer.shape)))
+        if layer.name in given:
+            jobs.append(Job(layer, given[layer.name]))
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
             jobs.append(Job(layer, Treatment(DenseGrid(dtype=stored), Nearest())))
-    check_layers(recipe, anatomy, ((job.layer.name, candidates.get(job.layer.name, (job.treatment,))) for job in jobs))
+    check_layers(
+        recipe,
+        anatomy,
+        ((j.layer.name, treatments.get(j.layer.name, (j.treatment,)) if measures else (j.treatment,)) for j in jobs),
+    )
     copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(
@@ -323,33 +330,23 @@ def make_plan(
         linear_weights=sum(checkpoint.entry(name).elements for name in linear),
         linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
         options=SolveOptions(threads=threads),
-        candidates=candidates if recipe.allocation.needs_errors else {},
+        candidates=treatments if measures else {},
+        most_code_bytes=_most_bytes(recipe, candidates, jobs) if measures else None,
+        bytes_are="at most" if measures else "planned",
     )
-    if plan.candidates:
-        plan = replace(plan, most_code_bytes=_most_code_bytes(plan), bytes_are="at most")
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
 
 
-def _largest(candidates: Sequence[Treatment], shape: tuple[int, int]) -> Treatment:
-    return max(candidates, key=lambda treatment: treatment.nbytes(shape)) if len(candidates) > 1 else candidates[0]
+def _largest(candidates: Mapping[str, LayerCandidates]) -> dict[str, Treatment]:
+    """By layer, the candidate that stores most; what plans hold before layers are measured."""
+    return {name: max(one.candidates, key=lambda c: c.nbytes).treatment for name, one in candidates.items()}
 
 
-def layer_candidates(plan: Plan, errors: Mapping[str, Sequence[float]] | None = None) -> dict[str, LayerCandidates]:
-    """What the allocation of a plan chooses from: every job's candidates, with errors by layer where they are known."""
-    found = {}
-    for job in plan.jobs:
-        name, shape = job.layer.name, job.layer.shape
-        treatments = plan.candidates.get(name, (job.treatment,))
-        known: Sequence[float | None] = (None,) * len(treatments) if errors is None else errors[name]
-        found[name] = LayerCandidates(
-            shape, tuple(Candidate(t, t.nbytes(shape), error) for t, error in zip(treatments, known, strict=True))
-        )
-    return found
-
-
-def _most_code_bytes(plan: Plan) -> int:
-    return plan.recipe.allocation.most_bytes(layer_candidates(plan))
+def _most_bytes(recipe: Recipe, candidates: Mapping[str, LayerCandidates], jobs: Sequence[Job]) -> int:
+    """Bytes of all codes that an allocation keeps to; slices that stay dense are none of its layers."""
+    others = sum(job.nbytes for job in jobs if job.layer.name not in candidates)
+    return recipe.allocation.most_bytes(candidates) + others
 
 
 def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:

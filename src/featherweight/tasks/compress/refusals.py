@@ -14,6 +14,7 @@ from featherweight.methods.quantize.base import Choice, Correction, Transform
 from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
+from featherweight.storage.checkpoint.anatomy.family import find_family
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 
@@ -58,12 +59,37 @@ def _left_out(treatment: Treatment) -> list[Choice]:
     return found
 
 
-def check_layers(recipe: Recipe, anatomy: Anatomy, layers: Iterable[tuple[str, Sequence[Treatment]]]) -> None:
+def check_reads_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """RecipeError for a recipe that runs a network on text, and a family whose layers are convolutions."""
+    family = find_family(checkpoint.config)
+    if recipe.calibrated and family is not None and any(group.convolution for group in family.groups):
+        raise _reads_no_text(recipe, family.name)
+
+
+def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
+    return RecipeError(
+        f"recipe {recipe.name} is calibrated with text, which a model with convolutions ({convolution}) does not read: "
+        "use a recipe without data, or codes_of_module (tasks/compress/in_memory.py) with batches of images"
+    )
+
+
+def check_layers(
+    recipe: Recipe, anatomy: Anatomy, layers: Iterable[tuple[str, Sequence[Treatment]]], text: bool = True
+) -> None:
     """RecipeError for a model that a choice cannot treat, or a layer whose choices do not go together.
 
     layers : names, and all treatments that the layer may get
+    text : whether it is calibrated with that
     """
     layers = list(layers)
+    convolutions = {layer.name for layer in anatomy.layers if layer.kernel}
+    if convolutions and recipe.calibrated and text:
+        raise _reads_no_text(recipe, next(layer.name for layer in anatomy.layers if layer.kernel))
+    for name, treatments in layers if convolutions else ():
+        if name in convolutions and any(t.kind == "quantize-inputs" for one in treatments for t in one.transforms):
+            raise RecipeError(
+                f"recipe {recipe.name} rounds inputs, which the convolution {name} cannot: leave out quantize-inputs"
+            )
     for transform in _distinct(t for _, treatments in layers for treatment in treatments for t in treatment.transforms):
         reason = transform.refusal(anatomy)
         if reason is not None:

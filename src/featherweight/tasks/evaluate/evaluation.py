@@ -28,7 +28,8 @@ from featherweight.tasks.evaluate.divergence import Divergence
 from featherweight.tasks.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
 from featherweight.tasks.evaluate.protocols import Setting, protocol_named
 
-Source = str | Path | tuple[Any, Any]
+ModelLike = str | Path | tuple[Any, Any]
+"""A folder, file or hub id, or a model and its tokenizer."""
 Report = Callable[[str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -110,8 +111,8 @@ def _finite(value: Any) -> Any:
 
 
 def evaluate(
-    model: Source,
-    against: Source | None = None,
+    model: ModelLike,
+    against: ModelLike | None = None,
     text: str | Path | None = None,
     protocol: str = "own",
     context: int | None = None,
@@ -121,18 +122,52 @@ def evaluate(
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Measure `model`, a folder or (model, tokenizer), and how far it is from `against`.
+    """Measure the perplexity and true size of a model, and how far its predictions are from those of another.
 
-    `text` is a UTF-8 file, plain or .xz or .gz; None is the text that comes with the package. `protocol` is one of
-    own, 2048, 4096, strided, llama.cpp; `context` overrides its window. `dtype` auto is float32 on a CPU and the
-    checkpoint's own on a GPU. `limit` keeps the first tokens only. `trust_remote_code` runs the code that a folder
-    brings for its class. Models given as objects are put into evaluation mode meanwhile, and then back.
-    EvaluationError where a measurement is impossible.
+    Parameters
+    ----------
+    model : str, Path or tuple
+        A folder, one .safetensors file, or a hub id; or (model, tokenizer) as transformers gives them. Models given as
+        objects are put into evaluation mode meanwhile, and then back.
+    against : str, Path or tuple, optional
+        The original, to compare with token by token. Both must have the same tokenizer.
+    text : str or Path, optional
+        A UTF-8 file, plain, .xz or .gz. Default: the evaluation text that comes with the package.
+    protocol : str
+        How the text is cut into windows: "own" (the model's context), "2048", "4096", "strided" or "llama.cpp".
+    context : int, optional
+        Tokens in a window, instead of the protocol's.
+    dtype : str
+        "float32", "bfloat16", "float16", "float64", or "auto": float32 on a CPU, on a GPU what config.json says.
+    limit : int, optional
+        Use the first so many tokens of the text, at least 2.
+    progress : callable, optional
+        Called with the windows that are done and their number, both int.
+    threads : int, optional
+        Of PyTorch and the native kernels. Default: FEATHERWEIGHT_THREADS, else as PyTorch has it.
+    trust_remote_code : bool
+        Run the code that a folder brings for its model class or tokenizer.
 
-    Example::
+    Returns
+    -------
+    Evaluation
+        `perplexity` with its standard error, both over all scored tokens; `setting`, which says protocol, tokens,
+        dtype and the hashes of text and tokenizer; `size` in bytes and bits a weight (None for a model given as an
+        object). With `against` also `divergence` (KL in nats a token, share of equal top-1 predictions) and
+        `log_ratio` of the perplexities, paired over windows.
 
-        result = evaluate("small", against="original")
-        print(result.perplexity, result.divergence.mean, result.size.linear_bits)
+    Raises
+    ------
+    EvaluationError
+        A setting is none of the above; the text is missing, empty or too short; a model has no tokenizer, is no causal
+        language model, or the two have different tokenizers.
+    CheckpointError
+        A model cannot be found or loaded; see `featherweight.load`.
+
+    Examples
+    --------
+    >>> result = featherweight.evaluate("small", against="original")
+    >>> print(result.perplexity, result.divergence.mean, result.size.linear_bits)
     """
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -173,7 +208,7 @@ def evaluate(
 
 
 def _evaluation(
-    measured: Measurement, setting: Setting, seconds: float, model: Source, against: Source | None
+    measured: Measurement, setting: Setting, seconds: float, model: ModelLike, against: ModelLike | None
 ) -> Evaluation:
     loss, other = measured.loss, measured.against
     ratio, ratio_error = (None, None) if other is None else loss.log_ratio(other)
@@ -283,7 +318,7 @@ def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
         )
 
 
-def _open(source: Source, dtype: str, trust_remote_code: bool = False, needed: bool = True) -> tuple[Any, Any]:
+def _open(source: ModelLike, dtype: str, trust_remote_code: bool = False, needed: bool = True) -> tuple[Any, Any]:
     """A model and its tokenizer, which is `needed` or may be None."""
     if isinstance(source, tuple):
         return source

@@ -6,6 +6,7 @@ Read from tensor names, shapes and config.json alone; the model is never built o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +42,12 @@ class LinearLayer:
     producer : name of the layer whose outputs enter this layer's inputs linearly, channel by channel, and go nowhere
         else: up_proj for down_proj (times the activated gate), v_proj for o_proj (averaged over tokens; with grouped
         queries a channel of v serves several of o). None where there is none, and always when found by structure
+    interleaved : the parts of a fused layer lie head by head (neuron by neuron), not one behind the other
+    post : weight of a norm between this layer's output and the residual stream (Gemma 2 and 3), None where there is
+        none, and always None when found by structure
+    kernel : sizes of a convolution's kernel, () for others. The weight is stored as [out, in / groups, *kernel], and
+        `shape` is that of the matrix (out, in / groups * product of kernel) which it is in its memory
+    groups : groups of a convolution's channels, each with inputs of its own
     """
 
     name: str
@@ -57,6 +64,10 @@ class LinearLayer:
     bias: str | None
     fused: tuple[str, ...]
     producer: str | None = None
+    interleaved: bool = False
+    post: str | None = None
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def parameters(self) -> int:
@@ -209,20 +220,29 @@ class _Reader:
                 owner = group.input if expert is None else f"{group.input}.{expert}"
                 layer = replace(layer, block=block, expert=expert, input_group=f"{prefix}:{owner}", norm=norm)
                 layer = replace(layer, producer=producer.removesuffix(".weight") if producer else None)
+                layer = replace(layer, post=self._post_norm(tensors, group))
                 found.append((expert, layer))
         found.sort(key=lambda item: -1 if item[0] is None else item[0])  # stable: expert by expert, gate before up
         for _, layer in found:
             yield from self._slices(layer, prefix, group)
 
+    def _post_norm(self, tensors: dict[str, str], group: Group) -> str | None:
+        """The norm behind a group's layers: the first there is, if it is not the one in front of others."""
+        before = {_first(tensors, [f"{path}.weight" for path in other.norm]) for other in self.family.groups}
+        found = _first(tensors, [f"{path}.weight" for path in group.post])
+        return None if found in before else found
+
     def _linear(self, tensor: str, role: str, group: Group) -> LinearLayer:
         entry = self.checkpoint.entry(tensor)
-        wanted = 3 if group.stacked else 2
-        if len(entry.shape) != wanted or 0 in entry.shape or entry.dtype not in FLOATING:
+        wanted = (3,) if group.stacked else (2, 3, 4, 5) if group.convolution else (2,)  # 2: the matrix, compressed
+        if len(entry.shape) not in wanted or 0 in entry.shape or entry.dtype not in FLOATING:
             raise CheckpointError(
-                f"{tensor} in {self.checkpoint.file_of(tensor).path} should hold {wanted}-dimensional floating-point "
-                f"weights, but is {entry.dtype} {list(entry.shape)}; is the model compressed already?"
+                f"{tensor} in {self.checkpoint.file_of(tensor).path} should hold {wanted[-1]}-dimensional "
+                f"floating-point weights, but is {entry.dtype} {list(entry.shape)}; is the model compressed already?"
             )
         rows, columns = entry.shape[-2:]
+        if group.convolution:
+            rows, columns = entry.shape[0], math.prod(entry.shape[1:])
         module = tensor.removesuffix(".weight")
         bias = next((name for name in (f"{module}.bias", f"{module}_bias") if name in self.names), None)
         return LinearLayer(
@@ -239,6 +259,8 @@ class _Reader:
             norm=None,
             bias=bias,
             fused=group.fused.get(role, ()),
+            interleaved=group.interleaved and role in group.fused,
+            kernel=tuple(entry.shape[2:]) if group.convolution else (),
         )
 
     def _slices(self, layer: LinearLayer, prefix: str, group: Group) -> Iterator[LinearLayer]:

@@ -18,6 +18,12 @@ groups:                               # linear layers that read the same input, 
     transposed: true                  # stored as [in, out]
     stacked: true                     # 3-D, experts in the leading dimension
     fused: {qkv_proj: [q_proj, k_proj, v_proj]}
+    interleaved: true                 # the fused parts lie head by head (neuron by neuron), not one behind the other
+    post: post_attention_layernorm    # a norm between these layers and the residual stream, unless it feeds others
+    convolution: true                 # stored as [out, in / groups, *kernel]
+readers: [pooler.dense]               # layers outside the blocks that read the residual stream, or write it;
+writers: [project_in]                 #   under the base, or absolute
+norm_offset: 1                        # what norms add to their stored weights
 whole:                                # all tensors of an ordinary checkpoint, so that transformers need not be asked
   architectures: [LlamaForCausalLM]   # classes that have exactly these
   unless: [attention_bias]            # not where config.json sets one of these
@@ -53,6 +59,9 @@ class Group:
     transposed: bool = False
     stacked: bool = False
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: bool = False
+    post: tuple[str, ...] = ()
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ class Family:
     architectures: tuple[str, ...] = ()
     tied_by_default: bool = False
     post_norm_when: dict[str, Any] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    norm_offset: float = 0.0
     whole: dict[str, Any] | None = None
     declared: bool = True
 
@@ -104,7 +116,7 @@ def read_family(path: Path) -> Family:
     """Read one family file. A key that is not known raises TypeError: the files are part of the package."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     groups = tuple(_read_group(group) for group in values.pop("groups"))
-    for key in ("base", "blocks", "embeddings", "model_types", "architectures"):
+    for key in ("base", "blocks", "embeddings", "model_types", "architectures", "readers", "writers"):
         values[key] = _texts(values.pop(key, ()))
     return Family(name=values.pop("family"), groups=groups, **values)
 
@@ -114,7 +126,8 @@ def _read_group(values: dict[str, Any]) -> Group:
     if isinstance(linears, list):
         linears = {path.rpartition(".")[2]: path for path in linears}
     fused = {role: tuple(parts) for role, parts in values.pop("fused", {}).items()}
-    return Group(linears=linears, norm=_texts(values.pop("norm", ())), fused=fused, **values)
+    norm, post = (_texts(values.pop(key, ())) for key in ("norm", "post"))
+    return Group(linears=linears, norm=norm, fused=fused, post=post, **values)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

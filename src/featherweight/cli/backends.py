@@ -1,4 +1,4 @@
-"""What `generate` and `chat` talk to: a model behind the native decoder, or behind transformers."""
+"""What writes the text for `generate` and `chat`: the native decoder, or transformers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,27 @@ Messages = Sequence[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Choices:
-    """How an answer is made: see `engine.sampling.Sampling`. None: as the model's folder says."""
+class BackendSettings:
+    """Which model writes, and how it is run.
+
+    model : folder, .safetensors file or hub id
+    engine, kv_cache : of ENGINES and CACHES
+    dtype : compute type: auto, float32, bfloat16 or float16
+    threads : None: as `featherweight.system.threads` decides
+    trust_remote_code : run the code that the model's folder brings for its class or tokenizer
+    """
+
+    model: str
+    engine: str = "auto"
+    dtype: str = "auto"
+    kv_cache: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is made: see `featherweight.model.decoder.sampling.Sampling`. None: as the model's folder says."""
 
     max_tokens: int
     temperature: float | None
@@ -40,7 +59,7 @@ class Choices:
     repetition_penalty: float | None = None
 
     def sampling(self, defaults: GenerationDefaults, answers: int) -> Sampling:
-        """Of a talker's next answer, after so many: each has random numbers of its own."""
+        """Of a backend's next answer, after so many: each has random numbers of its own."""
         from featherweight.model.decoder.sampling import RANGES, derived_seed
 
         return defaults.sampling({name: getattr(self, name) for name in RANGES}, derived_seed(self.seed, answers))
@@ -54,7 +73,7 @@ class AnswerStopped(KeyboardInterrupt):
         self.text = text
 
 
-class Talker(Protocol):
+class TextBackend(Protocol):
     """A loaded model that continues texts."""
 
     @property
@@ -67,40 +86,34 @@ class Talker(Protocol):
     def prompt(self, messages: Messages) -> str:
         """What the chat template makes of a conversation."""
 
-    def write(self, tokens: list[int], choices: Choices) -> str:
+    def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         """Continue `tokens`, print the text as it is made, return it. AnswerStopped at a Ctrl-C."""
 
 
-def open_talker(
-    model: str,
-    engine: str,
-    dtype: str,
-    threads: int | None,
-    cache: str = "auto",
-    trust_remote_code: bool = False,
-) -> Talker:
+def open_backend(settings: BackendSettings) -> TextBackend:
     """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype.
 
     A chosen KV cache speaks for the native decoder: transformers has none of ours.
     """
+    engine, dtype, cache, threads = settings.engine, settings.dtype, settings.kv_cache, settings.threads
     for what, value, known in (("--engine", engine, ENGINES), ("--kv-cache", cache, CACHES)):
         if value not in known:
             raise FeatherError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     if engine == "transformers" and cache != "auto":
         raise FeatherError(f"--kv-cache {cache} is the native decoder's: leave it out with --engine transformers")
-    place = resolve(model)
+    place = resolve(settings.model)
     if engine == "native" or cache != "auto":
-        return NativeTalker.open(place, dtype, threads, cache)
+        return NativeBackend.open(place, dtype, threads, cache)
     if engine == "transformers" or dtype != "auto" or _has_gpu():
-        return TransformersTalker(place.model, dtype, threads, trust_remote_code)
+        return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code)
     from featherweight.model.decoder.families import UnsupportedModelError
 
     try:
-        return NativeTalker.open(place, dtype, threads, cache)
+        return NativeBackend.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
-        talker = TransformersTalker(place.model, dtype, threads, trust_remote_code)
+        backend = TransformersBackend(place.model, dtype, threads, settings.trust_remote_code)
         print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
-        return talker
+        return backend
 
 
 def _has_gpu() -> bool:
@@ -118,7 +131,7 @@ def _print(text: str) -> None:
 
 
 class _TextSide:
-    """What talkers have in common: text to tokens, and conversations to prompts."""
+    """What backends have in common: text to tokens, and conversations to prompts."""
 
     tokenizer: Tokenizer
 
@@ -134,7 +147,7 @@ class _TextSide:
         return self.tokenizer.chat_template.render(messages)
 
 
-class NativeTalker(_TextSide):
+class NativeBackend(_TextSide):
     """The native decoder; transformers is not needed, unless for the tokenizer."""
 
     def __init__(self, model: NativeModel, tokenizer: Tokenizer) -> None:
@@ -142,7 +155,7 @@ class NativeTalker(_TextSide):
         self.answers = 0
 
     @classmethod
-    def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeTalker:
+    def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeBackend:
         """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits.
 
         Raises:
@@ -171,15 +184,15 @@ class NativeTalker(_TextSide):
             raise _no_tokenizer(folder)
         return cls(model, tokenizer)
 
-    def write(self, tokens: list[int], choices: Choices) -> str:
+    def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         from featherweight.model.decoder.text import TextStream
 
         stream = TextStream(self.tokenizer.decode, _print)
-        sampling = choices.sampling(self.model.defaults, self.answers)
+        sampling = settings.sampling(self.model.defaults, self.answers)
         self.answers += 1
         stopped = False
         try:
-            self.model.generate(tokens, choices.max_tokens, sampling, stream.put)
+            self.model.generate(tokens, settings.max_tokens, sampling, stream.put)
         except KeyboardInterrupt:
             stopped = True
         finally:
@@ -190,7 +203,7 @@ class NativeTalker(_TextSide):
         return text
 
 
-class TransformersTalker(_TextSide):
+class TransformersBackend(_TextSide):
     """Any model that transformers loads."""
 
     def __init__(self, folder: Path, dtype: str, threads: int | None, trust_remote_code: bool = False) -> None:
@@ -235,15 +248,15 @@ class TransformersTalker(_TextSide):
         decoded = sum(module.compute_dtype.itemsize * math.prod(module.spec["shape"]) for module in coded)
         set_cache(self.model, decoded < CACHE_SHARE * available_bytes())
 
-    def write(self, tokens: list[int], choices: Choices) -> str:
+    def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         import torch
 
         from featherweight.model.decoder.text import TextStream
         from featherweight.model.text.tokenizer import quiet
         from featherweight.system.transformers_calls import asking_transformers
 
-        most = self._room(tokens, choices.max_tokens)
-        sampling = choices.sampling(self.defaults, self.answers)
+        most = self._room(tokens, settings.max_tokens)
+        sampling = settings.sampling(self.defaults, self.answers)
         self.answers += 1
         assert sampling.seed is not None
         torch.manual_seed(sampling.seed % 2**63)
@@ -324,4 +337,4 @@ class _Streamer:
                 self.text.put(token)
 
     def end(self) -> None:
-        """`TransformersTalker.write` ends the text."""
+        """`TransformersBackend.write` ends the text."""

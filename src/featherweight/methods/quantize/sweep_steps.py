@@ -1,4 +1,4 @@
-"""The course of a sweep through blocks of columns, groups and vectors; see `featherweight.methods.quantize.sweep`."""
+"""The steps of a sweep: blocks of columns, segments, groups and vectors; see `featherweight.methods.quantize.sweep`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from featherweight.native.sweep import FeedbackRule, SweptColumns, sweep_columns
 
 
 @dataclass
-class Work:
-    """State of a run, columns in sweep order."""
+class SweepState:
+    """How far a sweep is; columns in sweep order."""
 
     weight: Tensor  # working copy
     original: Tensor
@@ -50,22 +50,24 @@ class _Ordered(dict[str, Tensor]):
         return of_columns(self, self.order[first:last])
 
 
-def _statistics_of(work: Work, first: int, last: int) -> dict[str, Tensor]:
-    if isinstance(work.statistics, _Ordered):
-        return work.statistics.window(first, last)
-    return restricted(work.statistics, first, last)
+def _statistics_of(state: SweepState, first: int, last: int) -> dict[str, Tensor]:
+    if isinstance(state.statistics, _Ordered):
+        return state.statistics.window(first, last)
+    return restricted(state.statistics, first, last)
 
 
-def blocks(first: int, stop: int, work: Work, block_size: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+def blocks(
+    first: int, stop: int, state: SweepState, block_size: int
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """Blocks of columns first to stop - 1 of a piece, each with its segments.
 
     No group of a dynamic grid begins or ends inside a segment. A group that begins inside a block and goes on behind it
     would be fitted to columns that are not up to date: the block then ends before it.
     """
-    size, jointly = work.grid.group_size, work.grid.columns_jointly
+    size, jointly = state.grid.group_size, state.grid.columns_jointly
     if jointly > 1 and first % jointly:
         raise ValueError(f"pieces of {first} columns do not hold whole vectors of {jointly}; change factor_columns")
-    dynamic = work.static is None
+    dynamic = state.static is None
     step = -(-block_size // jointly) * jointly
     while first < stop:
         last = min(stop, first + step)
@@ -75,7 +77,7 @@ def blocks(first: int, stop: int, work: Work, block_size: int) -> Iterator[tuple
         begins = range(-(-first // size) * size, last, size) if dynamic else range(0)
         edges = sorted({first, last, *begins})
         segments = list(zip(edges, edges[1:], strict=False))
-        if work.rule.pull_back == "all-columns":  # the decay goes over whatever is behind: one segment a block
+        if state.rule.pull_back == "all-columns":  # the decay goes over whatever is behind: one segment a block
             for segment in segments:
                 yield *segment, [segment]
         else:
@@ -83,70 +85,70 @@ def blocks(first: int, stop: int, work: Work, block_size: int) -> Iterator[tuple
         first = last
 
 
-def sweep_segment(work: Work, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
+def sweep_segment(state: SweepState, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
     """Round columns first to last - 1 of the working copy, fitting the grid if a group begins here."""
-    if work.static is None and first % work.grid.group_size == 0:
-        _fit_group(work, first)
-    if work.grid.columns_jointly > 1:
-        swept = _sweep_vectors(work, first, last, upper, feedback)
+    if state.static is None and first % state.grid.group_size == 0:
+        _fit_group(state, first)
+    if state.grid.columns_jointly > 1:
+        swept = _sweep_vectors(state, first, last, upper, feedback)
     else:
-        levels, group_of = _levels(work, first, last)
-        options = work.options
+        levels, group_of = _levels(state, first, last)
+        options = state.options
         swept = sweep_columns(
-            work.weight[:, first:last], work.original[:, first:last], upper, feedback, levels, group_of, work.rule,
+            state.weight[:, first:last], state.original[:, first:last], upper, feedback, levels, group_of, state.rule,
             options.threads, "auto" if options.backend == "native" else options.backend,
         )  # fmt: skip
-        work.indices[:, first:last] = swept.indices
-    work.loss += swept.loss
-    work.clipped += swept.clipped
-    work.drift = max(work.drift, swept.drift)
+        state.indices[:, first:last] = swept.indices
+    state.loss += swept.loss
+    state.clipped += swept.clipped
+    state.drift = max(state.drift, swept.drift)
     return swept
 
 
-def _fit_group(work: Work, first: int) -> None:
-    last = min(work.weight.shape[1], first + work.grid.group_size)
-    window = work.weight[:, first:last].float().contiguous()
-    if work.rule.pull_back == "next-column":  # its first column is pulled back before it is rounded
-        start = work.weight[:, first]
-        pulled = start - work.rule.shrink * (start - work.original[:, first])
+def _fit_group(state: SweepState, first: int) -> None:
+    last = min(state.weight.shape[1], first + state.grid.group_size)
+    window = state.weight[:, first:last].float().contiguous()
+    if state.rule.pull_back == "next-column":  # its first column is pulled back before it is rounded
+        start = state.weight[:, first]
+        pulled = start - state.rule.shrink * (start - state.original[:, first])
         window = torch.cat([pulled.float().unsqueeze(1), window[:, 1:]], 1)
-    work.fits.append(work.grid.fit(window, _statistics_of(work, first, last)))
+    state.fits.append(state.grid.fit(window, _statistics_of(state, first, last)))
 
 
-def _levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _levels(state: SweepState, first: int, last: int) -> tuple[Tensor, Tensor]:
     """Levels [out, groups, L] of the groups that columns first to last - 1 belong to, and the place of each column's.
 
     With a grid that scales columns, every column has levels of its own.
     """
-    levels, place = _group_levels(work, first, last)
-    fit = work.fits[-1] if work.static is None else work.static
-    scales = work.grid.column_scales(fit)
+    levels, place = _group_levels(state, first, last)
+    fit = state.fits[-1] if state.static is None else state.static
+    scales = state.grid.column_scales(fit)
     if scales is None:
         return levels, place
-    if work.static is None:
-        columns = torch.arange(first, last) - first // work.grid.group_size * work.grid.group_size
+    if state.static is None:
+        columns = torch.arange(first, last) - first // state.grid.group_size * state.grid.group_size
     else:
-        columns = torch.arange(first, last) if work.order is None else work.order[first:last]
+        columns = torch.arange(first, last) if state.order is None else state.order[first:last]
     own = levels[:, place.long()] * scales[columns].unsqueeze(-1)
     return own, torch.arange(last - first, dtype=torch.int32)
 
 
-def _group_levels(work: Work, first: int, last: int) -> tuple[Tensor, Tensor]:
-    if work.static is None:
-        return work.grid.levels(work.fits[-1]), torch.zeros(last - first, dtype=torch.int32)
+def _group_levels(state: SweepState, first: int, last: int) -> tuple[Tensor, Tensor]:
+    if state.static is None:
+        return state.grid.levels(state.fits[-1]), torch.zeros(last - first, dtype=torch.int32)
     columns = torch.arange(first, last)
-    if work.order is not None:
-        columns = work.order[first:last]
-    of = columns // work.grid.group_size
+    if state.order is not None:
+        columns = state.order[first:last]
+    of = columns // state.grid.group_size
     groups = torch.tensor(sorted(set(of.tolist())))
     place = torch.searchsorted(groups, of).to(torch.int32)
-    return work.grid.levels({name: value[:, groups] for name, value in work.static.items()}), place
+    return state.grid.levels({name: value[:, groups] for name, value in state.static.items()}), place
 
 
-def _sweep_vectors(work: Work, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
+def _sweep_vectors(state: SweepState, first: int, last: int, upper: Tensor, feedback: Tensor | None) -> SweptColumns:
     """Several columns at a time: E = (V - V^) U_JJ^-1. The rule's terms are those of single columns."""
-    rule, size = work.rule, work.grid.columns_jointly
-    weight, original = work.weight[:, first:last], work.original[:, first:last]
+    rule, size = state.rule, state.grid.columns_jointly
+    weight, original = state.weight[:, first:last], state.original[:, first:last]
     passed: dict[str, list[Tensor]] = {"errors": [], "residuals": [], "tail_errors": [], "tail_residuals": []}
     loss, drift = 0.0, 0.0
     for a in range(0, last - first, size):
@@ -154,7 +156,7 @@ def _sweep_vectors(work: Work, first: int, last: int, upper: Tensor, feedback: T
         v, v0 = weight[:, a:b], original[:, a:b]
         if rule.pull_back == "next-column":
             v -= rule.shrink * (v - v0)
-        rounded = _round_vector(work, v, first + a)
+        rounded = _round_vector(state, v, first + a)
         triangle = upper[a:b, a:b]
         instead = rounded if rule.tail == "rounded" else v  # a vector grid has no range to clamp to
         for name, kept in (("errors", v), ("tail_errors", instead)):
@@ -176,7 +178,7 @@ def _sweep_vectors(work: Work, first: int, last: int, upper: Tensor, feedback: T
     whole = {name: torch.cat(parts, 1) for name, parts in passed.items()}
     fed = feedback is not None
     return SweptColumns(
-        work.indices[:, first:last],
+        state.indices[:, first:last],
         whole["errors"],
         whole["residuals"] if fed else None,
         whole["tail_errors"],
@@ -187,21 +189,21 @@ def _sweep_vectors(work: Work, first: int, last: int, upper: Tensor, feedback: T
     )
 
 
-def _round_vector(work: Work, vectors: Tensor, first: int) -> Tensor:
+def _round_vector(state: SweepState, vectors: Tensor, first: int) -> Tensor:
     """Values of the vectors in columns from `first` on; their code parts are kept."""
-    size, width = work.grid.columns_jointly, vectors.shape[1]
+    size, width = state.grid.columns_jointly, vectors.shape[1]
     padded = torch.nn.functional.pad(vectors.float(), (0, size - width))
-    if work.static is not None:
-        fit, place = work.static, first
+    if state.static is not None:
+        fit, place = state.static, first
     else:
-        fit, place = work.fits[-1], first - first // work.grid.group_size * work.grid.group_size
-    values, part = work.grid.round_vectors(padded, place, fit, _statistics_of(work, first, first + width))
-    work.parts.append(part)
+        fit, place = state.fits[-1], first - first // state.grid.group_size * state.grid.group_size
+    values, part = state.grid.round_vectors(padded, place, fit, _statistics_of(state, first, first + width))
+    state.parts.append(part)
     return values[:, :width].to(vectors.dtype)
 
 
 def push_tail(
-    work: Work,
+    state: SweepState,
     piece: Piece,
     first: int,
     last: int,
@@ -210,16 +212,16 @@ def push_tail(
     feedback: Tensor | None,
 ) -> None:
     """Hand what a block's columns pass on to all columns behind the block."""
-    behind = work.weight[:, last : piece.last]
+    behind = state.weight[:, last : piece.last]
     inside, rest = slice(first - piece.first, last - piece.first), slice(last - piece.first, None)
     errors = torch.cat([part.tail_errors for part in swept], 1) if len(swept) > 1 else swept[0].tail_errors
     kept = [part.tail_residuals for part in swept if part.tail_residuals is not None]
     residuals = torch.cat(kept, 1) if kept else None
-    if work.rule.pull_back == "all-columns":  # every column of the block decays what came before it
-        decay, jointly = 1 - work.rule.shrink, work.grid.columns_jointly
+    if state.rule.pull_back == "all-columns":  # every column of the block decays what came before it
+        decay, jointly = 1 - state.rule.shrink, state.grid.columns_jointly
         steps = -(-(last - first) // jointly)
         weights = torch.tensor([decay ** (steps - 1 - j // jointly) for j in range(last - first)], dtype=errors.dtype)
-        original = work.original[:, last : piece.last]
+        original = state.original[:, last : piece.last]
         behind.sub_(original).mul_(decay**steps).add_(original)
         errors = errors * weights
         residuals = None if residuals is None else residuals * weights
