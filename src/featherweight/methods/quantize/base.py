@@ -258,15 +258,20 @@ class Rounding(Choice, abc.ABC):
     def quantize_block(
         self,
         session: BlockAccess,
-        names: Sequence[str],
         grids: Mapping[str, Grid],
         statistics: Mapping[str, Statistics],
         options: SolveOptions,
         notify: Observer = silent,
         seed: int = 0,
     ) -> dict[str, Code]:
-        """Scope "block": the codes of the layers `names` of one block, chosen together. The session is left as it was:
-        its caller puts the decoded codes in place."""
+        """Scope "block": the codes of some layers of one block, chosen together.
+
+        Parameters
+        ----------
+        session : the block; it is left as it was, and its caller puts the decoded codes in place
+        grids : by layer, in order of execution; layers without a grid keep the weights they have
+        statistics : by layer, what the recipe's choices declared in `needs`
+        """
         raise TypeError(f"rounding {self.kind!r} is not one of blocks")
 
     def quantize_model(

@@ -142,7 +142,7 @@ class BlockSteps:
             grids = {name: self.jobs[name].grid for name in names}
             statistics = self.statistics.gather_together(self.session, names)
             codes = self.plan.recipe.rounding.quantize_block(
-                self.session, names, grids, statistics, self.plan.options, self.notify, self.seed
+                self.session, grids, statistics, self.plan.options, self.notify, self.seed
             )
         for name in names:
             self._settle(name, known[name], lambda name=name: Solved(codes[name]))  # type: ignore[misc]
