@@ -10,6 +10,10 @@ it in its layer; other layers go on. Where no step is left out before the last t
 the bytes it takes; otherwise it misses the optimum by less than what the first step left out would save. Everything
 stored is counted, scales and terms of corrections too.
 
+No preset uses it: on the bundled model, whose layers are much alike, a mean of three bits stays three bits in all or
+nearly all layers, and perplexity is no better. It serves budgets between two grids, and models with layers that are not
+alike.
+
 Related: HAWQ-V3 (arXiv 2011.10680) solves the same problem with an integer program and Hessian traces for errors.
 """
 
