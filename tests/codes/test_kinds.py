@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from code_samples import KINDS, SHAPES, nested, numbers, per_output, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featherweight.model.layers.activations import quantized_inputs
-from featherweight.model.layers.modules import FeatherLinear
+from featherweight.model.layers.modules import FeatherLinear, set_precision
+from featherweight.registry import registered
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
-from featherweight.storage.codes import Code, UnknownCodeError, code_from, code_layout
+from featherweight.storage.codes import Code, UnknownCodeError, code_from, code_layout, describe_code
 from featherweight.storage.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
 from featherweight.storage.codes.codebook import Codebook
 from featherweight.storage.codes.column_scaled import ColumnScaled
@@ -40,80 +42,6 @@ from featherweight.storage.codes.sum import Sum
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.analyse.levels import histogram_of
-from featherweight.tasks.compress.plan import describe_code
-
-SHAPES = [(8, 24), (7, 20), (5, 13), (3, 1), (1, 40)]
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(low: int, high: int, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def trit_planes(rows: int, columns: int) -> TritPlanes:
-    trits = whole(-1, 2, 2, rows, columns).to(torch.int8)
-    return TritPlanes.encode(trits, numbers(rows, -(-columns // 8), 2), group_size=8)
-
-
-def sparse(rows: int, columns: int, dtype: torch.dtype = torch.float16) -> Sparse:
-    matrix = numbers(rows, columns, seed=1)
-    return Sparse.encode(matrix, matrix.abs() > 1.2, dtype)
-
-
-def low_rank(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> LowRank:
-    rank = min(2, rows, columns)
-    return LowRank.encode(numbers(rows, rank), numbers(rank, columns), dtype)
-
-
-def signs(planes: int, rows: int, columns: int) -> torch.Tensor:
-    return (whole(0, 2, planes, rows, columns) * 2 - 1).to(torch.int8)
-
-
-def per_output(rows: int, columns: int) -> Uniform:
-    groups = -(-rows // 4)
-    return Uniform.encode(
-        whole(0, 8, rows, columns), numbers(groups, columns), whole(0, 8, groups, columns), 3, 4, axis="output"
-    )
-
-
-def nested(rows: int, columns: int) -> Hadamard:
-    """Rotated, reordered, scaled: a quantised matrix, outliers and a low-rank term."""
-    total = Sum.of(Sum.of(trit_planes(rows, columns), sparse(rows, columns)), low_rank(rows, columns))
-    permuted = Permuted.encode(total, torch.randperm(columns, generator=torch.Generator().manual_seed(5)))
-    return Hadamard(ColumnScaled(permuted, numbers(columns).abs()), block=columns & -columns, seed=11)
-
-
-KINDS = {
-    "trit-planes": trit_planes,
-    "uniform-output": per_output,
-    "sparse": sparse,
-    "sparse-float32": lambda n, d: sparse(n, d, torch.float32),
-    "sparse-empty": lambda n, d: Sparse.encode(torch.zeros(n, d), torch.zeros(n, d, dtype=torch.bool)),
-    "low-rank": lambda n, d: low_rank(n, d, torch.float16),
-    "low-rank-int8": low_rank,
-    "codebook": lambda n, d: Codebook.encode(whole(0, 8, n, d), numbers(n, 8)),
-    "codebook-groups": lambda n, d: Codebook.encode(whole(0, 4, n, d), numbers(n, -(-d // 8), 4), 8),
-    "binary-planes": lambda n, d: BinaryPlanes.encode(signs(2, n, d), numbers(n, -(-d // 8), 2), 8),
-    "binary-planes-strips": lambda n, d: BinaryPlanes.encode(
-        signs(3, n, d), numbers(-(-n // 3), -(-d // 8), 3), 8, rows_per_scale=3
-    ),
-    "binary-planes-shifts": lambda n, d: BinaryPlanes.encode_shifts(
-        signs(3, n, d), power_of_two_terms(numbers(1, d, 3), 3), 1, rows_per_scale=None
-    ),
-    "offset-trits": lambda n, d: OffsetTrits.encode(
-        whole(-1, 2, n, d).to(torch.int8), numbers(n, -(-d // 8)), numbers(n, -(-d // 8), seed=2), 8
-    ),
-    "hadamard": lambda n, d: Hadamard(trit_planes(n, d), d & -d, 3),
-    "column-scaled": lambda n, d: ColumnScaled(trit_planes(n, d), numbers(d).half()),
-    "permuted": lambda n, d: Permuted.encode(per_output(n, d), torch.arange(d).flip(0)),
-    "sum": lambda n, d: Sum.of(trit_planes(n, d), sparse(n, d)),
-    "quantized-input": lambda n, d: QuantizedInput(trit_planes(n, d), 8, 16),
-    "nested": nested,
-}
-
 
 # What every kind must satisfy -------------------------------------------------------------------------------------
 
@@ -140,8 +68,79 @@ def test_a_code_survives_a_file_and_counts_its_bytes(name: str, shape: tuple[int
     assert code.nbytes == sum(entry.nbytes for entry in layout.values())
     assert all(key.isidentifier() and key != "bias" for key in layout)
     assert describe_code(code.spec) not in ("", code.kind)
-    for part in (code.spec.get("inner"), *code.spec.get("terms", ())):  # what a wrapper holds is told
-        assert part is None or describe_code({**part, "shape": list(shape)}) in describe_code(code.spec)
+    for part in parts_of(code.spec):  # what a wrapper holds is told
+        assert describe_code({"shape": list(shape), **part}) in describe_code(code.spec)
+
+
+def parts_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Specs within a spec, whatever fields they are in."""
+    values = [item for value in spec.values() for item in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, dict)]
+
+
+OWN = [kind for kind, cls in registered("code").items() if cls.__module__.startswith("featherweight.")]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_every_registered_kind_has_a_sample(kind: str) -> None:
+    assert kind in {make(8, 24).kind for make in KINDS.values()}, f"add a code of the kind {kind!r} to code_samples.py"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_kind_has_a_matrix_without_rows_or_columns(name: str) -> None:
+    spec = KINDS[name](6, 16).spec
+    for shape in ([0, 16], [6, 0], [0, 0], [6, -16], [6], [6, 16, 1], [True, 16], [6.0, 16], [6, 1 << 31], None):
+        with pytest.raises(ValueError, match="shape is"):
+            code_layout({**spec, "shape": shape})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_digits_and_scales_are_the_matrix(name: str) -> None:
+    """Where a kind says that its matrix is scales times integers, it is."""
+    code: Any = KINDS[name](7, 20)
+    digits = code.digits()
+    if digits is None:
+        assert not isinstance(code, TritPlanes | OffsetTrits)
+        return
+    scales = code.scales.float().reshape(7, digits.shape[2], -1)
+    scales = torch.cat([scales, code.offsets.float().unsqueeze(-1)], -1) if hasattr(code, "offsets") else scales
+    found = torch.einsum("pogs,ogp->ogs", digits.float(), scales).reshape(7, -1)[:, :20]
+    assert torch.allclose(found, code.decode(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_scaled_rows_are_those_of_the_matrix(name: str, shape: tuple[int, int]) -> None:
+    """By powers of two, which round nothing; the spec, and with it every stored size, stays. A kind may refuse."""
+    code = KINDS[name](*shape)
+    factors = 2.0 ** (torch.arange(shape[0]) % 4 - 1)
+    scaled = code.rows_scaled(factors)
+    assert scaled is None or scaled.spec == code.spec
+    assert scaled is None or torch.equal(scaled.decode(), code.decode() * factors.unsqueeze(1))
+    refusing = {"uniform-output", "permuted", "binary-planes-strips", "binary-planes-shifts", "quantized-input"}
+    refusing |= {"low-rank", "low-rank-int8", "pyramid", "sherry"}
+    refusing |= {"sparse", "sparse-float32", "sparse-empty", "sum", "nested", "product-of-sums"}  # sparse ones
+    assert (scaled is None) == (name in refusing)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fast_decoding_differs_by_rounding_alone(name: str) -> None:
+    code = KINDS[name](7, 20)
+    assert torch.allclose(code.decode_fast(), code.decode(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_weights_of_a_group_are_among_its_levels(name: str, shape: tuple[int, int]) -> None:
+    code = KINDS[name](*shape)
+    along, size = code.grouping()
+    matrix = code.decode() if along else code.decode().T
+    for row, group in ((0, 0), (matrix.shape[0] - 1, -(-matrix.shape[1] // size) - 1)):
+        levels = code.group_levels(row, group)
+        assert levels == sorted(levels)
+        weights = matrix[row, group * size : (group + 1) * size]
+        apart = (weights.unsqueeze(1) - torch.tensor(levels)).abs().amin(1)
+        assert bool((apart <= 1e-6 * weights.abs().clamp(min=1)).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -197,7 +196,11 @@ def test_a_module_holds_every_kind(name: str) -> None:
     layer.load_state_dict(dict(code.tensors()))
     x = numbers(3, 16, seed=4)
     seen = quantized_inputs(x, code.bits, code.group_size) if isinstance(code, QuantizedInput) else x
-    assert torch.equal(layer(x), torch.nn.functional.linear(seen, code.decode()))
+    expected = torch.nn.functional.linear(seen, code.decode())
+    if code.factored:
+        assert torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+        set_precision(layer, "exact")
+    assert torch.equal(layer(x), expected)
     assert torch.equal(layer.to(torch.bfloat16).weight, code.decode().bfloat16())
     assert {key: tensor.dtype for key, tensor in layer.state_dict().items()} == {
         key: tensor.dtype for key, tensor in code.tensors().items()
@@ -211,16 +214,56 @@ def test_parts_of_a_nested_spec_have_no_shape_of_their_own() -> None:
     assert set(code_layout(spec)) >= {"inner_column_scales", "inner_inner_order", "inner_inner_inner_terms_0_trits"}
 
 
-def test_descriptions() -> None:
-    assert describe_code(nested(8, 24).spec) == (
-        "hadamard 8 of column-scaled permuted 2 trit-planes g8 + sparse 23 % + rank 2 int8"
+DESCRIPTIONS = {
+    "dense": "dense bfloat16",
+    "uniform": "4 bit asymmetric g8",
+    "uniform-symmetric": "3 bit symmetric g8",
+    "uniform-output": "3 bit asymmetric g4 of outputs",
+    "trit-planes": "2 trit-planes g8",
+    "trit-planes-tied": "3 tied trit-planes g8",
+    "trit-planes-log8": "3 tied trit-planes g8",
+    "codebook": "3 bit codebook",
+    "codebook-groups": "2 bit codebook g8",
+    "binary-planes": "2 binary planes g8",
+    "binary-planes-strips": "3 binary planes g8 x 3 rows",
+    "binary-planes-shifts": "3 binary planes g1 all rows in 3 shifts",
+    "offset-trits": "1 trit-plane with offset g8",
+    "low-rank": "rank 2 float16",
+    "low-rank-int8": "rank 2 int8",
+    "sparse": "sparse 23 %",
+    "sparse-float32": "sparse 23 %",
+    "sparse-empty": "sparse 0 %",
+    "pyramid": "pyramid g8",
+    "sherry": "sherry g8",
+    "sum": "2 trit-planes g8 + sparse 23 %",
+    "hadamard": "hadamard 8 of 2 trit-planes g8",
+    "column-scaled": "column-scaled 2 trit-planes g8",
+    "permuted": "permuted 3 bit asymmetric g4 of outputs",
+    "quantized-input": "quantized-input 8 bit g16 of 2 trit-planes g8",
+    "nested": "hadamard 8 of column-scaled permuted 2 trit-planes g8 + sparse 23 % + rank 2 int8",
+    "product": "product over 3 of dense float16 and sparse 21 %",
+    "product-wide": "product over 32 of 4 bit asymmetric g8 and 2 trit-planes g8",
+    "product-square": "product over 24 of 2 trit-planes g8 and 2 bit asymmetric g8",
+    "product-of-sums": "product over 4 of 4 bit asymmetric g8 + sparse 19 % and permuted rank 2 int8",
+    "product-in-a-sum": "2 bit asymmetric g8 + hadamard 8 of product over 2 of dense float16 and sparse 19 %",
+    "product-of-products": "product over 2 of product over 5 of 4 bit asymmetric g8 and sparse 10 % "
+    "and product over 7 of dense float16 and sparse 24 %",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_descriptions(name: str) -> None:
+    assert describe_code(KINDS[name](8, 24).spec) == DESCRIPTIONS[name]
+
+
+def test_other_descriptions() -> None:
+    spec = {"planes": 1, "tied": False, "group_size": 128}
+    assert describe_code({"kind": "trit-planes", **spec}) == "1 trit-plane g128"
+    assert describe_code({"kind": "binary-planes", "planes": 1, "group_size": 8}) == "1 binary plane g8"
+    assert describe_code({"kind": "sparse", "entries": 3}) == "sparse"  # of a shape that is not told
+    assert describe_code({"kind": "of-a-plugin", "bits": 3, "inner": {"kind": "dense", "dtype": "float16"}}) == (
+        "of-a-plugin 3 bit of dense float16"
     )
-    described = {name: describe_code(make(8, 24).spec) for name, make in KINDS.items()}
-    assert described["uniform-output"] == "3 bit asymmetric g4 of outputs"
-    assert described["codebook"] == "3 bit codebook"
-    assert described["binary-planes-strips"] == "3 binary planes g8 x 3 rows"
-    assert described["binary-planes-shifts"] == "3 binary planes g1 all rows in 3 shifts"
-    assert described["offset-trits"] == "1 trit-plane with offset g8"
 
 
 # Golden bytes, kind by kind ------------------------------------------------------------------------------------------

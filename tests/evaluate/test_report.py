@@ -18,7 +18,7 @@ from featherweight.errors import OutputError
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
-from featherweight.tasks.analyse.levels import histogram_of, levels_of
+from featherweight.tasks.analyse.levels import histogram_of
 from featherweight.tasks.evaluate import plots
 from featherweight.tasks.evaluate.report import Variant, write_report
 
@@ -243,14 +243,14 @@ def test_levels_are_all_that_a_code_can_say() -> None:
     free = trit_planes(weight, 2)
     a, b = (float(s) for s in free.scales[1, 1])
     expected = sorted({i * a + j * b for i in (-1, 0, 1) for j in (-1, 0, 1)})
-    assert levels_of(free, 1, 1) == pytest.approx(expected)
+    assert free.group_levels(1, 1) == pytest.approx(expected)
     tied = trit_planes(weight, 3, tied=True)
     step = float(tied.scales[2, 0])
-    assert levels_of(tied, 2, 0) == pytest.approx([step * n for n in range(-13, 14)])
+    assert tied.group_levels(2, 0) == pytest.approx([step * n for n in range(-13, 14)])
     codes = torch.randint(8, (4, 64), dtype=torch.int32)
     uniform = Uniform.encode(codes, torch.rand(4, 2), torch.full((4, 2), 3), 3, 32)
     scale = float(uniform.scales[0, 1])
-    assert levels_of(uniform, 0, 1) == pytest.approx([scale * (q - 3) for q in range(8)])
+    assert uniform.group_levels(0, 1) == pytest.approx([scale * (q - 3) for q in range(8)])
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -258,7 +258,7 @@ def test_levels_are_all_that_a_code_can_say() -> None:
 def test_decoded_weights_are_levels(planes: int, tied: bool) -> None:
     weight = torch.randn(4, 64)
     code = trit_planes(weight, planes, tied)
-    levels = torch.tensor(levels_of(code, 3, 1))
+    levels = torch.tensor(code.group_levels(3, 1))
     decoded = code.decode()[3, 32:64]
     assert float((decoded[:, None] - levels).abs().min(1).values.max()) < 1e-6
 

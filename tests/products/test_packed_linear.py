@@ -27,6 +27,7 @@ from featherweight.storage.codes.hadamard import Hadamard
 from featherweight.storage.codes.low_rank import LowRank
 from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted
+from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.quantized_input import QuantizedInput
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
@@ -80,6 +81,19 @@ CODES: dict[str, Code] = {
     "hadamard-20": Hadamard(uniform(ROWS, COLUMNS), 240 // 12, 9),
     "sum": Sum.of(trits(ROWS, COLUMNS), low_rank(torch.int8), sparse()),
     "nested": permuted(column_scaled(Sum.of(permuted(Hadamard(dense(ROWS, COLUMNS), 48, 1)), codebook(ROWS, COLUMNS)))),
+    "product": Product(uniform(ROWS, 70, 4, 32), trits(70, COLUMNS, 3, 64)),
+    "product-of-sums": Product(
+        Sum.of(dense(ROWS, 20), trits(ROWS, 20)), Sum.of(uniform(20, COLUMNS), codebook(20, COLUMNS))
+    ),
+    "product-sparse": Product(
+        dense(ROWS, 300), Sparse.encode(numbers(300, COLUMNS), numbers(300, COLUMNS, seed=3).abs() > 1.8)
+    ),
+    "product-in-a-basis": Hadamard(
+        column_scaled(Product(Hadamard(uniform(ROWS, 32), 16, 2), sherry(32, COLUMNS))), 16, 1
+    ),
+    "product-and-others": Sum.of(
+        trits(ROWS, COLUMNS), permuted(Product(sparse(), uniform(COLUMNS, COLUMNS, 3))), sparse()
+    ),
     "rounds-inside": permuted(QuantizedInput(sherry(ROWS, COLUMNS), 6, 32)),
 }
 

@@ -14,7 +14,6 @@ from featherweight.methods.quantize.corrections.absorb import AbsorbColumnScales
 from featherweight.methods.quantize.corrections.mean_shift import MeanShift
 from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
 from featherweight.methods.quantize.grids.uniform import UniformGrid
-from featherweight.methods.quantize.row_scaling import rows_scaled
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.binary_planes import BinaryPlanes
 from featherweight.storage.codes.codebook import Codebook
@@ -173,18 +172,18 @@ def by_row_codes() -> dict[str, Code]:
 def test_rows_are_scaled(name: str) -> None:
     code = by_row_codes()[name]
     factors = 2.0 ** torch.arange(-8, 8)
-    scaled = rows_scaled(code, factors)
+    scaled = code.rows_scaled(factors)
     assert scaled is not None
     assert scaled.spec == code.spec
     assert torch.allclose(scaled.decode(), code.decode() * factors.unsqueeze(1), rtol=1e-3, atol=1e-5)
-    assert rows_scaled(code, torch.full((16,), 1e9)) is None
-    assert rows_scaled(code, torch.full((16,), 1e-9)) is None
+    assert code.rows_scaled(torch.full((16,), 1e9)) is None
+    assert code.rows_scaled(torch.full((16,), 1e-9)) is None
 
 
 def test_rows_that_share_scales_are_not_scaled() -> None:
-    assert rows_scaled(LowRank.encode(random(4, 2), random(2, 8)), torch.ones(4)) is None
+    assert LowRank.encode(random(4, 2), random(2, 8)).rows_scaled(torch.ones(4)) is None
     signs = random(2, 16, 72).sign().to(torch.int8)
-    assert rows_scaled(BinaryPlanes.encode(signs, random(1, 3, 2), 32, None), torch.ones(16)) is None
+    assert BinaryPlanes.encode(signs, random(1, 3, 2), 32, None).rows_scaled(torch.ones(16)) is None
 
 
 def column_scaled(session: TinyBlock, role: str, spread: float = 1.0) -> dict[str, Code]:

@@ -23,6 +23,7 @@ from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.hadamard import Hadamard
 from featherweight.storage.codes.low_rank import LowRank
 from featherweight.storage.codes.offset_trits import OffsetTrits
+from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
 
@@ -60,6 +61,8 @@ def codes() -> dict[str, Code]:
     found["scaled"] = ColumnScaled(found["hadamard"], random(72).abs().half())
     sparse = Sparse.encode(weight, weight.abs() > 2)
     found["sum"] = Sum.of(found["scaled"], found["low-rank"], sparse)
+    atoms, coefficients = GRIDS["symmetric"].quantize(random(12, 5)), random(5, 72)
+    found["product"] = Product(atoms, Sparse.encode(coefficients, coefficients > 0))
     return found
 
 

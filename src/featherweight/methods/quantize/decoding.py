@@ -16,11 +16,6 @@ import torch
 from torch import Tensor
 
 from featherweight.storage.codes.base import Code, TensorLayout
-from featherweight.storage.codes.dense import Dense
-from featherweight.storage.codes.low_rank import LowRank
-from featherweight.storage.codes.offset_trits import OffsetTrits
-from featherweight.storage.codes.trit_planes import TritPlanes
-from featherweight.storage.codes.uniform import Uniform
 
 
 class TunableCode:
@@ -34,7 +29,7 @@ class TunableCode:
         self.code = code
         self._prefix = prefix
         self._children: dict[str, TunableCode | tuple[TunableCode, ...]] = {}
-        self._own: list[str] = []
+        self._own = code.tunable_fields()
         for name in _fields(code):
             value = getattr(code, name)
             if isinstance(value, Code):
@@ -42,9 +37,7 @@ class TunableCode:
             elif isinstance(value, tuple) and value and all(isinstance(item, Code) for item in value):
                 parts = (TunableCode(item, f"{prefix}{name}.{i}.") for i, item in enumerate(value))
                 self._children[name] = tuple(parts)
-            elif isinstance(value, Tensor) and value.is_floating_point() and not isinstance(code, Dense):
-                self._own.append(name)
-        self._digits = _digits(code)
+        self._digits = code.digits()
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -66,11 +59,7 @@ class TunableCode:
                 scales = torch.cat([scales, own["offsets"].unsqueeze(-1)], -1)
             value: Tensor = _GroupScaled.apply(scales, self._digits)  # type: ignore[no-untyped-call]
             return value[:, : self.code.shape[1]]
-        moved = self._replaced(own, lambda child: _Decoded(child.decode(parameters)))
-        if isinstance(moved, LowRank):  # its own decode sums rank by rank, in an order that is the same everywhere
-            left, right = moved.factors()
-            return left @ right
-        return moved.decode()
+        return self._replaced(own, lambda child: _Decoded(child.decode(parameters))).decode_fast()
 
     def stored(self, parameters: Mapping[str, Tensor]) -> Code:
         """The code with these values, rounded to the types in which they are stored."""
@@ -86,40 +75,11 @@ class TunableCode:
             changes[name] = tuple(child(c) for c in value) if isinstance(value, tuple) else child(value)
         if not changes:
             return self.code
-        return replaced(self.code, changes)
-
-
-def replaced(code: Code, changes: dict[str, Any]) -> Code:
-    """`dataclasses.replace` for a code, all of which are dataclasses."""
-    found: Code = dataclasses.replace(code, **changes)  # type: ignore[type-var]
-    return found
+        return self.code.replaced(changes)
 
 
 def _fields(code: Code) -> list[str]:
     return [field.name for field in dataclasses.fields(code)] if dataclasses.is_dataclass(code) else []
-
-
-def _digits(code: Code) -> Tensor | None:
-    """Integers int8 or int16 [planes, out, groups, size] by which scales (and offsets) are multiplied, if there are."""
-    if isinstance(code, Uniform) and code.axis == "input":
-        codes, zero_points = (t.to(torch.int16) for t in code.unpack())
-        digits = (codes - zero_points.repeat_interleave(code.group_size, 1)[:, : code.shape[1]]).unsqueeze(0)
-    elif isinstance(code, TritPlanes):
-        digits = code.unpack()
-        if code.tied:
-            weights = torch.tensor(code.plane_weights, dtype=torch.int8)
-            digits = (digits * weights.view(-1, 1, 1)).sum(0, keepdim=True, dtype=torch.int8)
-    elif isinstance(code, OffsetTrits):
-        trits = code.unpack()
-        digits = torch.stack([trits, torch.ones_like(trits)])
-    else:
-        return None
-    if int(digits.abs().amax()) < 128:
-        digits = digits.to(torch.int8)
-    rows, columns = code.shape
-    groups = code.scales.shape[1]
-    size = min(code.group_size, columns)
-    return torch.nn.functional.pad(digits, (0, groups * size - columns)).view(len(digits), rows, groups, size)
 
 
 class _GroupScaled(torch.autograd.Function):

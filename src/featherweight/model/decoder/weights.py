@@ -203,12 +203,18 @@ class _Loader:
             )
         tensors = self._stored(module, spec)
         try:
-            return pack_linear(spec, tensors, bias, threads=self.threads)
+            packed = pack_linear(spec, tensors, bias, threads=self.threads)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(module, error) from None
         finally:
             for name in tensors:
                 self.checkpoint.release(f"{module}.{name}")
+        if packed.products:
+            raise UnsupportedModelError(
+                "the native decoder multiplies by a product of two codes only where each is a single matrix that is "
+                f"not sparse, which those of {module[:120]!r} are not"
+            )
+        return packed
 
     def tied(self, module: str, embedding: PackedLinear) -> PackedLinear:
         """The output layer with the embedding's matrix, and a bias where the compression gave it one."""

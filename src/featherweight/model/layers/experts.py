@@ -268,8 +268,7 @@ def _rounding_of(matrices: list[list[nn.Module]]) -> InputRounding | None:
     not agree: a product of all of them has one input."""
     found: dict[tuple[int, int] | None, str] = {}
     for layer in (layer for row in matrices for layer in row):
-        spec: dict[str, Any] = layer.spec if isinstance(layer, FeatherLinear) else {"kind": "plain"}
-        settings = (spec["bits"], spec["group_size"]) if spec["kind"] == "quantized-input" else None
+        settings = layer.input_rounding if isinstance(layer, FeatherLinear) else None
         found.setdefault(settings, getattr(layer, "name", "one that is not compressed"))
     if len(found) > 1:
         one, other = list(found.values())[:2]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.model import products as operators
 from featherweight.model.layers.activations import quantized_inputs
-from featherweight.storage.codes import TensorLayout, code_from, code_layout
+from featherweight.storage.codes import Code, TensorLayout, code_from, code_layout
+from featherweight.storage.codes.base import code_class
 from featherweight.system.memory import give_back_file_pages
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,6 +48,8 @@ class CodedModule(nn.Module):
         layout: shape and dtype of each stored tensor, by parameter name.
         name: the module's name in the checkpoint, for error messages.
         compute_dtype: dtype of the decoded `weight`; follows `.to(dtype)`.
+        input_rounding: (bits, columns with one step) to which the code wants the layer's input rounded, or None.
+        factored: whether it is multiplied with as two factors, see `set_precision`.
         cache: see `set_cache`.
         precision: see `set_precision`.
     """
@@ -55,6 +58,8 @@ class CodedModule(nn.Module):
     layout: dict[str, TensorLayout]
     name: str
     compute_dtype: torch.dtype
+    input_rounding: tuple[int, int] | None
+    factored: bool
     cache: bool
     precision: str
     _cached: Tensor | None
@@ -73,6 +78,8 @@ class CodedModule(nn.Module):
                 "install a newer featherweight, or compress the model again"
             ) from None
         self.spec = dict(spec)
+        self.input_rounding = code_class(spec).input_rounding(spec)
+        self.factored = code_class(spec).factored
         self.name = name
         self.compute_dtype = compute_dtype
         self.cache = False
@@ -99,12 +106,20 @@ class CodedModule(nn.Module):
 
     def decode(self) -> Tensor:
         """The matrix the stored tensors stand for: float32 [out_features, in_features]. CheckpointError if damaged."""
-        stored = {key: self._parameters[key].detach() for key in self.layout}  # type: ignore[union-attr]
+        stored = self._stored()
         if any(tensor.is_meta for tensor in stored.values()):
             return torch.empty(*self.spec["shape"], dtype=torch.float32, device="meta")
+        return self._read(stored, lambda code: (code.decode(),))[0]
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {key: self._parameters[key].detach() for key in self.layout}  # type: ignore[union-attr]
+
+    def _read(self, stored: dict[str, Tensor], read: Callable[[Code], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `read` decodes of the code, on the device of the stored tensors. CheckpointError if it is damaged."""
         device = next(iter(stored.values())).device
         try:  # on the CPU: the decoding kernels take no other tensors
-            return code_from(self.spec, {key: tensor.cpu() for key, tensor in stored.items()}).decode().to(device)
+            code = code_from(self.spec, {key: tensor.cpu() for key, tensor in stored.items()})
+            return tuple(tensor.to(device) for tensor in read(code))
         except ValueError as error:
             raise self._damaged(error) from None
         finally:
@@ -222,7 +237,8 @@ class FeatherLinear(CodedModule):
     """y = x W^T + b with W [out_features, in_features] held as a code.
 
     Where the code says so (`quantized-input`, outermost), x is rounded to integers first. The product is that of the
-    native operators, or of PyTorch with the matrix decoded in this call: see `set_precision`.
+    native operators, or of PyTorch with the matrix (of a product: its two factors) decoded in this call: see
+    `set_precision`.
 
     Args:
         spec: the code's spec, with `shape`.
@@ -260,8 +276,10 @@ class FeatherLinear(CodedModule):
         product = self._operator_product(input)
         if product is not None:
             return product
-        if self.spec["kind"] == "quantized-input":
-            return self._integer_product(input)
+        if self.input_rounding is not None:
+            return self._integer_product(input, *self.input_rounding)
+        if self.factored and not (self.cache or self.precision == "exact" or input.is_meta):
+            return self._factors_product(input)
         return F.linear(input, self._decoded(input.dtype), self.bias)
 
     def _operator_product(self, input: Tensor) -> Tensor | None:
@@ -273,7 +291,7 @@ class FeatherLinear(CodedModule):
         if packed is None or packed.device_type != input.device.type:
             return None
         # A code that has its own rule for rounding the input is not to be rounded again.
-        precision = "int8" if self.precision == "int8" and self.spec["kind"] != "quantized-input" else "float"
+        precision = "int8" if self.precision == "int8" and self.input_rounding is None else "float"
         if tracing and isinstance(packed, operators.PackedLinear):
             product = operators.apply_terms(input, packed.terms, None, self.out_features, precision).to(input.dtype)
         else:
@@ -294,11 +312,16 @@ class FeatherLinear(CodedModule):
     def _trains(self, input: Tensor) -> bool:
         return input.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def _integer_product(self, input: Tensor) -> Tensor:
+    def _integer_product(self, input: Tensor, bits: int, group_size: int) -> Tensor:
         """The product with the input rounded to integers, in float32 as their kernels accumulate."""
-        rounded = quantized_inputs(input, self.spec["bits"], self.spec["group_size"])
+        rounded = quantized_inputs(input, bits, group_size)
         product = F.linear(rounded, self._decoded(torch.float32)).to(input.dtype)
         return product if self.bias is None else product + self.bias
+
+    def _factors_product(self, input: Tensor) -> Tensor:
+        """A (B x), both factors and what lies between them in the input's dtype."""
+        left, right = self._read(self._stored(), lambda code: code.factors() or ())
+        return F.linear(F.linear(input, right.to(input.dtype)), left.to(input.dtype), self.bias)
 
 
 class CodedForward(CodedModule):
@@ -368,7 +391,8 @@ def set_precision(model: nn.Module, precision: str) -> None:
 
     "float" (the default): a generation step (one token of up to 16 sequences) by the operators with inputs as they are
     and float32 sums, which differ from PyTorch's in the order of the sums only (on a GPU also by what its tensor cores
-    round); everything else, and so every evaluation, with the decoded matrix. "exact": always with the decoded matrix.
+    round); everything else, and so every evaluation, with the decoded matrix, or with its two decoded factors where the
+    code is a product (one that is kept, see `set_cache`, is kept whole). "exact": always with the decoded matrix.
     "int8": always by the operators, with inputs rounded to 8 bits per token and group of columns; the fastest.
     Products that are differentiated are never the operators'; in a layer that is compiled or exported (see `prepare`),
     all others are.
@@ -396,7 +420,7 @@ class FeatherConv1D(FeatherLinear):
     """Stands for GPT-2's `Conv1D`: the same product in that layer's order, so that results agree to the bit."""
 
     def forward(self, input: Tensor | None = None) -> Tensor:
-        if input is None or self.bias is None or self.spec["kind"] == "quantized-input":
+        if input is None or self.bias is None or self.input_rounding is not None or self.factored:
             return super().forward(input)
         product = self._operator_product(input)
         if product is not None:

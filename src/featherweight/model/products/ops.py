@@ -196,6 +196,11 @@ def _apply_term(x: Tensor, term: Term, out_features: int, precision: str) -> Ten
     for step in term.steps:
         x = _apply(step, x)
     ops = torch.ops.featherweight
+    if term.layers:
+        left, right = term.layers
+        return apply_terms(
+            apply_terms(x, right.terms, None, right.rows, precision), left.terms, None, left.rows, "float"
+        )
     if term.operand is None:
         return ops.sparse_matmul(x, *(t.to(x.device) for t in term.sparse_tensors), out_features)  # type: ignore[no-any-return]
     memory = term.operand.memory.to(x.device)

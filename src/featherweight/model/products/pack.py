@@ -1,14 +1,15 @@
 """Stored codes to the packed operands that the native products read.
 
 A code becomes a sum of terms; a term is a chain of steps that the input goes through (gather, scale, rotate, round) and
-an operand, two factors, or a sparse matrix. Wrappers turn into steps: W x = inner (step x). A kind without a layout of
-its own is decoded to a dense operand, and the reason is kept in `PackedLinear.note`.
+an operand, two factors, or a sparse matrix. Wrappers turn into steps: W x = inner (step x). A product is two factors
+where each is a single operand, and else two layers, called one after the other. A kind without a layout of its own is
+decoded to a dense operand, and the reason is kept in `PackedLinear.note`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,20 @@ import torch
 from torch import Tensor
 
 from featherweight.model.products import source as c
+from featherweight.model.products.fill import FILL, dense
 from featherweight.model.products.source import Operand
-from featherweight.native.library import DTYPES, PACKINGS
+from featherweight.native.library import DTYPES
 from featherweight.native.packing import pack_trits
 from featherweight.storage.codes import Code, code_from
 from featherweight.storage.codes.binary_planes import BinaryPlanes
-from featherweight.storage.codes.codebook import Codebook
 from featherweight.storage.codes.column_scaled import ColumnScaled
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.hadamard import Hadamard, random_signs
 from featherweight.storage.codes.low_rank import LowRank
 from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted
+from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.quantized_input import QuantizedInput
-from featherweight.storage.codes.sherry import Sherry
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
 from featherweight.storage.codes.trit_planes import TritPlanes
@@ -37,6 +38,9 @@ from featherweight.storage.codes.uniform import Uniform
 
 NARROWEST_BINARY_GROUP = 16
 """Binary planes with narrower groups, or scales shared by columns, would cost more as scales than as a dense matrix."""
+
+MOST_PAIRS = 4
+"""Pairs of summands of two factors that are multiplied out: each pair reads both of its operands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One summand: an `operand`, a low-rank product (`operand` [out, r] times `right` [r, in]), or a sparse matrix."""
+    """One summand: an `operand`, a low-rank product (`operand` [out, r] times `right` [r, in]), a sparse matrix, or two
+    layers in a row (`layers`, left [out, k] and right [k, in]), which the native library does not know."""
 
     steps: tuple[Step, ...]
     operand: Operand | None = None
@@ -65,20 +70,37 @@ class Term:
     row_pointers: Tensor | None = None  # int32 [out + 1]
     columns: Tensor | None = None  # int32 [entries]
     values: Tensor | None = None  # float32 [entries]
+    layers: tuple[PackedLinear, ...] = ()
 
     @property
     def kind(self) -> str:
+        if self.layers:
+            return "product"
         if self.operand is None:
             return "sparse"
         return "operand" if self.right is None else "low-rank"
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        return tuple(one for one in (self.operand, self.right) if one is not None)
+        own = tuple(one for one in (self.operand, self.right) if one is not None)
+        return own + tuple(operand for layer in self.layers for operand in layer.operands)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        if self.layers:
+            return tuple(name for layer in self.layers for name in layer.layouts)
+        return tuple(operand.layout for operand in self.operands) or ("sparse",)
 
     @property
     def sparse_tensors(self) -> tuple[Tensor, ...]:
         return tuple(one for one in (self.row_pointers, self.columns, self.values) if one is not None)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """All tensors whose memory it keeps."""
+        own = (*self.sparse_tensors, *(step.tensor for step in self.steps if step.tensor is not None))
+        inner = tuple(tensor for layer in self.layers for term in layer.terms for tensor in term.held)
+        return own + inner + tuple(operand.memory for operand in self.operands)
 
     def struct(self, steps: Any) -> c.TermStruct:
         memory = [None if one is None else one.memory for one in (self.operand, self.right)]
@@ -97,9 +119,10 @@ class PackedLinear:
     """A linear layer as the native library takes it; keeps the memory that its structs point to.
 
     Attributes:
-        address: address of the fw_linear struct.
+        address: address of the fw_linear struct; 0 where no term is the native library's.
         rows, cols: out_features, in_features.
         terms: the summands.
+        products: those of them that are two layers in a row. A layer that has any is not the native library's alone.
         bias: float32 [out], or None.
         note: why something was decoded to a dense operand, else empty.
     """
@@ -114,12 +137,16 @@ class PackedLinear:
             raise ValueError(f"bias is {list(self.bias.shape)}, expected [{self.rows}]")
         self.note = note
         self._apply = c.needed().linear_apply
-        self._steps = [(c.StepStruct * max(1, len(t.steps)))(*[step.struct() for step in t.steps]) for t in terms]
-        self._terms = (c.TermStruct * len(terms))(*[t.struct(s) for t, s in zip(terms, self._steps, strict=True)])
+        native = [term for term in terms if not term.layers]
+        self.products = tuple(term for term in terms if term.layers)
+        self._steps = [(c.StepStruct * max(1, len(t.steps)))(*[step.struct() for step in t.steps]) for t in native]
+        self._terms = (c.TermStruct * len(native))(*[t.struct(s) for t, s in zip(native, self._steps, strict=True)])
         self._linear = c.LinearStruct(
-            self.rows, self.cols, len(terms), ctypes.addressof(self._terms), c.address(self.bias)
+            self.rows, self.cols, len(native), ctypes.addressof(self._terms), c.address(self.bias)
         )
-        self.address = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear) if native else 0
+        if not native:
+            return
         status = c.needed().linear_check(self.address)
         c.check(status, f"a linear layer [{self.rows}, {self.cols}] whose parts do not fit it")
 
@@ -130,13 +157,12 @@ class PackedLinear:
     @property
     def layouts(self) -> tuple[str, ...]:
         """Layouts of the operands, in the order of the terms; "sparse" for a sparse matrix."""
-        return tuple(name for t in self.terms for name in ([o.layout for o in t.operands] or ["sparse"]))
+        return tuple(name for term in self.terms for name in term.layouts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        tensors = [one.memory for one in self.operands] + [t for term in self.terms for t in term.sparse_tensors]
-        tensors += [step.tensor for term in self.terms for step in term.steps if step.tensor is not None]
+        tensors = [one for term in self.terms for one in term.held]
         tensors += [] if self.bias is None else [self.bias]
         return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
@@ -144,20 +170,29 @@ class PackedLinear:
     def weight_bytes(self) -> int:
         """Bytes of weights that one matrix-vector product reads."""
         sparse = sum(t.numel() * t.element_size() for term in self.terms for t in term.sparse_tensors)
-        return sparse + sum(operand.weight_bytes for operand in self.operands)
+        own = sum(operand.weight_bytes for term in self.terms if not term.layers for operand in term.operands)
+        return sparse + own + sum(layer.weight_bytes for term in self.products for layer in term.layers)
 
     def __call__(self, x: Tensor, precision: str = "float", threads: int | None = None) -> Tensor:
-        """x [..., in] on the CPU, any float dtype -> [..., out] in the same dtype: one call of the native library."""
+        """x [..., in] on the CPU, any float dtype -> [..., out] in the same dtype: one call of the native library.
+
+        Products of two layers take further calls. Precision "int8" rounds the input of the first; what goes from one to
+        the other is never rounded, as in a term of low rank.
+        """
         if x.shape[-1] != self.cols:
             raise ValueError(f"the input has {x.shape[-1]} columns, the layer {self.cols}")
         inputs = x.detach().to(torch.float32).contiguous()
         out = torch.empty(*x.shape[:-1], self.rows)
-        if out.numel():
+        if out.numel() and self.address:
             status = self._apply(
                 self.address, inputs.data_ptr(), inputs.numel(), out.numel() // self.rows, self.cols,
                 out.data_ptr(), out.numel(), self.rows, c.PRECISIONS[precision], c.threads_of(threads),
             )  # fmt: skip
             c.check(status, "a linear layer")
+        elif not self.address:
+            out.copy_(torch.zeros(self.rows) if self.bias is None else self.bias)
+        for left, right in (term.layers for term in self.products):
+            out += left(right(inputs, precision, threads), "float", threads)
         return out.to(x.dtype)
 
     def weight_rows(self, rows: Sequence[int]) -> Tensor | None:
@@ -262,6 +297,8 @@ class _Packer:
         if isinstance(code, LowRank):
             left, right = self._factor(code.left, code.left_scales), self._factor(code.right, code.right_scales)
             return (Term(steps, left, right),)
+        if isinstance(code, Product):
+            return self._product(code, steps)
         if isinstance(code, OffsetTrits):
             return self._offset_trits(code, steps)
         if isinstance(code, BinaryPlanes) and code.group_size >= NARROWEST_BINARY_GROUP:
@@ -270,7 +307,7 @@ class _Packer:
 
     def _own(self, code: Code) -> Operand:
         """The operand of a code that is a single matrix, decoded where it has no layout of its own."""
-        fill = _FILL.get(type(code))
+        fill = FILL.get(type(code))
         if fill is None:
             return self._decoded(code, f"{code.kind} has no layout of its own")
         if isinstance(code, Uniform) and code.axis != "input":
@@ -287,7 +324,7 @@ class _Packer:
         return self.dense(code.decode())
 
     def dense(self, weight: Tensor) -> Operand:
-        struct, keep = _dense(Dense(narrowed(weight.detach().cpu())))
+        struct, keep = dense(Dense(narrowed(weight.detach().cpu())))
         operand = self._pack(struct, "dense", "auto")
         del keep
         if operand is None:
@@ -300,6 +337,15 @@ class _Packer:
         codes = (factor.to(torch.int16) + 128).to(torch.uint8).reshape(-1)
         code = Uniform(codes, scales.unsqueeze(1), None, (len(factor), factor.shape[1]), 8, factor.shape[1])
         return self._auto()._own(code)
+
+    def _product(self, code: Product, steps: tuple[Step, ...]) -> tuple[Term, ...]:
+        """W x = A (B x), steps being those before B."""
+        left, right = self._auto().terms(code.left, ()), self._auto().terms(code.right, steps)
+        single = all(term.kind == "operand" for term in left + right) and not any(term.steps for term in left)
+        if single and len(left) * len(right) <= MOST_PAIRS:
+            return tuple(Term(b.steps, a.operand, b.operand) for a in left for b in right)
+        layers = PackedLinear(code.left.shape, left, None), PackedLinear(code.right.shape, right, None)
+        return (Term((), layers=layers),)
 
     def _offset_trits(self, code: OffsetTrits, steps: tuple[Step, ...]) -> tuple[Term, ...]:
         """W = a t + m: a plane of trits, and m [out, groups] times the matrix that sums the columns of each group."""
@@ -346,86 +392,3 @@ def _binary_as_trits(code: BinaryPlanes) -> list[TritPlanes]:
         TritPlanes.encode(signs[k : k + 3], scales[strip][:, :, k : k + 3], code.group_size, scale_dtype=dtype)
         for k in range(0, code.planes, 3)
     ]
-
-
-_Filled = tuple[c.Source, list[Tensor]]  # a struct, and the tensors it points to
-
-LENGTHS = {"codes": "codes_bytes", "scales": "scales_bytes", "zero_points": "zero_bytes", "signs": "sign_bytes"}
-"""Fields of `source.Source` for the lengths of what others point to."""
-
-
-def _scales(scales: Tensor) -> Tensor:
-    return (scales.float() if scales.dtype == torch.float64 else scales).contiguous()
-
-
-def _source(code: Code, group_size: int, keep: dict[str, Tensor | None], **fields: Any) -> _Filled:
-    rows, cols = code.shape
-    pointers: dict[str, int | None] = {name: c.address(tensor) for name, tensor in keep.items()}
-    pointers |= {LENGTHS[name]: c.size_of(tensor) for name, tensor in keep.items()}
-    size = min(group_size, cols)
-    struct = c.Source(
-        kind=c.KINDS[code.kind], rows=rows, cols=cols, group_size=size, scale_rows=1, **pointers, **fields
-    )
-    return struct, [tensor for tensor in keep.values() if tensor is not None]
-
-
-def _trit_planes(code: TritPlanes) -> _Filled:
-    if code.tied and code.planes == 1 and code.weights is not None:  # a weight of one plane belongs to its scales
-        scales = code.scales.float().unsqueeze(-1) * code.weights[0]
-        code = TritPlanes(code.trits, scales, code.shape, code.group_size, packing=code.packing)
-    if code.log8 is not None:
-        scales, exponent = code.log8
-        dtype = c.LOG8_SCALES
-    else:
-        scales, exponent = _scales(code.scales), 0
-        dtype = DTYPES[scales.dtype]
-    weights = code.plane_weights if code.tied else (0,) * code.planes
-    return _source(
-        code,
-        code.group_size,
-        {"codes": code.trits.contiguous(), "scales": scales.contiguous()},
-        planes=code.planes,
-        packing=PACKINGS[code.packing],
-        tied=int(code.tied),
-        weights=(ctypes.c_int32 * 3)(*weights),
-        plane_bytes=code.trits.shape[1],
-        scale_dtype=dtype,
-        scale_exponent=exponent,
-    )
-
-
-def _uniform(code: Uniform) -> _Filled:
-    scales = _scales(code.scales)
-    zeros = None if code.zero_points is None else code.zero_points.contiguous()
-    keep = {"codes": code.codes.contiguous(), "scales": scales, "zero_points": zeros}
-    return _source(code, code.group_size, keep, bits=code.bits, scale_dtype=DTYPES[scales.dtype])
-
-
-def _codebook(code: Codebook) -> _Filled:
-    scales = _scales(code.codebooks)
-    keep: dict[str, Tensor | None] = {"codes": code.codes.contiguous(), "scales": scales}
-    return _source(code, code.group_size or code.shape[1], keep, bits=code.bits, scale_dtype=DTYPES[scales.dtype])
-
-
-def _dense(code: Dense) -> _Filled:
-    weight = _scales(code.weight)
-    return _source(code, code.shape[1], {"codes": weight}, scale_dtype=DTYPES[weight.dtype])
-
-
-def _sherry(code: Sherry) -> _Filled:
-    scales = _scales(code.scales)
-    keep: dict[str, Tensor | None] = {
-        "codes": code.patterns.contiguous(),
-        "signs": code.signs.contiguous(),
-        "scales": scales,
-    }
-    return _source(code, code.group_size, keep, lane_stride=code.lane_stride, scale_dtype=DTYPES[scales.dtype])
-
-
-_FILL: dict[type[Code], Callable[[Any], _Filled]] = {
-    TritPlanes: _trit_planes,
-    Uniform: _uniform,
-    Codebook: _codebook,
-    Dense: _dense,
-    Sherry: _sherry,
-}

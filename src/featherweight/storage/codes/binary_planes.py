@@ -21,11 +21,14 @@ from featherweight.native.packing import pack_bits, unpack_bits
 from featherweight.registry import register
 from featherweight.storage.codes.base import (
     Code,
+    Cut,
     TensorLayout,
     dtype_from,
     dtype_name,
+    group_text,
     groups_of,
     matrix_shape,
+    plural,
     whole_number,
 )
 
@@ -194,6 +197,25 @@ class BinaryPlanes(Code):
             spec.get("rows_per_scale", 1),
             spec.get("exponent_bias", EXPONENT_BIAS),
         )
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        strip = spec.get("rows_per_scale", 1)
+        rows = "" if strip == 1 else " all rows" if strip is None else f" x {strip} rows"
+        shifts = f" in {spec['shift_terms']} shifts" if spec.get("shift_terms") else ""
+        return f"{plural(spec['planes'], 'binary plane')}{group_text(spec)}{rows}{shifts}"
+
+    @classmethod
+    def summands(cls, spec: dict[str, Any]) -> int:
+        return int(spec["planes"])
+
+    @classmethod
+    def prefix_of(cls, spec: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Cut]]:
+        scales = {name: Cut(name, 2, count) for name in cls.layout(spec) if name != "signs"}
+        return {**spec, "planes": count}, {"signs": Cut("signs", 0, count)} | scales
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("scales",) if self.scales is not None and self.rows_per_scale == 1 else ()
 
 
 def _packed(signs: Tensor) -> Tensor:

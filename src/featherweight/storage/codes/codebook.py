@@ -20,6 +20,7 @@ from featherweight.storage.codes.base import (
     TensorLayout,
     dtype_from,
     dtype_name,
+    group_text,
     groups_of,
     matrix_shape,
     whole_number,
@@ -98,3 +99,10 @@ class Codebook(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
         return cls(tensors["codes"], tensors["codebooks"], matrix_shape(spec), spec["bits"], spec.get("group_size"))
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"{spec['bits']} bit codebook{group_text(spec)}"
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("codebooks",)

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.registry import register
-from featherweight.storage.codes.base import Code, TensorLayout, dtype_from, dtype_name, matrix_shape
-from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.base import Code, TensorLayout, describe_part, dtype_from, dtype_name, matrix_shape
+from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
 
 
 @register("code", "column-scaled")
 @dataclass(frozen=True)
-class ColumnScaled(Code):
+class ColumnScaled(Wrapper):
     """`column_scales` [in] times the columns of `inner`. ValueError where they do not fit."""
 
     inner: Code
@@ -27,10 +27,6 @@ class ColumnScaled(Code):
     def __post_init__(self) -> None:
         if tuple(self.column_scales.shape) != self.inner.shape[1:]:
             raise ValueError(f"column_scales are {list(self.column_scales.shape)}, expected [{self.inner.shape[1]}]")
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.shape
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -59,3 +55,7 @@ class ColumnScaled(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> ColumnScaled:
         return cls(part_from(spec, spec.get("inner"), "inner_", tensors), tensors["column_scales"])
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"column-scaled {describe_part(spec, spec['inner'])}"

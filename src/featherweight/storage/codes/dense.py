@@ -40,3 +40,13 @@ class Dense(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Dense:
         return cls(tensors["weight"])
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"dense {spec['dtype']}"
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def tunable_fields(self) -> tuple[str, ...]:
+        return ()  # plain weights are left as they are

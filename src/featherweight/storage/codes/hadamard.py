@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from featherweight.registry import register
-from featherweight.storage.codes.base import Code, TensorLayout, matrix_shape, whole_number
-from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.base import Code, TensorLayout, describe_part, matrix_shape, whole_number
+from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
 
 SEEDS = 1 << 53
 """Seeds are below this: integers that every JSON reader keeps exactly."""
@@ -153,16 +153,12 @@ def rotate_back(x: Tensor, block: int, seed: int) -> Tensor:
 
 @register("code", "hadamard")
 @dataclass(frozen=True)
-class Hadamard(Code):
+class Hadamard(Wrapper):
     """See the module. `block` divides the number of columns; 0 <= `seed` < 2^53."""
 
     inner: Code
     block: int
     seed: int
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.shape
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -195,3 +191,7 @@ class Hadamard(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Hadamard:
         return cls(part_from(spec, spec.get("inner"), "inner_", tensors), spec["block"], spec["seed"])
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"hadamard {spec['block']} of {describe_part(spec, spec['inner'])}"

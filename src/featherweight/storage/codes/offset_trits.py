@@ -20,6 +20,8 @@ from featherweight.storage.codes.base import (
     TensorLayout,
     dtype_from,
     dtype_name,
+    group_text,
+    grouped,
     groups_of,
     matrix_shape,
     whole_number,
@@ -105,3 +107,14 @@ class OffsetTrits(Code):
             spec["group_size"],
             spec.get("packing", "base3"),
         )
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"1 trit-plane with offset{group_text(spec)}"
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("scales", "offsets")
+
+    def digits(self) -> Tensor:
+        trits = self.unpack()
+        return grouped(torch.stack([trits, torch.ones_like(trits)]), self.group_size, self.scales.shape[1])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from featherweight.registry import register
-from featherweight.storage.codes.base import Code, TensorLayout, matrix_shape
-from featherweight.storage.codes.nested import bare_spec, index_dtype, part_from, part_layout, part_tensors
+from featherweight.storage.codes.base import Code, TensorLayout, describe_part, matrix_shape
+from featherweight.storage.codes.nested import Wrapper, bare_spec, index_dtype, part_from, part_layout, part_tensors
 
 
 def inverse_order(order: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def inverse_order(order: Tensor) -> Tensor:
 
 @register("code", "permuted")
 @dataclass(frozen=True)
-class Permuted(Code):
+class Permuted(Wrapper):
     """See the module. Column i of `inner` is column `order[i]` of the matrix."""
 
     inner: Code
@@ -43,10 +43,6 @@ class Permuted(Code):
             raise ValueError(f"order has {order.numel()} entries for {inner.shape[1]} columns")
         inverse_order(order)
         return cls(inner, order.to(index_dtype(inner.shape[1])))
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.shape
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -71,3 +67,7 @@ class Permuted(Code):
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Permuted:
         inverse_order(tensors["order"])
         return cls(part_from(spec, spec.get("inner"), "inner_", tensors), tensors["order"])
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"permuted {describe_part(spec, spec['inner'])}"

@@ -33,9 +33,15 @@ def count_table(dimension: int, pulses: int) -> tuple[tuple[int, ...], ...]:
     return tuple(rows)
 
 
+@lru_cache(maxsize=64)
 def point_count(dimension: int, pulses: int) -> int:
-    """N(D, K), the number of points."""
-    return count_table(dimension, pulses)[dimension][pulses]
+    """N(D, K), the number of points; without the table, whose numbers may have thousands of bits each."""
+    row = [1, *[0] * pulses]
+    for _ in range(dimension):
+        above = row[0]
+        for k in range(1, pulses + 1):
+            above, row[k] = row[k], row[k] + row[k - 1] + above
+    return row[pulses]
 
 
 def index_bits(dimension: int, pulses: int) -> int:

@@ -12,22 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from featherweight.registry import register
-from featherweight.storage.codes.base import Code, TensorLayout, whole_number
-from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.base import Code, Grouping, TensorLayout, whole_number
+from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
 
 
 @register("code", "quantized-input")
 @dataclass(frozen=True)
-class QuantizedInput(Code):
+class QuantizedInput(Wrapper):
     """See the module. 2 <= `bits` <= 16; `group_size` counts input columns."""
 
     inner: Code
     bits: int
     group_size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        return self.inner.shape
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -57,3 +53,17 @@ class QuantizedInput(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedInput:
         return cls(part_from(spec, spec.get("inner"), "inner_", tensors), spec["bits"], spec["group_size"])
+
+    @classmethod
+    def input_rounding(cls, spec: dict[str, Any]) -> tuple[int, int]:
+        return spec["bits"], spec["group_size"]
+
+    def grouping(self) -> Grouping:
+        return self.inner.grouping()  # its own group size is that of the input
+
+    def group_levels(self, row: int, group: int) -> list[float]:
+        return self.inner.group_levels(row, group)
+
+    def rows_scaled(self, factors: Tensor) -> None:
+        """A layer with a rule for its input is left as it is."""
+        return None

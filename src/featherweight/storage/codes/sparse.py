@@ -7,6 +7,7 @@ as an fp16 value, and both are counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +99,7 @@ class Sparse(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Sparse:
         return cls(tensors["row_pointers"], tensors["columns"], tensors["values"], matrix_shape(spec))
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return f"sparse {100 * spec['entries'] / math.prod(spec['shape']):.2g} %" if "shape" in spec else "sparse"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from featherweight.errors import shown
 from featherweight.registry import register
-from featherweight.storage.codes.base import Code, TensorLayout, matrix_shape
-from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.base import Code, Cut, TensorLayout, describe_part, matrix_shape
+from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_spec, part_tensors
 
 
 @register("code", "sum")
@@ -67,6 +67,28 @@ class Sum(Code):
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Sum:
         return cls(tuple(part_from(spec, term, f"terms_{i}_", tensors) for i, term in enumerate(_terms(spec))))
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        return " + ".join(describe_part(spec, term) for term in spec["terms"])
+
+    @classmethod
+    def summands(cls, spec: dict[str, Any]) -> int:
+        return len(_terms(spec))
+
+    @classmethod
+    def prefix_of(cls, spec: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Cut]]:
+        terms = _terms(spec)[:count]
+        if count == 1:  # the term itself: a sum has two or more
+            names = part_layout(spec, terms[0], "terms_0_")
+            return part_spec(spec, terms[0], "terms_0"), {n.removeprefix("terms_0_"): Cut(n) for n in names}
+        first = {**spec, "terms": terms}
+        return first, {name: Cut(name) for name in cls.layout(first)}
+
+    def rows_scaled(self, factors: Tensor) -> Code | None:
+        terms = [term.rows_scaled(factors) for term in self.terms]
+        known = [term for term in terms if term is not None]
+        return Sum(tuple(known)) if len(known) == len(terms) else None
 
 
 def _terms(spec: dict[str, Any]) -> list[Any]:

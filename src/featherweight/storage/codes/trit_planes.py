@@ -13,6 +13,7 @@ byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, gro
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,15 @@ from featherweight.native.packing import Packing, decode_trit_planes, pack_trits
 from featherweight.registry import register
 from featherweight.storage.codes.base import (
     Code,
+    Cut,
     TensorLayout,
     dtype_from,
     dtype_name,
+    group_text,
+    grouped,
     groups_of,
     matrix_shape,
+    plural,
     whole_number,
 )
 
@@ -231,6 +236,44 @@ class TritPlanes(Code):
             object.__setattr__(code, "scale_format", LOG8)
             code._hold(tensors["scales"], exponent)
         return code
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        tied = "tied " if spec["tied"] else ""
+        return f"{plural(spec['planes'], f'{tied}trit-plane')}{group_text(spec)}"
+
+    @classmethod
+    def summands(cls, spec: dict[str, Any]) -> int:
+        return int(spec["planes"])
+
+    @classmethod
+    def prefix_of(cls, spec: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Cut]]:
+        """Tied planes keep their weights, which are then no longer those of so many planes."""
+        cuts = {name: Cut(name) for name in cls.layout(spec)} | {"trits": Cut("trits", 0, count)}
+        if not spec.get("tied", False):
+            return {**spec, "planes": count}, cuts | {"scales": Cut("scales", 2, count)}
+        weights = (_weights_of(spec, spec["planes"]) or tied_weights(spec["planes"]))[:count]
+        return {**spec, "planes": count, "weights": list(weights)}, cuts
+
+    def group_levels(self, row: int, group: int) -> list[float]:
+        scales = self.scales.float()[row, group].reshape(-1).tolist()
+        if self.tied:
+            scales = [scales[0] * weight for weight in self.plane_weights]
+        sums = (
+            sum(s * t for s, t in zip(scales, trits, strict=True))
+            for trits in itertools.product((-1, 0, 1), repeat=len(scales))
+        )
+        return sorted(set(sums))
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("scales",)
+
+    def digits(self) -> Tensor:
+        integers = self.unpack()
+        if self.tied:
+            weights = torch.tensor(self.plane_weights, dtype=torch.int8)
+            integers = (integers * weights.view(-1, 1, 1)).sum(0, keepdim=True, dtype=torch.int8)
+        return grouped(integers, self.group_size, self.scales.shape[1])
 
 
 def _weights_of(spec: dict[str, Any], planes: int) -> tuple[int, ...] | None:

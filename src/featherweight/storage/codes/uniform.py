@@ -19,9 +19,12 @@ from featherweight.native.packing import pack_bits, unpack_bits
 from featherweight.registry import register
 from featherweight.storage.codes.base import (
     Code,
+    Grouping,
     TensorLayout,
     dtype_from,
     dtype_name,
+    group_text,
+    grouped,
     groups_of,
     matrix_shape,
     whole_number,
@@ -139,3 +142,28 @@ class Uniform(Code):
             spec["group_size"],
             spec.get("axis", "input"),
         )
+
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> str:
+        along = " of outputs" if spec.get("axis") == "output" else ""
+        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{group_text(spec)}{along}"
+
+    def grouping(self) -> Grouping:
+        along = 1 if self.axis == "input" else 0
+        return Grouping(along, min(self.group_size, self.shape[along]))
+
+    def group_levels(self, row: int, group: int) -> list[float]:
+        if self.axis == "output":
+            row, group = group, row
+        scale, zero_point = float(self.scales[row, group]), int(self.unpack()[1][row, group])
+        return sorted({scale * (q - zero_point) for q in range(1 << self.bits)})
+
+    def row_fields(self) -> tuple[str, ...]:
+        return ("scales",) if self.axis == "input" else ()
+
+    def digits(self) -> Tensor | None:
+        if self.axis != "input":
+            return None
+        codes, zero_points = (t.to(torch.int16) for t in self.unpack())
+        integers = codes - zero_points.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
+        return grouped(integers.unsqueeze(0), self.group_size, self.scales.shape[1])

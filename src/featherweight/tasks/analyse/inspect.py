@@ -11,8 +11,8 @@ from featherweight.storage.checkpoint.accounting import architecture_of
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_layout, module_specs
+from featherweight.storage.codes import describe_code
 from featherweight.tasks.compress.assemble import read_manifest
-from featherweight.tasks.compress.plan import describe_code
 
 
 def inspect_folder(model: str | Path) -> dict[str, Any]:

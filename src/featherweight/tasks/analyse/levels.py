@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -11,64 +9,13 @@ import torch
 from torch import Tensor
 
 from featherweight.storage.codes import Code
-from featherweight.storage.codes.quantized_input import QuantizedInput
-from featherweight.storage.codes.trit_planes import TritPlanes
-from featherweight.storage.codes.uniform import Uniform
 
 MAX_LEVELS = 64
 
 
-@singledispatch
-def levels_of(code: Code, row: int, group: int) -> list[float]:
-    """Values that the weights of a group may take. In general, those that occur."""
-    size = group_size_of(code)
-    values: list[float] = np.unique(code.decode()[row, group * size : (group + 1) * size].numpy()).tolist()
-    return values
-
-
-@levels_of.register
-def _(code: TritPlanes, row: int, group: int) -> list[float]:
-    scales = code.scales.float()[row, group].reshape(-1).tolist()
-    if code.tied:
-        scales = [scales[0] * weight for weight in code.plane_weights]
-    sums = (
-        sum(s * t for s, t in zip(scales, trits, strict=True))
-        for trits in itertools.product((-1, 0, 1), repeat=len(scales))
-    )
-    return sorted(set(sums))
-
-
-@levels_of.register
-def _(code: Uniform, row: int, group: int) -> list[float]:
-    if code.axis == "output":  # here a row is a column of the matrix, see `_along_groups`
-        row, group = group, row
-    scale, zero_point = float(code.scales[row, group]), int(code.unpack()[1][row, group])
-    return sorted({scale * (q - zero_point) for q in range(1 << code.bits)})
-
-
-@levels_of.register
-def _(code: QuantizedInput, row: int, group: int) -> list[float]:
-    found: list[float] = levels_of(code.inner, row, group)
-    return found
-
-
-def group_size_of(code: Code) -> int:
-    """Columns (rows for groups of outputs) that share a set of levels; whole rows for a code without groups."""
-    if isinstance(code, QuantizedInput):  # its own group size is that of the input
-        return group_size_of(code.inner)
-    whole = code.shape[0 if groups_outputs(code) else 1]
-    return min(int(getattr(code, "group_size", None) or whole), whole)
-
-
-def groups_outputs(code: Code) -> bool:
-    """Whether a group is of rows of one column, and not of columns of one row."""
-    inner = code.inner if isinstance(code, QuantizedInput) else code
-    return isinstance(inner, Uniform) and inner.axis == "output"
-
-
 def _along_groups(matrix: Tensor, code: Code) -> Tensor:
     """The matrix with groups in its rows: transposed for groups of outputs."""
-    return matrix.T.contiguous() if groups_outputs(code) else matrix
+    return matrix if code.grouping().along else matrix.T.contiguous()
 
 
 def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) -> dict[str, Any]:
@@ -78,10 +25,10 @@ def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) 
     `row`, `first_column`, `weights`, `levels`, `relative_error`. Groups of outputs lie in a column: theirs are
     `first_row` and `column`.
     """
-    weight, size = _along_groups(original.detach().float(), code), group_size_of(code)
+    weight, size = _along_groups(original.detach().float(), code), code.grouping().size
     row, group, error = _typical_group(weight, _along_groups(code.decode(), code), size)
     weights = weight[row, group * size : (group + 1) * size]
-    levels = levels_of(code, row, group)
+    levels = code.group_levels(row, group)
     reach = 1.08 * max([float(weights.abs().max()), *map(abs, levels), 1e-30])
     counts, edges = np.histogram(weight.numpy(), bins=bins, range=(-reach, reach))
     return {
@@ -96,9 +43,7 @@ def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) 
 
 
 def _place(code: Code, row: int, first: int) -> dict[str, int]:
-    if groups_outputs(code):
-        return {"first_row": first, "column": row}
-    return {"row": row, "first_column": first}
+    return {"row": row, "first_column": first} if code.grouping().along else {"first_row": first, "column": row}
 
 
 def _typical_group(weight: Tensor, decoded: Tensor, size: int) -> tuple[int, int, float]:

@@ -19,7 +19,7 @@ from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.storage.codes import code_layout
+from featherweight.storage.codes import code_layout, describe_code
 from featherweight.system.memory import available_bytes, resident_bytes
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.refusals import check_layers, check_recipe
@@ -233,52 +233,6 @@ class Plan:
         for row in table.values():
             row["bits_per_weight"] = 8 * row["bytes"] / row["weights"]
         return list(table.values())
-
-
-def describe_code(spec: dict[str, Any]) -> str:
-    """A code in a few words: "2 trit-planes g128", "hadamard 128 of 4 bit asymmetric g128 + rank 8 int8"."""
-    kind, size = spec["kind"], f" g{spec['group_size']}" if spec.get("group_size") else ""
-    if kind == "trit-planes":
-        plural = "s" if spec["planes"] > 1 else ""
-        return f"{spec['planes']} {'tied ' if spec['tied'] else ''}trit-plane{plural}{size}"
-    if kind == "uniform":
-        along = " of outputs" if spec.get("axis") == "output" else ""
-        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{size}{along}"
-    if kind == "dense":
-        return f"dense {spec['dtype']}"
-    if kind == "sum":
-        return " + ".join(describe_code({**_shape_of(spec), **term}) for term in spec["terms"])
-    if kind == "hadamard":
-        return f"hadamard {spec['block']} of {describe_code({**_shape_of(spec), **spec['inner']})}"
-    if kind in ("permuted", "column-scaled"):
-        return f"{kind} {describe_code({**_shape_of(spec), **spec['inner']})}"
-    if "inner" in spec:
-        bits = f" {spec['bits']} bit" if "bits" in spec else ""
-        return f"{kind}{bits}{size} of {describe_code({**_shape_of(spec), **spec['inner']})}"
-    return _describe_other(spec, size)
-
-
-def _describe_other(spec: dict[str, Any], size: str) -> str:
-    kind = spec["kind"]
-    if kind == "codebook":
-        return f"{spec['bits']} bit codebook{size}"
-    if kind == "binary-planes":
-        strip = spec.get("rows_per_scale", 1)
-        rows = "" if strip == 1 else " all rows" if strip is None else f" x {strip} rows"
-        shifts = f" in {spec['shift_terms']} shifts" if spec.get("shift_terms") else ""
-        return f"{spec['planes']} binary plane{'s' if spec['planes'] > 1 else ''}{size}{rows}{shifts}"
-    if kind == "offset-trits":
-        return f"1 trit-plane with offset{size}"
-    if kind == "low-rank":
-        return f"rank {spec['rank']} {spec.get('factor_dtype', 'float16')}"
-    if kind == "sparse":
-        return f"sparse {100 * spec['entries'] / math.prod(spec['shape']):.2g} %" if "shape" in spec else "sparse"
-    return f"{kind}{size}"
-
-
-def _shape_of(spec: dict[str, Any]) -> dict[str, Any]:
-    """What the parts of a code inherit of its spec."""
-    return {"shape": spec["shape"]} if "shape" in spec else {}
 
 
 def make_plan(

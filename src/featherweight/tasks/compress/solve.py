@@ -25,9 +25,9 @@ from featherweight.methods.quantize.base import (
     WeightSource,
 )
 from featherweight.native.squared_errors import squared_errors
-from featherweight.storage.codes import Code
+from featherweight.storage.codes import Code, describe_code
 from featherweight.storage.codes.sum import Sum
-from featherweight.tasks.compress.plan import Job, describe_code
+from featherweight.tasks.compress.plan import Job
 
 ERROR_ROWS = 40  # whole bytes of every packing
 ERROR_WINDOW = 4 << 20  # bytes

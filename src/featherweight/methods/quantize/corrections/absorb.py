@@ -19,7 +19,6 @@ from torch import Tensor
 
 from featherweight.events import Observer, silent
 from featherweight.methods.quantize.base import Correction, Scope
-from featherweight.methods.quantize.row_scaling import rows_scaled
 from featherweight.model.network.access import BlockAccess
 from featherweight.registry import register
 from featherweight.storage.checkpoint.anatomy import LinearLayer
@@ -45,7 +44,7 @@ class AbsorbColumnScales(Correction):
             layer = session.layers[name]
             factors = code.column_scales.float()
             reason = self._refusal(session, layer, found, factors)
-            scaled = None if reason else rows_scaled(found[str(layer.producer)], factors)
+            scaled = None if reason else found[str(layer.producer)].rows_scaled(factors)
             if scaled is None:
                 notify({"event": "absorb", "layer": name, "stored": reason or "the producer's code cannot take them"})
                 continue
