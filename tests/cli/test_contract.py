@@ -137,6 +137,32 @@ def test_recipe_from_a_file(llama: Path, tmp_path: Path) -> None:
     assert {layer["code"][:5] for layer in found["layers"]} == {"5 bit", "6 bit"}
 
 
+MIXED = "allocation={kind: mixed-precision, bits: 4, grids: [{bits: 2}, {bits: 3}, {bits: 5}]}"
+
+
+def test_plan_says_what_its_bytes_are(llama: Path, tmp_path: Path) -> None:
+    """Those of layers that are measured; at most so many where they cannot be."""
+    report = tmp_path / "plan.json"
+    command = ("plan", llama, "--recipe", "rtn-3", "--set", "grid.group_size=32", MIXED, "--json", report)
+    done = feather_here(*command)
+    assert done.code == 0
+    measured = read(report)
+    assert measured["bytes_are"] == "planned after measuring"
+    assert "(measured)" in done.output
+    assert 3 < measured["bits_per_weight"] <= 4
+    assert len({row["code"] for row in measured["roles"]}) > 1
+    out = tmp_path / "made.json"
+    made = ("compress", llama, *command[2:6], MIXED, "--out", tmp_path / "out", "--json", out)
+    assert feather_here(*made).code == 0
+    assert read(out)["bits_per_weight"] == measured["bits_per_weight"]
+    done = feather_here(*command, "--set", "allocation.errors=outputs")
+    assert done.code == 0
+    bound = read(report)
+    assert bound["bytes_are"] == "at most"
+    assert "become at most" in done.output
+    assert bound["output_bytes"] >= measured["output_bytes"]
+
+
 def test_plan(llama: Path, tmp_path: Path) -> None:
     report = tmp_path / "plan.json"
     done = feather_here("plan", llama, "--recipe", "ptqtp", "--json", report)

@@ -19,9 +19,9 @@ from featherweight.methods.quantize.transforms.rotation import ResidualRotation
 from featherweight.methods.recipe import load_recipe, presets
 from featherweight.model.text.windows import windows
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.calibrated import compared
 from featherweight.tasks.compress.data import calibration_needs, tokenizer_of
 from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.guard import compared
 from models import make_tiny
 
 LENGTH, COUNT, HELD_OUT = 48, 16, 4
@@ -209,8 +209,8 @@ def test_every_calibrated_preset_keeps_windows_apart(preset: str) -> None:
     recipe = load_recipe(preset)
     assert "held_out_gram" in calibration_needs(recipe)
     wide = {choice.scope for choice in (recipe.rounding, *recipe.transforms, *recipe.corrections)} - {"layer"}
-    assert compared(recipe) >= (wide or {"layer"})
-    assert not compared(load_recipe(recipe, ["calibration.held_out=0.0"]))
+    assert compared(recipe.treatment, recipe.calibration.held_out) >= (wide or {"layer"})
+    assert not compared(recipe.treatment, 0.0)
 
 
 @pytest.mark.parametrize("layer", [4, 10])

@@ -59,7 +59,8 @@ def solved(corrections: Sequence[Correction], transforms: Sequence[Any] = ()) ->
     )  # fmt: skip
     grid = UniformGrid(bits=2, group_size=64)
     recipe = Recipe(name="test", grid=grid, corrections=tuple(corrections), transforms=tuple(transforms))
-    found = solve_layer(recipe, Job(layer, grid), HeldWeight(weight()), InputGroup({}, 0), SolveOptions(threads=1))
+    job = Job(layer, recipe.treatment)
+    found = solve_layer(job, HeldWeight(weight()), InputGroup({}, 0), SolveOptions(threads=1))
     return found.code.decode()
 
 

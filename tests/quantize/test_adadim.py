@@ -105,7 +105,7 @@ def test_a_block(rounding: Any, tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     before = {name: session.weight(name) for name in session.names}
     choice = AdaDim(rounding=rounding)
-    codes = choice.quantize_block(session, session.names, grids, session.statistics(), SolveOptions(), told.append)
+    codes = choice.quantize_block(session, grids, session.statistics(), SolveOptions(), told.append)
     axes = {fact["layer"]: fact["axis"] for fact in told}
     assert list(axes) == session.names
     assert set(axes.values()) == {"input", "output"}
@@ -124,18 +124,16 @@ def test_a_block(rounding: Any, tmp_path: Path) -> None:
 def test_what_cannot_be_grouped_keeps_its_rows(tmp_path: Path) -> None:
     session = TinyBlock(*tiny_model(tmp_path))
     grids = dict.fromkeys(session.names, UniformGrid(bits=3, group_size=48))
-    codes = AdaDim().quantize_block(session, session.names, grids, {}, SolveOptions())
+    codes = AdaDim().quantize_block(session, grids, {}, SolveOptions())
     assert all("axis" not in code.spec for code in codes.values())
     assert along_outputs(UniformGrid(group_size=32), 100) is None
     with pytest.raises(RecipeError, match="uniform"):
-        AdaDim().quantize_block(
-            session, session.names, dict.fromkeys(session.names, TritPlaneGrid()), {}, SolveOptions()
-        )
+        AdaDim().quantize_block(session, dict.fromkeys(session.names, TritPlaneGrid()), {}, SolveOptions())
 
 
 def test_a_tie_keeps_the_rows(tmp_path: Path) -> None:
     session = TinyBlock(*tiny_model(tmp_path))
     name = session.names[0]
     session.set_weight(name, torch.zeros_like(session.weight(name)))
-    code = AdaDim().quantize_block(session, [name], {name: UniformGrid(group_size=32)}, {}, SolveOptions())[name]
+    code = AdaDim().quantize_block(session, {name: UniformGrid(group_size=32)}, {}, SolveOptions())[name]
     assert "axis" not in code.spec

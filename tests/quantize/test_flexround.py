@@ -119,7 +119,7 @@ def test_a_block(bits: int, tmp_path: Path) -> None:
     before = {name: session.weight(name) for name in session.names}
     rounding = FlexRound(steps=60, learning_rate=1e-2, checks=4)
     grids = dict.fromkeys(session.names, grid)
-    codes = rounding.quantize_block(session, session.names, grids, {}, SolveOptions(), told.append)
+    codes = rounding.quantize_block(session, grids, {}, SolveOptions(), told.append)
     assert told[-1]["held_out_after"] < 0.95 * told[-1]["held_out_before"]
     plain = {name: grid.quantize(before[name]) for name in session.names}
     objective = BlockObjective(session)
@@ -143,4 +143,4 @@ def test_other_grids_are_refused(tmp_path: Path) -> None:
     session = TinyBlock(*tiny_model(tmp_path))
     grids = dict.fromkeys(session.names, TritPlaneGrid())
     with pytest.raises(RecipeError, match="uniform grid"):
-        FlexRound(steps=1).quantize_block(session, session.names, grids, {}, SolveOptions())
+        FlexRound(steps=1).quantize_block(session, grids, {}, SolveOptions())

@@ -173,6 +173,7 @@ def run_plan(
 ) -> None:
     from featherweight.methods.recipe import load_recipe
     from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
     from featherweight.tasks.compress.engine import estimate_seconds
     from featherweight.tasks.compress.fates import counts_text
     from featherweight.tasks.compress.plan import make_plan, parse_size
@@ -183,6 +184,11 @@ def run_plan(
         limit = parse_size(max_memory) if max_memory else None
         checkpoint.trust_remote_code = trust_remote_code
         made = make_plan(checkpoint, chosen, threads, limit)
+        if made.candidates and can_measure(made, Measuring()):
+            with steps("measuring layers") as notify:
+                made = allocated(
+                    made, checkpoint, Measuring(), lambda e: notify(e["step"], e["of"]) if "step" in e else None
+                )
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     summary = {**made.summary(), "seconds": estimate_seconds(made)}
@@ -200,7 +206,7 @@ def run_plan(
                     "bits per weight",
                     f"{summary['bits_per_weight']:.3f} ({summary['bits_per_weight_model']:.3f} whole model)",
                 ),
-                ("size", f"{size_text(summary['source_bytes'])} become {size_text(summary['output_bytes'])}"),
+                ("size", _planned_size(summary)),
                 ("disk while working", size_text(summary["disk_bytes"])),
                 ("memory", _memory_text(summary["memory_bytes"])),
                 ("time", f"about {time_text(summary['seconds'])} ({_time_note(made)})"),
@@ -221,6 +227,14 @@ def run_plan(
             size_text(row["bytes"]),
         )
     console.print(table)
+
+
+def _planned_size(summary: dict[str, Any]) -> str:
+    """Bytes before and after, and what is known of the latter."""
+    known = {"at most": "at most ", "planned": "", "planned after measuring": ""}[summary["bytes_are"]]
+    end = {"at most": " (decided when layers are measured)", "planned": "", "planned after measuring": " (measured)"}
+    become = f"{known}{size_text(summary['output_bytes'])}{end[summary['bytes_are']]}"
+    return f"{size_text(summary['source_bytes'])} become {become}"
 
 
 def _memory_text(need: int) -> str:

@@ -6,9 +6,13 @@
     rounding: {kind: nearest}
     overrides:
       - {match: down_proj, grid: {planes: 3}}
+      - {match: q_proj, rounding: {kind: hessian}, corrections: [{kind: lorc}]}
 
 `include`, `skip` and `match` hold shell patterns that a layer meets with its full name, its last component (`q_proj`)
 or its kind (`attention`, `mlp`, `expert`). Everything a recipe can get wrong is one RecipeError naming the field.
+
+From the recipe and its overrides each layer has a `Treatment`: on every axis the first override that matches the layer
+and names the axis counts, and the recipe's own choice where there is none.
 """
 
 from __future__ import annotations
@@ -23,10 +27,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from featherweight.errors import RecipeError
+from featherweight.methods.budget.base import Allocator
 from featherweight.methods.calibrate.settings import CalibrationSettings
-from featherweight.methods.quantize.base import Allocator, Choice, Correction, Grid, Rounding, Transform
+from featherweight.methods.quantize.base import Choice, Correction, Grid, Rounding, Transform
+from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, with_settings
+from featherweight.methods.quantize.treatment import Treatment, check_order, scope_of
 from featherweight.plugins import OURS, plugin_presets
-from featherweight.registry import find, nearest
+from featherweight.registry import nearest
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.run.identity import WORDS
 from featherweight.system.places import PRESETS
@@ -43,6 +50,9 @@ __all__ = [
     "recipe_from",
 ]
 
+AXES = ("transforms", "grid", "rounding", "corrections")
+"""What overrides may change, and a treatment consists of."""
+
 
 class Selection(BaseModel):
     """Which linear layers are compressed; the others are copied."""
@@ -55,11 +65,25 @@ class Selection(BaseModel):
 
 
 class Override(BaseModel):
-    """Other settings for the layers a pattern matches; `grid` without `kind` changes settings of the recipe's grid."""
+    """Other choices for the layers a pattern matches.
+
+    `grid` and `rounding` without a `kind` change settings of the recipe's own; `transforms` and `corrections` take the
+    place of the recipe's lists. Choices that see a whole block or model are the same for all layers; but layers may do
+    without those of block scope.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     match: str
-    grid: dict[str, Any]
+    grid: dict[str, Any] | None = None
+    rounding: dict[str, Any] | None = None
+    transforms: tuple[dict[str, Any], ...] | None = None
+    corrections: tuple[dict[str, Any], ...] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if all(getattr(self, axis) is None for axis in AXES):
+            raise ValueError("an override must name at least one of grid, rounding, transforms and corrections")
+        return self
 
 
 class Recipe(BaseModel):
@@ -73,31 +97,28 @@ class Recipe(BaseModel):
     layers: Selection = Selection()
     transforms: tuple[SerializeAsAny[Transform], ...] = ()
     grid: SerializeAsAny[Grid]
-    rounding: SerializeAsAny[Rounding] = Field(default_factory=lambda: _choice("rounding", {"kind": "nearest"}))
+    rounding: SerializeAsAny[Rounding] = Field(default_factory=lambda: choice_on("rounding", {"kind": "nearest"}))
     corrections: tuple[SerializeAsAny[Correction], ...] = ()
-    allocation: SerializeAsAny[Allocator] = Field(default_factory=lambda: _choice("allocation", {"kind": "fixed"}))
+    allocation: SerializeAsAny[Allocator] = Field(default_factory=lambda: choice_on("allocation", {"kind": "fixed"}))
     overrides: tuple[Override, ...] = ()
     calibration: CalibrationSettings = CalibrationSettings()
 
     @field_validator("grid", "rounding", "allocation", mode="before")
     @classmethod
     def _one(cls, value: Any, info: Any) -> Any:
-        return _choice(info.field_name, value)
+        return choice_on(info.field_name, value)
 
     @field_validator("transforms", "corrections", mode="before")
     @classmethod
     def _several(cls, value: Any, info: Any) -> Any:
-        axis = info.field_name.removesuffix("s")
-        if not isinstance(value, list | tuple):
-            raise RecipeError(f"field {info.field_name} must be a list of choices, each with a kind")
-        return tuple(_choice(axis, item, f"{info.field_name}[{i}]") for i, item in enumerate(value))
+        return choices_on(info.field_name.removesuffix("s"), value, info.field_name)
 
     @model_validator(mode="after")
-    def _outermost_first(self) -> Recipe:
-        """What a module does to its input is told by the outermost wrapper of its code."""
-        kinds = [transform.kind for transform in self.transforms]
-        if "quantize-inputs" in kinds[1:]:
-            raise RecipeError("the transform quantize-inputs must be the first in transforms: put it before the others")
+    def _sound(self) -> Recipe:
+        """Overrides and candidates are made once, so that what is wrong in them is said where the recipe is read."""
+        check_order(self.transforms)
+        self._overriding()
+        self.allocation.treatments(self.treatment)
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -124,23 +145,60 @@ class Recipe(BaseModel):
 
     def extra_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes stored for a matrix beside the codes of its grid, as far as they can be told without data."""
-        return sum(choice.extra_bytes(shape) for choice in (*self.transforms, self.rounding, *self.corrections))
+        return self.treatment.extra_bytes(shape)
+
+    @property
+    def treatment(self) -> Treatment:
+        """What is done to layers that no override matches."""
+        return Treatment(self.grid, self.rounding, self.transforms, self.corrections)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """What the recipe takes on the five axes."""
-        return (*self.transforms, self.grid, self.rounding, *self.corrections, self.allocation)
+        """What the recipe takes on the five axes, and after that what its overrides take."""
+        others = [choice for changed in self._overriding() for choice in _all_choices(changed)]
+        return (*self.treatment.choices, self.allocation, *others)
 
     @property
     def calibrated(self) -> bool:
         """Whether the network must be run to apply this recipe."""
-        return bool(self.needs) or any(getattr(choice, "scope", "layer") != "layer" for choice in self.choices)
+        return bool(self.needs) or any(scope_of(choice) != "layer" for choice in self.choices)
 
-    def grids_for(self, anatomy: Anatomy) -> dict[str, Grid]:
-        """Layer name -> grid for every layer this recipe compresses, in model order.
+    def treatments_for(self, anatomy: Anatomy) -> dict[str, Treatment]:
+        """Layer name -> treatment for every layer this recipe compresses, in model order.
 
         Raises RecipeError for a pattern that matches nothing and for a selection that is empty.
         """
+        overriding = self._overriding()
+        made: dict[tuple[int | None, ...], Treatment] = {}  # layers that are alike share one object
+        found = {}
+        for layer in self._chosen(anatomy):
+            places = self._overridden_by(layer)
+            if places not in made:
+                own = {axis: getattr(self, axis) for axis in AXES}
+                changed = {a: overriding[i][a] for a, i in zip(AXES, places, strict=True) if i is not None}
+                made[places] = Treatment(**{**own, **changed})
+            found[layer.name] = made[places]
+        return found
+
+    def candidates_for(self, anatomy: Anatomy) -> dict[str, tuple[Treatment, ...]]:
+        """The treatments the allocation may choose from, by layer; a grid that an override names is kept.
+
+        Raises the errors of `treatments_for`.
+        """
+        named = {layer.name: self._overridden_by(layer)[AXES.index("grid")] for layer in self._chosen(anatomy)}
+        alike: dict[int, tuple[Treatment, ...]] = {}
+        found: dict[str, tuple[Treatment, ...]] = {}
+        for name, treatment in self.treatments_for(anatomy).items():
+            if named[name] is not None:
+                found[name] = (treatment,)
+                continue
+            if id(treatment) not in alike:
+                alike[id(treatment)] = self.allocation.treatments(treatment)
+            found[name] = alike[id(treatment)]
+        return found
+
+    def _chosen(self, anatomy: Anatomy) -> list[LinearLayer]:
+        """The layers that are compressed."""
         candidates = [layer for layer in anatomy.layers if self.layers.routers or layer.kind != "router"]
         if self.layers.head:
             if anatomy.head is None:
@@ -164,54 +222,66 @@ class Recipe(BaseModel):
         ]
         if not chosen:
             raise RecipeError(f"recipe {self.name}: layers.include and layers.skip leave no layer to compress")
-        grids = {layer.name: self._grid_of(layer) for layer in chosen}
-        return self.allocation.assign({layer.name: layer.shape for layer in chosen}, grids)
+        return chosen
 
-    def _grid_of(self, layer: LinearLayer) -> Grid:
-        for i, override in enumerate(self.overrides):
-            if _matches(override.match, layer):
-                return _overridden(self.grid, override, i)
-        return self.grid
+    def _overridden_by(self, layer: LinearLayer) -> tuple[int | None, ...]:
+        """For each of the AXES, which override counts for the layer; None where none does."""
+        matching = [i for i, override in enumerate(self.overrides) if _matches(override.match, layer)]
+        return tuple(next((i for i in matching if getattr(self.overrides[i], a) is not None), None) for a in AXES)
+
+    def _overriding(self) -> list[dict[str, Any]]:
+        """What each override puts in the place of the recipe's own choices, by axis.
+
+        Raises RecipeError naming the field, also where a choice is none of single layers.
+        """
+        found = []
+        for place, override in enumerate(self.overrides):
+            field = f"overrides[{place}]"
+            changed: dict[str, Any] = {}
+            for axis, own in (("grid", self.grid), ("rounding", self.rounding)):
+                settings = getattr(override, axis)
+                if settings is not None:
+                    changed[axis] = with_settings(axis, own, settings, f"{field}.{axis}")
+            for axis in ("transforms", "corrections"):
+                listed = getattr(override, axis)
+                if listed is not None:
+                    changed[axis] = choices_on(axis.removesuffix("s"), listed, f"{field}.{axis}")
+                    _check_wide(changed[axis], getattr(self, axis), f"{field}.{axis}")
+            check_order(changed.get("transforms", ()), f"{field}.transforms")
+            rounding = changed.get("rounding", self.rounding)
+            if scope_of(rounding) != "layer" and rounding != self.rounding:
+                raise RecipeError(
+                    f"{field}.rounding: {rounding.kind} chooses the codes of a whole {scope_of(rounding)} together, so "
+                    "single layers cannot have it or settings of their own for it; they may only opt out, with a "
+                    "rounding of layers such as {kind: nearest}"
+                )
+            found.append(changed)
+        return found
 
 
-def _overridden(grid: Grid, override: Override, place: int) -> Grid:
-    kind = override.grid.get("kind", grid.kind)
-    kept = grid.settings() if kind == grid.kind else {}
-    built = _choice("grid", {**kept, **override.grid, "kind": kind}, f"overrides[{place}].grid")
-    assert isinstance(built, Grid)
-    return built
+def _check_wide(listed: tuple[Choice, ...], own: tuple[Choice, ...], field: str) -> None:
+    """RecipeError where an override's list differs from the recipe's in what no layer can have by itself."""
+    for choice in listed:
+        if scope_of(choice) != "layer" and choice not in own:
+            raise RecipeError(
+                f"{field}: {choice.kind} sees a whole {scope_of(choice)} at once, so single layers cannot have it or "
+                f"settings of their own for it; put it into the recipe's {field.rpartition('.')[2]}"
+            )
+    for choice in own:
+        if scope_of(choice) == "model" and choice not in listed:
+            raise RecipeError(
+                f"{field}: {choice.kind} changes the whole model at once, so no layer can be without it; list it too"
+            )
+
+
+def _all_choices(changed: dict[str, Any]) -> list[Choice]:
+    """The choices of an override that was resolved, those in lists one by one."""
+    return [choice for value in changed.values() for choice in (value if isinstance(value, tuple) else (value,))]
 
 
 def _matches(pattern: str, layer: LinearLayer) -> bool:
     # Equality first: "experts.down_proj[3]", the name of a slice, is not the pattern it looks like.
     return any(t == pattern or fnmatch.fnmatchcase(t, pattern) for t in (layer.name, layer.role, layer.kind))
-
-
-def _choice(axis: str, value: Any, field: str = "") -> Any:
-    """A choice on `axis` from its mapping, or the choice itself."""
-    field = field or axis
-    if isinstance(value, Choice):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise RecipeError(f"field {field} must be a mapping with a kind, like {{kind: ...}}, but is {value!r}")
-    cls = find(axis, value["kind"])
-    try:
-        return cls(**{k: v for k, v in value.items() if k != "kind"})
-    except ValidationError as error:
-        raise RecipeError(explain(error, cls, f"{field}.")) from None
-
-
-def explain(error: ValidationError, model: Any, prefix: str = "") -> str:
-    """The first problem of a pydantic error as one sentence with the field's full name."""
-    first = error.errors()[0]
-    field = prefix + ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = list(model.model_fields)
-        return f"there is no field {field}{nearest(str(first['loc'][-1]), known)}; known: {', '.join(known)}"
-    if first["type"] == "missing":
-        return f"field {field} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"field {field} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def recipe_from(mapping: Any, origin: str) -> Recipe:

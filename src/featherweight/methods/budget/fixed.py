@@ -1,16 +1,17 @@
-"""Fixed allocation: every layer gets the grid the recipe names for it."""
+"""Fixed allocation: every layer gets the treatment the recipe names for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from featherweight.methods.quantize.base import Allocator, Grid
+from featherweight.methods.budget.base import Allocator, LayerCandidates
+from featherweight.methods.quantize.treatment import Treatment
 from featherweight.registry import register
 
 
 @register("allocation", "fixed")
 class Fixed(Allocator):
-    """No budget: the recipe's grid, or that of its first matching override."""
+    """No budget: what the recipe and its overrides say."""
 
-    def assign(self, shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid]) -> dict[str, Grid]:
-        return dict(grids)
+    def assign(self, layers: Mapping[str, LayerCandidates]) -> dict[str, Treatment]:
+        return {name: layer.candidates[0].treatment for name, layer in layers.items()}

@@ -258,15 +258,20 @@ class Rounding(Choice, abc.ABC):
     def quantize_block(
         self,
         session: BlockAccess,
-        names: Sequence[str],
         grids: Mapping[str, Grid],
         statistics: Mapping[str, Statistics],
         options: SolveOptions,
         notify: Observer = silent,
         seed: int = 0,
     ) -> dict[str, Code]:
-        """Scope "block": the codes of the layers `names` of one block, chosen together. The session is left as it was:
-        its caller puts the decoded codes in place."""
+        """Scope "block": the codes of some layers of one block, chosen together.
+
+        Parameters
+        ----------
+        session : the block; it is left as it was, and its caller puts the decoded codes in place
+        grids : by layer, in order of execution; layers without a grid keep the weights they have
+        statistics : by layer, what the recipe's choices declared in `needs`
+        """
         raise TypeError(f"rounding {self.kind!r} is not one of blocks")
 
     def quantize_model(
@@ -405,11 +410,3 @@ class Correction(Choice):
     ) -> dict[str, Code]:
         """Scope "model": better codes, when all blocks are done. For `store` see `Rounding.quantize_model`."""
         raise TypeError(f"correction {self.kind!r} is not one of whole models")
-
-
-class Allocator(Choice, abc.ABC):
-    """How much each layer gets."""
-
-    @abc.abstractmethod
-    def assign(self, shapes: Mapping[str, tuple[int, int]], grids: Mapping[str, Grid]) -> dict[str, Grid]:
-        """The grid of every layer, from its shape and the grid that the recipe and its overrides name for it."""

@@ -16,6 +16,8 @@ from featherweight.storage.run.training_state import TrainingFile
 LAYER, TUNED, CHANGED, TRAINING, VERDICT = "layer-", "tuned-", "changed-", "training-", "verdict-"
 ALL_TUNED = "tuned"
 """Its artifact says that the layers that were changed together are all there; without it none of them counts."""
+ERRORS = "errors-000000"
+"""What candidates of layers miss, measured before layers are decided."""
 STEPS = ("transform", "rounding", "correction")
 
 
@@ -102,6 +104,15 @@ class Work:
             with self.store.open(key) as file:
                 found |= dict.fromkeys(file.entries, key)
         return found
+
+    def keep_errors(self, errors: Mapping[str, float]) -> None:
+        """Store what candidates of layers miss, by what they are; see `featherweight.tasks.compress.allocate`."""
+        self.store.keep(ERRORS, {}, {"errors": dict(errors)})
+
+    def errors(self) -> dict[str, float]:
+        """What `keep_errors` stored last; empty where nothing was."""
+        found = self.store.record(ERRORS)
+        return {} if found is None else dict(found["errors"])
 
     def training_of(self, step: str, notify: Observer) -> TrainingFile:
         """Where a training leaves its state."""

@@ -104,7 +104,7 @@ class CalibrationData:
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )
             )
-            work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, self.windows, base)
+            work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, base)
             records = work.solve()
             return records, work.journal.resumed, work.config
 
@@ -113,6 +113,12 @@ def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Pa
     """What can be said without opening anything."""
     check_file(source)
     check_recipe(recipe)
+    if recipe.allocation.needs and not str(source).endswith(".safetensors"):
+        raise RecipeError(
+            f"recipe {recipe.name}: the allocation {recipe.allocation.kind} chooses by errors of outputs, for which it "
+            "needs a file of statistics: gather one with `feather calibrate` and give it as the calibration, or set "
+            "allocation.errors to weights"
+        )
     if "base" in recipe.needs and base_model is None:
         raise RecipeError(
             f"recipe {recipe.name} compares the model with the one it was fine-tuned from: "

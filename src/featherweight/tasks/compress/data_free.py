@@ -46,7 +46,7 @@ def solve_alone(plan: Plan, checkpoint: Checkpoint, run: RunFolder, index: int, 
     source = LayerWeight(checkpoint, job.layer)
     source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
     group = InputGroup({}, group_seed(seed, job.layer.input_group))
-    solved = solve_layer(plan.recipe, job, source, group, plan.options)
+    solved = solve_layer(job, source, group, plan.options)
     record = record_of(job, source, solved, plan.options.threads)
     run.keep(index, solved.code, record)
     return record

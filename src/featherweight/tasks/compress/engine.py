@@ -15,7 +15,6 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.quantize.base import HeldWeight
-from featherweight.methods.quantize.rounding.nearest import Nearest
 from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
@@ -27,6 +26,7 @@ from featherweight.storage.run.publishing import occupants
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
+from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.tasks.compress.data import CalibrationData, check_source
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
@@ -186,7 +186,9 @@ def compress(
                 check_memory(plan)
             with Events(out, observer) as events:
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
-                _announce(plan, checkpoint, events, told)
+                _say_what_is_odd(plan, checkpoint, events)
+                plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
+                events({"event": "plan", **plan.summary(), **told})
                 executor: Executor = Local()
                 if workers > 1:
                     place = str(model) if Path(model).is_file() else str(checkpoint.folder)
@@ -201,11 +203,9 @@ def compress(
     return result
 
 
-def _announce(plan: Plan, checkpoint: Checkpoint, events: Events, told: dict[str, Any]) -> None:
-    """The plan, and what is odd about the model."""
+def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, events: Events) -> None:
     for note in plan.notes:
         events({"event": "note", "text": note})
-    events({"event": "plan", **plan.summary(), **told})
     if not plan.recipe.calibrated and (loading := loading_note(checkpoint)) is not None:
         events({"event": "note", "text": loading})
 
@@ -377,11 +377,12 @@ def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float
     rates: dict[str, float] = {}
     seconds = 0.0
     for job in plan.jobs:
-        key = json.dumps(job.grid.settings(), sort_keys=True)
+        treatment = job.treatment.without_data()
+        key = json.dumps([treatment.grid.settings(), treatment.rounding.settings()], sort_keys=True)
         if key not in rates:
             generator = torch.Generator().manual_seed(0)
             weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
-            rounding = plan.recipe.rounding if not plan.recipe.calibrated else Nearest()
+            rounding = treatment.rounding
             rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
             begun = time.perf_counter()
             code = rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
@@ -397,14 +398,14 @@ def calibration_seconds(plan: Plan) -> float:
     Counts passes over the blocks, second moments and, per layer, a factorisation and a sweep; learned choices (tuning,
     FlexRound) come on top of it.
     """
-    recipe, settings = plan.recipe, plan.recipe.calibration
+    settings = plan.recipe.calibration
     tokens = settings.sequences * settings.length * settings.expansion
-    passes = (3.5 if settings.sequential else 2.0) * (2 if "cross" in recipe.needs else 1)
+    passes = (3.5 if settings.sequential else 2.0) * (2 if "cross" in plan.needs else 1)
     work = 2.0 * tokens * plan.linear_weights * passes
-    inputs = {job.layer.input_group: job.layer.shape[1] for job in plan.jobs}
-    if "gram" in recipe.needs:
-        work += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
-        work += sum(2.0 * job.layer.parameters * job.layer.shape[1] for job in plan.jobs)
+    swept = [job.layer for job in plan.jobs if "gram" in job.treatment.needs]
+    inputs = {layer.input_group: layer.shape[1] for layer in swept}
+    work += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
+    work += sum(2.0 * layer.parameters * layer.shape[1] for layer in swept)
     sample = torch.ones(1024, 1024)
     sample @ sample  # warm up
     begun = time.perf_counter()

@@ -2,7 +2,7 @@
 
 A layer's own code is judged in `solve.py`. Here a block as a whole is compared with the block in
 its data-free form, by its output; and the whole model with what it was before a step that changed all of it, by its
-predictions. What turns out worse is taken back by `calibrated.py`, which also says so.
+predictions. What turns out worse is taken back by `block_steps.py` and `model_steps.py`, which also say so.
 """
 
 from __future__ import annotations
@@ -18,11 +18,25 @@ from torch import Tensor
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.whole import WholeModel
 from featherweight.methods.learn.objectives import ModelObjective
+from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.solve import MARGIN
 
 BATCH = 4  # windows a pass through the whole model
 SAME_FUNCTION = 1e-2  # nats a token that are put down to storing rotated tensors in the model's dtype
+
+
+def compared(treatment: Treatment, held_out: float) -> set[str]:
+    """At which scopes a layer is compared with its data-free form on held-out windows: "layer", "block", "model".
+
+    held_out : the share of windows that is kept apart; with none, nothing is compared
+    """
+    if held_out == 0:
+        return set()
+    scopes = {scope_of(choice) for choice in treatment.choices} & {"block", "model"}
+    if scope_of(treatment.rounding) == "layer" and any(choice.needs for choice in treatment.of_layer):
+        scopes.add("layer")
+    return scopes
 
 
 @dataclass(frozen=True)

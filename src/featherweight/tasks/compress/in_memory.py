@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from featherweight.errors import RecipeError
 from featherweight.events import Observer, silent
+from featherweight.methods.budget.base import LayerCandidates
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.statistics import gathered_names
 from featherweight.methods.quantize.base import HeldWeight, SolveOptions
-from featherweight.methods.quantize.rounding.nearest import Nearest
+from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.plan import Job
-from featherweight.tasks.compress.refusals import check_layers, check_recipe, scope_of
+from featherweight.tasks.compress.refusals import check_layers, check_recipe
 from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, solve_layer
 
 
@@ -80,13 +81,16 @@ def codes_of_module(
             for stage in session.stages:
                 names = [name for name in stage if name in jobs]
                 found = session.gather(names, [n for n in needs if n in gathered_names()]) if names and needs else {}
-                groups: dict[str, InputGroup] = {}
+                groups: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
                 for name in names:
-                    place = session.layers[name].input_group
-                    group = groups.setdefault(place, InputGroup(found.get(name, {}), group_seed(seed, place)))
-                    if "fisher" in needs:
+                    place, own = session.layers[name].input_group, jobs[name].treatment.needs
+                    known = {
+                        k: v for k, v in found.get(name, {}).items() if own and (k in own or k not in chosen.needs)
+                    }
+                    group = groups.setdefault((place, own), InputGroup(known, group_seed(seed, place)))
+                    if "fisher" in own:
                         group = group.having({"fisher": calibration.fisher(name)})
-                    solved = _solved(chosen, jobs[name], session, group, SolveOptions(threads=threads))
+                    solved = _solved(jobs[name], session, group, SolveOptions(threads=threads))
                     codes[name] = solved.code
                     session.set_weight(name, solved.code.decode())
                     notify({"event": "solved", "layer": name, "code": solved.code.spec, **solved.notes})
@@ -102,6 +106,11 @@ def _needs(recipe: Recipe) -> tuple[str, ...]:
             f"recipe {recipe.name} treats a {scope_of(wide)} at a time ({wide.kind}), which can be done for models in "
             "folders only: take one that treats layers, like gptq, ptqtp or rtn-4"
         )
+    if recipe.allocation.needs_errors:
+        raise RecipeError(
+            f"recipe {recipe.name}: the allocation {recipe.allocation.kind} measures layers, which can be done for "
+            "models in folders only: name grids in overrides"
+        )
     strange = [name for name in recipe.needs if name not in gathered_names() and name != "fisher"]
     if strange:
         raise RecipeError(
@@ -115,20 +124,24 @@ def _jobs(recipe: Recipe, calibration: Calibration) -> dict[str, Job]:
     layers = calibration.host.layers
     blocks = len(calibration.host.blocks)
     anatomy = Anatomy("module", blocks, "", "", tuple(layers.values()), None, (), (), (), ())
-    jobs = {name: Job(layers[name], grid) for name, grid in recipe.grids_for(anatomy).items()}
-    check_layers(recipe, anatomy, ((name, job.grid) for name, job in jobs.items()), text=False)
+    candidates = {
+        name: LayerCandidates.of(layers[name].shape, treatments)
+        for name, treatments in recipe.candidates_for(anatomy).items()
+    }
+    jobs = {name: Job(layers[name], one) for name, one in recipe.allocation.assign(candidates).items()}
+    check_layers(recipe, anatomy, ((name, (job.treatment,)) for name, job in jobs.items()), text=False)
     return jobs
 
 
-def _solved(recipe: Recipe, job: Job, session: BlockSession, group: InputGroup, options: SolveOptions) -> Solved:
+def _solved(job: Job, session: BlockSession, group: InputGroup, options: SolveOptions) -> Solved:
     """A layer's code; without data where too few inputs, or some that are not finite, were seen."""
     source, name = HeldWeight(session.weight(job.layer.name)), job.layer.name
     reason = None
-    if name in session.non_finite:
+    if job.treatment.needs and name in session.non_finite:
         reason = f"its inputs are not finite from batch {session.non_finite[name]['batch']} on"
-    elif name in session.starved:
+    elif job.treatment.needs and name in session.starved:
         reason = f"only {session.starved[name]} inputs were seen"
     if reason is None:
-        return solve_layer(recipe, job, source, group, options)
-    plain = solve_layer(recipe, job, source, InputGroup(dict[str, Tensor](), group.seed), options, (), Nearest())
+        return solve_layer(job, source, group, options)
+    plain = solve_layer(job.without_data(), source, InputGroup(dict[str, Tensor](), group.seed), options)
     return Solved(plain.code, {**plain.notes, "fallback": "data-free", "reason": reason})

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from featherweight.errors import CheckpointError, FeatherError, shown
+from featherweight.methods.budget.base import LayerCandidates
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.learn.objectives import CHUNK_ELEMENTS
 from featherweight.methods.quantize.base import Choice, Grid, Rounding, SolveOptions
 from featherweight.methods.quantize.grids.dense import DenseGrid
+from featherweight.methods.quantize.rounding.nearest import Nearest
+from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
@@ -22,7 +26,7 @@ from featherweight.system.memory import available_bytes, resident_bytes
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.fates import Fate, counts_of, fates_of
 from featherweight.tasks.compress.plain import COPY_WINDOW
-from featherweight.tasks.compress.refusals import check_layers, check_recipe, scope_of
+from featherweight.tasks.compress.refusals import check_layers, check_recipe
 
 SHARD_BYTES = 4_000_000_000
 WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
@@ -37,16 +41,23 @@ SOURCE_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to compress."""
+    """One layer to compress, and what is done to it."""
 
     layer: LinearLayer
-    grid: Grid
-    extra_bytes: int = 0  # what is stored beside the codes of the grid
+    treatment: Treatment
+
+    @property
+    def grid(self) -> Grid:
+        return self.treatment.grid
 
     @property
     def nbytes(self) -> int:
         """Stored bytes to expect (scales that need float32 add to it)."""
-        return self.extra_bytes + sum(t.nbytes for t in code_layout(self.grid.spec(self.layer.shape)).values())
+        return self.treatment.nbytes(self.layer.shape)
+
+    def without_data(self) -> Job:
+        """The same layer with what it gets where it cannot be calibrated."""
+        return replace(self, treatment=self.treatment.without_data())
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ class Plan:
     dropped : source tensor -> reason; nothing is dropped silently
     notes : what is odd about the checkpoint, a sentence each
     renamed : name -> name in the source, of tensors that carry a wrapper's prefix there
+    candidates : layer -> treatments that the recipe's allocation may choose from by measured errors; until it has
+        (`featherweight.tasks.compress.allocate`), jobs hold the largest
+    most_code_bytes : until then, an upper bound of `code_bytes`
+    bytes_are : what `code_bytes` says: "at most" so many, the "planned" ones, or these "after measuring" layers
     """
 
     anatomy: Anatomy
@@ -89,7 +104,8 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether all layers become plain values, so that the output is an ordinary checkpoint."""
-        kinds = {scope_of(choice) for choice in (*self.recipe.transforms, *self.recipe.corrections)}
+        every = [self.recipe, *self.treatments]
+        kinds = {scope_of(choice) for one in every for choice in (*one.transforms, *one.corrections)}
         dtypes: dict[str, set[str]] = {}
         for job in self.jobs:
             spec = job.grid.spec(job.layer.shape)
@@ -98,13 +114,28 @@ class Plan:
             dtypes.setdefault(job.layer.tensor, set()).add(spec["dtype"])
         return kinds <= {"model"} and all(len(found) == 1 for found in dtypes.values())
 
+    candidates: Mapping[str, tuple[Treatment, ...]] = field(default_factory=dict)
+    most_code_bytes: int | None = None
+    bytes_are: Literal["at most", "planned", "planned after measuring"] = "planned"
+
+    @property
+    def treatments(self) -> tuple[Treatment, ...]:
+        """Of all jobs, each object once."""
+        return tuple({id(job.treatment): job.treatment for job in self.jobs}.values())
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics that any layer's treatment needs, in alphabetical order."""
+        return tuple(sorted({name for treatment in self.treatments for name in treatment.needs}))
+
     @property
     def weights(self) -> int:
         return sum(job.layer.parameters for job in self.jobs)
 
     @property
     def code_bytes(self) -> int:
-        return sum(job.nbytes for job in self.jobs)
+        planned = sum(job.nbytes for job in self.jobs)
+        return planned if self.most_code_bytes is None else min(planned, self.most_code_bytes)
 
     @property
     def output_bytes(self) -> int:
@@ -118,7 +149,7 @@ class Plan:
     @property
     def aside_bytes(self) -> int:
         """Room beside it: layers as they are before a stage that changes all of them, and states of trainings."""
-        tuned = any(getattr(choice, "scope", "layer") == "model" for choice in self.recipe.corrections)
+        tuned = any(scope_of(choice) == "model" for choice in self.recipe.corrections)
         return self.code_bytes * tuned + self.training_state_bytes
 
     def memory_bytes(self) -> int:
@@ -132,25 +163,27 @@ class Plan:
 
     def calibration_bytes(self) -> int:
         """Memory of running the network: a block (or the whole model) in float32, streams, and one set's statistics."""
-        recipe, settings = self.recipe, self.recipe.calibration
+        settings, needs = self.recipe.calibration, self.needs
+        choices = [choice for treatment in self.treatments for choice in treatment.choices]
         blocks: dict[int | None, int] = {}
         for layer in self.anatomy.layers:
             blocks[layer.block] = blocks.get(layer.block, 0) + layer.parameters
         block = max(blocks.values(), default=0)
-        two_streams = bool({"cross", "targets"} & set(recipe.needs))
-        wide = {getattr(choice, "scope", "layer") for choice in recipe.choices}
-        whole = "model" in wide or "fisher" in recipe.needs
+        two_streams = bool({"cross", "targets"} & set(needs))
+        wide = {scope_of(choice) for choice in choices}
+        whole = "model" in wide or "fisher" in needs
         held = 4 * (self.parameters if whole else block * (1 + two_streams))
         if "block" in wide:
             held += 4 * block  # the weights the block was loaded with
-        held += max((self._training_bytes(choice, block) for choice in recipe.choices), default=0)
-        if "fisher" in recipe.needs:  # gradients and their squares; the squares stay
+        held += max((self._training_bytes(choice, block) for choice in choices), default=0)
+        if "fisher" in needs:  # gradients and their squares; the squares stay
             held += 8 * self.linear_weights + self._passing_bytes(settings.length, True)
-        widest = max(job.layer.shape[1] for job in self.jobs)
-        tallest = max(job.layer.shape[0] for job in self.jobs)
+        solved = [job for job in self.jobs if job.treatment.calibrated] or self.jobs
+        widest = max(job.layer.shape[1] for job in solved)
+        tallest = max(job.layer.shape[0] for job in solved)
         hidden = min(job.layer.shape[1] for job in self.jobs)
         stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
-        moments = sum(name in ("gram", "cross") for name in recipe.needs) + (settings.held_out > 0)
+        moments = sum(name in ("gram", "cross") for name in needs) + (settings.held_out > 0)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
 
@@ -158,7 +191,7 @@ class Plan:
         """Memory of a choice that trains, on top of the network's float weights."""
         if not choice.training_bytes:
             return 0
-        whole = getattr(choice, "scope", "layer") == "model"
+        whole = scope_of(choice) == "model"
         tokens = tokens_a_step(choice, self.recipe.calibration)
         return choice.training_bytes * (self.weights if whole else block) + self._passing_bytes(tokens, whole)
 
@@ -179,7 +212,7 @@ class Plan:
         """Most room that saved states of trainings of the whole model take: a new one is written beside the last."""
         sizes = [0]
         for choice in self.recipe.choices:
-            if choice.training_bytes and getattr(choice, "scope", "layer") == "model":
+            if choice.training_bytes and scope_of(choice) == "model":
                 trained = self.weights if isinstance(choice, Rounding) else self._stored_floats()
                 sizes.append(2 * 16 * trained)  # value, two moments and the best value, in float32
         return sum(sizes)
@@ -211,7 +244,8 @@ class Plan:
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes(),
-            "needs": list(self.recipe.needs),
+            "needs": sorted({*self.needs, *self.recipe.allocation.needs}),
+            "bytes_are": self.bytes_are,
             "roles": self.roles(),
         }
 
@@ -244,17 +278,24 @@ def make_plan(
         raise CheckpointError(_quantised(checkpoint, found))
     check_recipe(recipe)
     anatomy, notes, dropped = accounted_anatomy(checkpoint)
-    grids = recipe.grids_for(anatomy)
+    treatments = recipe.candidates_for(anatomy)
     layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
-    chosen_tensors = {layer.tensor for layer in layers if layer.name in grids}
+    candidates = {x.name: LayerCandidates.of(x.shape, treatments[x.name]) for x in layers if x.name in treatments}
+    measures = recipe.allocation.needs_errors
+    given = _largest(candidates) if measures else recipe.allocation.assign(candidates)
+    chosen_tensors = {layer.tensor for layer in layers if layer.name in given}
     jobs = []
     for layer in layers:
-        if layer.name in grids:
-            jobs.append(Job(layer, grids[layer.name], recipe.extra_bytes(layer.shape)))
+        if layer.name in given:
+            jobs.append(Job(layer, given[layer.name]))
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
-            jobs.append(Job(layer, DenseGrid(dtype=stored)))
-    check_layers(recipe, anatomy, ((job.layer.name, job.grid) for job in jobs))
+            jobs.append(Job(layer, Treatment(DenseGrid(dtype=stored), Nearest())))
+    check_layers(
+        recipe,
+        anatomy,
+        ((j.layer.name, treatments.get(j.layer.name, (j.treatment,)) if measures else (j.treatment,)) for j in jobs),
+    )
     copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(
@@ -272,6 +313,9 @@ def make_plan(
         linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
         options=SolveOptions(threads=threads),
         renamed={name: stored for stored, name in checkpoint.renamed.items() if stored != name},
+        candidates=treatments if measures else {},
+        most_code_bytes=_most_bytes(recipe, candidates, jobs) if measures else None,
+        bytes_are="at most" if measures else "planned",
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
@@ -293,9 +337,20 @@ def _quantised(checkpoint: Checkpoint, found: dict[str, Any]) -> str:
     )
 
 
+def _largest(candidates: Mapping[str, LayerCandidates]) -> dict[str, Treatment]:
+    """By layer, the candidate that stores most; what plans hold before layers are measured."""
+    return {name: max(one.candidates, key=lambda c: c.nbytes).treatment for name, one in candidates.items()}
+
+
+def _most_bytes(recipe: Recipe, candidates: Mapping[str, LayerCandidates], jobs: Sequence[Job]) -> int:
+    """Bytes of all codes that an allocation keeps to; slices that stay dense are none of its layers."""
+    others = sum(job.nbytes for job in jobs if job.layer.name not in candidates)
+    return recipe.allocation.most_bytes(candidates) + others
+
+
 def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:
     """Tokens that a step of a choice that trains runs forwards and backwards: windows of the model, or a batch."""
-    if getattr(choice, "scope", "layer") == "model":
+    if scope_of(choice) == "model":
         return settings.length * int(getattr(choice, "batch_size", 1))
     return settings.batch_tokens
 
@@ -336,7 +391,7 @@ def check_memory(plan: Plan) -> None:
 
 def _with_less_memory(recipe: Recipe) -> str:
     """What to do where a recipe that runs the network needs too much."""
-    whole = [c.kind for c in recipe.choices if getattr(c, "scope", "layer") == "model"]
+    whole = [c.kind for c in recipe.choices if scope_of(c) == "model"]
     if whole:
         return (
             f"the whole model is in memory at once for {' and '.join(whole)}; take a recipe that treats one block at a "

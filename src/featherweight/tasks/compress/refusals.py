@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,12 @@ from featherweight.errors import RecipeError
 from featherweight.methods.calibrate.session import TARGETS
 from featherweight.methods.calibrate.statistics import known_statistics, statistic_named
 from featherweight.methods.calibrate.statistics_file import StatisticsFile
-from featherweight.methods.quantize.base import Choice, Correction, Grid
+from featherweight.methods.quantize.base import Choice, Correction, Transform
+from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.anatomy.family import find_family
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-
-
-def scope_of(choice: Choice) -> str:
-    """How much of the network a choice sees at once."""
-    return str(getattr(choice, "scope", "layer"))
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -30,12 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
                 statistic_named(name)
             except ValueError as error:
                 raise RecipeError(f"recipe {recipe.name} needs the statistic {name!r}: {error}") from None
-    left_out = _left_out(recipe)
-    if left_out:
-        raise RecipeError(
-            f"recipe {recipe.name}: the rounding {recipe.rounding.kind} makes the codes of a whole "
-            f"{recipe.rounding.scope}, to which {_kinds(left_out)} would not be applied; leave them out"
-        )
+    _check_rounding(recipe, recipe.treatment)
     later = [c for c in recipe.corrections if scope_of(c) == "model"]
     before = [c for c in recipe.choices if c.alters]
     if later and before:
@@ -45,13 +36,23 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _left_out(recipe: Recipe) -> list[Choice]:
-    """Choices that a rounding of blocks, or of the whole model, never comes to."""
-    rounds = recipe.rounding.scope
+def _check_rounding(recipe: Recipe, treatment: Treatment, layer: str = "") -> None:
+    """RecipeError where a rounding of blocks, or of the whole model, never comes to other choices."""
+    left_out = _left_out(treatment)
+    if left_out:
+        of_layer = f" of {layer}" if layer else ""
+        raise RecipeError(
+            f"recipe {recipe.name}: the rounding {treatment.rounding.kind} makes the codes of a whole "
+            f"{treatment.rounding.scope}, to which {_kinds(left_out)}{of_layer} would not be applied; leave them out"
+        )
+
+
+def _left_out(treatment: Treatment) -> list[Choice]:
+    rounds = treatment.rounding.scope
     if rounds == "layer":
         return []
-    found: list[Choice] = [t for t in recipe.transforms if scope_of(t) in ("layer", "block")]
-    for correction in recipe.corrections:
+    found: list[Choice] = [t for t in treatment.transforms if scope_of(t) in ("layer", "block")]
+    for correction in treatment.corrections:
         between = type(correction).after_group is not Correction.after_group
         if scope_of(correction) == "layer" or (scope_of(correction) == "block" and (rounds == "model" or between)):
             found.append(correction)
@@ -72,26 +73,48 @@ def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
     )
 
 
-def check_layers(recipe: Recipe, anatomy: Anatomy, grids: Iterable[tuple[str, Grid]], text: bool = True) -> None:
-    """RecipeError for a model, or a layer's grid, that a choice cannot treat; `text`: it is calibrated with that."""
-    convolution = next((layer.name for layer in anatomy.layers if layer.kernel), None)
-    if convolution and recipe.calibrated and text:
-        raise _reads_no_text(recipe, convolution)
-    if convolution and any(transform.kind == "quantize-inputs" for transform in recipe.transforms):
-        raise RecipeError(
-            f"recipe {recipe.name} rounds inputs, which the convolution {convolution} cannot: leave out quantize-inputs"
-        )
-    for transform in recipe.transforms:
+def check_layers(
+    recipe: Recipe, anatomy: Anatomy, layers: Iterable[tuple[str, Sequence[Treatment]]], text: bool = True
+) -> None:
+    """RecipeError for a model that a choice cannot treat, or a layer whose choices do not go together.
+
+    layers : names, and all treatments that the layer may get
+    text : whether it is calibrated with that
+    """
+    layers = list(layers)
+    convolutions = {layer.name for layer in anatomy.layers if layer.kernel}
+    if convolutions and recipe.calibrated and text:
+        raise _reads_no_text(recipe, next(layer.name for layer in anatomy.layers if layer.kernel))
+    for name, treatments in layers if convolutions else ():
+        if name in convolutions and any(t.kind == "quantize-inputs" for one in treatments for t in one.transforms):
+            raise RecipeError(
+                f"recipe {recipe.name} rounds inputs, which the convolution {name} cannot: leave out quantize-inputs"
+            )
+    for transform in _distinct(t for _, treatments in layers for treatment in treatments for t in treatment.transforms):
         reason = transform.refusal(anatomy)
         if reason is not None:
             raise RecipeError(f"recipe {recipe.name}: transform {transform.kind} {reason}")
-    for name, grid in grids:
-        reason = recipe.rounding.refusal(grid)
-        if reason is not None:
-            raise RecipeError(
-                f"recipe {recipe.name}: rounding {recipe.rounding.kind} cannot round {name}, whose grid is "
-                f"{grid.kind}: {reason}"
-            )
+    for name, treatments in layers:
+        for treatment in treatments:
+            _check_rounding(recipe, treatment, name)
+            reason = treatment.rounding.refusal(treatment.grid)
+            if reason is not None:
+                raise RecipeError(
+                    f"recipe {recipe.name}: rounding {treatment.rounding.kind} cannot round {name}, whose grid is "
+                    f"{treatment.grid.kind}: {reason}"
+                )
+            if recipe.rounding.scope == "model" and treatment.rounding.scope == "layer" and treatment.needs:
+                needing = [choice for choice in treatment.choices if choice.needs]
+                raise RecipeError(
+                    f"recipe {recipe.name}: the rounding {recipe.rounding.kind} treats the whole model at once, so no "
+                    f"statistics of single layers are gathered, which {_kinds(needing)} of {name} needs; give that "
+                    "layer choices that need no data"
+                )
+
+
+def _distinct(transforms: Iterable[Transform]) -> list[Transform]:
+    """Each object once, in their order."""
+    return list({id(transform): transform for transform in transforms}.values())
 
 
 def check_base(layers: Iterable[LinearLayer], checkpoint: Checkpoint, base: Checkpoint) -> None:

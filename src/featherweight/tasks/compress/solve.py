@@ -1,4 +1,4 @@
-"""One layer through the recipe's axes: transforms, split, rounding, corrections, and what came of it.
+"""One layer through the axes of its treatment: transforms, split, rounding, corrections, and what came of it.
 
 Pure but for its inputs: a weight, statistics (empty for data-free recipes) and settings give a code and its record. A
 layer whose calibrated code turns out worse on held-out data than the code the same grid gives without data keeps the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,14 +17,13 @@ from torch import Tensor
 from featherweight.errors import RecipeError
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
 from featherweight.methods.quantize.base import (
+    Correction,
     HeldWeight,
     LayerTransform,
-    Rounding,
     SolveOptions,
     Transform,
     WeightSource,
 )
-from featherweight.methods.recipe import Recipe
 from featherweight.native.squared_errors import squared_errors
 from featherweight.storage.codes import Code, describe_code
 from featherweight.storage.codes.sum import Sum
@@ -82,94 +81,102 @@ def group_seed(seed: int, input_group: str) -> int:
 
 
 def solve_layer(
-    recipe: Recipe,
     job: Job,
     source: WeightSource,
     group: InputGroup,
     options: SolveOptions,
     fixed: tuple[LayerTransform, ...] = (),
-    rounding: Rounding | None = None,
 ) -> Solved:
-    """The code of a layer. `fixed` are transforms found for it at block scope, applied before the recipe's own.
+    """The code of a layer by its treatment.
 
-    Raises RecipeError naming the layer where the recipe cannot treat it.
+    Parameters
+    ----------
+    job : the layer and its treatment, whose choices of layer scope are applied
+    source : the weight [out, in]
+    group : what is known of the layer's input; statistics are empty for data-free treatments
+    options : threads and windows, which change no result
+    fixed : transforms found for the layer at block scope, applied before the treatment's own
+
+    Raises
+    ------
+    RecipeError
+        Names the layer where its treatment cannot be applied.
     """
-    rounding = rounding or recipe.rounding
-    transforms = [t for t in recipe.transforms if t.scope == "layer"]
-    corrections = [c for c in recipe.corrections if c.scope == "layer"]
+    treatment = job.treatment
     statistics = {name: value for name, value in group.statistics.items() if name != HELD_OUT}
     try:
-        if not transforms and not corrections and not fixed and not statistics:
-            return Solved(rounding.quantize_source(source, job.grid, statistics, options))
+        if not treatment.layer_transforms and not treatment.layer_corrections and not fixed and not statistics:
+            return Solved(treatment.rounding.quantize_source(source, treatment.grid, statistics, options))
         weight = source.rows(0, source.shape[0]).float()
-        solved = _solve(weight, job, group, rounding, transforms, corrections, options, fixed, statistics)
+        steps = _Steps(job, group, options, fixed)
+        solved = steps.taken(weight, statistics)
         held_out = group.statistics.get(HELD_OUT)
         if held_out is None or not statistics:
             return solved
-        return _guarded(solved, weight, job, group, rounding, transforms, corrections, options, fixed, held_out)
+        return _guarded(solved, weight, steps, held_out)
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
 
 
-def _solve(
-    weight: Tensor,
-    job: Job,
-    group: InputGroup,
-    rounding: Rounding,
-    transforms: list[Transform],
-    corrections: list[Any],
-    options: SolveOptions,
-    fixed: tuple[LayerTransform, ...],
-    statistics: Statistics,
-) -> Solved:
-    made: list[LayerTransform] = []
-    steps: list[Transform | LayerTransform] = [*fixed, *transforms]
-    for step in steps:
-        one = step.for_layer(weight, statistics, group.seed, job.layer.role) if isinstance(step, Transform) else step
-        made.append(one)
-        weight = one.apply(weight)
-        statistics = group.carried(one, statistics)
-    parts: list[tuple[Any, Tensor, Code | None]] = []
-    rest = weight
-    for correction in corrections:
-        whole = rest
-        rest, term = correction.split(whole, statistics)
-        parts.append((correction, whole, term))
-    code, notes = rounding.quantize_reported(HeldWeight(rest), job.grid, statistics, options)
-    for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of what it split
-        code = code if term is None else Sum.of(code, term)
-        code = correction.correct(whole, code, statistics)
-    for one in reversed(made):
-        code = one.wrap(code)
-    return Solved(code, notes)
+def code_without_data(job: Job, weight: Tensor, options: SolveOptions, seed: int) -> Code:
+    """The code that a layer's treatment gives a weight float32 [out, in] where nothing is known of its input."""
+    group = InputGroup({}, group_seed(seed, job.layer.input_group))
+    return solve_layer(job.without_data(), HeldWeight(weight), group, options).code
 
 
-def _guarded(
-    solved: Solved,
-    weight: Tensor,
-    job: Job,
-    group: InputGroup,
-    rounding: Rounding,
-    transforms: list[Transform],
-    corrections: list[Any],
-    options: SolveOptions,
-    fixed: tuple[LayerTransform, ...],
-    held_out: Tensor,
-) -> Solved:
-    """`solved`, or the code of the same recipe without data where that one serves unseen inputs better.
+@dataclass(frozen=True)
+class _Steps:
+    """A layer's way through the axes, for a weight and statistics."""
+
+    job: Job
+    group: InputGroup
+    options: SolveOptions
+    fixed: tuple[LayerTransform, ...]
+
+    def taken(self, weight: Tensor, statistics: Statistics) -> Solved:
+        """Transform, split, round, correct, wrap. weight : float32 [out, in]."""
+        treatment, seed, role = self.job.treatment, self.group.seed, self.job.layer.role
+        made: list[LayerTransform] = []
+        steps: list[Transform | LayerTransform] = [*self.fixed, *treatment.layer_transforms]
+        for step in steps:
+            one = step.for_layer(weight, statistics, seed, role) if isinstance(step, Transform) else step
+            made.append(one)
+            weight = one.apply(weight)
+            statistics = self.group.carried(one, statistics)
+        parts: list[tuple[Correction, Tensor, Code | None]] = []
+        rest = weight
+        for correction in treatment.layer_corrections:
+            whole = rest
+            rest, term = correction.split(whole, statistics)
+            parts.append((correction, whole, term))
+        rounded = treatment.rounding.quantize_reported(HeldWeight(rest), treatment.grid, statistics, self.options)
+        code, notes = rounded
+        for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of its whole
+            code = code if term is None else Sum.of(code, term)
+            code = correction.correct(whole, code, statistics)
+        for one in reversed(made):
+            code = one.wrap(code)
+        return Solved(code, notes)
+
+
+def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) -> Solved:
+    """`solved`, or the code of the same treatment without data where that one serves unseen inputs better.
 
     Where a method aims at the original network's outputs (`cross`), both codes are judged by these.
-    """
-    from featherweight.methods.quantize.rounding.nearest import Nearest
 
+    Parameters
+    ----------
+    weight : float32 [out, in], as it was before any step
+    held_out : second moment [in, in] of inputs that entered nothing else
+    """
     notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out)}
-    if not any(choice.needs for choice in (*transforms, job.grid, rounding, *corrections)):
+    if not any(choice.needs for choice in steps.job.treatment.of_layer):
         return Solved(solved.code, notes)  # this is the code without data: what was done before is judged by the block
-    plain = _solve(weight, job, group, Nearest(), transforms, corrections, options, fixed, NO_STATISTICS)
+    plain = replace(steps, job=steps.job.without_data()).taken(weight, NO_STATISTICS)
     notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
     allowed = (MARGIN - 1) * without
-    cross = group.statistics.get("cross")
+    cross = steps.group.statistics.get("cross")
     if cross is not None:
         found += drift_error(weight, solved.code, held_out, cross)
         without += drift_error(weight, plain.code, held_out, cross)

@@ -11,14 +11,14 @@ from typing import Any
 
 from featherweight.events import Observer
 from featherweight.methods.calibrate.statistics_file import StatisticsFile
-from featherweight.methods.quantize.rounding.nearest import Nearest
+from featherweight.methods.quantize.base import SolveOptions, WeightSource
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.run.folder import RunFolder
-from featherweight.tasks.compress.journal import Journal
-from featherweight.tasks.compress.plan import Plan
+from featherweight.tasks.compress.finished import FinishedLayers
+from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_stored
-from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, group_seed, record_of, solve_layer
+from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, solve_layer
 
 
 def run_on_stored(
@@ -28,30 +28,35 @@ def run_on_stored(
 
     Raises RecipeError where the recipe needs more than the file holds.
     """
-    recipe, journal = plan.recipe, Journal(plan, notify)
-    check_stored(recipe, path, checkpoint)
+    check_stored(plan.recipe, path, checkpoint)
+    finished = FinishedLayers(plan, run, notify)
+    journal = finished.journal
     with StatisticsFile.open(path, checkpoint) as file:
         if HELD_OUT not in file.names:
             journal.note(
                 f"{path.name} holds no {HELD_OUT}: no code is compared with its data-free form; gather it as well"
             )
         group: tuple[str, InputGroup] | None = None
-        for index, job in enumerate(plan.jobs):
-            record = run.record(index, job.layer.name)
+        for job in plan.jobs:
+            name, place = job.layer.name, job.layer.input_group
+            record = finished.found(name)
             resumed = record is not None
             if record is None:
-                place = job.layer.input_group
                 if group is None or group[0] != place:  # neighbours share an input: one gram in memory
-                    found = file.statistics(job.layer.name)
-                    group = (place, InputGroup(found, group_seed(seed, place)))
+                    group = (place, InputGroup(file.statistics(name), group_seed(seed, place)))
                 source = LayerWeight(checkpoint, job.layer)
                 source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-                rounding = None if group[1].statistics else Nearest()
-                solved = solve_layer(recipe, job, source, group[1], plan.options, (), rounding)
-                if rounding is not None:
+                solved = solve_with(job, source, group[1], plan.options)
+                if job.treatment.needs and not group[1].statistics:
                     solved.notes.update(fallback="data-free", reason=f"{path.name} has no statistics of it")
-                journal.note_fallback(job.layer.name, solved.notes)
-                record = record_of(job, source, solved, plan.options.threads)
-                run.keep(index, solved.code, record)
-            journal.finish(index, record, resumed)
+                journal.note_fallback(name, solved.notes)
+                record = finished.keep(name, source, solved)
+            finished.tell(name, record, resumed)
     return journal.in_order(), journal.resumed, {}
+
+
+def solve_with(job: Job, source: WeightSource, group: InputGroup, options: SolveOptions) -> Solved:
+    """The code of a layer with the statistics a file holds of it: without data where it has none, or needs none."""
+    if job.treatment.needs and group.statistics:
+        return solve_layer(job, source, group, options)
+    return solve_layer(job.without_data(), source, InputGroup({}, group.seed), options)

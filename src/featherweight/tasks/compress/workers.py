@@ -29,6 +29,7 @@ from featherweight.storage.run.executor import take_part
 from featherweight.storage.run.folder import RunFolder
 from featherweight.system.places import PACKAGE
 from featherweight.system.threads import thread_count, use_threads
+from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.data_free import layer_tasks
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.plan import make_plan
@@ -175,6 +176,7 @@ def work(order: Order) -> int:
         if not same_identity(run.identity(), order.identity) or read != {name: order.identity[name] for name in read}:
             raise CheckpointError(f"{order.model} or {run.path} changed while the work went on: run the command again")
         plan = make_plan(checkpoint, recipe_from(order.recipe, "of a run"), order.threads, order.max_memory)
+        plan = decided(plan, checkpoint, run, Measuring(order.seed))
         return take_part(layer_tasks(plan, checkpoint, run, order.seed), run.claims)
 
 

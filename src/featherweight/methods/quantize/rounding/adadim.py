@@ -14,7 +14,7 @@ installs the sweep's weights in any case. Layers whose outputs do not divide int
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -67,7 +67,6 @@ class AdaDim(Rounding):
     def quantize_block(
         self,
         session: BlockAccess,
-        names: Sequence[str],
         grids: Mapping[str, Grid],
         statistics: Mapping[str, Statistics],
         options: SolveOptions,
@@ -76,7 +75,7 @@ class AdaDim(Rounding):
     ) -> dict[str, Code]:
         codes: dict[str, Code] = {}
         decided: dict[str, Tensor] = {}
-        for name in names:
+        for name in grids:
             grid = _uniform(grids[name], name)
             weight = session.weight(name)
             trials: dict[Axis, tuple[UniformGrid, Code]] = {"input": (grid, grid.quantize(weight))}

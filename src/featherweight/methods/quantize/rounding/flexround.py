@@ -14,7 +14,7 @@ The published default is 5000 steps; presets for a CPU take fewer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -70,7 +70,6 @@ class FlexRound(Rounding):
     def quantize_block(
         self,
         session: BlockAccess,
-        names: Sequence[str],
         grids: Mapping[str, Grid],
         statistics: Mapping[str, Statistics],
         options: SolveOptions,
@@ -79,7 +78,7 @@ class FlexRound(Rounding):
     ) -> dict[str, Code]:
         layers = {
             name: DividedWeight(session.weight(name), _uniform(grids[name], name), statistics.get(name, {}))
-            for name in names
+            for name in grids
         }
         objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, notify))
         theta = [p for layer in layers.values() for p in layer.parameters(self.learn_divisors)]

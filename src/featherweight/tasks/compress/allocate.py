@@ -1,0 +1,149 @@
+"""From a plan with candidates to one whose layers are decided: errors are measured, and the recipe's allocator chooses.
+
+Measuring makes the code of every candidate of every layer, as the run itself would (without data, or with the
+statistics of a file), and keeps one number of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from featherweight.events import Observer, silent
+from featherweight.methods.budget.base import LayerCandidates
+from featherweight.methods.calibrate.statistics_file import StatisticsFile
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.weights import LayerWeight
+from featherweight.storage.run.folder import RunFolder
+from featherweight.tasks.compress.plan import Job, Plan
+from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, group_seed, output_error, relative_error
+from featherweight.tasks.compress.stored import solve_with
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How candidates are measured.
+
+    seed : of the run, for transforms with random choices
+    statistics : a file with the second moments of layers' inputs, for errors of outputs; None for errors of weights
+    known : errors measured before, by `key_of`; what is measured now is added, so that a mapping that is kept with a
+        run saves measuring again
+    """
+
+    seed: int = 0
+    statistics: Path | None = None
+    known: MutableMapping[str, float] = field(default_factory=dict)
+
+
+def can_measure(plan: Plan, measuring: Measuring) -> bool:
+    """Whether what the allocation of a plan chooses by can be measured; not so for outputs without statistics."""
+    return not plan.recipe.allocation.needs or measuring.statistics is not None
+
+
+def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: Observer = silent) -> Plan:
+    """The plan with one treatment for each layer; the same plan where there is nothing to choose.
+
+    Raises RecipeError where the budget cannot be met, and ValueError where the allocator chooses by errors of outputs
+    and there is no file of statistics: see `can_measure`.
+    """
+    if not plan.candidates:
+        return plan
+    if not can_measure(plan, measuring):
+        raise ValueError("errors of outputs are measured with a file of statistics")
+    recipe = plan.recipe
+    errors = measured(plan, checkpoint, measuring, notify)
+    layers = {
+        job.layer.name: LayerCandidates.of(job.layer.shape, plan.candidates[job.layer.name], errors[job.layer.name])
+        for job in plan.jobs
+        if job.layer.name in plan.candidates
+    }
+    chosen = recipe.allocation.assign(layers)
+    decided = replace(
+        plan,
+        jobs=tuple(replace(job, treatment=chosen.get(job.layer.name, job.treatment)) for job in plan.jobs),
+        candidates={},
+        most_code_bytes=None,
+        bytes_are="planned after measuring",
+    )
+    missed = sum(
+        layer.weights * next(c.error or 0.0 for c in layer.candidates if c.treatment is chosen[name])
+        for name, layer in layers.items()
+    )
+    notify(
+        {
+            "event": "allocation",
+            "kind": recipe.allocation.kind,
+            "bits_per_weight": 8 * decided.code_bytes / max(1, decided.weights),
+            "error": missed / max(1, decided.weights),
+        }
+    )
+    return decided
+
+
+def decided(
+    plan: Plan, checkpoint: Checkpoint, run: RunFolder, measuring: Measuring, notify: Observer = silent
+) -> Plan:
+    """`allocated`, with the errors that the run holds already, and those measured now kept in it."""
+    if not plan.candidates:
+        return plan
+    held = run.errors()
+    known = {**held, **measuring.known}
+    chosen = allocated(plan, checkpoint, replace(measuring, known=known), notify)
+    if known != held:
+        run.keep_errors(known)
+    return chosen
+
+
+def measured(
+    plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: Observer = silent
+) -> dict[str, list[float]]:
+    """By layer, the relative squared error of each of its candidates.
+
+    Of the weights, ||W - Q||^2 / ||W||^2; or, where the allocation asks for errors of outputs and the file has the
+    layer, tr(E G E') / tr(W G W'), E = W - Q, with G the held-out second moment of its inputs or, without one, the
+    gathered. Layers with a single candidate are not measured: theirs is 0.
+    """
+    errors: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        path = measuring.statistics if plan.recipe.allocation.needs else None
+        file = None if path is None else stack.enter_context(StatisticsFile.open(path, checkpoint))
+        for number, job in enumerate(plan.jobs):
+            name = job.layer.name
+            treatments = plan.candidates.get(name, ())
+            if len(treatments) < 2:
+                errors[name] = [0.0]
+                continue
+            jobs = [replace(job, treatment=treatment) for treatment in treatments]
+            keys = [key_of(one, measuring.seed, file) for one in jobs]
+            if any(key not in measuring.known for key in keys):
+                group = InputGroup(
+                    {} if file is None else file.statistics(name), group_seed(measuring.seed, job.layer.input_group)
+                )
+                source = LayerWeight(checkpoint, job.layer)
+                source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+                for key, one in zip(keys, jobs, strict=True):
+                    if key not in measuring.known:
+                        measuring.known[key] = _error(one, source, group, plan)
+            errors[name] = [measuring.known[key] for key in keys]
+            notify({"event": "measuring layers", "layer": name, "step": number + 1, "of": len(plan.jobs)})
+    return errors
+
+
+def _error(job: Job, source: LayerWeight, group: InputGroup, plan: Plan) -> float:
+    code = solve_with(job, source, group, plan.options).code
+    gram: Tensor | None = group.statistics.get(HELD_OUT, group.statistics.get("gram"))
+    if gram is None:
+        return relative_error(source, code, plan.options.threads) ** 2
+    return output_error(source.rows(0, source.shape[0]).float(), code, gram)
+
+
+def key_of(job: Job, seed: int, file: StatisticsFile | None) -> str:
+    """What a measured error depends on, beside the model: layer, treatment, seed, text of the statistics."""
+    about = [job.layer.name, job.treatment.settings(), seed, None if file is None else [file.text, file.settings]]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
