@@ -104,7 +104,7 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether all layers become plain values, so that the output is an ordinary checkpoint."""
-        every = [self.recipe, *self.treatments]
+        every: list[Recipe | Treatment] = [self.recipe, *self.treatments]
         kinds = {scope_of(choice) for one in every for choice in (*one.transforms, *one.corrections)}
         dtypes: dict[str, set[str]] = {}
         for job in self.jobs:
