@@ -3,9 +3,9 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `evaluate`, `load`; `Recipe`; the errors. The rooms behind it are,
-from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; their plan is in
-docs/architecture.md.
+What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`; `Recipe`; the errors. The rooms behind
+it are, from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; their
+plan is in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from featherweight.integrations.load import load
     from featherweight.methods.recipe import Recipe, load_recipe
     from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.memory import quantize
     from featherweight.tasks.evaluate.evaluation import evaluate
 
 __all__ = [
@@ -49,12 +50,14 @@ __all__ = [
     "evaluate",
     "load",
     "load_recipe",
+    "quantize",
 ]
 
 LATER = {
     "compress": "featherweight.tasks.compress.engine",
     "evaluate": "featherweight.tasks.evaluate.evaluation",
     "load": "featherweight.integrations.load",
+    "quantize": "featherweight.tasks.compress.memory",
     "Recipe": "featherweight.methods.recipe",
     "load_recipe": "featherweight.methods.recipe",
 }

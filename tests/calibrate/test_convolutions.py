@@ -21,7 +21,8 @@ from featherweight.methods.quantize.grids.uniform import UniformGrid
 from featherweight.methods.quantize.rounding.hessian import Hessian
 from featherweight.methods.quantize.rounding.nearest import Nearest
 from featherweight.methods.recipe import load_recipe
-from featherweight.model.layers.modules import CodedConvolution, CodedModule
+from featherweight.model.layers.coded import CodedConvolution
+from featherweight.model.layers.modules import CodedModule
 from featherweight.model.layers.replace import put_codes
 from featherweight.model.network.unfold import unfolded
 from featherweight.storage.checkpoint.anatomy import read_anatomy

@@ -27,6 +27,7 @@ class Shifted:
     windows = (torch.arange(8), torch.arange(8) + 3)
     held_out = (torch.arange(8) + 5,)
     predicts = False
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.shift = torch.zeros(4)

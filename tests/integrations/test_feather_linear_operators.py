@@ -20,10 +20,10 @@ from torch import Tensor
 from featherweight.errors import CheckpointError
 from featherweight.model import products as operators
 from featherweight.model.layers.activations import quantized_inputs
+from featherweight.model.layers.coded import coded_class
 from featherweight.model.layers.modules import (
     FeatherConv1D,
     FeatherLinear,
-    coded_class,
     prepare,
     set_cache,
     set_precision,

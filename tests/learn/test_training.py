@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from featherweight.methods.learn.loop import Schedule, minimise
+from featherweight.errors import FeatherError
+from featherweight.methods.learn.batches import ShuffledRounds
+from featherweight.methods.learn.loop import Schedule, Training, minimise
 from featherweight.methods.learn.objectives import evenly
+from featherweight.methods.learn.optimisers import OPTIMISERS, Optimiser, adam, optimiser_named, sgd
 from featherweight.storage.run.training_store import TrainingState, TrainingStore
 
 
@@ -41,7 +45,8 @@ def test_the_best_check_is_kept(losses: list[float]) -> None:
         theta[0].grad = torch.ones(1)
         return 0.0
 
-    minimise(theta, gradients, 2, Schedule(4, 0.1, checks=4), told.append, "test", check=check)
+    training = Training("test", Schedule(4, 0.1, checks=4))
+    minimise(theta, gradients, training, ShuffledRounds(2), check=check, notify=told.append)
     best = min((loss, i) for i, loss in enumerate(losses) if math.isfinite(loss))
     assert float(theta[0]) == seen[best[1]]
     assert told[-1] == {"event": "test", "held_out_before": losses[0], "held_out_after": best[0]}
@@ -50,7 +55,7 @@ def test_the_best_check_is_kept(losses: list[float]) -> None:
 def test_a_loss_that_is_not_finite_ends_it() -> None:
     theta = [torch.zeros(1)]
     told: list[dict[str, Any]] = []
-    minimise(theta, lambda _: math.nan, 1, Schedule(5, 0.1), told.append, "test")
+    minimise(theta, lambda _: math.nan, Training("test", Schedule(5, 0.1)), ShuffledRounds(1), notify=told.append)
     assert torch.equal(theta[0], torch.zeros(1))
     assert told == [{"event": "test", "step": 0, "stopped": "the loss is not finite"}]
 
@@ -63,7 +68,8 @@ def test_batches_come_in_turn_and_values_are_projected() -> None:
         theta[0].grad = -torch.ones(1)
         return 1.0
 
-    minimise(theta, gradients, 3, Schedule(6, 10.0), lambda _: None, "test", project=lambda: theta[0].clamp_(0, 1))
+    training = Training("test", Schedule(6, 10.0))
+    minimise(theta, gradients, training, ShuffledRounds(3), project=lambda: theta[0].clamp_(0, 1))
     assert sorted(batches[:3]) == sorted(batches[3:]) == [0, 1, 2]
     assert float(theta[0]) == 1
 
@@ -95,7 +101,8 @@ class Held:
 
 @pytest.mark.parametrize("at", [1, 4, 7, 12])
 @pytest.mark.parametrize("checked", [False, True])
-def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool) -> None:
+@pytest.mark.parametrize("optimiser", [*OPTIMISERS, "momentum"])
+def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool, optimiser: str) -> None:
     """Also for a tensor without gradients, and for one that has them at some steps only."""
     goal = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
 
@@ -112,8 +119,9 @@ def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool) -> None:
         def check() -> float:
             return float((theta[0] - goal).abs().sum())
 
-        schedule = Schedule(13, 0.3, warmup=0.2, checks=5)
-        minimise(theta, gradients, 4, schedule, lambda _: None, "test", 5, check if checked else None, store=store)
+        chosen = sgd(momentum=0.9) if optimiser == "momentum" else optimiser_named(optimiser)
+        training = Training("test", Schedule(13, 0.03, warmup=0.2, checks=5), chosen)
+        minimise(theta, gradients, training, ShuffledRounds(4, 5), check=check if checked else None, store=store)
         return theta, batches
 
     store = Held(at)
@@ -121,3 +129,45 @@ def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool) -> None:
     rest, later = train(store)
     assert later == batches[at:]
     assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True))
+
+
+def one_step(optimiser: Optimiser, value: float, gradient: float) -> float:
+    theta = [torch.tensor([value], dtype=torch.float64)]
+
+    def gradients(_: int) -> float:
+        theta[0].grad = torch.full((1,), gradient, dtype=torch.float64)
+        return 0.0
+
+    minimise(theta, gradients, Training("test", Schedule(1, 0.5), optimiser), ShuffledRounds(1))
+    return float(theta[0])
+
+
+def test_optimisers_do_what_they_are_named_for() -> None:
+    """First steps by hand: Adam's is the rate in the gradient's direction, AdamW decays the value before it."""
+    assert one_step(optimiser_named("sgd"), 2.0, 0.3) == pytest.approx(2 - 0.5 * 0.3)
+    assert one_step(optimiser_named("adam"), 2.0, 0.3) == pytest.approx(2 - 0.5, rel=1e-6)
+    assert one_step(optimiser_named("adamw", weight_decay=0.1), 2.0, -0.3) == pytest.approx(2 * 0.95 + 0.5, rel=1e-6)
+
+
+def test_an_optimiser_that_is_not_there() -> None:
+    with pytest.raises(FeatherError, match="no optimiser 'adamm' .did you mean"):
+        optimiser_named("adamm")
+    with pytest.raises(FeatherError, match="adam has no setting among momentum"):
+        optimiser_named("adam", momentum=0.9)
+
+
+def test_a_state_of_another_optimiser_is_of_another_task() -> None:
+    tasks: list[dict[str, Any]] = []
+
+    class Listens(Held):
+        def load(self, task: dict[str, Any]) -> TrainingState | None:
+            tasks.append(task)
+            return None
+
+    for optimiser in (adam(), adam((0.9, 0.99)), optimiser_named("adamw"), optimiser_named("sgd")):
+        training = Training("test", Schedule(1, 0.5), optimiser)
+        minimise([torch.zeros(2)], lambda _: math.nan, training, ShuffledRounds(3, 1), store=Listens(9))
+    training = Training("test", Schedule(1, 0.5))
+    minimise([torch.zeros(2)], lambda _: math.nan, training, ShuffledRounds(3, 2), store=Listens(9))
+    assert all(one != other for i, one in enumerate(tasks) for other in tasks[:i])
+    assert json.loads(json.dumps(tasks)) == tasks  # as it is read back from a file

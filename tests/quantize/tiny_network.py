@@ -59,6 +59,10 @@ class TinyBlock:
         with torch.no_grad():
             self.targets = [self.run(hidden, i) for i, hidden in enumerate(self.inputs)]
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def weight(self, name: str) -> Tensor:
         return self.parameters[self.layers[name].tensor].detach().clone()
 
@@ -172,6 +176,10 @@ class ModelSession:
             raise ValueError("no linear layer of the checkpoint is a parameter of the loaded model under its own name")
         self._overrides: dict[str, Tensor] = {}
         self._sliceable: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
     def _layer(self, name: str) -> LinearLayer:
         layer = self.layers[name]

@@ -111,6 +111,7 @@ def run_compress(
     calibration: str | None,
     base_model: str | None,
     threads: int | None,
+    device: str,
     seed: int,
     max_memory: str | None,
     overwrite: bool,
@@ -131,6 +132,7 @@ def run_compress(
             calibration=calibration,
             base_model=base_model,
             threads=threads,
+            device=device,
             seed=seed,
             max_memory=max_memory,
             overwrite=overwrite,
@@ -381,6 +383,7 @@ def run_calibrate(
     needs: list[str],
     changes: list[str],
     threads: int | None,
+    device: str,
     overwrite: bool,
     trust_remote_code: bool,
     json: Path | None,
@@ -415,7 +418,7 @@ def run_calibrate(
         chosen = [n.strip() for n in needs]
         written = gather_statistics(
             model, out, calibration, chosen, settings,
-            overwrite=overwrite, trust_remote_code=trust_remote_code, notify=watch,
+            device=device, overwrite=overwrite, trust_remote_code=trust_remote_code, notify=watch,
         )  # fmt: skip
     size = written.stat().st_size
     write_json(json, {"file": str(written), "bytes": size, "needs": needs})

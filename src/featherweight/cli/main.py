@@ -32,6 +32,12 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Else FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or the processors allowed."),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="Where recipes that run the network run it: cpu, cuda, cuda:1, or auto."
+    ),
+]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
@@ -97,6 +103,7 @@ def compress(
         typer.Option("--base-model", metavar="MODEL", help="What MODEL was fine-tuned from, for recipes that compare."),
     ] = None,
     threads: Threads = None,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="For recipes with random choices.")] = 0,
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
@@ -113,8 +120,8 @@ def compress(
     from featherweight.cli.commands import run_compress
 
     run_compress(
-        model, recipe, out, changes or [], calibration, base_model, threads, seed, max_memory, overwrite,
-        trust_remote_code, workers, json,
+        model, recipe, out, changes or [], calibration, base_model, threads, device, seed, max_memory,
+        overwrite, trust_remote_code, workers, json,
     )  # fmt: skip
 
 
@@ -128,6 +135,7 @@ def calibrate(
     ] = "gram,mean_abs,held_out_gram",
     changes: Changes = None,
     threads: Threads = None,
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing statistics.")] = False,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
@@ -135,7 +143,9 @@ def calibrate(
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
     from featherweight.cli.commands import run_calibrate
 
-    run_calibrate(model, out, calibration, needs.split(","), changes or [], threads, overwrite, trust_remote_code, json)
+    run_calibrate(
+        model, out, calibration, needs.split(","), changes or [], threads, device, overwrite, trust_remote_code, json
+    )
 
 
 @app.command()

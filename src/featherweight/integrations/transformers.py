@@ -31,7 +31,14 @@ from featherweight.model.layers.experts import PARTS
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.layers.replace import give_biases, replace_layers
 from featherweight.model.network.accounting import BESIDE
-from featherweight.storage.checkpoint.format import FORMAT_VERSION, HASHES_KEY, METHOD, VERSION_KEY, module_specs
+from featherweight.storage.checkpoint.format import (
+    FORMAT_VERSION,
+    HASHES_KEY,
+    METHOD,
+    VERSION_KEY,
+    module_specs,
+    quantization_config,
+)
 from featherweight.storage.checkpoint.integrity import check_paths
 from featherweight.system.threads import thread_count
 
@@ -403,3 +410,16 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 register()
+
+
+def mark_compressed(model: Any, specs: dict[str, dict[str, Any]], recipe: dict[str, Any]) -> None:
+    """Let a model whose layers were compressed in memory know it, so that `save_pretrained` writes a folder that loads.
+
+    specs : module name -> code spec with `shape`
+    """
+    known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    before = known.specs if isinstance(known, FeatherConfig) else {}
+    config = FeatherConfig(**quantization_config({**before, **specs}, recipe))
+    model.config.quantization_config = config
+    model.hf_quantizer = FeatherQuantizer(config)
+    model.quantization_method = config.quant_method

@@ -17,9 +17,11 @@ and names the axis counts, and the recipe's own choice where there is none.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +322,20 @@ def _own_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=lambda p: p.stem)}
 
 
-def load_recipe(name: str | Path | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A preset by name or a recipe file, with `changes` like "grid.planes=3" applied before validation."""
+def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A preset by name, a recipe file, or a mapping as such a file holds it (its `name` may be left out), with
+    `changes` like "grid.planes=3" applied before validation.
+
+    Raises RecipeError.
+    """
+    mapping: Any
     if isinstance(name, Recipe):
         if not changes:
             return name
         mapping, origin = name.dump(), name.name
+    elif isinstance(name, Mapping):
+        mapping = copy.deepcopy(dict(name))
+        origin = str(mapping.setdefault("name", "custom"))
     else:
         path, origin = _recipe_file(str(name)), str(name)
         try:

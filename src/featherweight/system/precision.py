@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -66,6 +67,9 @@ def bfloat16_time_ratio() -> float:
     return min(times[True]) / min(times[False])
 
 
-def autocast(precision: Chosen) -> torch.autocast:
-    """A context in which linear layers on the CPU compute in `precision`."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16")
+def autocast(precision: Chosen, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
+    """A context in which linear layers on a device compute in `precision`."""
+    kind = torch.device(device).type
+    if precision == "float32" and not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bfloat16")

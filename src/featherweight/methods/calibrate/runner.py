@@ -194,6 +194,57 @@ class Calibration:
             notify=notify,
         )
 
+    @classmethod
+    def of_tokens(
+        cls,
+        model: nn.Module,
+        windows: Tensor,
+        settings: CalibrationSettings | None = None,
+        needs: Collection[str] = ("gram",),
+        *,
+        blocks: str | None = None,
+        notify: Observer | None = None,
+    ) -> Calibration:
+        """Calibrate a language model in memory; as `of_module`, with windows of tokens as `open` has them.
+
+        Args:
+            model: takes `input_ids` int64 [B, T], on the device of its parameters.
+            windows: token ids int64 [sequences, length].
+
+        Raises:
+            CalibrationError: the windows are no token ids, or attention is wanted as weights and cannot be had.
+        """
+        settings = settings or CalibrationSettings()
+        windows, _ = _expanded(windows, None, settings)
+        if settings.token_weights == "attention" and not in_query_blocks(model):
+            raise CalibrationError(
+                f"calibration.token_weights is 'attention', which {type(model).__name__} does not give; use 'first', "
+                "'frequency' or 'none'"
+            )
+        times = settings.expansion
+        held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
+        bounds = _bounds(len(windows), held_out, _batch_size(windows, settings, None))
+        batches = [{"input_ids": windows[a:b]} for a, b in bounds]
+
+        def forward(module: nn.Module, batch: dict[str, Tensor]) -> Any:
+            return module(**{name: value.to(host_device) for name, value in batch.items()})
+
+        host_device = next(model.parameters()).device
+        host = ModuleHost(model, forward, batches[0], blocks)
+        return cls(
+            host,
+            lambda batch: forward(model, batch),
+            batches,
+            settings,
+            needs,
+            batches_seen=sum(b <= len(windows) - held_out for _, b in bounds),
+            ids=windows,
+            length=windows.shape[1],
+            whole=host.whole,
+            traced=True,
+            notify=notify,
+        )
+
     def __enter__(self) -> Calibration:
         return self
 

@@ -62,6 +62,11 @@ class BlockSession:
         self._weights: Sequence[Tensor] | None = None
         self._advanced = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block runs."""
+        return self.host.device
+
     # Weights --------------------------------------------------------------------------------------------------------
 
     def weight(self, name: str) -> Tensor:

@@ -40,7 +40,7 @@ def text_scores(kind: str, ids: Tensor) -> Tensor:
     """Scores [N, T] that depend on the text alone: `first` eighth of a window, or `frequency` (rare tokens high)."""
     if kind == "first":
         length = ids.shape[1]
-        return (torch.arange(length) < max(1, length // 8)).float().expand(ids.shape).clone()
+        return (torch.arange(length, device=ids.device) < max(1, length // 8)).float().expand(ids.shape).clone()
     counts = torch.bincount(ids.reshape(-1))
     return -counts[ids].float()
 

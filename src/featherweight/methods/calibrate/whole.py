@@ -64,6 +64,11 @@ class WholeModel:
             self.host.drop_block(number)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.host.device
+
+    @property
     def model(self) -> Any:
         return self.host.model
 
@@ -247,7 +252,7 @@ class WholeModel:
             found.requires_grad_(True)
             parameters[path] = found
         squares = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in parameters.items()}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         samples = 0
         try:
             for number, sample in enumerate(self._samples()):
@@ -278,7 +283,7 @@ class WholeModel:
     def _loss(self, sample: Any, generator: torch.Generator) -> Tensor:
         output = self.run(sample).float()
         if self.calibration.ids is None or not self._has_logits():
-            noise = torch.randn(output.shape, generator=generator).to(output.device)
+            noise = torch.randn(output.shape, generator=generator, device="cpu").to(output.device)
             return (output * noise).sum() / max(1, output.numel() // output.shape[-1])
         ids = sample["input_ids"].to(output.device)
         real = sample.get("attention_mask", torch.ones_like(ids)).to(output.device).bool()

@@ -1,18 +1,23 @@
-"""The loop of every learned choice: Adam, warm-up and cosine, and the best of several checks kept."""
+"""The loop of every learned choice: an optimiser, a schedule, a sampler, and the best of several checks kept.
+
+Its parts are exchangeable (`Training`); what trains hands in tensors and a function that sets their gradients. Where
+the tensors are, the optimiser works and the best values are kept.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.events import Observer
+from featherweight.events import Observer, silent
+from featherweight.methods.learn.batches import Sampler
+from featherweight.methods.learn.optimisers import Optimiser, adam, remembered, remind
 from featherweight.storage.run.training_store import NO_STORE, TrainingState, TrainingStore
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of what Adam keeps of each tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,6 @@ class Schedule:
     learning_rate: float
     warmup: float = 0.0
     checks: int = 8
-    betas: tuple[float, float] = (0.9, 0.999)
 
     def rate(self, step: int) -> float:
         """Linear rise over the first share `warmup` of the steps, then cosine to zero."""
@@ -37,26 +41,51 @@ class Schedule:
         return (step + 1) * self.checks // self.steps > step * self.checks // self.steps
 
 
+@dataclass(frozen=True)
+class Training:
+    """How something is trained.
+
+    label : of its events, and of its saved state
+    schedule : how long, and how fast
+    optimiser : see `featherweight.methods.learn.optimisers`
+    """
+
+    label: str
+    schedule: Schedule
+    optimiser: Optimiser = adam()
+
+
 def minimise(
     theta: list[Tensor],
     gradients: Callable[[int], float],
-    batches: int,
-    schedule: Schedule,
-    notify: Observer,
-    label: str,
-    seed: int = 0,
+    training: Training,
+    sampler: Sampler,
+    *,
     check: Callable[[], float | None] | None = None,
     project: Callable[[], None] | None = None,
+    notify: Observer = silent,
     store: TrainingStore = NO_STORE,
 ) -> list[Tensor]:
-    """Train `theta` in place; returns (and leaves in `theta`) the values with the least `check`, else the last ones.
+    """Train leaf tensors in place, on the devices where they are.
 
-    gradients : sets `.grad` of theta for a batch and returns its loss
+    Parameters
+    ----------
+    theta : float tensors of any shapes
+    gradients : sets `.grad` of theta for the batch of a number and returns its loss
+    training : see `Training`
+    sampler : the numbers of the batches
     check : a loss on samples that are not trained on; None for "cannot be measured"; the start is checked too
     project : applied after each step
+    notify : told of every check, and of the end
     store : where the state goes at times; a state of the same task that is there is gone on from, with the same result
+
+    Returns
+    -------
+    `theta`, with the values of the least `check`, or, where nothing is checked, those of the last step. A loss that is
+    not finite ends it.
     """
-    course = _Course(theta, batches, schedule, label, seed, check is not None)
+    schedule, label = training.schedule, training.label
+    course = _Course(theta, training, sampler, check is not None)
     found = store.load(course.task)
     if found is not None:
         course.take(found)
@@ -65,7 +94,7 @@ def minimise(
     while course.step < schedule.steps:
         for group in course.optimiser.param_groups:
             group["lr"] = schedule.rate(course.step)
-        loss = gradients(course.next_batch())
+        loss = gradients(sampler.next())
         if not math.isfinite(loss):
             notify({"event": label, "step": course.step, "stopped": "the loss is not finite"})
             break
@@ -91,30 +120,22 @@ class _Course:
     """Where a training is: all that its further steps depend on, beside what `gradients` and `check` hold.
 
     kept : the values with the least check; empty where nothing is checked
-    order : the batches that are left of this round, the next one last
     """
 
-    def __init__(
-        self, theta: list[Tensor], batches: int, schedule: Schedule, label: str, seed: int, checked: bool
-    ) -> None:
-        self.theta, self.batches = theta, batches
-        self.optimiser = torch.optim.Adam(theta, lr=schedule.learning_rate, betas=schedule.betas)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.order = 0, list[int]()
+    def __init__(self, theta: list[Tensor], training: Training, sampler: Sampler, checked: bool) -> None:
+        self.theta, self.sampler = theta, sampler
+        self.optimiser = training.optimiser(theta, training.schedule.learning_rate)
+        self.step = 0
         self.start: float | None = None
         self.best: float | None = None
         self.kept = [value.detach().clone() for value in theta] if checked else []
-        self.task = {
-            "label": label,
-            "schedule": {**asdict(schedule), "betas": list(schedule.betas)},
-            "batches": batches,
-            "seed": seed,
+        self.task: dict[str, Any] = {
+            "label": training.label,
+            "schedule": asdict(training.schedule),
+            "optimiser": _plain(type(self.optimiser).__name__, self.optimiser.defaults),
+            "sampler": _plain(type(sampler).__name__, vars(sampler)),
             "shapes": [list(value.shape) for value in theta],
         }
-
-    def next_batch(self) -> int:
-        self.order = self.order or torch.randperm(self.batches, generator=self.generator).tolist()
-        return self.order.pop()
 
     def offer(self, measured: float | None) -> None:
         """Keep the present values if they are the best so far."""
@@ -122,27 +143,33 @@ class _Course:
             self.best, self.kept = measured, [value.detach().clone() for value in self.theta]
 
     def state(self) -> TrainingState:
-        tensors = {"generator": self.generator.get_state()}
-        counts: list[float | None] = []  # Adam counts the steps of each tensor: one without a gradient makes none
-        for i, value in enumerate(self.theta):
-            moments = self.optimiser.state.get(value, {})
-            counts.append(float(moments["step"]) if moments else None)
-            tensors |= {f"{name}.{i}": moments[name] for name in MOMENTS if moments}
-            tensors[f"value.{i}"] = value.detach()
+        tensors = {"generator": self.sampler.generator_state()}
+        tensors |= {f"moment.{name}": kept for name, kept in remembered(self.optimiser, self.theta).items()}
+        tensors |= {f"value.{i}": value.detach() for i, value in enumerate(self.theta)}
         tensors |= {f"kept.{i}": value for i, value in enumerate(self.kept)}
-        facts = {"order": self.order, "start": self.start, "best": self.best, "counts": counts}
+        facts = {"order": self.sampler.left(), "start": self.start, "best": self.best}
         return TrainingState(self.task, self.step, facts, tensors)
 
     def take(self, state: TrainingState) -> None:
         """Go on from `state`."""
         tensors, facts = state.tensors, state.facts
-        self.step, self.order = state.step, list(facts["order"])
-        self.start, self.best = facts["start"], facts["best"]
-        self.generator.set_state(tensors["generator"])
+        self.step, self.start, self.best = state.step, facts["start"], facts["best"]
+        self.sampler.resume(list(facts["order"]), tensors["generator"])
         with torch.no_grad():
-            for i, (value, count) in enumerate(zip(self.theta, facts["counts"], strict=True)):
+            for i, value in enumerate(self.theta):
                 value.copy_(tensors[f"value.{i}"])
-                if count is not None:
-                    moments = {name: tensors[f"{name}.{i}"].clone() for name in MOMENTS}
-                    self.optimiser.state[value] = {"step": torch.tensor(count), **moments}
-        self.kept = [tensors[f"kept.{i}"].clone() for i in range(len(self.kept))]
+        prefix = "moment."
+        moments = {name.removeprefix(prefix): kept for name, kept in tensors.items() if name.startswith(prefix)}
+        remind(self.optimiser, self.theta, moments)
+        kept = zip(range(len(self.kept)), self.theta, strict=False)
+        self.kept = [tensors[f"kept.{i}"].to(value.device, copy=True) for i, value in kept]
+
+
+def _plain(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What of an object's settings JSON holds, with its kind; private ones left out."""
+    found: dict[str, Any] = {"kind": kind}
+    for name, value in values.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        if not name.startswith("_") and isinstance(plain, int | float | str | list | None):
+            found[name] = plain
+    return found

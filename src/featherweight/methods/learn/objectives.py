@@ -22,9 +22,10 @@ CACHE_BYTES = 1 << 30  # of the teacher's hidden states; beyond, they are comput
 
 
 class Objective(Protocol):
-    """A loss over `batches` training batches."""
+    """A loss over `batches` training batches, computed on `device`."""
 
     batches: int
+    device: torch.device
 
     def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
         """The loss of one batch; adds its gradient to the `.grad` of all weights and tensors that require one."""
@@ -38,12 +39,13 @@ class Objective(Protocol):
 class BlockObjective:
     """||block(x; W) - y||^2 / ||y||^2: x the stream quantised so far, y the float block's output on the float stream.
 
+    Weights and tensors may be on any device; `device` is where the block runs, and where they are best.
     A batch is one of the session's. Held out are the session's own held-out batches; where it has none,
     held_out_share : part of the batches, at least one where there are two, taken evenly from the whole
     """
 
     def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
-        self.session = session
+        self.session, self.device = session, session.device
         self.precision = precision
         count = len(session.inputs)
         self._inputs, self._targets = list(session.inputs), list(session.targets)
@@ -70,8 +72,8 @@ class BlockObjective:
         return sum(losses) / len(losses)
 
     def _loss(self, weights: Weights, tensors: Weights, index: int, precision: Chosen) -> Tensor:
-        target = self._targets[index].float()
-        with self.session.overridden({**weights, **tensors}), autocast(precision):
+        target = self._targets[index].to(self.device).float()
+        with self.session.overridden({**weights, **tensors}), autocast(precision, self.device):
             output = self.session.run(self._inputs[index], index).float()
         return _relative(output, target)
 
@@ -94,7 +96,7 @@ class ModelObjective:
         precision: Chosen = "float32",
         held_out_share: float = 0.125,
     ) -> None:
-        self.model = model
+        self.model, self.device = model, model.device
         self.precision = precision
         self._divergence = self._of_predictions if getattr(model, "predicts", True) else self._of_states
         windows, held_out = list(model.windows), list(model.held_out)
@@ -112,7 +114,7 @@ class ModelObjective:
         ids = self._training[batch]
         teacher = self._original(False, batch, ids)
         with self.model.overridden(weights, tensors):
-            with autocast(self.precision):
+            with autocast(self.precision, self.device):
                 states = self.model.hidden(ids)
             leaf = states.detach().float().requires_grad_()
             loss = self._divergence(leaf, teacher, backward=True)

@@ -23,26 +23,31 @@ class TunableCode:
 
     `parameters` maps a path ("scales", "inner.scales", "terms.0.scales") to a float32 copy of the stored tensor.
     Plain weights (`dense`) are not among them: they are left as they are.
+
+    device : of the parameters and of what `decode` gives; the code itself is in main memory, and so is the decoding of
+        what is not scales times small integers
     """
 
-    def __init__(self, code: Code, prefix: str = "") -> None:
-        self.code = code
+    def __init__(self, code: Code, prefix: str = "", device: torch.device | None = None) -> None:
+        self.code, self.device = code, device or torch.device("cpu")
         self._prefix = prefix
         self._children: dict[str, TunableCode | tuple[TunableCode, ...]] = {}
         self._own = code.tunable_fields()
         for name in _fields(code):
             value = getattr(code, name)
             if isinstance(value, Code):
-                self._children[name] = TunableCode(value, f"{prefix}{name}.")
+                self._children[name] = TunableCode(value, f"{prefix}{name}.", device)
             elif isinstance(value, tuple) and value and all(isinstance(item, Code) for item in value):
-                parts = (TunableCode(item, f"{prefix}{name}.{i}.") for i, item in enumerate(value))
+                parts = (TunableCode(item, f"{prefix}{name}.{i}.", device) for i, item in enumerate(value))
                 self._children[name] = tuple(parts)
-        self._digits = code.digits()
+        digits = code.digits()
+        self._digits = None if digits is None else digits.to(self.device)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """float32 copies of all floating-point tensors, by path."""
-        found = {self._prefix + name: getattr(self.code, name).detach().float().clone() for name in self._own}
+        own = {name: getattr(self.code, name).detach() for name in self._own}
+        found = {self._prefix + name: value.to(self.device, torch.float32, copy=True) for name, value in own.items()}
         for child in self._leaves():
             found |= child.parameters
         return found
@@ -59,12 +64,14 @@ class TunableCode:
                 scales = torch.cat([scales, own["offsets"].unsqueeze(-1)], -1)
             value: Tensor = _GroupScaled.apply(scales, self._digits)  # type: ignore[no-untyped-call]
             return value[:, : self.code.shape[1]]
-        return self._replaced(own, lambda child: _Decoded(child.decode(parameters))).decode_fast()
+        own = {name: value.cpu() for name, value in own.items()}
+        moved = self._replaced(own, lambda child: _Decoded(child.decode(parameters).cpu()))
+        return moved.decode_fast().to(self.device)
 
     def stored(self, parameters: Mapping[str, Tensor]) -> Code:
         """The code with these values, rounded to the types in which they are stored."""
         own = {
-            name: parameters[self._prefix + name].detach().to(getattr(self.code, name).dtype).clone()
+            name: parameters[self._prefix + name].detach().to("cpu", getattr(self.code, name).dtype, copy=True)
             for name in self._own
         }
         return self._replaced(own, lambda child: child.stored(parameters))

@@ -30,7 +30,7 @@ def lloyd(groups: SortedGroups, centroids: Tensor, limit: int) -> Tensor:
 
 def quantile_start(groups: SortedGroups, count: int) -> Tensor:
     """Values at the middles of `count` equal shares of the weight: [R, count]."""
-    shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    shares = (torch.arange(count, dtype=torch.float64, device=groups.mass.device) + 0.5) / count
     return _at_weight(groups, shares * groups.mass.unsqueeze(-1), groups.weights)
 
 
@@ -40,10 +40,10 @@ def density_start(groups: SortedGroups, count: int) -> Tensor:
     The rule of Panter and Dite (1951), with a histogram of BINS bins for the density.
     """
     low, high = groups.values[:, :1], groups.values[:, -1:]
-    edges = low + (high - low) * torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+    edges = low + (high - low) * torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device=low.device)
     share = groups.cells(edges[:, 1:-1])[0].pow(1 / 3)
     running = torch.nn.functional.pad(share.cumsum(-1), (1, 0))
-    targets = (torch.arange(count, dtype=torch.float64) + 0.5) / count * running[:, -1:]
+    targets = (torch.arange(count, dtype=torch.float64, device=low.device) + 0.5) / count * running[:, -1:]
     place = (torch.searchsorted(running, targets, right=True) - 1).clamp(max=BINS - 1)
     inside = (targets - running.gather(-1, place)) / share.gather(-1, place).clamp(min=1e-300)
     return edges.gather(-1, place) + inside.clamp(0, 1) * (high - low) / BINS
@@ -90,15 +90,16 @@ def exact_centroids(groups: SortedGroups, count: int) -> Tensor:
 def _exact_rows(groups: SortedGroups, first: int, last: int, count: int) -> Tensor:
     sums = groups.running(first, last)
     rows, size = last - first, groups.values.shape[1]
-    ends = torch.arange(size + 1)
+    device = groups.values.device
+    ends = torch.arange(size + 1, device=device)
     best = _cost(sums, torch.zeros_like(ends).expand(rows, -1), ends.expand(rows, -1))  # one cluster [R, n + 1]
     cuts = []
     for _ in range(count - 1):
         best, cut = _next_cluster(sums, best)
         cuts.append(cut)
-    upper = torch.full((rows, 1), size)
+    upper = torch.full((rows, 1), size, device=device)
     centroids = []
-    for cut in reversed([torch.zeros(rows, size + 1, dtype=torch.long), *cuts]):
+    for cut in reversed([torch.zeros(rows, size + 1, dtype=torch.long, device=device), *cuts]):
         lower = cut.gather(-1, upper)
         mass, total = (s.gather(-1, upper) - s.gather(-1, lower) for s in sums[:2])
         mean = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), torch.nan)
@@ -126,11 +127,11 @@ def _next_cluster(sums: tuple[Tensor, Tensor, Tensor], best: Tensor) -> tuple[Te
     cuts bound theirs, so a depth looks at little more than n candidates a row.
     """
     rows, size = best.shape[0], best.shape[1] - 1
-    found = best.clone()
-    cut = torch.zeros(rows, size + 1, dtype=torch.long)
+    found, device = best.clone(), best.device
+    cut = torch.zeros(rows, size + 1, dtype=torch.long, device=device)
     found[:, 0] = 0
-    settled = torch.tensor([0, size + 1])
-    bounds = torch.stack([torch.zeros(rows, dtype=torch.long), torch.full((rows,), size)], -1)
+    settled = torch.tensor([0, size + 1], device=device)
+    bounds = torch.tensor([0, size], device=device).repeat(rows, 1)
     while len(settled) < size + 2:
         gaps = settled[1:] - settled[:-1] > 1
         middles = ((settled[1:] + settled[:-1]) // 2)[gaps]
@@ -149,15 +150,17 @@ def _least(
     """The least best(i) + cost(i, end) over lower <= i <= upper, and its first i: [R, m] each, ends [m]."""
     rows, width = best.shape
     lengths = (upper - lower + 1).reshape(-1)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    segment = torch.repeat_interleave(torch.arange(len(lengths), device=best.device), lengths)
     begin = lengths.cumsum(0) - lengths
-    candidates = torch.arange(len(segment)) - begin[segment] + lower.reshape(-1)[segment]
+    candidates = torch.arange(len(segment), device=best.device) - begin[segment] + lower.reshape(-1)[segment]
     row = segment // len(ends)
     at, end = row * width + candidates, row * width + ends[segment % len(ends)]
     mass, first, second = (s.reshape(-1)[end] - s.reshape(-1)[at] for s in sums)
     cost = (second - first * first / torch.where(mass > 0, mass, 1.0)).clamp(min=0)
     total = best.reshape(-1)[at] + cost
-    least = torch.full((len(lengths),), torch.inf, dtype=total.dtype).scatter_reduce(0, segment, total, "amin")
+    none = torch.full((len(lengths),), torch.inf, dtype=total.dtype, device=total.device)
+    least = none.scatter_reduce(0, segment, total, "amin")
     position = torch.where(total == least[segment], candidates, width)
-    place = torch.full((len(lengths),), width).scatter_reduce(0, segment, position, "amin")
+    behind = torch.full((len(lengths),), width, device=total.device)
+    place = behind.scatter_reduce(0, segment, position, "amin")
     return least.view(rows, -1), place.view(rows, -1)

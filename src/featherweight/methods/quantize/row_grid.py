@@ -52,7 +52,7 @@ class RowGrid(Grid, abc.ABC):
         rows, _ = source.shape
         dtype = scale_dtype_for(self.scale_dtype, source.largest)
         step = self._window_rows(source.shape, options)
-        indices = torch.empty(source.shape, dtype=torch.uint8)
+        indices = torch.empty(source.shape, dtype=torch.uint8, device="cpu")
         fits: list[Fit] = []
         for first in range(0, rows, step):
             last = min(rows, first + step)
@@ -87,4 +87,4 @@ def grouped(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     size = min(group_size, columns)
     count = groups_of(columns, size)
     padded = torch.nn.functional.pad(weight, (0, count * size - columns)).view(rows, count, size)
-    return padded, (torch.arange(count * size) < columns).view(count, size)
+    return padded, (torch.arange(count * size, device=padded.device) < columns).view(count, size)

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def sign_patterns(planes: int) -> Tensor:
-    """The signs of every joint code: float32 [2^planes, planes], the first plane changing slowest."""
-    codes = torch.arange(1 << planes).unsqueeze(-1)
-    return ((codes >> torch.arange(planes - 1, -1, -1)) & 1).float() * 2 - 1
+    """The signs of every joint code: float32 [2^planes, planes], the first plane changing slowest; in main memory."""
+    codes = torch.arange(1 << planes, device="cpu").unsqueeze(-1)
+    return ((codes >> torch.arange(planes - 1, -1, -1, device="cpu")) & 1).float() * 2 - 1
 
 
 def combinations(scales: Tensor) -> Tensor:
     """The value of every joint code for scales [..., planes]: [..., 2^planes], added up from the first plane on."""
-    patterns = sign_patterns(scales.shape[-1]).to(scales.dtype)
+    patterns = sign_patterns(scales.shape[-1]).to(scales)
     total = scales[..., :1] * patterns[:, 0]
     for k in range(1, scales.shape[-1]):
         total = total + scales[..., k : k + 1] * patterns[:, k]

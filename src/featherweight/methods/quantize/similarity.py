@@ -24,7 +24,7 @@ def most_similar(columns: Tensor, count: int) -> Tensor:
 
 def with_first(chosen: Tensor, count: int) -> Tensor:
     """The places 0 to count - 1, the chosen ones first, the others behind in their order: int64."""
-    others = torch.ones(count, dtype=torch.bool)
+    others = torch.ones(count, dtype=torch.bool, device=chosen.device)
     others[chosen] = False
     return torch.cat([chosen, others.nonzero().flatten()])
 

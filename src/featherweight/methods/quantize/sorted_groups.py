@@ -17,7 +17,7 @@ class SortedGroups:
     def __init__(self, values: Tensor, weights: Tensor | None = None) -> None:
         self.values, order = values.double().contiguous().sort(dim=-1, stable=True)
         if weights is None:
-            weights = torch.ones((), dtype=torch.float64)
+            weights = torch.ones((), dtype=torch.float64, device=values.device)
         self.weights = weights.double().expand_as(self.values).gather(-1, order)
         weighted = self.weights * self.values
         self._mass = _running(self.weights)

@@ -19,6 +19,7 @@ E = (V - V^) U_JJ^-1. All is done in the weight's dtype: float32, or float64 for
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -179,7 +180,7 @@ class Sweeper:
                     self._sweep_by_similarity(state, piece)
                 else:
                     self._sweep_piece(state, piece)
-            if not torch.isfinite(torch.tensor([state.loss, state.drift])).all():
+            if not (math.isfinite(state.loss) and math.isfinite(state.drift)):
                 return data_free(weight, grid, own, options, "the compensated weights ran away and are not finite")
             code = _encode(state, self.settings)
         share = state.clipped / max(1, weight.numel())
@@ -192,7 +193,7 @@ class Sweeper:
         if order is not None:
             start = start[:, order]
         elif self.settings.order == "similarity":
-            order = torch.arange(weight.shape[1])
+            order = torch.arange(weight.shape[1], device=weight.device)
             start = start.clone()  # both copies are put into order on the way
         start = start.masked_fill(factor.dead, 0) if bool(factor.dead.any()) else start
         if self.settings.target == "shift" and self.settings.needs_cross:
@@ -201,9 +202,10 @@ class Sweeper:
             vectors = grid.columns_jointly > 1
             plain = start if order is None or vectors else start[:, order.argsort()]
             static = grid.fit(plain.float(), ordered(own, order) if vectors else own)
+        indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         return SweepState(
             start.clone(memory_format=torch.contiguous_format), start.contiguous(), grid, ordered(own, order), factor,
-            order, self.settings.rule, static, options, torch.empty(weight.shape, dtype=torch.uint8), [], [],
+            order, self.settings.rule, static, options, indices, [], [],
         )  # fmt: skip
 
     def _shifted(self, weight: Tensor, factor: Factor) -> Tensor:
@@ -288,7 +290,7 @@ def with_scale_dtype(grid: Grid, weight: Tensor) -> Grid:
 def _encode(state: SweepState, settings: SweepSettings) -> Code:
     """The code of what the sweep chose, in the columns' own order where the form allows it."""
     order, grid = state.order, state.grid
-    if order is not None and settings.order == "similarity" and torch.equal(order, torch.arange(len(order))):
+    if order is not None and settings.order == "similarity" and bool((order.diff() == 1).all()):
         order = None
     shape = (state.weight.shape[0], state.weight.shape[1])
     fit = state.static if state.static is not None else joined(state.fits)

@@ -113,13 +113,13 @@ def order_of_columns(gram: Tensor, order: Order, group_size: int) -> Tensor | No
     whole = columns - columns % size
     groups = weight[:whole].view(-1, size)  # GAR, arXiv 2505.14638: the short last group stays where it is
     if order == "group-sum":  # ShiftAddLLM's blocks of columns, arXiv 2406.05981
-        inside = torch.arange(size).expand_as(groups)
+        inside = torch.arange(size, device=weight.device).expand_as(groups)
         outside = groups.sum(1).argsort(descending=True, stable=True)
     else:
         inside = groups.argsort(dim=1, descending=True, stable=True)
         outside = groups.amax(1).argsort(descending=True, stable=True)
-    places = (inside + torch.arange(0, whole, size).unsqueeze(1))[outside]
-    return torch.cat([places.reshape(-1), torch.arange(whole, columns)])
+    places = (inside + torch.arange(0, whole, size, device=weight.device).unsqueeze(1))[outside]
+    return torch.cat([places.reshape(-1), torch.arange(whole, columns, device=weight.device)])
 
 
 def factorise(statistics: Statistics, settings: FactorSettings, permutation: Tensor | None, feedback: bool) -> Factor:
@@ -220,7 +220,8 @@ def _factor_piece(matrix: Tensor, dead: Tensor, settings: FactorSettings) -> _Fa
 
 def invert_lower(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix [n, n], by halves: most of the work is in two triangular products."""
-    inverse = torch.zeros(lower.shape, dtype=lower.dtype)  # rows contiguous, as LAPACK's results are not
+    # rows contiguous, as LAPACK's results are not
+    inverse = torch.zeros(lower.shape, dtype=lower.dtype, device=lower.device)
     _invert_into(lower, inverse)
     return inverse
 
@@ -228,7 +229,8 @@ def invert_lower(lower: Tensor) -> Tensor:
 def _invert_into(lower: Tensor, inverse: Tensor) -> None:
     n = lower.shape[0]
     if n <= TRIANGLE:
-        inverse.copy_(torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False).tril_())
+        unit = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, unit, upper=False).tril_())
         return
     half = (n // 2 + 63) // 64 * 64
     _invert_into(lower[:half, :half], inverse[:half, :half])

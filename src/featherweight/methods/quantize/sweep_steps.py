@@ -126,21 +126,26 @@ def _levels(state: SweepState, first: int, last: int) -> tuple[Tensor, Tensor]:
     if scales is None:
         return levels, place
     if state.static is None:
-        columns = torch.arange(first, last) - first // state.grid.group_size * state.grid.group_size
+        columns = _places(state, first, last) - first // state.grid.group_size * state.grid.group_size
     else:
-        columns = torch.arange(first, last) if state.order is None else state.order[first:last]
+        columns = _places(state, first, last) if state.order is None else state.order[first:last]
     own = levels[:, place.long()] * scales[columns].unsqueeze(-1)
-    return own, torch.arange(last - first, dtype=torch.int32)
+    return own, _places(state, 0, last - first).to(torch.int32)
+
+
+def _places(state: SweepState, first: int, last: int) -> Tensor:
+    """first to last - 1: int64, where the weight is."""
+    return torch.arange(first, last, device=state.weight.device)
 
 
 def _group_levels(state: SweepState, first: int, last: int) -> tuple[Tensor, Tensor]:
     if state.static is None:
-        return state.grid.levels(state.fits[-1]), torch.zeros(last - first, dtype=torch.int32)
-    columns = torch.arange(first, last)
+        return state.grid.levels(state.fits[-1]), torch.zeros_like(_places(state, first, last), dtype=torch.int32)
+    columns = _places(state, first, last)
     if state.order is not None:
         columns = state.order[first:last]
     of = columns // state.grid.group_size
-    groups = torch.tensor(sorted(set(of.tolist())))
+    groups = torch.unique(of)
     place = torch.searchsorted(groups, of).to(torch.int32)
     return state.grid.levels({name: value[:, groups] for name, value in state.static.items()}), place
 
@@ -220,7 +225,8 @@ def push_tail(
     if state.rule.pull_back == "all-columns":  # every column of the block decays what came before it
         decay, jointly = 1 - state.rule.shrink, state.grid.columns_jointly
         steps = -(-(last - first) // jointly)
-        weights = torch.tensor([decay ** (steps - 1 - j // jointly) for j in range(last - first)], dtype=errors.dtype)
+        powers = [decay ** (steps - 1 - j // jointly) for j in range(last - first)]
+        weights = torch.tensor(powers, dtype=errors.dtype, device=errors.device)
         original = state.original[:, last : piece.last]
         behind.sub_(original).mul_(decay**steps).add_(original)
         errors = errors * weights

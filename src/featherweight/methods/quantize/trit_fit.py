@@ -31,12 +31,12 @@ def fit_scales(weight: Tensor, column_weights: Tensor, basis: Tensor, group_size
     unit = _power_of_two(padded.abs().amax(-1))  # squares of 1e30 overflow
     padded = padded / unit.unsqueeze(-1)
     importance = importance / _power_of_two(importance.amax())
-    best = torch.full((rows, groups), float("inf"))
-    scales = torch.zeros(rows, groups, len(basis))
+    best = torch.full((rows, groups), float("inf"), device=padded.device)
+    scales = torch.zeros(rows, groups, len(basis), device=padded.device)
     mass = importance.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     spread = ((padded.square() * importance).sum(-1) / mass).sqrt()
     for start in _starts(basis):
-        found = spread.unsqueeze(-1) * torch.tensor(start)
+        found = spread.unsqueeze(-1) * torch.tensor(start, device=spread.device)
         for _ in range(ROUNDS):
             found = _least_squares(padded, importance, basis, _nearest(padded, found @ basis), found)
         levels = found @ basis

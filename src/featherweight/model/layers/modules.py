@@ -1,8 +1,9 @@
 """Layers that hold a code instead of a weight matrix.
 
-`FeatherLinear` is an `nn.Module`, not an `nn.Linear`: code that sees an `nn.Linear` may write to `weight.data` (weight
-initialisation, merging an adapter), and with a weight that is decoded on each access such a write would be lost without
-a word. `in_features`, `out_features`, `bias` and a readable `weight` are there, which is what PEFT's layers need.
+`FeatherLinear` is an `nn.Linear`, so that PEFT and whatever else looks for linear layers finds them. Its `weight` is no
+parameter: it knows its shape, dtype and device, is decoded when its values are read, and refuses to be written to (see
+weight.py), as weight initialisation or merging an adapter would. A product that is differentiated keeps no decoded
+matrix for the way back, where it is decoded again: training adapters takes the memory of the codes.
 
 The stored tensors are parameters without gradient, not buffers, because offloading (accelerate) moves parameters only.
 Their dtype is part of the format: `.to(torch.bfloat16)` moves them but never converts them, since an fp16 scale rounded
@@ -22,12 +23,10 @@ from torch import Tensor, nn
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.model import products as operators
 from featherweight.model.layers.activations import quantized_inputs
+from featherweight.model.layers.weight import DecodedWeight
 from featherweight.storage.codes import Code, TensorLayout, code_from, code_layout
 from featherweight.storage.codes.base import code_class
 from featherweight.system.memory import give_back_file_pages
-
-Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Those whose weight is a matrix [out, in / groups * product of kernel]; transposed ones are not."""
 
 PRECISIONS = ("exact", "float", "int8")
 MOST_SEQUENCES = 16
@@ -64,7 +63,6 @@ class CodedModule(nn.Module):
     precision: str
     _cached: Tensor | None
     _packed: tuple[tuple[int, ...], Packed | None] | None  # with the addresses of what was packed
-    bias: nn.Parameter | None
 
     def hold(
         self, spec: dict[str, Any], name: str, compute_dtype: torch.dtype, device: torch.device | str | None
@@ -91,18 +89,41 @@ class CodedModule(nn.Module):
             self._parameters[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
     def __getattr__(self, name: str) -> Any:
-        """`weight` is the decoded matrix in `compute_dtype`, unless the code stores a tensor of that name."""
+        """`weight` stands for the decoded matrix in `compute_dtype`, unless the code stores a tensor of that name."""
         if name == "weight" and name not in self.__dict__["_parameters"]:
-            return self._decoded(self.compute_dtype)
+            return self._weight()
         return super().__getattr__(name)
+
+    def _weight(self) -> DecodedWeight:
+        """The weight, to read; FeatherError where it is written to."""
+        dtype = self.compute_dtype
+        refusal = (
+            f"the weight of the compressed layer {self.name!r} cannot be written to (it is decoded from "
+            f"{', '.join(self.layout)}): keep an adapter beside it, or change the original model and compress that"
+        )
+        return DecodedWeight(lambda: self._decoded(dtype), self._weight_shape(), dtype, self._stored_device(), refusal)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.spec["shape"])
+
+    def _stored_device(self) -> torch.device:
+        return self._parameters[next(iter(self.layout))].device  # type: ignore[union-attr]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and name not in self.__dict__.get("_parameters", {}) and "layout" in self.__dict__:
+            raise self._not_assigned()
+        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and name not in self._parameters:
-            raise CheckpointError(
-                f"the weight of the compressed layer {self.name!r} cannot be assigned (it is decoded from "
-                f"{', '.join(self.layout)}): untie it, or leave this layer uncompressed"
-            )
+            raise self._not_assigned()
         super().register_parameter(name, param)
+
+    def _not_assigned(self) -> CheckpointError:
+        return CheckpointError(
+            f"the weight of the compressed layer {self.name!r} cannot be assigned (it is decoded from "
+            f"{', '.join(self.layout)}): untie it, or leave this layer uncompressed"
+        )
 
     def decode(self) -> Tensor:
         """The matrix the stored tensors stand for: float32 [out_features, in_features]. CheckpointError if damaged."""
@@ -178,7 +199,7 @@ class CodedModule(nn.Module):
     def _decoded(self, dtype: torch.dtype) -> Tensor:
         if not self.cache:
             return self.decode().to(dtype)
-        device = self._parameters[next(iter(self.layout))].device  # type: ignore[union-attr]
+        device = self._stored_device()
         if self._cached is None or self._cached.dtype != dtype or self._cached.device != device:
             self._cached = self.decode().to(dtype)
         return self._cached
@@ -233,12 +254,30 @@ class CodedModule(nn.Module):
         return f"out_features={self.spec['shape'][0]}, in_features={self.spec['shape'][1]}, {settings}"
 
 
-class FeatherLinear(CodedModule):
+class _Product(torch.autograd.Function):
+    """x W^T + b that keeps no matrix for the way back: it is decoded again there."""
+
+    @staticmethod
+    def forward(input: Tensor, bias: Tensor | None, layer: FeatherLinear) -> Tensor:
+        return layer.multiply(input, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, FeatherLinear], output: Tensor) -> None:
+        ctx.dtype, ctx.layer = inputs[0].dtype, inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_input = gradients[0] @ ctx.layer._decoded(ctx.dtype) if ctx.needs_input_grad[0] else None
+        to_bias = gradients[0].reshape(-1, gradients[0].shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return to_input, to_bias, None
+
+
+class FeatherLinear(CodedModule, nn.Linear):
     """y = x W^T + b with W [out_features, in_features] held as a code.
 
     Where the code says so (`quantized-input`, outermost), x is rounded to integers first. The product is that of the
     native operators, or of PyTorch with the matrix (of a product: its two factors) decoded in this call: see
-    `set_precision`.
+    `set_precision`. It is differentiable in x and b; W takes no gradient.
 
     Args:
         spec: the code's spec, with `shape`.
@@ -251,6 +290,8 @@ class FeatherLinear(CodedModule):
         CheckpointError: the spec is wrong.
     """
 
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
     def __init__(
         self,
         spec: dict[str, Any],
@@ -260,7 +301,7 @@ class FeatherLinear(CodedModule):
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear, which makes a weight
         self.hold(spec, name, compute_dtype or torch.get_default_dtype(), device)
         self.out_features, self.in_features = spec["shape"]
         values = torch.empty(self.out_features, dtype=self.compute_dtype, device=device) if bias else None
@@ -280,7 +321,19 @@ class FeatherLinear(CodedModule):
             return self._integer_product(input, *self.input_rounding)
         if self.factored and not (self.cache or self.precision == "exact" or input.is_meta):
             return self._factors_product(input)
-        return F.linear(input, self._decoded(input.dtype), self.bias)
+        return self._decoded_product(input, self.bias)
+
+    def multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """`input` times the decoded matrix by PyTorch, plus `bias`, in the dtype of `input`."""
+        return F.linear(input, self._decoded(input.dtype), bias)
+
+    def _decoded_product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """`multiply`; where it is differentiated, without keeping the matrix if that can be decoded again."""
+        again = torch.is_grad_enabled() and not self.cache and self._trains(input)
+        if again and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(input.device.type):
+            product: Tensor = _Product.apply(input, bias, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.multiply(input, bias)
 
     def _operator_product(self, input: Tensor) -> Tensor | None:
         """The product by the packed operators; None where PyTorch is to compute it."""
@@ -315,67 +368,13 @@ class FeatherLinear(CodedModule):
     def _integer_product(self, input: Tensor, bits: int, group_size: int) -> Tensor:
         """The product with the input rounded to integers, in float32 as their kernels accumulate."""
         rounded = quantized_inputs(input, bits, group_size)
-        product = F.linear(rounded, self._decoded(torch.float32)).to(input.dtype)
+        product = self._decoded_product(rounded, None).to(input.dtype)
         return product if self.bias is None else product + self.bias
 
     def _factors_product(self, input: Tensor) -> Tensor:
         """A (B x), both factors and what lies between them in the input's dtype."""
         left, right = self._read(self._stored(), lambda code: code.factors() or ())
         return F.linear(F.linear(input, right.to(input.dtype)), left.to(input.dtype), self.bias)
-
-
-class CodedForward(CodedModule):
-    """Gives a class's own forward the decoded matrix as `self.weight`."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["weight"] = self._decoded(self.compute_dtype)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self.__dict__.pop("weight", None)
-
-
-class CodedEmbedding(CodedForward):
-    """Decodes the rows that are asked for alone, where the native library can."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        wanted, places = torch.unique(input, return_inverse=True)
-        rows = None if self.precision == "exact" or self.cache else self._rows(wanted)
-        if rows is None:
-            return super().forward(input)  # type: ignore[no-any-return]
-        return F.embedding(places, rows.to(self.compute_dtype))
-
-    def _rows(self, wanted: Tensor) -> Tensor | None:
-        """Rows of the matrix, float32; None where decoding all of it is the way."""
-        inside = 0 < len(wanted) < self.spec["shape"][0] and int(wanted[0]) >= 0  # ascending
-        if not inside or int(wanted[-1]) >= self.spec["shape"][0] or wanted.device.type != "cpu":
-            return None
-        packed = self.packed()
-        return packed.weight_rows(wanted.tolist()) if isinstance(packed, operators.PackedLinear) else None
-
-
-class CodedConvolution(CodedForward):
-    """A convolution whose code is that of its weight as a matrix [out, in / groups * product of kernel].
-
-    `weight` has the shape of the kernels, [out, in / groups, *kernel], and is decoded for each call; `decode()` gives
-    the matrix.
-    """
-
-    in_channels: int
-    groups: int
-    kernel_size: tuple[int, ...]
-
-    def _decoded(self, dtype: torch.dtype) -> Tensor:
-        matrix = super()._decoded(dtype)
-        return matrix.view(len(matrix), self.in_channels // self.groups, *self.kernel_size)
-
-
-def coded_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a module class whose `weight` is decoded from a code, for classes other than linear layers."""
-    base = CodedConvolution if issubclass(cls, Convolution) else CodedForward
-    if issubclass(cls, nn.Embedding) and cls.forward is nn.Embedding.forward:
-        base = CodedEmbedding
-    return type(f"Feather{cls.__name__}", (base, cls), {})
 
 
 def set_cache(model: nn.Module, enabled: bool) -> None:
@@ -419,14 +418,11 @@ def prepare(model: nn.Module) -> int:
 class FeatherConv1D(FeatherLinear):
     """Stands for GPT-2's `Conv1D`: the same product in that layer's order, so that results agree to the bit."""
 
-    def forward(self, input: Tensor | None = None) -> Tensor:
-        if input is None or self.bias is None or self.input_rounding is not None or self.factored:
-            return super().forward(input)
-        product = self._operator_product(input)
-        if product is not None:
-            return product
+    def multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return super().multiply(input, bias)
         weight = self._decoded(input.dtype).T.contiguous()  # [in_features, out_features]
-        product = torch.addmm(self.bias, input.reshape(-1, self.in_features), weight)
+        product = torch.addmm(bias, input.reshape(-1, self.in_features), weight)
         return product.view(*input.shape[:-1], self.out_features)
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from featherweight.errors import CheckpointError
+from featherweight.model.layers.coded import Convolution, coded_class
 from featherweight.model.layers.experts import PARTS, ExpertName, expert_name, install_experts
-from featherweight.model.layers.modules import CodedModule, Convolution, FeatherConv1D, FeatherLinear, coded_class
+from featherweight.model.layers.modules import CodedModule, FeatherConv1D, FeatherLinear
 from featherweight.storage.codes import Code
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def give_biases(model: Any, names: Iterable[str], rename: Callable[[str], str] =
             logger.warning("%s has no module %r: its bias is not used", type(model).__name__, name)
             continue
         module = modules.get(path)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or isinstance(module, CodedModule):
             raise CheckpointError(
                 f"quantization_config gives a bias to {name!r}, which is no linear layer of {type(model).__name__}: "
                 "load the folder with the class named in its config.json (architectures)"
@@ -214,6 +215,32 @@ def put_codes(module: nn.Module, codes: Mapping[str, Code]) -> None:
             held._parameters[key] = nn.Parameter(stored.to(device, copy=True), requires_grad=False)
         if bias is not None:
             held.bias = bias
+
+
+def packed_layer(old: nn.Module, code: Code, name: str) -> FeatherLinear:
+    """The compressed layer that takes the place of a linear one in memory: bias, dtype and device are those of `old`.
+
+    code : of the matrix [out_features, in_features]
+    name : of the module, for messages
+    """
+    weight, bias = old._parameters["weight"], old._parameters.get("bias")
+    assert weight is not None
+    kind = FeatherConv1D if type(old).__name__ == "Conv1D" else FeatherLinear
+    spec = {**code.spec, "shape": list(code.shape)}
+    made = kind(spec, name=name, compute_dtype=weight.dtype, device="meta")
+    for key, tensor in code.tensors().items():
+        stored = tensor.detach().to(weight.device, copy=True)
+        made._parameters[key] = nn.Parameter(stored, requires_grad=False)
+    made._parameters["bias"] = bias
+    return made.train(old.training)
+
+
+def put_in_place(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange modules of a model, wherever each of them stands."""
+    for parent in list(model.modules()):
+        for leaf, child in parent._modules.items():
+            if child is not None and child in layers:
+                parent._modules[leaf] = layers[child]
 
 
 def is_linear(module: nn.Module) -> bool:

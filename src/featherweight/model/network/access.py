@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
@@ -20,6 +21,11 @@ class BlockAccess(Protocol):
     index: int
     names: list[str]
     module: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block runs. What `weight` and `tensor` give, inputs and targets are in main memory."""
+        ...
 
     @property
     def layers(self) -> Mapping[str, LinearLayer]:
@@ -95,6 +101,12 @@ class BlockAccess(Protocol):
 
 class ModelAccess(Protocol):
     """A whole causal language model in float, with windows of calibration text."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs, and what `hidden` and `head` give is. What `weight` and `tensor` give is in main
+        memory."""
+        ...
 
     @property
     def anatomy(self) -> Anatomy:

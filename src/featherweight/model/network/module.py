@@ -68,7 +68,7 @@ class ModuleHost:
                 if is_convolution(found):
                     found.weight.data = found.weight.data.contiguous()  # channels may lie last: no matrix can be seen
                     group += _unfolding(found)
-                layer = replace(_layer(name, found), block=number, input_group=group)
+                layer = replace(describe(name, found), block=number, input_group=group)
                 self.layers[name] = layer
                 self.slots[name] = Slot(f"{name}.weight", transposed=layer.transposed, matrix=bool(layer.kernel))
         self.unmeasured = {
@@ -137,7 +137,9 @@ class ModuleHost:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
+    """A linear layer with a weight of its own, also GPT-2's `Conv1D`, which stores the transpose; no compressed one."""
+    if isinstance(module, CodedModule):
+        return False
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -152,7 +154,8 @@ def _unfolding(module: Convolution) -> str:
     return "".join(f":{part}" for part in parts)
 
 
-def _layer(name: str, module: nn.Module) -> LinearLayer:
+def describe(name: str, module: nn.Module) -> LinearLayer:
+    """A layer of which nothing is known but what the module itself says; no block, no shared input."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     transposed = type(module).__name__ == "Conv1D"

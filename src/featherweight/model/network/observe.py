@@ -195,8 +195,8 @@ class _MixtureTokens:
 def row_keys(rows: Tensor) -> Tensor:
     """A 64-bit key of every row's bits; int64 [n]."""
     bits = rows.contiguous().view(torch.int32 if rows.element_size() == 4 else torch.int16).long()
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) | 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu") | 1
     return (bits * factors.to(bits.device)).sum(1)
 
 

@@ -198,7 +198,7 @@ class Skeleton:
     def _load_buffer(self, path: str, stored: Tensor) -> None:
         module, _, leaf = path.rpartition(".")
         old = self.model.get_buffer(path)
-        self.model.get_submodule(module)._buffers[leaf] = stored.to(old.dtype, copy=True)
+        self.model.get_submodule(module)._buffers[leaf] = stored.to(self.device, old.dtype, copy=True)
 
     def _put(self, path: str, value: Tensor) -> Tensor:
         """Replace a parameter wherever it is used (tied weights are one parameter in several places)."""

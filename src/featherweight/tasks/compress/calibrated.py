@@ -14,6 +14,7 @@ from typing import Any
 from featherweight.events import Observer
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.session import BlockSession
+from featherweight.methods.quantize.base import WeightSource
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.run.folder import RunFolder
@@ -21,7 +22,7 @@ from featherweight.tasks.compress.block_steps import BlockSteps
 from featherweight.tasks.compress.finished import FinishedLayers
 from featherweight.tasks.compress.layer_statistics import LayerStatistics
 from featherweight.tasks.compress.model_steps import ModelSteps
-from featherweight.tasks.compress.plan import Plan
+from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_base
 from featherweight.tasks.compress.solve import InputGroup, Solved, group_seed, solve_layer
 
@@ -97,8 +98,7 @@ class CalibratedRun:
             record = self.finished.found(name)
             resumed = record is not None
             if record is None:
-                source = LayerWeight(self.checkpoint, job.layer)
-                source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+                source = self._source_of(job)
                 group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
                 solved = solve_layer(job.without_data(), source, group, self.plan.options)
                 if job.treatment.calibrated:
@@ -107,3 +107,9 @@ class CalibratedRun:
                     self.journal.note_fallback(name, solved.notes)
                 record = self.finished.keep(name, source, solved)
             self.finished.tell(name, record, resumed)
+
+    def _source_of(self, job: Job) -> WeightSource:
+        """The weight of a layer that no block holds."""
+        source = LayerWeight(self.checkpoint, job.layer)
+        source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
+        return source

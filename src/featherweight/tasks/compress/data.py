@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, FeatherError, RecipeError
@@ -32,12 +33,14 @@ class CalibrationData:
 
     windows : token ids int64 [sequences, length]; None for data-free recipes and stored statistics
     stored : a statistics file instead of text
+    device : where the network runs
     """
 
     recipe: Recipe
     windows: Tensor | None = None
     stored: Path | None = None
     base_model: str | Path | None = None
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def of(
@@ -47,6 +50,7 @@ class CalibrationData:
         source: str | Path | None,
         base_model: str | Path | None,
         notify: Observer | None = None,
+        device: torch.device | None = None,
     ) -> CalibrationData:
         """FeatherError where something is missing or there is too little text."""
         check_source(recipe, source, base_model)
@@ -56,7 +60,8 @@ class CalibrationData:
             check_stored(recipe, Path(str(source)), checkpoint)
             return cls(recipe, None, Path(str(source)), base_model)
         check_reads_text(recipe, checkpoint)
-        return cls(recipe, text_windows(checkpoint, source, recipe.calibration, notify), None, base_model)
+        windows = text_windows(checkpoint, source, recipe.calibration, notify)
+        return cls(recipe, windows, None, base_model, device or torch.device("cpu"))
 
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
         """RecipeError where the base model does not fit, before weights are read."""
@@ -101,6 +106,7 @@ class CalibrationData:
                     self.recipe.calibration,
                     calibration_needs(self.recipe),
                     head=self.recipe.layers.head,
+                    device=self.device,
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
 from featherweight.storage.run.ownership import first_foreign, within
 from featherweight.storage.run.publishing import occupants
+from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
@@ -70,13 +71,14 @@ class Compression:
 
 def compress(
     model: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
     out: str | Path,
     *,
     changes: Sequence[str] = (),
     calibration: str | Path | None = None,
     base_model: str | Path | None = None,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
     seed: int = 0,
     max_memory: int | str | None = None,
     overwrite: bool = False,
@@ -94,8 +96,8 @@ def compress(
     ----------
     model : str or Path
         A folder of safetensors files, one such file, or a hub id.
-    recipe : str, Path or Recipe
-        The name of a preset, a YAML file, or a Recipe.
+    recipe : str, Path, mapping or Recipe
+        The name of a preset, a YAML file, what such a file holds, or a Recipe.
     out : str or Path
         Folder to make.
     changes : sequence of str
@@ -107,6 +109,10 @@ def compress(
         The model that this one was fine-tuned from, for recipes that compare the two.
     threads : int, optional
         Of native kernels and PyTorch. Default: as `featherweight.system.threads` decides.
+    device : str or torch.device
+        Where recipes that run the network run it, gather their statistics and train: "cpu", "cuda", "cuda:1", ...;
+        "auto" is an accelerator where there is one. Layers are solved in main memory. Another device changes the order
+        of floating-point sums, as another number of threads does, and so may change last bits.
     seed : int
         For recipes with random choices; part of the run's identity.
     max_memory : int or str, optional
@@ -151,6 +157,7 @@ def compress(
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
     check_source(chosen, calibration, base_model)
+    runs_on = device_named(device)
     check_workers(chosen, workers)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
@@ -161,7 +168,7 @@ def compress(
         checkpoint.trust_remote_code = trust_remote_code
         _check_out(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
-        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer)
+        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on)
         identity = {
             "source": checkpoint.identity(),
             "weights": sample_digest(checkpoint),
@@ -186,6 +193,7 @@ def compress(
                 check_memory(plan)
             with Events(out, observer) as events:
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
+                told |= {"device": str(runs_on)} if chosen.calibrated else {}
                 _say_what_is_odd(plan, checkpoint, events)
                 plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
                 events({"event": "plan", **plan.summary(), **told})

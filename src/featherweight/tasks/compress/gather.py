@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from featherweight.errors import OutputError, RecipeError
@@ -17,6 +18,7 @@ from featherweight.methods.calibrate.statistics_file import is_statistics
 from featherweight.methods.recipe import explain
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
+from featherweight.system.devices import device_named
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.data import text_windows
 
@@ -31,6 +33,7 @@ def gather_statistics(
     needs: Collection[str] = ("gram", "mean_abs", "held_out_gram"),
     settings: Mapping[str, Any] | None = None,
     *,
+    device: str | torch.device = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     notify: Observer | None = None,
@@ -38,6 +41,7 @@ def gather_statistics(
     """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
 
     settings : fields of `CalibrationSettings`
+    device : where the network runs, see `compress`
     overwrite : replace a file of statistics; no other file is ever replaced
     Raises OutputError if OUT is there already, RecipeError for an unknown statistic or setting.
     """
@@ -58,6 +62,7 @@ def gather_statistics(
         chosen = CalibrationSettings(**dict(settings or {}))
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
+    runs_on = device_named(device)
     with Checkpoint.open(model) as checkpoint:
         if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
             raise OutputError(
@@ -70,7 +75,9 @@ def gather_statistics(
             for note in notes:
                 notify({"event": "note", "text": note})
         ids = text_windows(checkpoint, source, chosen, notify)
-        with Calibration.open(checkpoint, anatomy, ids, chosen, needs, head=True, notify=notify) as calibration:
+        with Calibration.open(
+            checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, notify=notify
+        ) as calibration:
             save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))
     return out
 

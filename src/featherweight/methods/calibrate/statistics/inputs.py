@@ -68,7 +68,7 @@ class _RunningCount(Running):
         self.tokens += len(inputs)
 
     def finish(self) -> Tensor:
-        return torch.tensor(self.tokens, dtype=torch.int64)
+        return torch.tensor(self.tokens, dtype=torch.int64, device="cpu")
 
 
 @register("statistic", "mean")

@@ -42,7 +42,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     unit = float(matrix.abs().amax())  # squares of 1e30 overflow
     if unit == 0:
         rows, columns = matrix.shape
-        return torch.zeros(rows, rank).double(), torch.zeros(rank).double(), torch.zeros(rank, columns).double()
+        zeros = matrix.double().new_zeros
+        return zeros(rows, rank), zeros(rank), zeros(rank, columns)
     matrix = matrix / unit
     basis = _krylov_basis(matrix, rank)
     projected = (basis.to(matrix.dtype).T @ matrix).double()
@@ -54,9 +55,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _krylov_basis(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal basis float64 [out, (rank + oversampling) steps] of a random start and its products with E E'."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator)
+    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator, device="cpu")
+    start = start.to(matrix.device)
     basis: Tensor = torch.linalg.qr((matrix @ start).double()).Q
     block = basis
     for _ in range(min(STEPS, min(matrix.shape) // width) - 1):
@@ -111,7 +113,7 @@ def _root(gram: Tensor) -> Tensor:
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the gram matrix of its input is not finite")
     mean = float(gram.diagonal().mean())
-    unit = torch.eye(len(gram), dtype=gram.dtype) * (mean if mean > 0 else 1.0)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean if mean > 0 else 1.0)
     damping = DAMPING
     while True:
         root: Tensor

@@ -137,7 +137,8 @@ class _Mean:
     """Of rows [..., in] over tokens; the first `skipped` tokens of windows [batch, tokens, in] do not count."""
 
     def __init__(self, skipped: int) -> None:
-        self.skipped, self.total, self.count = skipped, torch.zeros((), dtype=torch.float64), 0
+        self.skipped, self.count = skipped, 0
+        self.total = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor) -> None:
         rows = rows[:, self.skipped :] if rows.dim() == 3 else rows

@@ -31,7 +31,7 @@ from featherweight.storage.codes.sum import Sum
 def largest_mask(values: Tensor, count: int) -> Tensor:
     """bool, True at the `count` largest values; of equal ones the first."""
     flat = values.reshape(-1)
-    mask = torch.zeros(flat.numel(), dtype=torch.bool)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     if count > 0:
         threshold = flat.topk(min(count, flat.numel())).values[-1]
         mask = flat > threshold
@@ -72,7 +72,7 @@ class DenseAndSparse(Correction):
 
     def removed(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """bool [out, in]: what goes into the sparse matrix; the same for equal arguments."""
-        mask = torch.zeros(weight.shape, dtype=torch.bool)
+        mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
         fisher = statistics.get("fisher")
         if fisher is not None and self.sensitive > 0:
             mask = largest_mask(fisher, round(self.sensitive * weight.numel()))

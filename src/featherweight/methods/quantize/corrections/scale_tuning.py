@@ -20,8 +20,10 @@ from pydantic import Field
 from torch import Tensor
 
 from featherweight.events import Observer, silent
-from featherweight.methods.learn.loop import Schedule, minimise
+from featherweight.methods.learn.batches import ShuffledRounds
+from featherweight.methods.learn.loop import Schedule, Training, minimise
 from featherweight.methods.learn.objectives import BlockObjective, ModelObjective, Objective
+from featherweight.methods.learn.optimisers import adam
 from featherweight.methods.quantize.base import Correction, Scope
 from featherweight.methods.quantize.decoding import TunableCode
 from featherweight.model.network.access import BlockAccess, ModelAccess
@@ -105,33 +107,31 @@ class ScaleTuning(Correction):
         store: TrainingStore = NO_STORE,
     ) -> tuple[dict[str, Code], dict[str, Tensor]]:
         """The best codes and tensors by the held-out loss, the given ones among the candidates."""
-        state = _State(codes, tensors)
+        state = _State(codes, tensors, objective.device)
         if objective.held_out_loss(*state.stored()) is None or objective.batches == 0 or not state.theta:
             notify({"event": "scale-tuning", "skipped": "no held-out samples" if state.theta else "nothing to tune"})
             return dict(codes), dict(tensors)
-        schedule = Schedule(self.steps, self.learning_rate, self.warmup, self.checks, betas=(0.9, 0.99))
+        schedule = Schedule(self.steps, self.learning_rate, self.warmup, self.checks)
         minimise(
             state.theta,
             lambda batch: state.backward(objective, batch),
-            objective.batches,
-            schedule,
-            notify,
-            "scale-tuning",
-            seed,
+            Training("scale-tuning", schedule, adam(betas=(0.9, 0.99))),
+            ShuffledRounds(objective.batches, seed),
             check=lambda: objective.held_out_loss(*state.stored()),
+            notify=notify,
             store=store,
         )
         return state.result()
 
 
 class _State:
-    """Relative changes theta of all values, and what they stand for."""
+    """Relative changes theta of all values, and what they stand for, on one device; codes are in main memory."""
 
-    def __init__(self, codes: Mapping[str, Code], tensors: Mapping[str, Tensor]) -> None:
-        self.codes = {name: TunableCode(code) for name, code in codes.items()}
-        self.tensors = dict(tensors)
+    def __init__(self, codes: Mapping[str, Code], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self.codes = {name: TunableCode(code, device=device) for name, code in codes.items()}
+        self.tensors = {name: value.to(device) for name, value in tensors.items()}
         keys = [(name, path, v) for name, code in self.codes.items() for path, v in code.parameters.items()]
-        keys += [("", name, value.float()) for name, value in tensors.items()]
+        keys += [("", name, value.float()) for name, value in self.tensors.items()]
         self._keys = [(name, path) for name, path, _ in keys]
         self._start = [value for _, _, value in keys]
         self._unit = [_unit(value) for value in self._start]
@@ -173,7 +173,7 @@ class _State:
         with torch.no_grad():
             by_layer, tensors = self.values()
             codes = {name: code.stored(by_layer[name]) for name, code in self.codes.items()}
-            return codes, {name: value.to(self.tensors[name].dtype) for name, value in tensors.items()}
+            return codes, {name: value.to("cpu", self.tensors[name].dtype) for name, value in tensors.items()}
 
 
 def _unit(value: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ def greedy(values: Tensor, counted: Tensor, planes: int) -> tuple[Tensor, Tensor
 
 def solve(gram: Tensor, right: Tensor, size: Tensor) -> Tensor:
     """Least-squares scales [R, planes] from normal equations; planes that coincide share their scale evenly."""
-    ridge = RIDGE * size.clamp(min=1)[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = RIDGE * size.clamp(min=1)[:, None, None] * unit
     scales: Tensor = torch.linalg.solve(gram + ridge, right.unsqueeze(-1))
     return scales.squeeze(-1)

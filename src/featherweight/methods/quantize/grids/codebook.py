@@ -62,7 +62,7 @@ class CodebookGrid(RowGrid):
         elif self.weighting == "gram" and "gram" in statistics:
             known = statistics["gram"].diagonal().double().unsqueeze(0)
         else:
-            known = torch.ones(1, weight.shape[1], dtype=torch.float64)
+            known = torch.ones(1, weight.shape[1], dtype=torch.float64, device=weight.device)
         usable = torch.where(known.isfinite(), known, 0.0).clamp(min=0)
         return grouped(usable, self.group_size)[0].expand(weight.shape[0], -1, -1)
 
@@ -75,8 +75,9 @@ class CodebookGrid(RowGrid):
         elif self.start == "density":
             first = density_start(groups, count)
         else:
-            draws = torch.rand(count, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-            first = plus_plus_start(groups, draws)
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+            first = plus_plus_start(groups, draws.to(groups.mass.device))
         return lloyd(groups, first, self.max_iterations)
 
     def levels(self, fit: Fit) -> Tensor:

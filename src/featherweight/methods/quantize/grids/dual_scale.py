@@ -118,7 +118,8 @@ def row_step(weight: Tensor, scales: DualScales) -> DualScales:
     """Step a: all scales of a row by least squares; a negative one flips its plane."""
     scaled = scales.signs * scales.columns.unsqueeze(-1)  # [out, n, planes]
     gram = scaled.mT @ scaled
-    ridge = RIDGE * (scales.columns @ scales.columns) * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    ridge = RIDGE * (scales.columns @ scales.columns) * unit
     rows = torch.linalg.solve(gram + ridge, (weight.unsqueeze(1) @ scaled).mT).squeeze(-1)
     flips = torch.where(rows < 0, -1.0, 1.0).to(weight.dtype)
     return DualScales(rows.abs().clamp(min=FLOOR), scales.columns, scales.signs * flips.unsqueeze(1))

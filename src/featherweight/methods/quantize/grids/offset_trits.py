@@ -92,7 +92,7 @@ class OffsetTritGrid(RowGrid):
         return gram, crossed
 
     def levels(self, fit: Fit) -> Tensor:
-        steps = torch.tensor([-1.0, 0.0, 1.0])
+        steps = torch.tensor([-1.0, 0.0, 1.0], device=fit["scales"].device)
         return fit["scales"].float().unsqueeze(-1) * steps + fit["offsets"].float().unsqueeze(-1)
 
     def level_count(self) -> int:
@@ -100,7 +100,8 @@ class OffsetTritGrid(RowGrid):
 
     def encode(self, indices: Tensor, fit: Fit) -> Code:
         trits = indices.to(torch.int8) - 1
-        used = (fit["scales"] != 0)[:, torch.arange(indices.shape[1]) // self.group_size]
+        of = torch.arange(indices.shape[1], device=indices.device) // self.group_size
+        used = (fit["scales"] != 0)[:, of]
         return OffsetTrits.encode(
             trits * used, fit["scales"], fit["offsets"], self.group_size, self.packing, fit["scales"].dtype
         )
@@ -118,7 +119,7 @@ class OffsetTritGrid(RowGrid):
 def mean_deviation(groups: SortedGroups, center: Tensor) -> Tensor:
     """Mean |w - center| of every group [R]."""
     mass, first = groups.cells(center.unsqueeze(-1))
-    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64, device=mass.device)
     return ((first - center.unsqueeze(-1) * mass) * signs).sum(-1).clamp(min=0) / groups.mass
 
 

@@ -77,7 +77,7 @@ class PyramidGrid(Grid):
     def _fit(self, weight: Tensor, dtype: torch.dtype) -> Fit:
         groups = weight.double().split(self.group_size, dim=1)  # type: ignore[no-untyped-call]
         norms = torch.stack([group.square().sum(1).sqrt() for group in groups], 1)
-        columns = torch.tensor([group.shape[1] for group in groups]).expand(len(weight), -1)
+        columns = torch.tensor([group.shape[1] for group in groups], device=weight.device).expand(len(weight), -1)
         return {"norms": norms.to(dtype), "columns": columns}
 
     def _norm_dtype(self, largest: float, columns: int) -> torch.dtype:
@@ -94,13 +94,12 @@ class PyramidGrid(Grid):
         vectors = weight.double().reshape(-1, self.dimension)
         points = nearest_points(vectors, self.pulses, self.refine)
         target = self._amplitudes(vectors.view(rows, count, -1), points.view(rows, count, -1), statistics.get("gram"))
-        group_of = (first + torch.arange(count) * self.dimension) // self.group_size
+        group_of = (first + torch.arange(count, device=weight.device) * self.dimension) // self.group_size
         norms, widths = fit["norms"][:, group_of], fit["columns"][:1].flatten()[group_of].tolist() if rows else []
         shares = (target / norms.double().clamp(min=torch.finfo(torch.float64).tiny)).T.contiguous()
         limits = [amplitude_levels(self.dimension, n, self.amplitude_bits, self.levels_rule).limits for n in widths]
-        amplitudes = (
-            torch.searchsorted(torch.tensor(limits, dtype=torch.float64), shares).to(torch.uint8).T.contiguous()
-        )
+        bounds = torch.tensor(limits, dtype=torch.float64, device=shares.device)
+        amplitudes = torch.searchsorted(bounds, shares).to(torch.uint8).T.contiguous()
         levels = level_values(self.dimension, widths, self.amplitude_bits, self.levels_rule)
         decoded = pyramid_values(points.view(rows, count, -1), amplitudes, norms, levels)
         return decoded.view(rows, -1), {"points": points.view(rows, -1).to(torch.int16), "amplitudes": amplitudes}
@@ -236,7 +235,7 @@ def _move_pulses(points: Tensor, sizes: Tensor) -> None:
     """One-pulse moves i -> j, the best first, until none raises the cosine."""
     step = max(1, PAIRS_AT_ONCE // points.shape[1] ** 2)
     for first in range(0, len(points), step):
-        active = torch.arange(first, min(len(points), first + step))
+        active = torch.arange(first, min(len(points), first + step), device=points.device)
         while len(active):
             y, v = points[active], sizes[active]
             product, power = (v * y).sum(1), y.square().sum(1)

@@ -61,21 +61,20 @@ class SherryGrid(Grid):
     def _fit(self, weight: Tensor, statistics: Statistics, dtype: torch.dtype) -> Fit:
         columns = weight.shape[1]
         sizes = self._grouped(weight.double().abs())
-        importance = self._grouped(self._importance(columns, statistics).unsqueeze(0))
+        importance = self._grouped(self._importance(columns, statistics, weight.device).unsqueeze(0))
         scales = (sizes * importance).sum((2, 3)) / importance.sum((2, 3))
         for _ in range(self.rounds):
             kept = importance * self._kept(sizes, scales[:, :, None, None], importance)
             scales = (sizes * kept).sum((2, 3)) / kept.sum((2, 3)).where(kept.sum((2, 3)) > 0, 1.0)
         return {"scales": scales.to(dtype)}
 
-    def _importance(self, columns: int, statistics: Statistics) -> Tensor:
+    def _importance(self, columns: int, statistics: Statistics, device: torch.device) -> Tensor:
         """float64 [in], positive."""
-        ones = torch.ones(columns, dtype=torch.float64)
         if self.importance == "none" or "gram" not in statistics:
-            return ones
+            return torch.ones(columns, dtype=torch.float64, device=device)
         squares = statistics["gram"].diagonal().double().clamp(min=0)
         mean = float(squares.mean())
-        return squares / mean + 1e-6 if 0 < mean < float("inf") else ones
+        return squares / mean + 1e-6 if 0 < mean < float("inf") else torch.ones_like(squares)
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         """[rows, groups, quartets, 4], padded with zeros."""
@@ -111,7 +110,7 @@ class SherryGrid(Grid):
         """Joint codes uint8 [out, quartets] for stored scales [out, groups] that cover the columns."""
         rows, columns = weight.shape
         known = min(columns, statistics["gram"].shape[0]) if "gram" in statistics else columns
-        importance = self._grouped(self._importance(known, statistics).unsqueeze(0))
+        importance = self._grouped(self._importance(known, statistics, weight.device).unsqueeze(0))
         sizes = self._grouped(weight.double().abs())
         if importance.shape[1:] != sizes.shape[1:]:  # a padded window; the statistics end before it
             importance = torch.nn.functional.pad(importance.flatten(1), (0, sizes[0].numel() - importance.numel()))

@@ -53,7 +53,7 @@ class TernaryGrid(RowGrid):
         return self.encode(self._indices(weight, fit), fit)
 
     def levels(self, fit: Fit) -> Tensor:
-        return fit["scales"].float() * torch.tensor([-1.0, 0.0, 1.0])
+        return fit["scales"].float() * torch.tensor([-1.0, 0.0, 1.0], device=fit["scales"].device)
 
     def level_count(self) -> int:
         return 3
@@ -89,6 +89,6 @@ def twn_scale(magnitudes: Tensor, sizes: Tensor) -> Tensor:
 def optimal_scale(magnitudes: Tensor, sizes: Tensor) -> Tensor:
     """The s that leaves least squared error: sum of the k largest |w| over k, for the k with the largest sum^2 / k."""
     sums = magnitudes.sort(dim=-1, descending=True).values.cumsum(-1)
-    means = sums / torch.arange(1, magnitudes.shape[-1] + 1)
+    means = sums / torch.arange(1, magnitudes.shape[-1] + 1, device=sums.device)
     best = (sums * means).argmax(-1, keepdim=True)  # padding is zero, sorts last, and only lowers sum^2 / k
     return means.gather(-1, best).squeeze(-1)

@@ -84,10 +84,11 @@ class TritPlaneGrid(Grid):
     @property
     def basis(self) -> Tensor:
         """float32 [P, 3^K]: the value of joint code c, first plane first, is sum_p scales[p] basis[p, c]."""
-        trits = split_codes(torch.arange(3**self.planes, dtype=torch.uint8), self.planes).float()
+        trits = split_codes(torch.arange(3**self.planes, dtype=torch.uint8, device="cpu"), self.planes).float()
         if not self.stored_tied:
             return trits
-        return torch.tensor(self.plane_weights or tied_weights(self.planes), dtype=torch.float32).unsqueeze(0) @ trits
+        weights = self.plane_weights or tied_weights(self.planes)
+        return torch.tensor(weights, dtype=torch.float32, device="cpu").unsqueeze(0) @ trits
 
     @property
     def _plain(self) -> bool:
@@ -129,8 +130,9 @@ class TritPlaneGrid(Grid):
         largest = HeldWeight(weight).largest
         if self.fitting == "weighted":
             gram = statistics.get("gram")
-            importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().clamp_min(0)
-            scales = fit_scales(weight, importance, self.basis, self.group_size)
+            plain = torch.ones(weight.shape[1], device=weight.device)
+            importance = plain if gram is None else gram.diagonal().clamp_min(0)
+            scales = fit_scales(weight, importance, self.basis.to(weight.device), self.group_size)
             scales = scales.squeeze(-1) if self.stored_tied else scales
             return {"scales": self.rounded(scales, largest)}
         dtype = self._dtype(largest)

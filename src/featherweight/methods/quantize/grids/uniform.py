@@ -99,7 +99,7 @@ class UniformGrid(Grid):
         trials = self._shares()
         if len(trials) == 1:
             return self._affine(low * trials[0], high * trials[0], dtype)
-        shares = torch.tensor(trials).view(-1, 1, 1)
+        shares = torch.tensor(trials, device=groups.device).view(-1, 1, 1)
         rows = max(1, SEARCHED_TOGETHER // (len(trials) * groups.shape[1]))
         fits = []
         parts = [tensor.split(rows) for tensor in (groups, low, high)]  # type: ignore[no-untyped-call]
@@ -152,7 +152,8 @@ class UniformGrid(Grid):
         return torch.nn.functional.pad(weight.float(), (0, short)).view(rows, -1, size)
 
     def levels(self, fit: Fit) -> Tensor:
-        steps = torch.arange(1 << self.bits, dtype=torch.float32) - fit["zero_points"].unsqueeze(-1)
+        zero_points = fit["zero_points"].unsqueeze(-1)
+        steps = torch.arange(1 << self.bits, dtype=torch.float32, device=zero_points.device) - zero_points
         return steps * fit["scales"].float().unsqueeze(-1)
 
     def nearest(self, weight: Tensor, fit: Fit) -> Code:
@@ -210,7 +211,7 @@ class UniformGrid(Grid):
     def _quantize_columns(self, source: WeightSource, dtype: torch.dtype, step: int) -> Code:
         """`quantize_source` for groups along columns: windows of whole groups, packed together in the end."""
         (rows, columns), fits = source.shape, []
-        codes = torch.empty(source.shape, dtype=torch.uint8)
+        codes = torch.empty(source.shape, dtype=torch.uint8, device="cpu")
         for first in range(0, rows, step):
             last = min(rows, first + step)
             window = source.rows(first, last).float()

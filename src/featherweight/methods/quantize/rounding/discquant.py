@@ -23,7 +23,8 @@ from torch import Tensor
 from featherweight.errors import RecipeError
 from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.statistics import Statistics
-from featherweight.methods.learn.loop import Schedule, minimise
+from featherweight.methods.learn.batches import ShuffledRounds
+from featherweight.methods.learn.loop import Schedule, Training, minimise
 from featherweight.methods.learn.objectives import ModelObjective
 from featherweight.methods.quantize.base import Grid, Rounding, Scope, SolveOptions, WeightSource
 from featherweight.model.network.access import ModelAccess
@@ -69,7 +70,7 @@ class DiscQuant(Rounding):
         seed: int = 0,
         store: TrainingStore = NO_STORE,
     ) -> dict[str, Code]:
-        layers = {name: Neighbours(model.weight(name), grid, name) for name, grid in grids.items()}
+        layers = {name: Neighbours(model.weight(name), grid, name, model.device) for name, grid in grids.items()}
         nearest = {name: layer.code(layer.share) for name, layer in layers.items()}
         errors = [float((code.decode() - layers[name].weight).square().mean()) for name, code in nearest.items()]
         scale = 12 * sum(errors) / max(1, len(errors))
@@ -77,9 +78,11 @@ class DiscQuant(Rounding):
         if self.rho > 0 and (scale == 0 or objective.batches == 0):
             notify({"event": "discquant", "skipped": "nothing to distil"})
             return nearest
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         x = {
-            name: torch.rand(layer.share.shape, generator=generator) if self.start == "random" else layer.share.clone()
+            name: torch.rand(layer.share.shape, generator=generator, device="cpu").to(model.device)
+            if self.start == "random"
+            else layer.share.clone()
             for name, layer in layers.items()
         }
 
@@ -102,9 +105,9 @@ class DiscQuant(Rounding):
             for value in x.values():
                 value.clamp_(0, 1)
 
-        schedule = Schedule(self.steps, self.learning_rate, self.warmup)
-        batches = max(1, objective.batches)
-        minimise(list(x.values()), gradients, batches, schedule, notify, "discquant", seed, None, project, store)
+        training = Training("discquant", Schedule(self.steps, self.learning_rate, self.warmup))
+        sampler = ShuffledRounds(max(1, objective.batches), seed)
+        minimise(list(x.values()), gradients, training, sampler, project=project, notify=notify, store=store)
         notify({"event": "discquant", "fractional": _fractional(x, layers)})
         return {name: layer.code(x[name]) for name, layer in layers.items()}
 
@@ -112,12 +115,12 @@ class DiscQuant(Rounding):
 def _fractional(x: Mapping[str, Tensor], layers: Mapping[str, Neighbours]) -> float:
     """Share of the weights between two different levels whose x is not within 0.01 of an end."""
     between = sum(int(layer.free.sum()) for layer in layers.values())
-    inside = sum(int(((v > 0.01) & (v < 0.99) & layers[n].free).sum()) for n, v in x.items())
+    inside = sum(int((((v > 0.01) & (v < 0.99)).cpu() & layers[n].free).sum()) for n, v in x.items())
     return inside / max(1, between)
 
 
 class Neighbours:
-    """The grid values below and above each weight.
+    """The grid values below and above each weight; what is trained with on a device, the rest in main memory.
 
     Attributes
     ----------
@@ -126,7 +129,7 @@ class Neighbours:
     free : bool, where there is
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, name: str) -> None:
+    def __init__(self, weight: Tensor, grid: Grid, name: str, device: torch.device | None = None) -> None:
         self.weight, self.grid = weight, grid
         try:
             self.fit = grid.fit(weight)
@@ -157,6 +160,8 @@ class Neighbours:
         self.free = self.gap > 0
         if not torch.allclose(self.code(torch.zeros_like(weight)).decode(), self.down, rtol=1e-4, atol=1e-30):
             raise RecipeError(f"rounding discquant cannot round {name}: values of grid {grid.kind} are not its levels")
+        if device is not None:
+            self.share, self.gap, self.down = self.share.to(device), self.gap.to(device), self.down.to(device)
 
     def value(self, x: Tensor) -> Tensor:
         """w(x) [out, in]."""
@@ -164,5 +169,5 @@ class Neighbours:
 
     def code(self, x: Tensor) -> Code:
         """x rounded to 0 or 1, a half down."""
-        up = (x.detach() > 0.5) & self.free
+        up = (x.detach() > 0.5).cpu() & self.free
         return self.grid.encode(self.index + up.to(torch.uint8), self.fit)

@@ -24,7 +24,8 @@ from torch import Tensor
 from featherweight.errors import RecipeError
 from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.statistics import Statistics
-from featherweight.methods.learn.loop import Schedule, minimise
+from featherweight.methods.learn.batches import ShuffledRounds
+from featherweight.methods.learn.loop import Schedule, Training, minimise
 from featherweight.methods.learn.objectives import BlockObjective
 from featherweight.methods.quantize.base import Grid, Rounding, Scope, SolveOptions, WeightSource
 from featherweight.methods.quantize.grids.uniform import UniformGrid
@@ -76,11 +77,13 @@ class FlexRound(Rounding):
         notify: Observer = silent,
         seed: int = 0,
     ) -> dict[str, Code]:
+        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, notify))
         layers = {
-            name: DividedWeight(session.weight(name), _uniform(grids[name], name), statistics.get(name, {}))
+            name: DividedWeight(
+                session.weight(name), _uniform(grids[name], name), statistics.get(name, {}), objective.device
+            )
             for name in grids
         }
-        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, notify))
         theta = [p for layer in layers.values() for p in layer.parameters(self.learn_divisors)]
 
         def gradients(batch: int) -> float:
@@ -97,13 +100,11 @@ class FlexRound(Rounding):
         minimise(
             theta,
             gradients,
-            objective.batches,
-            Schedule(self.steps, self.learning_rate, checks=self.checks),
-            notify,
-            "flexround",
-            seed,
+            Training("flexround", Schedule(self.steps, self.learning_rate, checks=self.checks)),
+            ShuffledRounds(objective.batches, seed),
             check=lambda: objective.held_out_loss({n: layer.code().decode() for n, layer in layers.items()}, {}),
             project=project,
+            notify=notify,
         )
         return {name: layer.code() for name, layer in layers.items()}
 
@@ -115,7 +116,7 @@ def _uniform(grid: Grid, name: str) -> UniformGrid:
 
 
 class DividedWeight:
-    """One layer's parameters, and the weight they stand for. Everything is float32.
+    """One layer's parameters, and the weight they stand for. Everything is float32, on one device.
 
     Attributes
     ----------
@@ -124,14 +125,16 @@ class DividedWeight:
     by_row : d3 [out, 1]
     """
 
-    def __init__(self, weight: Tensor, grid: UniformGrid, statistics: Statistics) -> None:
-        self.weight, self.grid = weight, grid
-        self.fit = grid.fit(weight, statistics)
+    def __init__(
+        self, weight: Tensor, grid: UniformGrid, statistics: Statistics, device: torch.device | None = None
+    ) -> None:
+        self.fit = {name: value.to(device or weight.device) for name, value in grid.fit(weight, statistics).items()}
+        self.weight, self.grid = weight.to(device or weight.device), grid
         self.size = min(grid.group_size, weight.shape[1])
         self.start = self.fit["scales"].float()
         self.by_group = torch.zeros_like(self.start)
-        self.by_weight = torch.zeros_like(weight)
-        self.by_row = torch.zeros(weight.shape[0], 1)
+        self.by_weight = torch.zeros_like(self.weight)
+        self.by_row = torch.zeros(weight.shape[0], 1, device=self.weight.device)
         zero_points = self._spread(self.fit["zero_points"].float())
         self._low, self._high = -zero_points, (1 << grid.bits) - 1 - zero_points
 
@@ -169,7 +172,8 @@ class DividedWeight:
         self.by_group.grad = padded.view(len(padded), -1, self.size).sum(-1)
 
     def code(self) -> Code:
-        """With steps rounded to their stored type; codes are those of `decode`."""
+        """With steps rounded to their stored type, in main memory; codes are those of `decode`."""
         codes = self._divided().round_().clamp_(self._low, self._high) - self._low
         scales = (self.start * self.by_group.exp()).to(self.fit["scales"].dtype)
-        return self.grid.encode(codes.to(torch.uint8), {**self.fit, "scales": scales})
+        fit = {name: value.cpu() for name, value in {**self.fit, "scales": scales}.items()}
+        return self.grid.encode(codes.to(torch.uint8).cpu(), fit)

@@ -148,7 +148,7 @@ class _Rows:
         self.columns = self.target.shape[1]
         self.size = min(self.grid.group_size, self.columns)
         self.groups = self.scales.shape[1]
-        self.basis = self.grid.basis  # [P, 3^K]
+        self.basis = self.grid.basis.to(self.target.device)  # [P, 3^K]
         self.aim = self.target @ self.gram
 
     def values(self) -> Tensor:
@@ -216,7 +216,8 @@ class _Rows:
                 plane.view(rows, -1)[:, self.columns :] = 0
         gram = torch.nn.functional.pad(self.gram, (0, padding, 0, padding))
         aim = self._grouped(self.aim)
-        square = torch.zeros(rows, self.groups, width, self.groups, width, dtype=torch.float64)
+        shape = rows, self.groups, width, self.groups, width
+        square = torch.zeros(shape, dtype=torch.float64, device=gram.device)
         right = torch.stack([(plane * aim).sum(-1) for plane in digits], -1).double()
         for group in range(self.groups):
             first = group * size
@@ -244,7 +245,7 @@ class _Rows:
             gradient = ((self.target - values) @ self.gram[:, first:last]).double()
             inside = indices[:, first:last].contiguous()
             own = levels[:, first // self.size : -(-last // self.size)].contiguous()
-            group_of = torch.arange(last - first, dtype=torch.int32) // self.size
+            group_of = torch.arange(last - first, dtype=torch.int32, device=inside.device) // self.size
             moment = self.gram[first:last, first:last].double()
             _, changes = descend(
                 moment, own, group_of, inside, gradient.contiguous(), BLOCK_ROUNDS, pairs,

@@ -36,8 +36,8 @@ def update_range(updates: Callable[[], Iterable[Tensor]]) -> Tensor:
     The median is the lower one of an even number. Positive floats are in the order of their bits: the first pass counts
     their upper halves, the second the lower halves of those that share the median's upper half.
     """
-    least, largest = torch.tensor(torch.inf), torch.tensor(0.0)
-    upper = torch.zeros(BINS, dtype=torch.int64)
+    least, largest = torch.tensor(torch.inf, device="cpu"), torch.tensor(0.0, device="cpu")
+    upper = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for update in updates():
         values = _positive(update)
         if values.numel():
@@ -45,15 +45,15 @@ def update_range(updates: Callable[[], Iterable[Tensor]]) -> Tensor:
             upper += torch.bincount((values.view(torch.int32) >> 16).long(), minlength=BINS)
     total = int(upper.sum())
     if total == 0:
-        return torch.full((3,), torch.nan)
+        return torch.full((3,), torch.nan, device="cpu")
     rank = (total - 1) // 2
     high = _bin_of(rank, upper)
-    lower = torch.zeros(BINS, dtype=torch.int64)
+    lower = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for update in updates():
         bits = _positive(update).view(torch.int32)
         lower += torch.bincount((bits[bits >> 16 == high] & (BINS - 1)).long(), minlength=BINS)
     low = _bin_of(rank - int(upper[:high].sum()), lower)
-    median = torch.tensor([high * BINS + low], dtype=torch.int32).view(torch.float32)[0]
+    median = torch.tensor([high * BINS + low], dtype=torch.int32, device="cpu").view(torch.float32)[0]
     return torch.stack([least, median, largest])
 
 

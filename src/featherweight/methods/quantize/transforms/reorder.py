@@ -36,7 +36,7 @@ def activation_order(gram: Tensor) -> Tensor:
 def similarity_order(weight: Tensor, group_size: int) -> Tensor:
     """The columns of a weight [out, in], group by group (see the module), rising within each: int64 [in]."""
     columns = weight.detach().double()
-    remaining = torch.arange(weight.shape[1])
+    remaining = torch.arange(weight.shape[1], device=weight.device)
     order = []
     while remaining.numel():
         best = most_similar(columns[:, remaining], group_size)
@@ -96,5 +96,5 @@ class ReorderTransform(Transform):
             order = activation_order(statistics["gram"])
         else:
             return Identity()
-        unchanged = torch.equal(order, torch.arange(weight.shape[1]))
+        unchanged = torch.equal(order, torch.arange(weight.shape[1], device=order.device))
         return Identity() if unchanged else Reordering(order)

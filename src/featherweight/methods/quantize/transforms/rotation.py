@@ -61,7 +61,8 @@ class ResidualRotation(Transform):
         anatomy = model.anatomy
         final_norm = _final_norm(anatomy)
         width = _width(model, anatomy, final_norm)
-        ids = (model.windows[0] if len(model.windows) else torch.arange(TOKENS))[:TOKENS].unsqueeze(0)
+        ids = model.windows[0] if len(model.windows) else torch.arange(TOKENS, device="cpu")
+        ids = ids[:TOKENS].unsqueeze(0)
         before = _logits(model, ids)
         _fold_norms(model, anatomy, final_norm)
         block = block_for(width, self.block)

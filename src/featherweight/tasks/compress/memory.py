@@ -1,0 +1,305 @@
+"""`quantize`: a model in memory, whose linear layers are exchanged for compressed ones where they stand.
+
+The codes are those that `compress` makes of the same weights: the choices, their order and the comparison on held-out
+samples are the same, and so is the code that makes them. What differs is where things are: weights and finished layers
+in memory, not in a checkpoint and a run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import CalibrationError, RecipeError
+from featherweight.events import Observer, silent
+from featherweight.methods.calibrate.runner import Calibration
+from featherweight.methods.quantize.base import HeldWeight, SolveOptions, WeightSource
+from featherweight.methods.quantize.treatment import scope_of
+from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.model.layers.replace import put_in_place
+from featherweight.storage.checkpoint.anatomy import LinearLayer
+from featherweight.storage.codes import Code
+from featherweight.storage.run.training_store import NO_STORE, TrainingStore
+from featherweight.system.threads import use_threads
+from featherweight.tasks.compress.calibrated import CalibratedRun
+from featherweight.tasks.compress.data import QUIET, calibration_needs, check_source
+from featherweight.tasks.compress.journal import Journal
+from featherweight.tasks.compress.linear_layers import LinearLayers
+from featherweight.tasks.compress.plan import Job, Plan
+from featherweight.tasks.compress.refusals import check_recipe
+from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, solve_layer
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    calibration: str | Path | Tensor | Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    *,
+    changes: Sequence[str] = (),
+    forward: Forward | None = None,
+    blocks: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> nn.Module:
+    """Compress the linear layers of a model in memory, in place.
+
+    Parameters
+    ----------
+    model : any module with linear layers, on any device; a model of transformers can be saved with `save_pretrained`
+        afterwards, and loaded like a folder that `compress` made
+    recipe : preset name, YAML file, the mapping that such a file holds, or Recipe; choices of layers and blocks
+    calibration : what the network is run on, for recipes that do so. For language models a text as `compress` takes it
+        (a file, a folder or hf:DATASET; None: the shipped text) or token ids int64 [sequences, length]; for every
+        model a list of batches for `forward`. Data-free recipes do not read it
+    tokenizer : of transformers, for calibration with text
+    changes : like "grid.planes=3", applied to the recipe
+    forward : runs the model on one batch of a list; by default `model(**batch)` for a mapping, `model(*batch)` for a
+        tuple or list, else `model(batch)`
+    blocks : path of the model's list of blocks, which are calibrated one after the other; None looks for it; "" takes
+        the whole model as one block
+    threads : of native kernels and PyTorch; default: see `system.threads`
+    seed : for recipes with random choices
+    observer : called with the events that `compress` logs
+
+    Returns
+    -------
+    The model itself (a new layer where the model is nothing but one linear layer).
+
+    Weights that are tied to an embedding, and the output layer unless the recipe has `layers.head`, stay as they are,
+    as do linear layers with a forward function of their own. Calibration runs the model in its own dtype, where
+    `compress` takes float32. If it fails half-way, layers may have been rounded already: load the model again.
+
+    Raises
+    ------
+    FeatherError : there is nothing to compress, or nothing to calibrate with
+    RecipeError : the recipe is wrong, or sees the whole model at once, which needs a checkpoint: use `compress`
+    NonFiniteError : a weight is NaN or infinite
+    """
+    notify = observer or silent
+    chosen = load_recipe(recipe, tuple(changes))
+    _check(chosen, calibration)
+    with use_threads(threads), torch.no_grad():
+        found = LinearLayers.of(model)
+        plan = found.plan(chosen, SolveOptions(threads=threads))
+        notify({"event": "plan", **plan.summary()})
+        for note in found.notes:
+            notify({"event": "note", "text": note})
+        if chosen.calibrated:
+            with torch.enable_grad():
+                codes = _calibrated(model, plan, found, calibration, tokenizer, forward, blocks, seed, notify)
+        else:
+            codes = _data_free(plan, found, seed, notify)
+        layers = found.packed(codes)
+    put_in_place(model, layers)
+    _mark(model, {name: codes[name] for name in plan_names(plan)}, chosen)
+    return layers.get(model, model)
+
+
+def plan_names(plan: Plan) -> list[str]:
+    """Names of the layers that a plan compresses, in its order."""
+    return [job.layer.name for job in plan.jobs]
+
+
+def _check(recipe: Recipe, calibration: Any) -> None:
+    check_recipe(recipe)
+    wide = [choice.kind for choice in recipe.choices if scope_of(choice) == "model"]
+    if wide:
+        raise RecipeError(
+            f"recipe {recipe.name} treats the whole model at once ({' and '.join(wide)}), which featherweight.quantize "
+            "does not: save the model and use featherweight.compress, or take a recipe of layers or blocks like gptq"
+        )
+    if "base" in recipe.needs:
+        raise RecipeError(
+            f"recipe {recipe.name} compares the model with the one it was fine-tuned from: save both and use "
+            "featherweight.compress with base_model="
+        )
+    if recipe.calibrated and isinstance(calibration, str | Path):
+        check_source(recipe, calibration, None)
+
+
+# Codes ---------------------------------------------------------------------------------------------------------------
+
+
+def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> dict[str, Code]:
+    journal, codes = Journal(plan, notify), dict[str, Code]()
+    for index, job in enumerate(plan.jobs):
+        source = HeldWeight(found.weight(job.layer.name))
+        group = InputGroup({}, group_seed(seed, job.layer.input_group))
+        solved = solve_layer(job, source, group, plan.options)
+        codes[job.layer.name] = solved.code
+        journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
+    return codes
+
+
+def _calibrated(
+    model: nn.Module,
+    plan: Plan,
+    found: LinearLayers,
+    source: Any,
+    tokenizer: Any,
+    forward: Forward | None,
+    blocks: str | None,
+    seed: int,
+    notify: Observer,
+) -> dict[str, Code]:
+    needs = calibration_needs(plan.recipe)
+    settings = plan.recipe.calibration
+
+    def told(event: dict[str, Any]) -> None:
+        if event["event"] not in QUIET:
+            notify(event)
+
+    batches = _batches(model, source, tokenizer, plan.recipe, forward, notify)
+    with _without_cache(model):
+        if isinstance(batches, Tensor):
+            opened = Calibration.of_tokens(model, batches, settings, needs, blocks=blocks, notify=told)
+        else:
+            run = forward or _run
+            opened = Calibration.of_module(model, run, batches, settings, needs, blocks=blocks, notify=told)
+        with opened as calibration:
+            plan = _with_blocks(plan, calibration)
+            held = HeldRun()
+            work = _InMemoryRun(plan, cast(Any, None), cast(Any, held), calibration, notify, seed)
+            work.outside = {
+                name: found.weight(name) for name in plan_names(plan) if name not in calibration.host.layers
+            }
+            work.solve()
+    return {job.layer.name: held.code(index) for index, job in enumerate(plan.jobs)}
+
+
+def _with_blocks(plan: Plan, calibration: Calibration) -> Plan:
+    """The plan with each layer in the block that the calibration has it in; the calibration gets to know what the
+    family says of the layers, where there is one."""
+    host, known = calibration.host, {layer.name: layer for layer in plan.anatomy.layers}
+    ours = plan.anatomy.family != "structure" and set(host.layers) <= set(known)
+    if ours:
+        described = {
+            name: replace(layer, block=host.layers[name].block) for name, layer in known.items() if name in host.layers
+        }
+        host.layers.clear()
+        host.layers.update(described)
+    jobs = []
+    for job in plan.jobs:
+        layer = host.layers.get(job.layer.name)
+        jobs.append(replace(job, layer=replace(job.layer, block=None) if layer is None else _merged(job.layer, layer)))
+    return replace(plan, jobs=tuple(jobs))
+
+
+def _merged(layer: LinearLayer, seen: LinearLayer) -> LinearLayer:
+    """What is known of a layer with the block and the input that calibration has found."""
+    return replace(layer, block=seen.block, input_group=seen.input_group)
+
+
+def _batches(
+    model: Any, source: Any, tokenizer: Any, recipe: Recipe, forward: Forward | None, notify: Observer
+) -> Tensor | list[Any]:
+    """Token ids, or batches for `forward`. FeatherError where there is nothing to calibrate with."""
+    if isinstance(source, Tensor):
+        if source.dim() != 2 or source.is_floating_point():
+            raise CalibrationError(
+                f"calibration is a tensor {source.dtype} {list(source.shape)}, expected token ids int64 "
+                "[sequences, length], or a list of batches"
+            )
+        return source.cpu()
+    if source is not None and not isinstance(source, str | Path):
+        return list(source)
+    if tokenizer is None or forward is not None or not hasattr(model, "config"):
+        raise CalibrationError(
+            f"recipe {recipe.name} runs the network: give calibration= a list of batches or token ids [sequences, "
+            "length], or, for a language model, a text with tokenizer="
+        )
+    from featherweight.model.text.tokenizer import Tokenizer
+    from featherweight.model.text.windows import check_vocabulary, context_of, vocabulary_of, windows
+
+    config = model.config.to_dict()
+    text = None if source is None else str(source)
+    ids = windows(Tokenizer.of(tokenizer), text, recipe.calibration, context=context_of(config), notify=notify)
+    check_vocabulary(ids, vocabulary_of(config))
+    return ids
+
+
+def _run(module: nn.Module, batch: Any) -> Any:
+    """The default `forward`."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, tuple | list) else module(batch)
+
+
+@contextlib.contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Within, a model of transformers keeps no keys and values of earlier tokens."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@dataclass
+class HeldRun:
+    """Finished layers in memory, where a run of `compress` has a folder (see `RunFolder`)."""
+
+    codes: dict[int, Code] = field(default_factory=dict)
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def keep(self, index: int, code: Code, record: dict[str, Any]) -> None:
+        self.codes[index], self.records[index] = code, record
+
+    def record(self, index: int, layer: str) -> dict[str, Any] | None:
+        return self.records.get(index)
+
+    def code(self, index: int) -> Code:
+        return self.codes[index]
+
+    def keep_changed(self, block: int, tensors: dict[str, Tensor]) -> None:
+        """Nothing: they are in the model."""
+
+    def changed(self, block: int) -> None:
+        """None: no block was finished by an earlier run."""
+
+    def is_tuned(self, indices: Any) -> bool:
+        return False
+
+    def drop_tuned(self) -> None:
+        """Nothing: layers are never changed all together here."""
+
+    def training_of(self, step: str, notify: Observer) -> TrainingStore:
+        return NO_STORE
+
+
+@dataclass
+class _InMemoryRun(CalibratedRun):
+    """A calibrated run over a model in memory.
+
+    outside : weights of layers that no block holds
+    """
+
+    outside: dict[str, Tensor] = field(default_factory=dict)
+
+    def _source_of(self, job: Job) -> WeightSource:
+        return HeldWeight(self.outside[job.layer.name])
+
+
+def _mark(model: Any, codes: Mapping[str, Code], recipe: Recipe) -> None:
+    """Let a model of transformers know that it is compressed, so that it is saved as such."""
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        return
+    from featherweight.integrations.transformers import mark_compressed
+
+    mark_compressed(
+        model, {name: {**code.spec, "shape": list(code.shape)} for name, code in codes.items()}, recipe.dump()
+    )

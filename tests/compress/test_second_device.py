@@ -1,0 +1,114 @@
+"""Networks that run on another device: the same bytes as on the CPU, from tensors that may not meet the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from outputs import contents
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from featherweight.methods.calibrate import session as sessions
+from featherweight.methods.learn import loop
+from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.gather import gather_statistics
+from second_device import DEVICE, OnDevice, second_device
+
+MakeModel = Callable[..., Path]
+TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
+SMALL = ("calibration.sequences=8", "calibration.length=24", "grid.group_size=32")
+TUNED = "corrections=[{kind: scale-tuning, steps: 3, batch_size: 2, against: %s, norms: true}]"
+RECIPES: dict[str, tuple[str, ...]] = {
+    "gptaq": SMALL,
+    "awq": (*SMALL, "transforms=[{kind: awq, points: 3, search_tokens: 128, clip_steps: 4}]"),
+    "adadim-3": (*SMALL, "rounding.search_tokens=128"),
+    "flexround-3": (*SMALL, "rounding.steps=3"),
+    "discquant": (*SMALL, "rounding.steps=3", "rounding.batch_size=2"),
+    "squeezellm": (*SMALL[:2],),
+    "rsq": SMALL,
+    "d2quant": SMALL,
+    "trit-1-blockwise": (*SMALL, TUNED % "block"),
+    "trit-1": (*SMALL, TUNED % "model"),
+    "quarot-gptq": SMALL,
+}
+TRAINED = ("flexround-3", "discquant", "trit-1-blockwise", "trit-1")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_kernel() -> Iterator[None]:
+    """Attention by the same operations on both devices: the second one knows no fused kernels."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Devices of all that is trained, filled as it is."""
+    seen: list[torch.device] = []
+    before = loop._Course.__init__
+
+    def begin(self: loop._Course, theta: list[torch.Tensor], *rest: object) -> None:
+        seen.extend(value.device for value in theta)
+        before(self, theta, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop._Course, "__init__", begin)
+    return seen
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_the_same_bytes(
+    preset: str,
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    trained: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes, gathered = RECIPES[preset], list[bool]()
+    compress(llama, preset, tmp_path / "cpu", changes=changes, calibration=text, threads=1)
+    trained.clear()
+    add = sessions.Accumulator.add
+
+    def watched(self: sessions.Accumulator, inputs: torch.Tensor, *rest: object) -> None:
+        gathered.append(isinstance(inputs, OnDevice))
+        add(self, inputs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sessions.Accumulator, "add", watched)
+    with second_device() as device:
+        compress(llama, preset, tmp_path / "there", changes=changes, calibration=text, threads=1, device=device)
+    assert all(gathered)
+    assert set(trained) == ({DEVICE} if preset in TRAINED else set())
+    assert contents(tmp_path / "there") == contents(tmp_path / "cpu")
+
+
+def test_statistics_files(llama: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"sequences": 8, "length": 24}
+    needs = ("gram", "mean", "mean_abs", "inputs", "held_out_gram")
+    here = gather_statistics(llama, tmp_path / "here.safetensors", text, needs, settings)
+    with second_device() as device:
+        there = gather_statistics(llama, tmp_path / "there.safetensors", text, needs, settings, device=device)
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_the_second_device_is_one() -> None:
+    """What the other tests rest on: mixing fails, and so does reaching for memory."""
+    with second_device() as device:
+        there, here = torch.ones(2, 3, device=device), torch.ones(2, 3)
+        assert there.device == DEVICE
+        assert (there.to(torch.float64) + 1).cpu().tolist() == [[2.0] * 3] * 2
+        for mix in (lambda: there + here, lambda: here @ there.T, lambda: here[there[0].long()], there.numpy):
+            with pytest.raises(RuntimeError):
+                mix()
+        with pytest.raises(RuntimeError):
+            there.data_ptr()
+        with pytest.raises(RuntimeError):
+            torch.rand(2, device=device, generator=torch.Generator())

@@ -1,0 +1,103 @@
+"""A second device where there is none: tensors that say they are on it, and whose values are in main memory.
+
+Within `second_device()` torch makes tensors on DEVICE and moves them there and back. An operation that is given tensors
+of both devices, or memory of this one that it cannot reach, fails as it would with a GPU. Values are computed on the
+CPU, so a run with the second device gives the same bits as one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("lazy", 0)  # a kind of device that torch knows by name alone
+
+
+class OnDevice(Tensor):
+    """A tensor of the second device."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls: Any, inner: Tensor) -> OnDevice:
+        made: OnDevice = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=DEVICE, requires_grad=inner.requires_grad,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnDevice({self.inner!r})"
+
+    @property
+    def data(self) -> OnDevice:  # type: ignore[override]
+        return self.detach()  # type: ignore[return-value]
+
+    @data.setter
+    def data(self, value: OnDevice) -> None:
+        if not isinstance(value, OnDevice) or (value.shape, value.dtype) != (self.shape, self.dtype):
+            raise RuntimeError(f"values {value.dtype} {list(value.shape)} of {value.device} do not fit here")
+        self.inner = value.inner.detach()
+
+    def tolist(self) -> Any:
+        """As for a GPU's tensor, which is moved for it."""
+        return self.inner.tolist()
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(f"memory of {DEVICE} is not within reach")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Mode(TorchDispatchMode):
+    """Also sees what makes tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    there = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
+    here = [leaf for leaf in leaves if not isinstance(leaf, OnDevice)]
+    device = kwargs.get("device")
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    onto = bool(there) if device is None else torch.device(device).type == DEVICE.type
+    indexed = name in ("index", "index_put", "_index_put_impl") and isinstance(args[0], OnDevice)  # also by the CPU's
+    if there and any(leaf.dim() > 0 for leaf in here) and not indexed and name not in ("copy", "_to_copy"):
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {DEVICE} and cpu")
+    if name in ("_pin_memory", "set", "resize") and there:
+        raise RuntimeError(f"{func} is not for {DEVICE}")
+    plain = tree_map(lambda leaf: leaf.inner if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
+    if device is not None:
+        plain[1]["device"] = torch.device("cpu") if onto else torch.device(device)
+    generator = kwargs.get("generator")
+    if onto and generator is not None:
+        raise RuntimeError(f"{func}: expected a generator of {DEVICE}, but found one of the cpu")
+    found = func(*plain[0], **plain[1])
+    written = {id(leaf.inner): leaf for leaf in there}
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in written:  # in place
+            return written[id(value)]
+        return OnDevice(value) if onto else value
+
+    return tree_map(wrapped, found)
+
+
+@contextmanager
+def second_device() -> Iterator[torch.device]:
+    """Within, torch has DEVICE."""
+    with Mode():
+        yield DEVICE
