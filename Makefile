@@ -33,7 +33,7 @@ $(VENV)/.triton: $(STAMP)
 
 # Almost every test uses one thread: as many processes as there are processors run them, whole files at a time.
 test: $(STAMP) $(VENV)/.triton
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # In a minute and a half: lint, then the tests of what has changed, as far as they go in a minute.
 check: lint
