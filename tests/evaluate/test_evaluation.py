@@ -112,11 +112,15 @@ def test_without_an_original_kl_is_null(letters: Path) -> None:
     assert report["perplexity_against"] is None
 
 
-def test_the_package_is_the_function_too(letters: Path) -> None:
-    import featherweight.tasks.evaluate as package
+def test_public_names_are_functions_whatever_was_imported() -> None:
+    import featherweight
+    import featherweight.tasks.compress.engine
+    import featherweight.tasks.evaluate.report
 
-    pair = (build("Llama", **LLAMA), Characters())
-    assert package(pair, text=letters).perplexity == evaluate(pair, text=letters).perplexity  # type: ignore[operator]
+    assert featherweight.evaluate is evaluate
+    for name in ("compress", "evaluate", "load", "quantize"):
+        assert callable(getattr(featherweight, name))
+        assert name in dir(featherweight)
 
 
 def test_limit_keeps_the_first_tokens(letters: Path) -> None:

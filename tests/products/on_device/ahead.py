@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from featherweight.model.products.triton import activations, launch, operators
+from featherweight.model.products.triton import activations, launch, operators, packed
 
 TYPES = {
     torch.float16: "fp16",
@@ -64,7 +64,7 @@ class Recorder:
 
 def install(capability: int, seen: Callable[[str, Any], None]) -> None:
     """Recorders in the place of all kernels."""
-    for module in (operators, activations):
+    for module in (operators, packed, activations):
         for name in (
             "matvec_kernel",
             "matvec_int8_kernel",
