@@ -14,8 +14,8 @@ from featherweight.tasks.compress.engine import compress
 from featherweight.tasks.evaluate.evaluation import evaluate
 
 REFERENCE = Path(__file__).parents[2] / "src" / "featherweight" / "assets" / "reference"
-TEXT = ("calibration.sequences=24", "calibration.length=1024")
-TOKENS = 12288
+TEXT = ("calibration.sequences=16", "calibration.length=512")
+TOKENS = 8192
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtn-3": ("rtn-3", ()),
     "gptq-3": ("gptq-3", ()),  # its whole text: what the sweep gains grows with it
@@ -24,7 +24,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trit-1": ("trit-1", (*TEXT, "corrections=[]")),
     "trit-2": (
         "trit-2",
-        (*TEXT, "corrections=[{kind: scale-tuning, steps: 20, batch_size: 1, learning_rate: 5.0e-3, checks: 2}]"),
+        (*TEXT, "corrections=[{kind: scale-tuning, steps: 12, batch_size: 1, learning_rate: 5.0e-3, checks: 2}]"),
     ),
 }
 
