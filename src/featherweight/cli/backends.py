@@ -158,8 +158,10 @@ class NativeBackend(_TextSide):
     def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeBackend:
         """`dtype` float32 computes exactly with compressed weights; auto rounds their inputs to 8 bits.
 
-        Raises:
-            UnsupportedModelError: the native decoder lacks something that the model or its folder asks for.
+        Raises
+        ------
+        UnsupportedModelError
+            the native decoder lacks something that the model or its folder asks for.
         """
         from featherweight.model.decoder.families import UnsupportedModelError
         from featherweight.model.decoder.model import NativeModel

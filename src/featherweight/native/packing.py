@@ -118,12 +118,13 @@ def decode_trit_planes(
 ) -> Tensor:
     """The matrix float32 [n, d] that packed planes and stored scales stand for.
 
-    Args:
-        packed: uint8 [K, packed_bytes(n d)].
-        scales: float16, bfloat16 or float32 [n, g, K], or tied [n, g], with g = ceil(d / group_size).
-        shape: (n, d).
-        out: float32 [n, d], contiguous, to write into.
-        threads: None for the default of `library.thread_count`.
+    Parameters
+    ----------
+    packed : uint8 [K, packed_bytes(n d)].
+    scales : float16, bfloat16 or float32 [n, g, K], or tied [n, g], with g = ceil(d / group_size).
+    shape : (n, d).
+    out : float32 [n, d], contiguous, to write into.
+    threads : None for the default of `library.thread_count`.
 
     Free scales: ((a1 t1 + a2 t2) + a3 t3); tied: s times the integer sum_k 3^(K-1-k) t_k; both in float32 in that
     order, so the result is the same bits on every machine. ValueError for wrong shapes and for bytes that are no trits.

@@ -98,12 +98,13 @@ def solve_trit_planes(
 ) -> TritPlaneSolution:
     """Split a matrix into trit-planes.
 
-    Args:
-        weight: [n, d], float32, bfloat16, float16 or float64, on the CPU. A group is `group_size` consecutive columns.
-        settings: the published algorithm by default.
-        threads: of the native solver; None for the default of `library.thread_count`. Never changes the result.
-        backend: "native" raises RuntimeError without the library; "auto" falls back to the PyTorch reference.
-        scale_dtype: what the closing step rounds the scales to; without `settings.closing` it has no effect.
+    Parameters
+    ----------
+    weight : [n, d], float32, bfloat16, float16 or float64, on the CPU. A group is `group_size` consecutive columns.
+    settings : the published algorithm by default.
+    threads : of the native solver; None for the default of `library.thread_count`. Never changes the result.
+    backend : "native" raises RuntimeError without the library; "auto" falls back to the PyTorch reference.
+    scale_dtype : what the closing step rounds the scales to; without `settings.closing` it has no effect.
 
     Raises NonFiniteWeightError (row and column) for NaN or infinite weights, ValueError for a wrong shape or dtype.
     """

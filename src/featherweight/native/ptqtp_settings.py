@@ -19,23 +19,24 @@ MAX_PLANES = 3
 class TritPlaneSettings:
     """How a matrix is split into trit-planes. The defaults are the published algorithm (arXiv 2509.16989).
 
-    Attributes:
-        planes: number of ternary planes K, 1 to 3.
-        group_size: consecutive input columns that share scales; the last group of a row may be shorter.
-        tied: one scale s per group and plane scales (3^(K-1) s, ..., 3 s, s), so a weight is s times an integer.
-            The scale comes from a sweep, not from the alternating loop. With one plane it changes nothing but the
-        shape. tolerance: the loop stops when no group of the matrix moved its scales by this much (Euclidean,
-        absolute). max_iterations: at most this many iterations, 1 to 255.
-        ridge: initial ridge lambda of every group's normal equations.
-        ridge_max: upper limit of lambda under the condition guard.
-        condition_threshold: Frobenius condition number from which lambda is raised.
-        tie_order: which of several equally near code tuples wins, which also decides the local optimum reached:
-            "lexicographic" runs over -1, 0, 1 with the last plane fastest; "paired" over 0, -1, 1.
-        starts: 1 is the published start. 2 adds the greedy residual start, 3 also the other tie order; then every group
-            runs to its own fixed point and keeps the solution with the smallest squared error.
-        closing: after the loop, one trit step against the scales as they are stored (not in the paper).
-        final_least_squares: after the loop, one scale solve for the final trits (not in the paper).
-        canonical: return planes with scales[0] >= scales[1] >= ... >= 0; otherwise as the loop left them.
+    Attributes
+    ----------
+    planes : number of ternary planes K, 1 to 3.
+    group_size : consecutive input columns that share scales; the last group of a row may be shorter.
+    tied : one scale s per group and plane scales (3^(K-1) s, ..., 3 s, s), so a weight is s times an integer.
+        The scale comes from a sweep, not from the alternating loop. With one plane it changes nothing but the
+    shape. tolerance : the loop stops when no group of the matrix moved its scales by this much (Euclidean,
+    absolute). max_iterations: at most this many iterations, 1 to 255.
+    ridge : initial ridge lambda of every group's normal equations.
+    ridge_max : upper limit of lambda under the condition guard.
+    condition_threshold : Frobenius condition number from which lambda is raised.
+    tie_order : which of several equally near code tuples wins, which also decides the local optimum reached:
+        "lexicographic" runs over -1, 0, 1 with the last plane fastest; "paired" over 0, -1, 1.
+    starts : 1 is the published start. 2 adds the greedy residual start, 3 also the other tie order; then every group
+        runs to its own fixed point and keeps the solution with the smallest squared error.
+    closing : after the loop, one trit step against the scales as they are stored (not in the paper).
+    final_least_squares : after the loop, one scale solve for the final trits (not in the paper).
+    canonical : return planes with scales[0] >= scales[1] >= ... >= 0; otherwise as the loop left them.
     """
 
     planes: int = 2
@@ -77,13 +78,14 @@ class TritPlaneSettings:
 class TritPlaneSolution:
     """Trit-planes of a matrix [n, d] with g = ceil(d / group_size) groups a row.
 
-    Attributes:
-        codes: uint8 [n, d], sum over planes of 3^(K-1-k) (t_k + 1); plane 0 is the most significant digit.
-        scales: float64 [n, g, K], or [n, g] when tied.
-        steps: uint8 [n, g], the iteration whose scales the group has (at its exact fixed point or at the stop).
-        iterations: the iteration in which the loop stopped, for the whole matrix; 0 for the tied sweep.
-        planes: K.
-        group_size: G.
+    Attributes
+    ----------
+    codes : uint8 [n, d], sum over planes of 3^(K-1-k) (t_k + 1); plane 0 is the most significant digit.
+    scales : float64 [n, g, K], or [n, g] when tied.
+    steps : uint8 [n, g], the iteration whose scales the group has (at its exact fixed point or at the stop).
+    iterations : the iteration in which the loop stopped, for the whole matrix; 0 for the tied sweep.
+    planes : K.
+    group_size : G.
     """
 
     codes: Tensor

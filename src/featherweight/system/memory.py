@@ -64,8 +64,9 @@ def give_back_file_pages(tensor: Tensor) -> int:
 
     Nothing happens to memory that has no file behind it, or that has been written to since: it would be lost.
 
-    Returns:
-        the bytes given back: 0, or those of the whole pages inside of the tensor that were resident.
+    Returns
+    -------
+    the bytes given back: 0, or those of the whole pages inside of the tensor that were resident.
     """
     advise = _madvise()
     first, count, flags = page_flags(tensor)

@@ -25,10 +25,11 @@ LONGEST = 300
 def asking_transformers(action: str, hint: str = "", error: type[FeatherError] = CheckpointError) -> Iterator[None]:
     """Turn exceptions of the calls within into `error`.
 
-    Args:
-        action: what is asked for, to follow "transformers cannot": "load FOLDER".
-        hint: what to do about it, put behind the reason.
-        error: class of the error raised.
+    Parameters
+    ----------
+    action : what is asked for, to follow "transformers cannot": "load FOLDER".
+    hint : what to do about it, put behind the reason.
+    error : class of the error raised.
     """
     try:
         yield

@@ -103,12 +103,13 @@ class Calibration:
     ) -> Calibration:
         """Calibrate a checkpoint that transformers has a class for.
 
-        Args:
-            windows: token ids int64 [sequences, length], see `featherweight.model.text.windows.windows`.
-            needs: the statistics that will be gathered, and "targets" if outputs of original blocks are wanted.
-            attention_mask: [sequences, length], 0 for padding, which leaves no trace in statistics.
-            head: a last session holds the output layer, unless it is tied.
-            device: where blocks run; the streams stay in main memory.
+        Parameters
+        ----------
+        windows : token ids int64 [sequences, length], see `featherweight.model.text.windows.windows`.
+        needs : the statistics that will be gathered, and "targets" if outputs of original blocks are wanted.
+        attention_mask : [sequences, length], 0 for padding, which leaves no trace in statistics.
+        head : a last session holds the output layer, unless it is tied.
+        device : where blocks run; the streams stay in main memory.
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = _expanded(windows, attention_mask, settings)
@@ -163,15 +164,16 @@ class Calibration:
 
         Until `close` the module is in evaluation mode and its parameters take no gradients; then both are as before.
 
-        Args:
-            forward: runs the module on one batch.
-            batches: whatever `forward` takes, one at a time.
-            blocks: path of the list of blocks; None looks for the longest list of alike modules through which hidden
-                states go one after the other, and takes the whole module as one block where there is none; "" does
-                so in any case.
-            convolutions: they are layers too, seen as matrices [out, in / groups * product of kernel] whose inputs are
-                unfolded, one row a position of the output. Of those in groups no statistics are gathered, as every
-                group has inputs of its own: they count as starved, and `notify` is told.
+        Parameters
+        ----------
+        forward : runs the module on one batch.
+        batches : whatever `forward` takes, one at a time.
+        blocks : path of the list of blocks; None looks for the longest list of alike modules through which hidden
+            states go one after the other, and takes the whole module as one block where there is none; "" does
+            so in any case.
+        convolutions : they are layers too, seen as matrices [out, in / groups * product of kernel] whose inputs are
+            unfolded, one row a position of the output. Of those in groups no statistics are gathered, as every
+            group has inputs of its own: they count as starved, and `notify` is told.
         """
         settings = settings or CalibrationSettings()
         if not batches:
@@ -207,12 +209,15 @@ class Calibration:
     ) -> Calibration:
         """Calibrate a language model in memory; as `of_module`, with windows of tokens as `open` has them.
 
-        Args:
-            model: takes `input_ids` int64 [B, T], on the device of its parameters.
-            windows: token ids int64 [sequences, length].
+        Parameters
+        ----------
+        model : takes `input_ids` int64 [B, T], on the device of its parameters.
+        windows : token ids int64 [sequences, length].
 
-        Raises:
-            CalibrationError: the windows are no token ids, or attention is wanted as weights and cannot be had.
+        Raises
+        ------
+        CalibrationError
+            the windows are no token ids, or attention is wanted as weights and cannot be had.
         """
         settings = settings or CalibrationSettings()
         windows, _ = _expanded(windows, None, settings)

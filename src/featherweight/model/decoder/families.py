@@ -69,14 +69,15 @@ def _qwen_window(config: Config, layer: int) -> int:
 class Family:
     """One family.
 
-    Attributes:
-        model_type, architecture: as config.json names them.
-        defaults: values of settings that config.json may leave out.
-        head_norms: whether queries and keys have an RMSNorm for every head.
-        biased: config with defaults -> roles of the matrices that have a bias.
-        window: (config with defaults, layer) -> tokens that a token sees, itself included; 0 for all.
-        embedding, norm, head, block: modules; `block` has the layer's number in it.
-        parts: modules within a block by role.
+    Attributes
+    ----------
+    model_type, architecture : as config.json names them.
+    defaults : values of settings that config.json may leave out.
+    head_norms : whether queries and keys have an RMSNorm for every head.
+    biased : config with defaults -> roles of the matrices that have a bias.
+    window : (config with defaults, layer) -> tokens that a token sees, itself included; 0 for all.
+    embedding, norm, head, block : modules; `block` has the layer's number in it.
+    parts : modules within a block by role.
     """
 
     model_type: str

@@ -42,12 +42,13 @@ class NativeModel:
     Ctrl-C ends a call within a tenth of a second, wherever it is. What has gone through the network by then stays in
     the cache, and the model can be used again. Callbacks run in the thread that called; they cannot use this model.
 
-    Attributes:
-        network: sizes and settings.
-        weights: packed layers.
-        defaults: what the folder says about generation.
-        context: most tokens of a sequence, prompt and answer.
-        load-time choices: threads, kv_cache, precision.
+    Attributes
+    ----------
+    network : sizes and settings.
+    weights : packed layers.
+    defaults : what the folder says about generation.
+    context : most tokens of a sequence, prompt and answer.
+    threads, kv_cache, precision : chosen when it was loaded.
     """
 
     def __init__(
@@ -90,19 +91,23 @@ class NativeModel:
     ) -> NativeModel:
         """Open a folder, compressed or not.
 
-        Args:
-            folder: with config.json and safetensors.
-            threads: default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or what the system lets us have.
-            kv_cache: "float16", or "int8" with a scale for every head and token.
-            precision: "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
-            context: most tokens of a sequence; default: what the model was made for.
-            told: gets (done, total) blocks while weights are packed.
-            verify: whether each tensor is compared with its hash: "always", "never", or "auto", which here is always;
-                default: what FEATHERWEIGHT_VERIFY says, else "auto".
+        Parameters
+        ----------
+        folder : with config.json and safetensors.
+        threads : default: FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or what the system lets us have.
+        kv_cache : "float16", or "int8" with a scale for every head and token.
+        precision : "int8" rounds the inputs of compressed layers; "float" computes exactly with them, more slowly.
+        context : most tokens of a sequence; default: what the model was made for.
+        told : gets (done, total) blocks while weights are packed.
+        verify : whether each tensor is compared with its hash: "always", "never", or "auto", which here is always;
+            default: what FEATHERWEIGHT_VERIFY says, else "auto".
 
-        Raises:
-            UnsupportedModelError: the native decoder does not run this model; transformers may.
-            CheckpointError: the folder is incomplete or damaged.
+        Raises
+        ------
+        UnsupportedModelError
+            the native decoder does not run this model; transformers may.
+        CheckpointError
+            the folder is incomplete or damaged.
         """
         native.functions()  # before hours of packing
         thread_count(threads)
@@ -125,16 +130,18 @@ class NativeModel:
     ) -> list[int]:
         """Continue `tokens`; what the prompt has in common with the last one's text is not computed again.
 
-        Args:
-            tokens: the prompt, at least one.
-            max_new_tokens: it ends there, at a stop token, or where the context does.
-            sampling: default: the likeliest token. Its seed makes the call repeatable; without one, every call has
-                random numbers of its own, the same in every run of a program.
-            on_token: called with every new token; returning True ends the generation.
-            stops: tokens that end the text and do not belong to it; default: those the folder names.
+        Parameters
+        ----------
+        tokens : the prompt, at least one.
+        max_new_tokens : it ends there, at a stop token, or where the context does.
+        sampling : default: the likeliest token. Its seed makes the call repeatable; without one, every call has
+            random numbers of its own, the same in every run of a program.
+        on_token : called with every new token; returning True ends the generation.
+        stops : tokens that end the text and do not belong to it; default: those the folder names.
 
-        Returns:
-            The new tokens.
+        Returns
+        -------
+        The new tokens.
         """
 
         def notify(made: list[int]) -> object:

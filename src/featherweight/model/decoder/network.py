@@ -59,9 +59,12 @@ def network_of(config: Mapping[str, Any]) -> Network:
     Numbers are numbers and flags are flags: what else may stand there ("512", 512.0, null, "false") means something
     different to each version of transformers, or nothing, so that is left to it.
 
-    Raises:
-        UnsupportedModelError: the native decoder does not compute this model, or leaves it to transformers what it is.
-        CheckpointError: a setting makes no sense.
+    Raises
+    ------
+    UnsupportedModelError
+        the native decoder does not compute this model, or leaves it to transformers what it is.
+    CheckpointError
+        a setting makes no sense.
     """
     family = family_of(config)
     config = {**family.defaults, **config}

@@ -51,9 +51,12 @@ class Rope:
 def rope_of(config: Mapping[str, Any], head_dim: int, context: int) -> Rope:
     """The rotation a config.json asks for; `context` is its max_position_embeddings.
 
-    Raises:
-        UnsupportedModelError: a kind that the native decoder lacks.
-        CheckpointError: a setting is missing or makes no sense.
+    Raises
+    ------
+    UnsupportedModelError
+        a kind that the native decoder lacks.
+    CheckpointError
+        a setting is missing or makes no sense.
     """
     settings = _settings(config, context)
     kind = settings["rope_type"]

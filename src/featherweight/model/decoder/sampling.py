@@ -44,15 +44,16 @@ MAY_BE_ZERO = ("forced_bos_token_id", "forced_eos_token_id")
 class Sampling:
     """Applied in this order, as transformers does; the defaults take the likeliest token.
 
-    Attributes:
-        repetition_penalty: logits of tokens that have occurred are divided by it, negative ones multiplied
-            (Keskar et al., arXiv:1909.05858).
-        temperature: logits are divided by it; 0 takes the likeliest token, the lowest of equals.
-        top_k: keep the k likeliest; 0 for all.
-        top_p: keep the fewest likeliest that together have this probability (Holtzman et al., arXiv:1904.09751).
-        min_p: keep those with at least this share of the likeliest one's probability (Nguyen et al., arXiv:2407.01082).
-        seed: of the random numbers; the same seed and logits give the same tokens on every machine. None: the model
-            goes on with its own, so that no two calls share random numbers and a program's run is repeatable.
+    Attributes
+    ----------
+    repetition_penalty : logits of tokens that have occurred are divided by it, negative ones multiplied
+        (Keskar et al., arXiv:1909.05858).
+    temperature : logits are divided by it; 0 takes the likeliest token, the lowest of equals.
+    top_k : keep the k likeliest; 0 for all.
+    top_p : keep the fewest likeliest that together have this probability (Holtzman et al., arXiv:1904.09751).
+    min_p : keep those with at least this share of the likeliest one's probability (Nguyen et al., arXiv:2407.01082).
+    seed : of the random numbers; the same seed and logits give the same tokens on every machine. None: the model
+        goes on with its own, so that no two calls share random numbers and a program's run is repeatable.
     """
 
     temperature: float = 0.0
@@ -81,10 +82,11 @@ def derived_seed(seed: int, index: int) -> int:
 class GenerationDefaults:
     """What a model folder says about generation.
 
-    Attributes:
-        stops: tokens that end a text.
-        settings: of `Sampling` by name, where the folder sets them; temperature 0 where it asks for the likeliest.
-        foreign: what it asks for beside that, each as "num_beams 4": transformers does it, the native decoder does not.
+    Attributes
+    ----------
+    stops : tokens that end a text.
+    settings : of `Sampling` by name, where the folder sets them; temperature 0 where it asks for the likeliest.
+    foreign : what it asks for beside that, each as "num_beams 4": transformers does it, the native decoder does not.
     """
 
     stops: tuple[int, ...]

@@ -66,9 +66,12 @@ def load_weights(
 ) -> Weights:
     """Pack every layer; `told` gets (done, total) blocks, `verify` says whether hashes are compared.
 
-    Raises:
-        UnsupportedModelError: the folder has tensors, or codes, that the native decoder does not know.
-        CheckpointError: a tensor is missing, damaged or of the wrong shape.
+    Raises
+    ------
+    UnsupportedModelError
+        the folder has tensors, or codes, that the native decoder does not know.
+    CheckpointError
+        a tensor is missing, damaged or of the wrong shape.
     """
     specs, given = _specs(checkpoint)
     refuse_other_kinds(checkpoint, bool(specs))

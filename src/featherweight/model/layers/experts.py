@@ -79,8 +79,10 @@ class InputRounding(NamedTuple):
     ) -> Tensor:
         """A product func(x, factor, ...) with x rounded, in float32 as in `FeatherLinear`.
 
-        Raises:
-            CheckpointError: the function is another one, whose input cannot be told.
+        Raises
+        ------
+        CheckpointError
+            the function is another one, whose input cannot be told.
         """
         if func not in PRODUCTS or len(args) < 2 or not isinstance(args[0], Tensor) or args[1] is not factor:
             raise CheckpointError(
@@ -190,13 +192,16 @@ def install_experts(
 ) -> None:
     """Replace the 3-D parameters of `experts` that the entries compress.
 
-    Args:
-        experts: module with 3-D parameters.
-        entries: (name in quantization_config, place, code spec) of every compressed matrix of this module.
-        parts: (3-D parameter, per-expert matrices it is the concatenation of); the first that fits is taken.
+    Parameters
+    ----------
+    experts : module with 3-D parameters.
+    entries : (name in quantization_config, place, code spec) of every compressed matrix of this module.
+    parts : (3-D parameter, per-expert matrices it is the concatenation of); the first that fits is taken.
 
-    Raises:
-        CheckpointError: an expert that does not exist, a wrong shape, a tensor compressed only in part.
+    Raises
+    ------
+    CheckpointError
+        an expert that does not exist, a wrong shape, a tensor compressed only in part.
     """
     fused = fused_parameters(experts)
     layouts: dict[str, tuple[str, ...] | None] = {}  # per-expert matrices of a parameter, None where it is sliced

@@ -42,15 +42,16 @@ _packing = threading.Lock()
 class CodedModule(nn.Module):
     """A module whose `weight` is a code: what all compressed layers share. `hold` makes a module one.
 
-    Attributes:
-        spec: the code's spec, with `shape`.
-        layout: shape and dtype of each stored tensor, by parameter name.
-        name: the module's name in the checkpoint, for error messages.
-        compute_dtype: dtype of the decoded `weight`; follows `.to(dtype)`.
-        input_rounding: (bits, columns with one step) to which the code wants the layer's input rounded, or None.
-        factored: whether it is multiplied with as two factors, see `set_precision`.
-        cache: see `set_cache`.
-        precision: see `set_precision`.
+    Attributes
+    ----------
+    spec : the code's spec, with `shape`.
+    layout : shape and dtype of each stored tensor, by parameter name.
+    name : the module's name in the checkpoint, for error messages.
+    compute_dtype : dtype of the decoded `weight`; follows `.to(dtype)`.
+    input_rounding : (bits, columns with one step) to which the code wants the layer's input rounded, or None.
+    factored : whether it is multiplied with as two factors, see `set_precision`.
+    cache : see `set_cache`.
+    precision : see `set_precision`.
     """
 
     spec: dict[str, Any]
@@ -279,15 +280,18 @@ class FeatherLinear(CodedModule, nn.Linear):
     native operators, or of PyTorch with the matrix (of a product: its two factors) decoded in this call: see
     `set_precision`. It is differentiable in x and b; W takes no gradient.
 
-    Args:
-        spec: the code's spec, with `shape`.
-        bias: whether there is a bias [out_features], kept in `compute_dtype`.
-        name: the module's name, for error messages.
-        compute_dtype: dtype of `weight` and `bias`; follows `.to(dtype)`.
-        device: where the (uninitialised) tensors are made, `meta` for none.
+    Parameters
+    ----------
+    spec : the code's spec, with `shape`.
+    bias : whether there is a bias [out_features], kept in `compute_dtype`.
+    name : the module's name, for error messages.
+    compute_dtype : dtype of `weight` and `bias`; follows `.to(dtype)`.
+    device : where the (uninitialised) tensors are made, `meta` for none.
 
-    Raises:
-        CheckpointError: the spec is wrong.
+    Raises
+    ------
+    CheckpointError
+        the spec is wrong.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
@@ -396,8 +400,10 @@ def set_precision(model: nn.Module, precision: str) -> None:
     Products that are differentiated are never the operators'; in a layer that is compiled or exported (see `prepare`),
     all others are.
 
-    Raises:
-        ValueError: there is no such precision.
+    Raises
+    ------
+    ValueError
+        there is no such precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")

@@ -41,14 +41,17 @@ def replace_layers(
 ) -> Placed:
     """Replace every module that `specs` names.
 
-    Args:
-        model: a `PreTrainedModel`, usually on the meta device.
-        specs: module name in the checkpoint -> code spec with `shape`.
-        rename: checkpoint name -> name in this model class.
-        parts: see `install_experts`.
+    Parameters
+    ----------
+    model : a `PreTrainedModel`, usually on the meta device.
+    specs : module name in the checkpoint -> code spec with `shape`.
+    rename : checkpoint name -> name in this model class.
+    parts : see `install_experts`.
 
-    Raises:
-        CheckpointError: a module is missing, has no matrix, is tied, or has another shape; a code is unknown.
+    Raises
+    ------
+    CheckpointError
+        a module is missing, has no matrix, is tied, or has another shape; a code is unknown.
     """
     modules = dict(model.named_modules())
     experts: dict[str, list[tuple[str, ExpertName, dict[str, Any]]]] = {}
@@ -80,8 +83,10 @@ def give_biases(model: Any, names: Iterable[str], rename: Callable[[str], str] =
     """Biases, to be loaded, for plain linear modules that the compression gave one; their names as this model saves
     them. Modules of another head are left out, as in `replace_layers`.
 
-    Raises:
-        CheckpointError: a module is missing or no linear layer.
+    Raises
+    ------
+    CheckpointError
+        a module is missing or no linear layer.
     """
     modules = dict(model.named_modules())
     given = []

@@ -62,8 +62,10 @@ def check_complete(checkpoint: Checkpoint) -> Verdict:
     Only headers are read. For families whose file lists all tensors nobody is asked; else the model is built without
     weights by the installed transformers.
 
-    Raises:
-        CheckpointError: tensors are missing, of other shapes, or of another kind, by name.
+    Raises
+    ------
+    CheckpointError
+        tensors are missing, of other shapes, or of another kind, by name.
     """
     refuse_impossible_depth(checkpoint)
     refuse_other_kinds(checkpoint, checkpoint.quantization_config is not None)

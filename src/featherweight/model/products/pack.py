@@ -118,13 +118,14 @@ class Term:
 class PackedLinear:
     """A linear layer as the native library takes it; keeps the memory that its structs point to.
 
-    Attributes:
-        address: address of the fw_linear struct; 0 where no term is the native library's.
-        rows, cols: out_features, in_features.
-        terms: the summands.
-        products: those of them that are two layers in a row. A layer that has any is not the native library's alone.
-        bias: float32 [out], or None.
-        note: why something was decoded to a dense operand, else empty.
+    Attributes
+    ----------
+    address : address of the fw_linear struct; 0 where no term is the native library's.
+    rows, cols : out_features, in_features.
+    terms : the summands.
+    products : those of them that are two layers in a row. A layer that has any is not the native library's alone.
+    bias : float32 [out], or None.
+    note : why something was decoded to a dense operand, else empty.
     """
 
     device_type = "cpu"
@@ -221,16 +222,20 @@ def pack_linear(
 ) -> PackedLinear:
     """Pack a stored code of any kind.
 
-    Args:
-        spec: the code's spec, with `shape`.
-        tensors: its stored tensors.
-        bias: [out], any float dtype.
-        layout: "auto", or a name in `source.LAYOUTS` for the operand of a code that is one.
-        segment: columns with one scale of the quantised input; 0 for the library's choice.
+    Parameters
+    ----------
+    spec : the code's spec, with `shape`.
+    tensors : its stored tensors.
+    bias : [out], any float dtype.
+    layout : "auto", or a name in `source.LAYOUTS` for the operand of a code that is one.
+    segment : columns with one scale of the quantised input; 0 for the library's choice.
 
-    Raises:
-        ValueError: the code is damaged, or it has no such layout.
-        FeatherError: there is no native library.
+    Raises
+    ------
+    ValueError
+        the code is damaged, or it has no such layout.
+    FeatherError
+        there is no native library.
     """
     stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     return pack_code(code_from(spec, stored), bias, layout, segment=segment, threads=threads)

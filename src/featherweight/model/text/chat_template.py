@@ -59,8 +59,10 @@ class ChatTemplate:
     def render(self, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
         """The text of a conversation; with `answer`, as the prompt for the next one.
 
-        Raises:
-            FeatherError: the template refuses the conversation, is no program, or does not come to an end.
+        Raises
+        ------
+        FeatherError
+            the template refuses the conversation, is no program, or does not come to an end.
         """
         try:
             import jinja2  # noqa: F401  (what follows needs it)

@@ -34,8 +34,10 @@ FLAGS = ("lstrip", "rstrip", "single_word")
 def plain_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]] | None:
     """A `tokenizers.Tokenizer` and the settings, or None where transformers is to be asked.
 
-    Raises:
-        CheckpointError: a file is damaged.
+    Raises
+    ------
+    CheckpointError
+        a file is damaged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file() or any((folder / name).exists() for name in OTHER_FILES):

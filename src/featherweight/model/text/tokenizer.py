@@ -36,10 +36,11 @@ class Template(Protocol):
 class Tokenizer:
     """The tokenizer of a model.
 
-    Attributes:
-        chat_template: how a conversation becomes a text, or None.
-        source: the tokenizer of transformers, or of the tokenizers library.
-        direct: whether it works without transformers.
+    Attributes
+    ----------
+    chat_template : how a conversation becomes a text, or None.
+    source : the tokenizer of transformers, or of the tokenizers library.
+    direct : whether it works without transformers.
     """
 
     def __init__(self, source: Any, settings: dict[str, Any] | None, chat_template: Template | None) -> None:

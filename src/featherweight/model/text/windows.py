@@ -71,14 +71,17 @@ def windows(
     Each begins and ends with the special tokens that the tokenizer puts around a text by itself. Windows for encoders
     begin at the beginning of a sentence.
 
-    Args:
-        tokenizer: of transformers, or a `featherweight.model.text.tokenizer.Tokenizer`.
-        source: see `featherweight.model.text.sources`.
-        context: most tokens the model can take, see `context_of`; longer windows are cut to it.
-        notify: called when there is less text than wanted.
+    Parameters
+    ----------
+    tokenizer : of transformers, or a `featherweight.model.text.tokenizer.Tokenizer`.
+    source : see `featherweight.model.text.sources`.
+    context : most tokens the model can take, see `context_of`; longer windows are cut to it.
+    notify : called when there is less text than wanted.
 
-    Raises:
-        CalibrationError: the source cannot be read, or has text for fewer than 4 windows.
+    Raises
+    ------
+    CalibrationError
+        the source cannot be read, or has text for fewer than 4 windows.
     """
     tokenizer = Tokenizer.of(tokenizer)
     settings = settings or Wanted()

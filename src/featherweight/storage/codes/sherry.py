@@ -133,8 +133,10 @@ class Sherry(Code):
     def stq1_0_blocks(self) -> Tensor:
         """The matrix in llama.cpp's proposed type STQ1_0: uint8 [blocks, 42], patterns, signs, fp16 scale a block.
 
-        Raises:
-            ValueError: the lanes, groups, columns or scales are not those of STQ1_0.
+        Raises
+        ------
+        ValueError
+            the lanes, groups, columns or scales are not those of STQ1_0.
         """
         spans = (self.lane_stride, self.group_size, self.shape[1] % STQ1_0_SPAN, self.scales.dtype)
         if spans != (16, STQ1_0_SPAN, 0, torch.float16):

@@ -99,14 +99,15 @@ class Layout:
 class GpuOperand:
     """One term of a weight matrix, packed once at load.
 
-    Attributes:
-        kind: the kind of code it was made from.
-        scheme: one of FIELDS, DIGITS, TABLE, QUARTETS, DENSE, LOW_RANK, SPARSE.
-        shape: (out_features, in_features).
-        tensors: packed: `codes`, `scales`, and where present `zeros`, `tables`, `signs`; dense: `weight`;
-            low-rank: `left` [rank, rows], `right` [rank, in]; sparse: `starts`, `columns`, `values`.
-        layout: how packed weights lie, None for the other schemes.
-        steps: what happens to the input first.
+    Attributes
+    ----------
+    kind : the kind of code it was made from.
+    scheme : one of FIELDS, DIGITS, TABLE, QUARTETS, DENSE, LOW_RANK, SPARSE.
+    shape : (out_features, in_features).
+    tensors : packed: `codes`, `scales`, and where present `zeros`, `tables`, `signs`; dense: `weight`;
+        low-rank: `left` [rank, rows], `right` [rank, in]; sparse: `starts`, `columns`, `values`.
+    layout : how packed weights lie, None for the other schemes.
+    steps : what happens to the input first.
     """
 
     kind: str

@@ -33,18 +33,22 @@ def linear(
 ) -> Tensor:
     """x W^T + bias, W being the sum of the operands.
 
-    Args:
-        x: [..., in] float16, bfloat16 or float32, on the operands' device.
-        operands: terms of W (`pack_terms`), of one shape; at least one.
-        bias: [out] or None.
-        precision: "float": activations as they are, sums in float32. "int8": activations rounded to 8 bits per token
-            and group where the operand has such a path (`GpuOperand.int8_ready`); other terms stay "float".
+    Parameters
+    ----------
+    x : [..., in] float16, bfloat16 or float32, on the operands' device.
+    operands : terms of W (`pack_terms`), of one shape; at least one.
+    bias : [out] or None.
+    precision : "float": activations as they are, sums in float32. "int8": activations rounded to 8 bits per token
+        and group where the operand has such a path (`GpuOperand.int8_ready`); other terms stay "float".
 
-    Returns:
-        [..., out] in the dtype of x.
+    Returns
+    -------
+    [..., out] in the dtype of x.
 
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    Raises
+    ------
+    ValueError
+        shapes, dtypes or devices do not fit.
     """
     _check(x, operands, bias, precision)
     rows, cols = operands[0].shape

@@ -47,13 +47,16 @@ LARGEST = 1 << 31  # kernels count in 32 bits within an operand
 def pack_for_gpu(spec: dict[str, Any], tensors: dict[str, Tensor], packing: GpuPacking = "base3") -> GpuOperand:
     """The operand of a code that is one term: no sum.
 
-    Args:
-        spec, tensors: those of a `Code`, as stored.
-        packing: of trits, whatever they are stored in: "base3" 1.6 bits each, fewer bytes; "2bit" is decoded with
-            fewer instructions, for GPUs whose arithmetic and not their memory is the limit, and has an int8 path.
+    Parameters
+    ----------
+    spec, tensors : those of a `Code`, as stored.
+    packing : of trits, whatever they are stored in: "base3" 1.6 bits each, fewer bytes; "2bit" is decoded with
+        fewer instructions, for GPUs whose arithmetic and not their memory is the limit, and has an int8 path.
 
-    Raises:
-        ValueError: the code is invalid, a sum (see `pack_terms`), too large, or of a kind that has no kernel.
+    Raises
+    ------
+    ValueError
+        the code is invalid, a sum (see `pack_terms`), too large, or of a kind that has no kernel.
     """
     operands = pack_terms(spec, tensors, packing)
     if len(operands) != 1:
