@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
-from featherweight.events import Observer
+from featherweight.events import Observer, silent
+from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded
 from featherweight.methods.calibrate.session import EXPERT_NUMBER, BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
@@ -34,12 +35,6 @@ from featherweight.model.network.skeleton import Skeleton
 from featherweight.model.network.streams import Capture, capture_first, hidden_of
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-
-ATTENTION_BYTES = 256 << 20  # attention probabilities of one batch, where they can only be had whole
-
-
-def _silent(event: dict[str, Any]) -> None:
-    pass
 
 
 class Calibration:
@@ -75,7 +70,7 @@ class Calibration:
         self.batches_seen = len(self.batches) if batches_seen is None else batches_seen
         self.masks, self.ids, self.length, self.head = masks, ids, length, head
         self.whole, self.traced = whole, traced
-        self.notify = notify or _silent
+        self.notify = notify or silent
         self.two_streams = settings.stream == "quantized" and bool(self.needs & {"cross", "targets"})
         self.keeps_originals = self.two_streams or settings.stream == "original"
         self.stoppable = not whole
@@ -112,17 +107,17 @@ class Calibration:
         device : where blocks run; the streams stay in main memory.
         """
         settings = settings or CalibrationSettings()
-        windows, attention_mask = _expanded(windows, attention_mask, settings)
+        windows, attention_mask = expanded(windows, attention_mask, settings)
         dtype = settings.torch_dtype(notify)
         host = Skeleton(checkpoint, anatomy, dtype, device)
         plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
         if plain:  # its probabilities can only be had whole
             host = Skeleton(checkpoint, anatomy, dtype, device, "eager")
-        _check_ids(windows, host)
+        check_ids(windows, host)
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
-        size = _batch_size(windows, settings, host if plain else None)
-        bounds = _bounds(len(windows), held_out, size)
+        size = batch_size(windows, settings, host if plain else None)
+        bounds = batch_bounds(len(windows), held_out, size)
         masks = None if attention_mask is None else [attention_mask[a:b].bool() for a, b in bounds]
         batches = [
             {"input_ids": windows[a:b]} | ({} if attention_mask is None else {"attention_mask": attention_mask[a:b]})
@@ -183,7 +178,7 @@ class Calibration:
         held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
         host = ModuleHost(module, forward, batches[0], blocks, convolutions)
         for name, reason in host.unmeasured.items():
-            (notify or _silent)({"event": "unmeasured", "layer": name, "reason": reason})
+            (notify or silent)({"event": "unmeasured", "layer": name, "reason": reason})
         return cls(
             host,
             lambda batch: forward(module, batch),
@@ -220,7 +215,7 @@ class Calibration:
             the windows are no token ids, or attention is wanted as weights and cannot be had.
         """
         settings = settings or CalibrationSettings()
-        windows, _ = _expanded(windows, None, settings)
+        windows, _ = expanded(windows, None, settings)
         if settings.token_weights == "attention" and not in_query_blocks(model):
             raise CalibrationError(
                 f"calibration.token_weights is 'attention', which {type(model).__name__} does not give; use 'first', "
@@ -228,7 +223,7 @@ class Calibration:
             )
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
-        bounds = _bounds(len(windows), held_out, _batch_size(windows, settings, None))
+        bounds = batch_bounds(len(windows), held_out, batch_size(windows, settings, None))
         batches = [{"input_ids": windows[a:b]} for a, b in bounds]
 
         def forward(module: nn.Module, batch: dict[str, Tensor]) -> Any:
@@ -412,42 +407,3 @@ class Calibration:
         session.effective_tokens = effective
         self.notify({"event": "token weights", "block": session.index, "effective_tokens": effective, "tokens": total})
         return weights
-
-
-def _expanded(windows: Tensor, mask: Tensor | None, settings: CalibrationSettings) -> tuple[Tensor, Tensor | None]:
-    """RSQ's dataset expansion: every window rolled cyclically, so that tokens are seen at several positions."""
-    if windows.dim() != 2 or 0 in windows.shape or windows.is_floating_point():
-        raise CalibrationError(
-            f"windows must be token ids [sequences, length], not {windows.dtype} {list(windows.shape)}"
-        )
-    times = settings.expansion
-    if times == 1:
-        return windows, mask
-    steps = [i * windows.shape[1] // times for i in range(times)]
-    rolled = torch.stack([windows.roll(step, 1) for step in steps], 1).flatten(0, 1)
-    return rolled, None if mask is None else torch.stack([mask.roll(step, 1) for step in steps], 1).flatten(0, 1)
-
-
-def _check_ids(windows: Tensor, host: Skeleton) -> None:
-    rows = host.model.get_input_embeddings().weight.shape[0]
-    if int(windows.min()) < 0 or int(windows.max()) >= rows:
-        raise CalibrationError(
-            f"the calibration windows hold token {int(windows.max())}, but the model has {rows} tokens: "
-            "they were made with another tokenizer"
-        )
-
-
-def _batch_size(windows: Tensor, settings: CalibrationSettings, attends: Skeleton | None) -> int:
-    length = windows.shape[1]
-    size = max(1, settings.batch_tokens // length)
-    if attends is not None:
-        heads = int(getattr(attends.model.config.get_text_config(), "num_attention_heads", 1) or 1)
-        size = min(size, max(1, ATTENTION_BYTES // (4 * heads * length * length)))
-    return size
-
-
-def _bounds(count: int, held_out: int, size: int) -> list[tuple[int, int]]:
-    """First and last sequence of every batch; no batch holds both seen and held-out ones."""
-    seen = count - held_out
-    parts = ((0, seen), (seen, count))
-    return [(a, min(a + size, stop)) for start, stop in parts for a in range(start, stop, size)]
