@@ -75,7 +75,14 @@ def bare_index(files: Files) -> None:
     files.put_json(INDEX, {"weight_map": files.object(INDEX)["weight_map"]})
 
 
+def strange_attention(files: Files) -> None:
+    """Tensors that only transformers' loader can place, and a way to compute attention that it does not know."""
+    config(_attn_implementation="nonsense")(files)
+    rename(lambda name: name.removeprefix("model."), 2)(files)
+
+
 LOADED: Sequence[tuple[str, str, Change]] = (
+    ("an attention nobody knows", "qwen2-tied", strange_attention),
     ("an index with ./", "llama-untied", dotted_index),
     ("an index without metadata", "qwen2-tied", bare_index),
     ("an empty template", "llama-untied", lambda files: files.content.update({"chat_template.jinja": b""})),

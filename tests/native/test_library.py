@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -87,3 +88,16 @@ def test_forked_process_can_solve(native: library.NativeLibrary) -> None:
     source = str(Path(featherweight.native.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "FEATHERWEIGHT_NATIVE": str(native.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+
+
+def test_the_library_is_looked_for_where_the_build_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An editable install has it under site-packages, and not beside the Python files."""
+    build = (Path(__file__).parents[2] / "CMakeLists.txt").read_text("utf-8")
+    destination = re.search(r"install\(TARGETS featherweight_native LIBRARY DESTINATION ([\w/]+)\)", build)
+    assert destination is not None
+    place = tmp_path / "site-packages" / destination[1] / library.FILE_NAME
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "source" / "library.py"))
+    monkeypatch.setattr(library.sysconfig, "get_path", lambda key: str(tmp_path / "site-packages"))
+    assert library._installed() == place

@@ -343,7 +343,7 @@ def _trusted(native: NativeLibrary, isa: str) -> bool:
 def _installed() -> Path | None:
     """Beside this file, or, for an editable install, in the package's place under site-packages."""
     places = [Path(__file__).parent]
-    places += [Path(sysconfig.get_path(key)) / "featherweight" / "kernels" for key in ("platlib", "purelib")]
+    places += [Path(sysconfig.get_path(key)) / "featherweight" / "native" for key in ("platlib", "purelib")]
     return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
 
 
