@@ -6,12 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import networks as n
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+import networks as n
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.statistics_file import StatisticsFile, load_statistics, save_statistics

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import networks as n
 import pytest
 import torch
+
+import networks as n
 
 FAMILIES = ["llama", "gpt2", "bert", "mixtral", "qwen3-moe", "qwen2-moe", "opt", "gemma2", "gpt-neox"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import networks as n
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import networks as n
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.accumulate import Accumulator
 from featherweight.methods.calibrate.session import BlockSession

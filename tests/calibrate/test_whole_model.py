@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import networks as n
 import pytest
 import torch
 from torch import nn
+
+import networks as n
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import networks as n
 import pytest
 import torch
 from torch import Tensor
 
+import networks as n
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.session import BlockSession
 
