@@ -8,7 +8,7 @@ THREADS ?= 2
 COUNT ?= 40
 WORKERS ?= 2
 
-.PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
+.PHONY: demo test test-long check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -35,9 +35,13 @@ $(VENV)/.triton: $(STAMP)
 test: $(STAMP) $(VENV)/.triton
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# In a minute and a half: lint, then the tests of what has changed, as far as they go in a minute.
+# Those besides that take a minute or more each.
+test-long: $(STAMP) $(VENV)/.triton
+	FEATHERWEIGHT_LONG_TESTS=1 $(BIN)/python -m pytest -m long
+
+# In a minute and a half: lint, then the tests of what has changed, as far as they go in three quarters of a minute.
 check: lint
-	FEATHERWEIGHT_TEST_SECONDS=60 $(BIN)/python -m pytest -q -x -m 'not slow' $$($(BIN)/python scripts/changed_tests.py)
+	FEATHERWEIGHT_TEST_SECONDS=45 $(BIN)/python -m pytest -q -x -m 'not slow' $$($(BIN)/python scripts/changed_tests.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
