@@ -22,13 +22,17 @@ def methods_page() -> str:
         "4096 x 4096 matrix, everything stored counted. The cost is what no machine changes: how much of the network",
         "is in memory at once, how many tokens run through it, and how many forwards and backwards in trainings (of",
         "each block, or of the whole model). `feather plan` measures seconds on a model; results.md has those on the",
-        "bundled one.",
+        "bundled one. Token embedding and output layer are kept by the presets of papers, as in the papers; with",
+        "`--set embedding=6bit head=6bit` any recipe compresses them (or `same`, or a grid of their own), with `keep`",
+        "ours keep them. Where the two are tied, they stay one matrix, and either field counts for it.",
         "",
-        "| preset | transform | grid | rounding | correction | allocation | needs | bits | cost | paper |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| preset | transform | grid | rounding | correction | allocation | embedding, head | needs | bits | cost "
+        "| paper |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in presets:
-        cells = [f"`{row['preset']}`", *(row[k] for k in ("transform", "grid", "rounding", "correction", "allocation"))]
+        columns = ("transform", "grid", "rounding", "correction", "allocation", "outside")
+        cells = [f"`{row['preset']}`", *(row[k] for k in columns)]
         lines.append(
             "| " + " | ".join([*cells, row["needs"], f"{row['bits']:.3f}", cost_text(row), row["paper"]]) + " |"
         )

@@ -181,9 +181,9 @@ def test_head_of_an_untied_model(tiny: Any, tmp_path: Path) -> None:
     assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-def test_head_of_a_tied_model_is_refused(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="layers.head is set, but the head of this model is tied"):
-        compress(tiny("llama", tie_word_embeddings=True), "rtn-4", tmp_path / "out", changes=["layers.head=true"])
+def test_head_of_a_model_without_one_is_refused(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="layers.head is set, but this model has no output layer"):
+        compress(tiny("llama", model_class="LlamaModel"), "rtn-4", tmp_path / "out", changes=["layers.head=true"])
 
 
 def test_skipped_layers_are_copied(tiny: Any, tmp_path: Path) -> None:

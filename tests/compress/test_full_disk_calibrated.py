@@ -69,5 +69,5 @@ def test_a_disk_that_fills_up(
     unsaved = [event for event in log_events(out) if "cannot be saved" in event.get("text", "")]
     assert bool(unsaved) == (name != "gptq")
     resize(disk, 30_000)
-    assert compress(model, out=out, threads=1, **RUNS[name]).resumed == 14
+    assert compress(model, out=out, threads=1, **RUNS[name]).resumed == (16 if name == "tuned" else 14)
     assert_only_output(out, contents(tmp_path / "expected"))

@@ -152,6 +152,7 @@ def run_compress(
                 ("recipe", result.recipe["name"]),
                 ("bits per weight, compressed layers", f"{result.bits_per_weight:.3f}"),
                 ("bits per weight, all linear layers", f"{result.bits_per_weight_linear:.3f}"),
+                *_outside_bits(result.bits_per_weight_outside),
                 ("bits per weight, whole model", f"{result.bits_per_weight_model:.3f}"),
                 ("size", size_text(result.bytes)),
                 ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
@@ -208,6 +209,7 @@ def run_plan(
                     "bits per weight",
                     f"{summary['bits_per_weight']:.3f} ({summary['bits_per_weight_model']:.3f} whole model)",
                 ),
+                *_outside_bits(summary["bits_per_weight_outside"]),
                 ("size", _planned_size(summary)),
                 ("disk while working", size_text(summary["disk_bytes"])),
                 ("memory", _memory_text(summary["memory_bytes"])),
@@ -423,3 +425,8 @@ def run_calibrate(
     size = written.stat().st_size
     write_json(json, {"file": str(written), "bytes": size, "needs": needs})
     out_console().print(facts([("statistics", str(written)), ("size", size_text(size))]))
+
+
+def _outside_bits(bits: float | None) -> list[tuple[str, str]]:
+    """The row about embedding and output layer, where they are compressed."""
+    return [] if bits is None else [("bits per weight, embedding and output layer", f"{bits:.3f}")]

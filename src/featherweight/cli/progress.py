@@ -92,10 +92,15 @@ class Watcher:
         self._say(
             f"{event['recipe']} on {event['family']}, {event['blocks']} blocks, {count_text(event['parameters'])} "
             f"parameters: {event['layers']} layers ({count_text(event['weights'])} weights) to "
-            f"{event['bits_per_weight']:.3f} bits; {others}; "
+            f"{event['bits_per_weight']:.3f} bits{self._outside(event)}; {others}; "
             f"{size_text(event['source_bytes'])} become {size_text(event['output_bytes'])}"
         )
         self.bar.update(self.task, total=event["weights"], what="compressing")
+
+    @staticmethod
+    def _outside(event: dict[str, Any]) -> str:
+        bits = event.get("bits_per_weight_outside")
+        return "" if bits is None else f", embedding and output layer to {bits:.3f}"
 
     def _layer(self, event: dict[str, Any]) -> None:
         self.rows.append(event)

@@ -128,6 +128,9 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         rename, parts = conversions(model)
         placed = replace_layers(model, self.quantization_config.specs, rename, parts)
         self._expert_paths = placed.expert_paths
+        if not LOADS_BY_CONVERSION:  # 4.x initialises weights of modules without asking the weights themselves
+            for _, module in coded_modules(model):
+                module._is_hf_initialized = True
         self.quantization_config.keep_biases(give_biases(model, self.quantization_config.biases, rename))
         if kwargs.get("checkpoint_files"):  # 5.x; 4.x does not say
             check_files(kwargs["checkpoint_files"], model, rename)
@@ -152,6 +155,8 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], *_: Any) -> list[str]:
         stored = set(stored_names(model))
+        tied = [re.compile(pattern) for pattern in getattr(model, "_tied_weights_keys", None) or ()]
+        missing_keys = [key for key in missing_keys if not any(pattern.search(key) for pattern in tied)]
         lost = [key for key in missing_keys if key in stored or of_base(model, key)]
         if lost:
             raise missing_tensors(lost)
@@ -199,7 +204,7 @@ class FeatherQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
         kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-        coded = {f"{name}." for name, module in model.named_modules() if isinstance(module, CodedModule)}
+        coded = {f"{name}." for name, _ in coded_modules(model)}
         for name, parameter in model.named_parameters():
             dtype = self._built_dtypes.get(name, parameter.dtype)
             stored = f"{name.rpartition('.')[0]}." in coded
@@ -296,7 +301,7 @@ def check_files(files: Iterable[str], model: nn.Module, rename: Callable[[str], 
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(key)
                 found[key] = (list(view.get_shape()), view.get_dtype())
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CodedModule)]
+    layers = [(path, module) for path, module in coded_modules(model)]
     # save_original_format=False writes the model's own names instead of the checkpoint's
     names = {f"{layer.name}.{key}": f"{path}.{key}" for path, layer in layers for key in layer.state_dict()}
     lost = [name for name, own in names.items() if name not in found and own not in found]
@@ -337,7 +342,7 @@ def lacking(model: Any, found: Iterable[str], rename: Callable[[str], str]) -> l
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     there |= {source for target, source in tied.items() if target in there}
     there |= {target for target, source in tied.items() if source in there}
-    coded = {path for path, module in model.named_modules() if isinstance(module, CodedModule)}
+    coded = {path for path, _ in coded_modules(model)}
     plain = (name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in coded)
     return [name for name in plain if name not in there and not fused_later(model, name) and of_base(model, name)]
 
@@ -361,14 +366,14 @@ def weight_files(model: Any, named: Iterable[str] | None) -> list[str]:
     return [str(path) for path in sorted(Path(folder).glob("*.safetensors"))]
 
 
+def coded_modules(model: nn.Module) -> list[tuple[str, CodedModule]]:
+    """Compressed modules with tensors of their own, by path; an output layer that is tied to a code has none."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, CodedModule) and m.layout]
+
+
 def stored_names(model: nn.Module) -> list[str]:
     """Names of all tensors that belong to compressed layers."""
-    return [
-        f"{path}.{key}"
-        for path, module in model.named_modules()
-        if isinstance(module, CodedModule)
-        for key in module.state_dict()
-    ]
+    return [f"{path}.{key}" for path, module in coded_modules(model) for key in module.state_dict()]
 
 
 def missing_tensors(names: list[str]) -> CheckpointError:

@@ -33,6 +33,8 @@ from featherweight.methods.budget.base import Allocator
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.quantize.base import Choice, Correction, Grid, Rounding, Transform
 from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, with_settings
+from featherweight.methods.quantize.ends import FIELDS as ENDS
+from featherweight.methods.quantize.ends import End, EndChoices, end_treatment, ends_of, own_choices, read_end
 from featherweight.methods.quantize.treatment import Treatment, check_order, scope_of
 from featherweight.plugins import OURS, plugin_presets
 from featherweight.registry import nearest
@@ -62,7 +64,7 @@ class Selection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     include: tuple[str, ...] = Field(("*",), description="patterns of layers to compress")
     skip: tuple[str, ...] = Field((), description="patterns of layers to leave as they are")
-    head: bool = Field(False, description="also the output projection, if it is not tied to the embedding")
+    head: bool = Field(False, description="also the output layer: the same as `head: same` of the recipe")
     routers: bool = Field(False, description="also the routers of mixtures of experts")
 
 
@@ -89,7 +91,8 @@ class Override(BaseModel):
 
 
 class Recipe(BaseModel):
-    """See the module. `transforms`, `rounding`, `corrections` and `allocation` name choices on the other axes."""
+    """See the module. `transforms`, `rounding`, `corrections` and `allocation` name choices on the other axes;
+    `embedding` and `head` say what becomes of the matrices outside the blocks (methods/ends.py)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -103,6 +106,8 @@ class Recipe(BaseModel):
     corrections: tuple[SerializeAsAny[Correction], ...] = ()
     allocation: SerializeAsAny[Allocator] = Field(default_factory=lambda: choice_on("allocation", {"kind": "fixed"}))
     overrides: tuple[Override, ...] = ()
+    embedding: End = Field("keep", description="keep, same, or a grid (and rounding) of the token embedding's own")
+    head: End = Field("keep", description="keep, same, or a grid (and rounding) of the output layer's own")
     calibration: CalibrationSettings = CalibrationSettings()
 
     @field_validator("grid", "rounding", "allocation", mode="before")
@@ -115,11 +120,18 @@ class Recipe(BaseModel):
     def _several(cls, value: Any, info: Any) -> Any:
         return choices_on(info.field_name.removesuffix("s"), value, info.field_name)
 
+    @field_validator(*ENDS, mode="before")
+    @classmethod
+    def _end(cls, value: Any, info: Any) -> Any:
+        return read_end(value, info.field_name)
+
     @model_validator(mode="after")
     def _sound(self) -> Recipe:
         """Overrides and candidates are made once, so that what is wrong in them is said where the recipe is read."""
         check_order(self.transforms)
         self._overriding()
+        for field, end in self.ends.items():
+            end_treatment(end, field, self.treatment)
         self.allocation.treatments(self.treatment)
         return self
 
@@ -158,7 +170,15 @@ class Recipe(BaseModel):
     def choices(self) -> tuple[Choice, ...]:
         """What the recipe takes on the five axes, and after that what its overrides take."""
         others = [choice for changed in self._overriding() for choice in _all_choices(changed)]
+        for field, end in self.ends.items():
+            others += own_choices(end, field, self.treatment)
         return (*self.treatment.choices, self.allocation, *others)
+
+    @property
+    def ends(self) -> dict[str, End]:
+        """What `embedding` and `head` say; `layers.head` is another way to say `head: same`."""
+        same = self.layers.head and self.head == "keep"
+        return {"embedding": self.embedding, "head": "same" if same else self.head}
 
     @property
     def calibrated(self) -> bool:
@@ -173,12 +193,16 @@ class Recipe(BaseModel):
         overriding = self._overriding()
         made: dict[tuple[int | None, ...], Treatment] = {}  # layers that are alike share one object
         found = {}
+        own = self._own_treatments(anatomy)
         for layer in self._chosen(anatomy):
+            if layer.name in own:
+                found[layer.name] = own[layer.name]
+                continue
             places = self._overridden_by(layer)
             if places not in made:
-                own = {axis: getattr(self, axis) for axis in AXES}
+                usual = {axis: getattr(self, axis) for axis in AXES}
                 changed = {a: overriding[i][a] for a, i in zip(AXES, places, strict=True) if i is not None}
-                made[places] = Treatment(**{**own, **changed})
+                made[places] = Treatment(**{**usual, **changed})
             found[layer.name] = made[places]
         return found
 
@@ -188,10 +212,11 @@ class Recipe(BaseModel):
         Raises the errors of `treatments_for`.
         """
         named = {layer.name: self._overridden_by(layer)[AXES.index("grid")] for layer in self._chosen(anatomy)}
+        own = self._own_treatments(anatomy)
         alike: dict[int, tuple[Treatment, ...]] = {}
         found: dict[str, tuple[Treatment, ...]] = {}
         for name, treatment in self.treatments_for(anatomy).items():
-            if named[name] is not None:
+            if named[name] is not None or name in own:
                 found[name] = (treatment,)
                 continue
             if id(treatment) not in alike:
@@ -202,10 +227,10 @@ class Recipe(BaseModel):
     def _chosen(self, anatomy: Anatomy) -> list[LinearLayer]:
         """The layers that are compressed."""
         candidates = [layer for layer in anatomy.layers if self.layers.routers or layer.kind != "router"]
-        if self.layers.head:
-            if anatomy.head is None:
-                raise RecipeError("layers.head is set, but the head of this model is tied to its embedding; unset it")
-            candidates.append(anatomy.head)
+        candidates += [layer for layer, _ in ends_of(anatomy, self.ends, self.name)]
+        if self.layers.head and anatomy.head is None and anatomy.tied_head is None:
+            raise RecipeError("layers.head is set, but this model has no output layer; unset it")
+        own = self._own_treatments(anatomy)
         fields = {"layers.include": self.layers.include, "layers.skip": self.layers.skip}
         fields["overrides.match"] = tuple(o.match for o in self.overrides)
         for field, patterns in fields.items():
@@ -219,12 +244,25 @@ class Recipe(BaseModel):
         chosen = [
             layer
             for layer in candidates
-            if any(_matches(p, layer) for p in self.layers.include)
-            and not any(_matches(p, layer) for p in self.layers.skip)
+            if layer.name in own
+            or (
+                any(_matches(p, layer) for p in self.layers.include)
+                and not any(_matches(p, layer) for p in self.layers.skip)
+            )
         ]
         if not chosen:
             raise RecipeError(f"recipe {self.name}: layers.include and layers.skip leave no layer to compress")
         return chosen
+
+    def _own_treatments(self, anatomy: Anatomy) -> dict[str, Treatment]:
+        """Of matrices outside the blocks that have choices of their own, by layer."""
+        found = {}
+        for layer, field in ends_of(anatomy, self.ends, self.name):
+            end = self.ends[field]
+            treatment = end_treatment(end, field, self.treatment) if isinstance(end, EndChoices) else None
+            if treatment is not None:
+                found[layer.name] = treatment
+        return found
 
     def _overridden_by(self, layer: LinearLayer) -> tuple[int | None, ...]:
         """For each of the AXES, which override counts for the layer; None where none does."""

@@ -45,6 +45,7 @@ class Feed(Protocol):
     two_streams: bool
     keeps_originals: bool
     stoppable: bool
+    spare_bytes: int
     notify: Observer
 
     def forward(self, batch: Any, /) -> Any:

@@ -30,11 +30,16 @@ from featherweight.methods.calibrate.whole import WholeModel
 from featherweight.model.network.host import Host
 from featherweight.model.network.module import ModuleHost
 from featherweight.model.network.observe import InputRecorder, Probe
+from featherweight.model.network.overrides import overridden
 from featherweight.model.network.query_blocks import in_query_blocks
 from featherweight.model.network.skeleton import Skeleton
 from featherweight.model.network.streams import Capture, capture_first, hidden_of
-from featherweight.storage.checkpoint.anatomy import Anatomy
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.system.memory import available_bytes
+
+SPARE_SHARE = 4
+"""The part of the free memory that is one over this may be filled with what passes would compute again."""
 
 
 class Calibration:
@@ -46,6 +51,8 @@ class Calibration:
     hidden : hidden states in front of the present block, one [B, T, hidden] a batch, of the measured stream
     original_hidden : the same of the full-precision stream; the same list as `hidden` while they do not differ
     batches_seen : the batches before this number are for methods, the others are held out
+    spare_bytes : memory that passes over a block may fill with what they would compute again
+    embeddings : what embeddings decode to, by layer, with which the measured stream begins; set it before `blocks`
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class Calibration:
         self.stoppable = not whole
         self.hidden: list[Any] = []
         self.original_hidden: list[Any] = []
+        self.embeddings: dict[str, Tensor] = {}
+        self.spare_bytes = available_bytes() // SPARE_SHARE
         self.capture: Capture | None = None
         self._scores: Tensor | None = None
         self._fisher: dict[str, Tensor] = {}
@@ -93,6 +102,7 @@ class Calibration:
         *,
         attention_mask: Tensor | None = None,
         head: bool = False,
+        outside: Collection[str] = (),
         device: torch.device | str = "cpu",
         notify: Observer | None = None,
     ) -> Calibration:
@@ -103,16 +113,19 @@ class Calibration:
         windows : token ids int64 [sequences, length], see `featherweight.model.text.windows.windows`.
         needs : the statistics that will be gathered, and "targets" if outputs of original blocks are wanted.
         attention_mask : [sequences, length], 0 for padding, which leaves no trace in statistics.
-        head : a last session holds the output layer, unless it is tied.
+        head : a last session holds the output layer; where that is tied, the embedding as the layer that it is there.
+        outside : names of matrices outside the blocks that are going to be changed.
         device : where blocks run; the streams stay in main memory.
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = expanded(windows, attention_mask, settings)
         dtype = settings.torch_dtype(notify)
-        host = Skeleton(checkpoint, anatomy, dtype, device)
+        last = _last_layer(anatomy) if head else None
+        outside = {*outside, last.name} if last else set(outside)
+        host = Skeleton(checkpoint, anatomy, dtype, device, outside=outside)
         plain = settings.token_weights == "attention" and not in_query_blocks(host.model)
         if plain:  # its probabilities can only be had whole
-            host = Skeleton(checkpoint, anatomy, dtype, device, "eager")
+            host = Skeleton(checkpoint, anatomy, dtype, device, "eager", outside)
         check_ids(windows, host)
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
@@ -137,7 +150,7 @@ class Calibration:
             masks=masks,
             ids=windows,
             length=windows.shape[1],
-            head=anatomy.head.name if head and anatomy.head else None,
+            head=last.name if last else None,
             traced=anatomy.family != "structure",
             notify=notify,
         )
@@ -274,7 +287,9 @@ class Calibration:
                 yield session
             session.advance()
         if self.head:
-            yield BlockSession(self, len(self.host.blocks), self.host.model, [self.host.layers[self.head]])
+            session = BlockSession(self, len(self.host.blocks), self.host.model, [self.host.layers[self.head]])
+            yield session
+            session.advance()
 
     def _start(self) -> None:
         """Find the hidden states in front of the first block, and the Fisher information if it is needed."""
@@ -286,11 +301,16 @@ class Calibration:
             self.original_hidden = self.hidden
             return
         self.capture = Capture(self.forward, self.host.blocks, self._in_tuple())
-        self.hidden = []
+        self.hidden, originals = [], list[Any]()
         for index, batch in enumerate(self.batches):
-            self.hidden.append(self.capture.add(batch).to("cpu", copy=True))
+            hidden = self.capture.add(batch).to("cpu", copy=True)
+            if self.embeddings and self.settings.stream == "quantized":
+                originals += [hidden] if self.two_streams else []
+                with overridden(self.host, self.embeddings):
+                    hidden = capture_first(self.forward, self.host.blocks[0], batch)[0].detach().to("cpu", copy=True)
+            self.hidden.append(hidden)
             self.notify({"event": "embedded", "batch": index + 1, "batches": len(self.batches)})
-        self.original_hidden = self.hidden
+        self.original_hidden = originals or self.hidden
 
     def _in_tuple(self) -> bool:
         """Whether a block gives a tuple, tried on the first block and the first batch."""
@@ -340,7 +360,7 @@ class Calibration:
 
     def _replace(self, session: BlockSession, hidden: list[Any]) -> None:
         for index in range(len(hidden)):
-            hidden[index] = self.call(session.index, hidden[index], index).detach().to("cpu")
+            hidden[index] = session.run(hidden[index], index).detach().to("cpu")
 
     def whole_model(self) -> WholeModel:
         """All blocks in memory; a context manager. Use it before `blocks`, or instead."""
@@ -407,3 +427,8 @@ class Calibration:
         session.effective_tokens = effective
         self.notify({"event": "token weights", "block": session.index, "effective_tokens": effective, "tokens": total})
         return weights
+
+
+def _last_layer(anatomy: Anatomy) -> LinearLayer | None:
+    """The output layer; the token embedding where that is its weight."""
+    return anatomy.embedding if anatomy.head is None and anatomy.tied_head is not None else anatomy.head

@@ -16,7 +16,9 @@ from featherweight.methods.calibrate.feed import Feed
 from featherweight.methods.calibrate.statistics import gathered_names, known_statistics
 from featherweight.model.network.host import parameter_of
 from featherweight.model.network.observe import InputRecorder, Probe, Seen
+from featherweight.model.network.overrides import overridden
 from featherweight.model.network.placement import Slot
+from featherweight.model.network.replay import PRESENT, Replay
 from featherweight.model.network.streams import Captured
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 
@@ -41,7 +43,8 @@ class BlockSession:
     changed : tensors given to `set_tensor`, by name
     starved : layers whose last gathered statistics are of too few tokens -> tokens
     non_finite : layers into which NaN or infinity went -> where that began
-    remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it
+    remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it. It is
+        for the head, which nobody loads again: advancing gives it back what it had
     """
 
     def __init__(self, calibration: Feed, index: int, module: nn.Module, layers: Sequence[LinearLayer]) -> None:
@@ -55,12 +58,15 @@ class BlockSession:
         self.starved: dict[str, int] = {}
         self.non_finite: dict[str, dict[str, Any]] = {}
         self.effective_tokens: float | None = None
-        self.remembers = False
+        self.remembers = index >= len(self.host.blocks)
         self._originals: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._targets: list[Tensor] | None = None
         self._weights: Sequence[Tensor] | None = None
         self._advanced = False
+        self._replay: Replay | None = None
+        self._borrowed = 0  # how many overrides are in force
+        self._showing_original = False
 
     @property
     def device(self) -> torch.device:
@@ -98,11 +104,7 @@ class BlockSession:
 
     def _set(self, slot: Slot, value: Tensor) -> None:
         self._before_change()
-        data = parameter_of(self.host, slot.parameter)
-        if self.calibration.keeps_originals and slot.parameter not in self._originals:
-            self._originals[slot.parameter] = data.clone()
-        if self.remembers and slot.parameter not in self._loaded:
-            self._loaded[slot.parameter] = data.clone()
+        data = self._remembered(slot)
         part = slot.view(data)
         if part.shape != value.shape:
             raise ValueError(f"{slot.parameter} takes {list(part.shape)}, not {list(value.shape)}")
@@ -114,16 +116,17 @@ class BlockSession:
 
         Tensors of the checkpoint may be given by name too.
         """
-        with contextlib.ExitStack() as stack:
-            for path, value in override_values(self.host, weights).items():
-                for module, leaf in self.host.owners(path):
-                    stack.callback(module._parameters.__setitem__, leaf, module._parameters[leaf])
-                    module._parameters[leaf] = value  # type: ignore[assignment]  # any tensor will do
-            yield
+        self._borrowed += 1
+        try:
+            with overridden(self.host, weights):
+                yield
+        finally:
+            self._borrowed -= 1
 
     def rebase(self) -> None:
         """Take the present weights for the original ones: a transform has changed them, but not the function."""
         self._originals = {}
+        self._forget()
 
     def restore(self) -> None:
         """Make the block what it was before anything was set; `remembers` must have been true since."""
@@ -131,6 +134,7 @@ class BlockSession:
             parameter_of(self.host, path).copy_(value)
         self.changed.clear()
         self._originals = {}
+        self._forget()
 
     @property
     def differs(self) -> bool:
@@ -142,9 +146,11 @@ class BlockSession:
         """Within, the block computes with the original weights."""
         now = {path: parameter_of(self.host, path) for path in self._originals}
         self._put(self._originals)
+        before, self._showing_original = self._showing_original, True
         try:
             yield
         finally:
+            self._showing_original = before
             self._put(now)
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
@@ -187,9 +193,40 @@ class BlockSession:
                 self._targets = [self._moved(hidden, i) for i, hidden in enumerate(originals)]
         return self._targets
 
-    def run(self, hidden: Any, batch_index: int) -> Tensor:
-        """The block's output for `hidden` with the arguments captured for a batch; differentiable."""
-        return self.calibration.call(self.index, hidden, batch_index)
+    def run(self, hidden: Any, batch_index: int, probed: Collection[str] = ()) -> Tensor:
+        """The block's output for `hidden` with the arguments captured for a batch; differentiable.
+
+        probed : paths of modules whose inputs somebody watches meanwhile
+        """
+        stream = None if torch.is_grad_enabled() or self._borrowed else self._stream_of(hidden, batch_index)
+        if stream is None or self.index >= len(self.host.blocks):
+            return self.calibration.call(self.index, hidden, batch_index)
+        if self._replay is None:
+            self._replay = self._replay_of_block()
+        with self._replay.running((stream, batch_index), probed):
+            return self.calibration.call(self.index, hidden, batch_index)
+
+    def _stream_of(self, hidden: Any, batch_index: int) -> str | None:
+        """By name, whose weights run and on which stream; None for hidden states that are in neither."""
+        weights = "original" if self._showing_original else PRESENT
+        for name, stream in (("hidden", self.calibration.hidden), ("original", self.calibration.original_hidden)):
+            if hidden is stream[batch_index]:
+                return f"{weights}:{name}"
+        return None
+
+    def _replay_of_block(self) -> Replay:
+        stages = [[self.host.slots[name].parameter for name in stage] for stage in self.stages]
+        root = next((path for path, module in self.host.model.named_modules() if module is self.module), "")
+        return Replay(self.module, root, stages, self.calibration.spare_bytes)
+
+    def _forget(self, path: str | None = None) -> None:
+        """Drop what passes have kept that depends on a parameter, or all of it."""
+        if self._replay is None:
+            return
+        if path is None:
+            self._replay.clear()
+        else:
+            self._replay.changed(path)
 
     @property
     def output_layer(self) -> str | None:
@@ -261,7 +298,7 @@ class BlockSession:
     def _accumulate(self, firsts: list[str], needs: list[str]) -> dict[str, Accumulator]:
         calibration = self.calibration
         kept = {name: Accumulator(self.layers[name].shape[1], needs, self.host.device) for name in firsts}
-        observer = self._observer(firsts)
+        observer, probed = self._observer(firsts), [self._probe(name).module for name in firsts]
         stream = calibration.hidden
         for index in range(calibration.batches_seen if needs == ["held_out_gram"] else 0, len(stream)):
             held_out = index >= calibration.batches_seen
@@ -269,11 +306,11 @@ class BlockSession:
                 break
             with torch.no_grad():
                 with self.original() if calibration.settings.stream == "original" else contextlib.nullcontext():
-                    seen = observer.run(lambda i=index: self.run(stream[i], i))  # type: ignore[misc]
+                    seen = observer.run(lambda i=index: self.run(stream[i], i, probed))  # type: ignore[misc]
                 other: dict[str, list[Seen]] = {}
                 if "cross" in needs and not held_out and calibration.two_streams:
                     with self.original():
-                        other = observer.run(lambda i=index: self.run(calibration.original_hidden[i], i))  # type: ignore[misc]
+                        other = observer.run(lambda i=index: self.run(calibration.original_hidden[i], i, probed))  # type: ignore[misc]
                 for name, accumulator in kept.items():
                     self._add(accumulator, name, index, seen.get(name, []), other.get(name, []), held_out)
             calibration.notify({"event": "gathered", "block": self.index, "batch": index + 1, "batches": len(stream)})
@@ -359,34 +396,28 @@ class BlockSession:
         self.advance()
 
     def _keep_and_copy(self, slot: Slot, value: Tensor) -> None:
+        slot.view(self._remembered(slot)).copy_(value.detach())
+
+    def _remembered(self, slot: Slot) -> Tensor:
+        """The data of a slot's parameter, of which copies are kept where they are asked for before it changes."""
+        self._forget(slot.parameter)
         data = parameter_of(self.host, slot.parameter)
         if self.calibration.keeps_originals and slot.parameter not in self._originals:
             self._originals[slot.parameter] = data.clone()
-        slot.view(data).copy_(value.detach())
+        if self.remembers and slot.parameter not in self._loaded:
+            self._loaded[slot.parameter] = data.clone()
+        return data
 
     def advance(self) -> None:
         """Move the streams through the block and drop its weights. Calling it again does nothing."""
         if not self._advanced:
             self._advanced = True
             self.calibration.move(self)
+            if self.index >= len(self.host.blocks):
+                for path, value in self._loaded.items():
+                    parameter_of(self.host, path).copy_(value)
+            self._forget()
             self._originals, self._loaded, self._targets, self._weights = {}, {}, None, None
-
-
-def override_values(host: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters, by path, with the given weights in them, differentiable in the weights."""
-    values: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        slot = host.slots[name] if name in host.slots else host.tensor_slot(name)
-        data = parameter_of(host, slot.parameter)
-        weight = weight.to(data.device, data.dtype)
-        weight = weight.reshape(data.shape) if slot.matrix else weight
-        if slot.expert is None and slot.rows is None:
-            values[slot.parameter] = weight.t() if slot.transposed else weight
-            continue
-        if slot.parameter not in values:
-            values[slot.parameter] = data.clone()
-        slot.view(values[slot.parameter]).copy_(weight)
-    return values
 
 
 def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:

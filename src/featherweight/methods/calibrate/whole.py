@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.feed import Feed
-from featherweight.methods.calibrate.session import override_values
 from featherweight.model.network.host import parameter_of
+from featherweight.model.network.overrides import override_values
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.streams import hidden_of
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer

@@ -69,6 +69,13 @@ class Treatment:
         """Whether the network must be run for it."""
         return bool(self.needs) or any(scope_of(choice) != "layer" for choice in self.choices)
 
+    @property
+    def by_itself(self) -> bool:
+        """Whether the first code of a layer follows from its weight alone; choices that see the whole model may come
+        later."""
+        near = [choice for choice in self.choices if scope_of(choice) != "model"]
+        return not any(choice.needs or scope_of(choice) == "block" for choice in near)
+
     def extra_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes stored for a matrix beside the codes of its grid, as far as they can be told without data."""
         return sum(choice.extra_bytes(shape) for choice in (*self.transforms, self.rounding, *self.corrections))

@@ -88,11 +88,10 @@ def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] 
         raise UnsupportedModelError(
             f"the native decoder reads a tied embedding as {family.embedding}, not as {family.head}"
         )
-    ends = [module for module in (family.embedding, family.head) if module in loader.specs]
-    if network.tied and ends:
+    if network.tied and family.head in loader.specs:
         raise CheckpointError(
-            f"quantization_config compresses {ends[0]!r}, but config.json ties the output layer to the embedding: set "
-            "tie_word_embeddings to false in config.json, or compress the model again without that layer"
+            f"quantization_config compresses {family.head!r}, but config.json ties the output layer to the embedding: "
+            "set tie_word_embeddings to false in config.json, or compress the model again without that layer"
         )
     embedding = loader.linear(family.embedding, head_shape)
     layers = []

@@ -85,7 +85,8 @@ class CodedModule(nn.Module):
         self.precision = "float"
         self._cached = None
         self._packed = None
-        self._is_hf_initialized = True  # transformers must not initialise what it loads
+        if not self._buffers:  # transformers must not initialise what it loads, but for the scale of an embedding
+            self._is_hf_initialized = True
         for key, (shape, dtype) in self.layout.items():  # not register_parameter: a dense code's tensor is `weight`
             self._parameters[key] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
@@ -417,8 +418,8 @@ def prepare(model: nn.Module) -> int:
 
     `torch.compile(model, fullgraph=True)` and `torch.export` need it, since packing cannot be traced.
     """
-    packed = [module.packed() for module in model.modules() if isinstance(module, FeatherLinear)]
-    return sum(one.nbytes for one in packed if one is not None)
+    packed = {id(p): p for m in model.modules() if isinstance(m, FeatherLinear) for p in [m.packed()]}
+    return sum(one.nbytes for one in packed.values() if one is not None)
 
 
 class FeatherConv1D(FeatherLinear):

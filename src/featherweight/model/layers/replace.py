@@ -19,6 +19,7 @@ from featherweight.errors import CheckpointError
 from featherweight.model.layers.coded import Convolution, coded_class
 from featherweight.model.layers.experts import PARTS, ExpertName, expert_name, install_experts
 from featherweight.model.layers.modules import CodedModule, FeatherConv1D, FeatherLinear
+from featherweight.model.layers.tied import tie
 from featherweight.storage.codes import Code
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def replace_layers(
             logger.warning("%s has no module %r: its compressed weights are not used", type(model).__name__, name)
     for path, entries in experts.items():
         install_experts(modules[path], entries, parts)
+    if _output_layer(model) is not None:
+        tie(model)
     return Placed(list(experts), saved_names)
 
 
@@ -139,12 +142,10 @@ def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
             f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
             f"{type(model).__name__}: config.json and the weights do not belong together"
         )
-    if any(old is end for end in _ends(model)) and getattr(
-        model.config.get_text_config(), "tie_word_embeddings", False
-    ):
+    if old is _output_layer(model) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         raise CheckpointError(
-            f"quantization_config compresses {name!r}, but input embedding and output layer are tied: leave it out "
-            "of the recipe, or set tie_word_embeddings to false in config.json"
+            f"quantization_config compresses {name!r}, but it is tied to the input embedding, whose code would be its "
+            "own: set tie_word_embeddings to false in config.json, or compress the model again"
         )
     _refuse_rounded_inputs(old, name, spec)
     _exchange(model, path, name, spec)
@@ -158,12 +159,12 @@ def _refuse_rounded_inputs(module: nn.Module, name: str, spec: dict[str, Any]) -
         )
 
 
-def _ends(model: Any) -> list[Any]:
-    """Output layer and input embedding; models of images have neither."""
+def _output_layer(model: Any) -> Any:
+    """None where there is none, as in models of images."""
     try:
-        return [model.get_output_embeddings(), model.get_input_embeddings()]
+        return model.get_output_embeddings()
     except NotImplementedError:
-        return []
+        return None
 
 
 def _exchange(model: nn.Module, path: str, name: str, spec: dict[str, Any]) -> CodedModule:

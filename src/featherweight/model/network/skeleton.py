@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Skeleton:
     model : the PreTrainedModel, in evaluation mode, no parameter requires a gradient
     blocks : its block modules in order
     block_paths : their paths
-    layers : the anatomy's layers by name, the head among them
+    layers : the anatomy's layers by name, the head among them; the embedding if it is among `outside`, as the layer
+        that the head is where it is tied
     """
 
     def __init__(
@@ -45,19 +46,27 @@ class Skeleton:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attention: str = "sdpa",
+        outside: Collection[str] = (),
     ) -> None:
         self.checkpoint, self.anatomy, self.dtype, self.device = checkpoint, anatomy, dtype, torch.device(device)
         self.model: Any = build_model(checkpoint, dtype, attention, own_head=anatomy.head is not None)
         self.placement = Placement(self.model, checkpoint.names, lambda name: checkpoint.entry(name).shape)
-        every = (*anatomy.layers, anatomy.head) if anatomy.head else anatomy.layers
+        ends = [layer for layer in anatomy.outside if layer is anatomy.head or layer.name in outside]
+        every = (*anatomy.layers, *ends)
         self.layers: dict[str, LinearLayer] = {layer.name: layer for layer in every}
-        self.slots: dict[str, Slot] = {layer.name: self.placement.layer(layer) for layer in every}
+        self.slots: dict[str, Slot] = {layer.name: self._slot(layer) for layer in every}
         self.block_paths = [self._block_path(number) for number in range(anatomy.blocks)]
         self.blocks = [self.model.get_submodule(path) for path in self.block_paths]
         self.replaced: dict[str, Tensor] = {}
         self._owners = _owners(self.model)
         self._by_block = self._sort_tensors()
         self._load_rest()
+
+    def _slot(self, layer: LinearLayer) -> Slot:
+        """Where a layer's weight is; that of a tied embedding where it multiplies, in the output layer."""
+        if layer is self.anatomy.embedding and self.anatomy.tied_head is not None:
+            return Slot(f"{self.anatomy.tied_head}.weight")
+        return self.placement.layer(layer)
 
     def _block_path(self, number: int) -> str:
         layer = next((layer for layer in self.anatomy.layers if layer.block == number), None)

@@ -27,7 +27,7 @@ tags: [featherweight, quantized]
 |---|---|
 | bits per weight, compressed layers | {manifest["bits_per_weight"]:.3f} |
 | bits per weight, all linear layers | {manifest["bits_per_weight_linear"]:.3f} |
-| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
+{_outside(manifest)}| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
 | parameters | {manifest["parameters"]:,} |
 | bytes of tensors | {manifest["bytes"]:,} |
 | source tensors | {tensors["source"]}: {fates} |
@@ -77,8 +77,14 @@ original reads this. featherweight.json says what was done.
 
 | | |
 |---|---|
-| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
+{_outside(manifest)}| bits per weight, whole model | {manifest["bits_per_weight_model"]:.3f} |
 | parameters | {manifest["parameters"]:,} |
 | bytes of tensors | {manifest["bytes"]:,} |
 | source tensors | {tensors["source"]}: {fates} |
 """
+
+
+def _outside(manifest: dict[str, Any]) -> str:
+    """The row about embedding and output layer, where they are compressed."""
+    bits = manifest.get("bits_per_weight_outside")
+    return "" if bits is None else f"| bits per weight, embedding and output layer | {bits:.3f} |\n"

@@ -107,7 +107,7 @@ def _original(checkpoint: Checkpoint, anatomy: Anatomy, errors: dict[str, float]
             "norm": layer.norm,
         }
 
-    layers = [row(layer) for layer in (*anatomy.layers, *([anatomy.head] if anatomy.head else []))]
+    layers = [row(layer) for layer in (*anatomy.layers, *anatomy.outside)]
     linear = {layer.tensor for layer in anatomy.layers}
     linear_bytes = sum(checkpoint.entry(name).nbytes for name in linear)
     linear_weights = sum(checkpoint.entry(name).elements for name in linear)

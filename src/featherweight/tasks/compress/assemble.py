@@ -230,7 +230,12 @@ def manifest_of(plan: Plan, assembly: dict[str, Any], identity: dict[str, Any], 
     """What was done, tensor by tensor; free of times and paths, so that equal work gives equal bytes."""
     records, added_bytes = assembly["layers"], assembly.get("added_bytes", 0)
     code_bytes = sum(record["nbytes"] for record in records) + added_bytes
-    in_blocks = sum(record["nbytes"] for record in records if record["block"] is not None) + added_bytes  # not the head
+    outside = [job.layer for job in plan.outside]
+    names, sizes = {layer.name for layer in outside}, {r["name"]: r["nbytes"] for r in records}
+    in_blocks = sum(size for name, size in sizes.items() if name not in names) + added_bytes
+    outside_bytes = sum(sizes[name] for name in names)
+    outside_weights = sum(layer.parameters for layer in outside)
+    inside = in_blocks if outside_weights < plan.weights else code_bytes
     manifest = {
         "format_version": FORMAT_VERSION,
         "featherweight": __version__,
@@ -240,13 +245,15 @@ def manifest_of(plan: Plan, assembly: dict[str, Any], identity: dict[str, Any], 
         "parameters": plan.parameters,
         "weights": plan.weights,
         "linear_weights": plan.linear_weights,
-        "bits_per_weight": 8 * code_bytes / max(1, plan.weights),
+        "bits_per_weight": 8 * inside / max(1, plan.weights - outside_weights or plan.weights),
         "bits_per_weight_linear": 8 * (in_blocks + plan.linear_dense_bytes) / max(1, plan.linear_weights),
         "bits_per_weight_model": 8 * total_bytes / max(1, plan.parameters),
         "bytes": total_bytes,
         "tensors": _fates_in(plan, assembly),
         "layers": records,
     }
+    if outside:
+        manifest["bits_per_weight_outside"] = 8 * outside_bytes / outside_weights
     if assembly.get("whole_model"):
         manifest["whole_model"] = assembly["whole_model"]
     return manifest

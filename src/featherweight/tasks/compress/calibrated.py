@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from featherweight.events import Observer
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.session import BlockSession
-from featherweight.methods.quantize.base import WeightSource
+from featherweight.methods.quantize.base import HeldWeight, WeightSource
+from featherweight.model.network.host import parameter_of
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.run.folder import RunFolder
@@ -66,6 +69,7 @@ class CalibratedRun:
         if not self.model.is_corrected():
             self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self.model.transform()
+        self._embed()
         if self.model.rounds:
             self.model.round()
         else:
@@ -74,6 +78,15 @@ class CalibratedRun:
         self._outside_blocks()
         self.model.correct()
         return self.journal.in_order()
+
+    def _embed(self) -> None:
+        """Embeddings that are coded by themselves come first: the blocks are calibrated on what they decode to."""
+        embedding = self.plan.anatomy.embedding
+        job = self.finished.jobs.get(embedding.name) if embedding else None
+        if job is None or not job.treatment.by_itself or job.layer.name not in self.calibration.host.layers:
+            return
+        self._solve_outside(job)
+        self.calibration.embeddings[job.layer.name] = self.finished.code(job.layer.name).decode()
 
     def _block(self, session: BlockSession) -> None:
         blocks = len(self.calibration.host.blocks)
@@ -93,23 +106,32 @@ class CalibratedRun:
     def _outside_blocks(self) -> None:
         """Layers that no step came to are compressed without data."""
         for name, job in self.finished.jobs.items():
-            if self.finished.is_done(name):
-                continue
-            record = self.finished.found(name)
-            resumed = record is not None
-            if record is None:
-                source = self._source_of(job)
-                group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
-                solved = solve_layer(job.without_data(), source, group, self.plan.options)
-                if job.treatment.calibrated:
-                    reason = "calibration does not run through it"
-                    solved = Solved(solved.code, {**solved.notes, "fallback": "data-free", "reason": reason})
-                    self.journal.note_fallback(name, solved.notes)
-                record = self.finished.keep(name, source, solved)
-            self.finished.tell(name, record, resumed)
+            if not self.finished.is_done(name):
+                self._solve_outside(job)
+
+    def _solve_outside(self, job: Job) -> None:
+        name = job.layer.name
+        record = self.finished.found(name)
+        resumed = record is not None
+        if record is None:
+            source = self._source_of(job)
+            group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
+            alone = job.treatment.by_itself
+            solved = solve_layer(job if alone else job.without_data(), source, group, self.plan.options)
+            if not alone:
+                reason = "calibration does not run through it"
+                solved = Solved(solved.code, {**solved.notes, "fallback": "data-free", "reason": reason})
+                self.journal.note_fallback(name, solved.notes)
+            record = self.finished.keep(name, source, solved)
+        self.finished.tell(name, record, resumed)
 
     def _source_of(self, job: Job) -> WeightSource:
-        """The weight of a layer that no block holds."""
+        """The weight of a layer that no block holds: what a transform of the whole model made of it, if there was one,
+        or the stored one."""
+        host = self.calibration.host
+        if job.layer.name in host.layers and job.layer.tensor in host.replaced:
+            slot = host.slots[job.layer.name]
+            return HeldWeight(slot.view(parameter_of(host, slot.parameter)).to("cpu", torch.float32, copy=True))
         source = LayerWeight(self.checkpoint, job.layer)
         source.scan(self.plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
         return source

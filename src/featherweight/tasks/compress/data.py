@@ -105,7 +105,8 @@ class CalibrationData:
                     self.windows,
                     self.recipe.calibration,
                     calibration_needs(self.recipe),
-                    head=self.recipe.layers.head,
+                    head=any(job.layer.input_group == "head" and not job.treatment.by_itself for job in plan.jobs),
+                    outside=[job.layer.name for job in plan.jobs if job.layer in plan.anatomy.outside],
                     device=self.device,
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )

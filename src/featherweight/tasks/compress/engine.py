@@ -44,6 +44,9 @@ from featherweight.version import __version__
 class Compression:
     """The result of `compress`.
 
+    bits_per_weight : of the compressed layers of the blocks, everything stored for them
+    bits_per_weight_linear : of all linear layers of the blocks, compressed or not
+    bits_per_weight_outside : of embedding and output layer; None where they are kept
     layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
     resumed : layers found finished by an earlier run of the same command
     fates : how many tensors of the source were replaced, copied, changed, renamed, dropped; adds up to all of them
@@ -63,6 +66,7 @@ class Compression:
     resumed: int = 0
     already_complete: bool = False
     fates: dict[str, int] = field(default_factory=dict)
+    bits_per_weight_outside: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -284,6 +288,7 @@ def _result(
         resumed=len(manifest["layers"]) if resumed is None else resumed,
         already_complete=already_complete,
         fates=counts_in(manifest["tensors"], checkpoint.has),
+        bits_per_weight_outside=manifest.get("bits_per_weight_outside"),
         **{
             name: manifest[name]
             for name in (

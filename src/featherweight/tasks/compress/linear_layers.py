@@ -148,7 +148,7 @@ def _anatomy(model: nn.Module, modules: Mapping[str, nn.Module]) -> Anatomy:
             inside = tuple(layer for layer in found.layers if layer.name in modules and not layer.fused_slice)
             head = found.head if found.head and found.head.name in modules else None
             if inside:
-                return replace(found, layers=inside, head=head)
+                return replace(found, layers=inside, head=head, embedding=None)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     layers = tuple(describe(name, module) for name, module in modules.items() if module is not output)
     head = next((describe(name, module) for name, module in modules.items() if module is output), None)

@@ -75,8 +75,8 @@ def quantize(
     -------
     The model itself (a new layer where the model is nothing but one linear layer).
 
-    Weights that are tied to an embedding, and the output layer unless the recipe has `layers.head`, stay as they are,
-    as do linear layers with a forward function of their own. Calibration runs the model in its own dtype, where
+    Embeddings, weights that are tied to one, and the output layer unless the recipe names it, stay as they are, as do
+    linear layers with a forward function of their own. Calibration runs the model in its own dtype, where
     `compress` takes float32. If it fails half-way, layers may have been rounded already: load the model again.
 
     Raises
@@ -90,6 +90,9 @@ def quantize(
     _check(chosen, calibration)
     with use_threads(threads), torch.no_grad():
         found = LinearLayers.of(model)
+        if chosen.embedding != "keep":
+            chosen = chosen.model_copy(update={"embedding": "keep"})
+            found.notes.append("embeddings stay as they are in memory: featherweight.compress treats them")
         plan = found.plan(chosen, SolveOptions(threads=threads))
         notify({"event": "plan", **plan.summary()})
         for note in found.notes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from featherweight.errors import FeatherWarning, RecipeError
 from featherweight.methods.quantize.base import Choice
+from featherweight.methods.quantize.ends import end_treatment
 from featherweight.methods.recipe import Recipe, load_recipe, preset_origin, presets
 from featherweight.plugins import OURS
 from featherweight.registry import PACKAGES, origin, registered
@@ -51,11 +52,22 @@ def _row(recipe: Recipe, source: str) -> dict[str, Any]:
         "rounding": _words(recipe.rounding),
         "correction": _join(recipe.corrections),
         "allocation": _words(recipe.allocation),
+        "outside": _outside(recipe),
         "needs": _needs(recipe),
         "bits": round(8 * nbytes / (TYPICAL[0] * TYPICAL[1]), 4),
         **_cost(recipe),
         "recipe": recipe.dump(),
     }
+
+
+def _outside(recipe: Recipe) -> str:
+    """What becomes of token embedding and output layer."""
+    found = {}
+    for field, end in recipe.ends.items():
+        treatment = end_treatment(end, field, recipe.treatment)
+        found[field] = "kept" if treatment is None else "same" if end == "same" else _words(treatment.grid)
+    texts = list(dict.fromkeys(found.values()))
+    return texts[0] if len(texts) == 1 else ", ".join(f"{field} {text}" for field, text in found.items())
 
 
 def _needs(recipe: Recipe) -> str:

@@ -26,7 +26,7 @@ from featherweight.system.memory import available_bytes, resident_bytes
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.fates import Fate, counts_of, fates_of
 from featherweight.tasks.compress.plain import COPY_WINDOW
-from featherweight.tasks.compress.refusals import check_layers, check_recipe
+from featherweight.tasks.compress.refusals import check_ends, check_layers, check_recipe
 
 SHARD_BYTES = 4_000_000_000
 WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
@@ -138,6 +138,24 @@ class Plan:
         return planned if self.most_code_bytes is None else min(planned, self.most_code_bytes)
 
     @property
+    def outside(self) -> tuple[Job, ...]:
+        """Jobs of matrices outside the blocks: the token embedding, the output layer."""
+        return tuple(job for job in self.jobs if job.layer in self.anatomy.outside)
+
+    @property
+    def outside_bits(self) -> float | None:
+        """Bits per weight of these; None where there are none."""
+        weights = sum(job.layer.parameters for job in self.outside)
+        return 8 * sum(job.nbytes for job in self.outside) / weights if weights else None
+
+    @property
+    def inside_bits(self) -> float:
+        """Bits per weight of the compressed layers of the blocks; of all that are compressed where these are none."""
+        outside = self.outside if len(self.outside) < len(self.jobs) else ()
+        weights = self.weights - sum(job.layer.parameters for job in outside)
+        return 8 * (self.code_bytes - sum(job.nbytes for job in outside)) / max(1, weights)
+
+    @property
     def output_bytes(self) -> int:
         return self.code_bytes + self.copied_bytes
 
@@ -229,7 +247,6 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """JSON-able account."""
-        weights = max(1, self.weights)
         return {
             "recipe": self.recipe.name,
             "family": self.anatomy.family,
@@ -238,7 +255,8 @@ class Plan:
             "weights": self.weights,
             "layers": len(self.jobs),
             "tensors": counts_of(self.fates),
-            "bits_per_weight": 8 * self.code_bytes / weights,
+            "bits_per_weight": self.inside_bits,
+            "bits_per_weight_outside": self.outside_bits,
             "bits_per_weight_model": 8 * self.output_bytes / max(1, self.parameters),
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
@@ -279,7 +297,7 @@ def make_plan(
     check_recipe(recipe)
     anatomy, notes, dropped = accounted_anatomy(checkpoint)
     treatments = recipe.candidates_for(anatomy)
-    layers = [*anatomy.layers, *([anatomy.head] if anatomy.head else [])]
+    layers = [*anatomy.layers, *anatomy.outside]
     candidates = {x.name: LayerCandidates.of(x.shape, treatments[x.name]) for x in layers if x.name in treatments}
     measures = recipe.allocation.needs_errors
     given = _largest(candidates) if measures else recipe.allocation.assign(candidates)
@@ -291,11 +309,13 @@ def make_plan(
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
             stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
             jobs.append(Job(layer, Treatment(DenseGrid(dtype=stored), Nearest())))
+    check_ends(recipe, anatomy, checkpoint, [job.layer.name for job in jobs])
     check_layers(
         recipe,
         anatomy,
         ((j.layer.name, treatments.get(j.layer.name, (j.treatment,)) if measures else (j.treatment,)) for j in jobs),
     )
+    dropped |= _copies_of(anatomy, chosen_tensors, checkpoint)
     copied = tuple(name for name in checkpoint.names if name not in chosen_tensors and name not in dropped)
     linear = {layer.tensor for layer in anatomy.layers}
     plan = Plan(
@@ -319,6 +339,12 @@ def make_plan(
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
+
+
+def _copies_of(anatomy: Anatomy, chosen: set[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """Output layers stored beside a tied embedding that is compressed, with the reason why they are left out."""
+    stored = {f"{head}.weight": embedding for head, embedding in anatomy.tied if embedding in chosen}
+    return {name: f"a copy of {of}, which is compressed" for name, of in stored.items() if name in checkpoint.names}
 
 
 def _quantised(checkpoint: Checkpoint, found: dict[str, Any]) -> str:

@@ -73,6 +73,16 @@ def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
     )
 
 
+def check_ends(recipe: Recipe, anatomy: Anatomy, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+    """RecipeError for matrices outside the blocks that cannot be compressed. names : of the layers that are to be."""
+    ends = [layer for layer in anatomy.outside if layer.name in names]
+    if ends and checkpoint.config.get("is_encoder_decoder") is True:
+        raise RecipeError(
+            f"recipe {recipe.name} compresses {ends[0].name}, which encoder and decoder of this model share: set "
+            "embedding and head to keep"
+        )
+
+
 def check_layers(
     recipe: Recipe, anatomy: Anatomy, layers: Iterable[tuple[str, Sequence[Treatment]]], text: bool = True
 ) -> None:
@@ -94,6 +104,13 @@ def check_layers(
         reason = transform.refusal(anatomy)
         if reason is not None:
             raise RecipeError(f"recipe {recipe.name}: transform {transform.kind} {reason}")
+        tied = anatomy.embedding if anatomy.tied_head is not None else None
+        if tied is not None and scope_of(transform) == "model" and any(name == tied.name for name, _ in layers):
+            raise RecipeError(
+                f"recipe {recipe.name}: transform {transform.kind} makes two matrices of {tied.name}, which is "
+                "embedding and output layer of this model, so it cannot be compressed as one: set the fields embedding "
+                "and head, to keep"
+            )
     for name, treatments in layers:
         for treatment in treatments:
             _check_rounding(recipe, treatment, name)

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from featherweight.errors import RecipeError
@@ -169,11 +170,12 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     weight : float32 [out, in], as it was before any step
     held_out : second moment [in, in] of inputs that entered nothing else
     """
-    notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out)}
+    total = output_energy(weight, held_out)
+    notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out, total)}
     if not any(choice.needs for choice in steps.job.treatment.of_layer):
         return Solved(solved.code, notes)  # this is the code without data: what was done before is judged by the block
     plain = replace(steps, job=steps.job.without_data()).taken(weight, NO_STATISTICS)
-    notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out)
+    notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out, total)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
     allowed = (MARGIN - 1) * without
     cross = steps.group.statistics.get("cross")
@@ -187,11 +189,18 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     return Solved(plain.code, {**notes, "fallback": "data-free", "reason": reason})
 
 
-def output_error(weight: Tensor, code: Code, gram: Tensor) -> float:
-    """tr((W - Q) H (W - Q)') / tr(W H W'), the relative squared error of the layer's output; 0 where there is none."""
-    missed = weight - code.decode()
-    total = float(((weight @ gram).double() * weight).sum())
-    return float(((missed @ gram).double() * missed).sum()) / total if total > 0 else 0.0
+def output_energy(weight: Tensor, gram: Tensor) -> float:
+    """tr(W H W'), the mean squared length of what a layer gives for inputs with this second moment."""
+    return float(torch.sum((weight @ gram).mul_(weight), dtype=torch.float64))
+
+
+def output_error(weight: Tensor, code: Code, gram: Tensor, total: float | None = None) -> float:
+    """tr((W - Q) H (W - Q)') / tr(W H W'), the relative squared error of the layer's output; 0 where there is none.
+
+    total : `output_energy`, if it is known
+    """
+    total = output_energy(weight, gram) if total is None else total
+    return output_energy(weight - code.decode(), gram) / total if total > 0 else 0.0
 
 
 def drift_error(weight: Tensor, code: Code, gram: Tensor, cross: Tensor) -> float:

@@ -23,32 +23,35 @@ def symmetric(moment: Tensor) -> Tensor:
     return moment if torch.equal(moment, moment.mT) else (moment + moment.mT) / 2
 
 
-def symmetrised(matrix: Tensor, block: int = 1024) -> Tensor:
-    """(M + M') / 2 in place, with a temporary of one block of rows."""
-    size = len(matrix)
-    for i in range(0, size, block):
-        for j in range(i, size, block):
-            upper, lower = matrix[i : i + block, j : j + block], matrix[j : j + block, i : i + block]
-            middle = (upper + lower.t()) / 2
-            upper.copy_(middle)
-            lower.copy_(middle.t())
-    return matrix
-
-
 def _on_both_sides(moment: Tensor, basis: Basis) -> Tensor:
     return basis.inputs(basis.inputs(moment).mT.contiguous()).mT.contiguous()
 
 
+STRIPES, NARROWEST = 4, 192
+"""A product of an input with itself is made in so many stripes of rows, of at least so many, from the diagonal on."""
+
+
 class _RunningGram(Running):
+    """Above the diagonal stripe by stripe, which takes 0.7 of the time of the whole product; mirrored in the end."""
+
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.mean = torch.zeros(in_features, in_features, device=device)
+        self._stripe = max(NARROWEST, -(-in_features // STRIPES // 16) * 16)
 
     def add(self, tokens: Tokens) -> None:
         scaled = tokens.inputs if tokens.weights is None else tokens.inputs * tokens.weights.sqrt()[:, None]
-        self.mean.addmm_(scaled.t(), scaled, beta=tokens.old, alpha=tokens.new)
+        for first in range(0, scaled.shape[1], self._stripe):
+            last = first + self._stripe
+            part = self.mean[first:last, first:]
+            part.addmm_(scaled[:, first:last].t(), scaled[:, first:], beta=tokens.old, alpha=tokens.new)
 
     def finish(self) -> Tensor:
-        return symmetrised(self.mean)
+        for first in range(0, len(self.mean), self._stripe):
+            last = first + self._stripe
+            self.mean[last:, first:last] = self.mean[first:last, last:].t()
+            middle = self.mean[first:last, first:last]
+            middle.copy_((middle + middle.t()) / 2)
+        return self.mean
 
 
 class _RunningCross(Running):

@@ -82,6 +82,8 @@ class Anatomy:
     blocks : number of blocks
     base_prefix, block_prefix : "model" and "model.layers"
     head : None when tied to the embedding (a copy of it stored all the same is among `others`), or absent
+    embedding : the token embedding as a matrix [vocabulary, hidden], None if there is none. Where the output layer is
+        tied to it, its input group and norm are the output layer's, which multiplies with it
     embeddings : names of tensors; the token embedding first
     tied : pairs (head module, embedding tensor)
     norms : weights and biases of norms
@@ -98,6 +100,18 @@ class Anatomy:
     tied: tuple[tuple[str, str], ...]
     norms: tuple[str, ...]
     others: tuple[str, ...]
+    embedding: LinearLayer | None = None
+
+    @property
+    def outside(self) -> tuple[LinearLayer, ...]:
+        """The matrices outside the blocks that can be compressed: token embedding and output layer, in this order."""
+        return tuple(layer for layer in (self.embedding, self.head) if layer is not None)
+
+    @property
+    def tied_head(self) -> str | None:
+        """Name of the output layer's module where the token embedding is its weight too."""
+        name = self.embedding.tensor if self.embedding else None
+        return next((head for head, embedding in self.tied if embedding == name), None)
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -278,6 +292,7 @@ class _Reader:
         embeddings = tuple(n for n in (f"{self.join(path)}.weight" for path in family.embeddings) if n in self.names)
         used.update(embeddings)
         head, tied = self._head(embeddings)
+        embedding = self._embedding(embeddings, tied)
         if head:
             used.update(name for name in (head.tensor, head.bias) if name)
         rest = [name for name in self.checkpoint.names if name not in used]
@@ -293,7 +308,26 @@ class _Reader:
             tied=tied,
             norms=tuple(norms),
             others=tuple(name for name in rest if name not in norms),
+            embedding=embedding,
         )
+
+    def _embedding(self, embeddings: tuple[str, ...], tied: tuple[tuple[str, str], ...]) -> LinearLayer | None:
+        """The token embedding as a layer; None where it is no matrix of floating-point numbers."""
+        if not embeddings:
+            return None
+        entry = self.checkpoint.entry(embeddings[0])
+        if len(entry.shape) != 2 or 0 in entry.shape or entry.dtype not in FLOATING:
+            return None
+        role = embeddings[0].removesuffix(".weight").rpartition(".")[2]
+        layer = self._linear(embeddings[0], role, Group({}, "embedding", "embedding"))
+        if embeddings[0] not in dict(tied).values():
+            return replace(layer, input_group="embedding", bias=None)
+        return replace(layer, input_group="head", norm=self._head_norm(), bias=None)
+
+    def _head_norm(self) -> str | None:
+        """Weight of the norm in front of the output layer."""
+        norm = f"{self.join(self.family.head_norm)}.weight" if self.family.head_norm and not self.post_norm else None
+        return norm if norm in self.names else None
 
     def _head(self, embeddings: tuple[str, ...]) -> tuple[LinearLayer | None, tuple[tuple[str, str], ...]]:
         family, config = self.family, self.checkpoint.config
@@ -306,8 +340,7 @@ class _Reader:
             return None, ()  # the embedding is stored as the head, which transformers 5 reads
         if tensor in self.names and (not says_tied or self.checkpoint.differ(tensor, embeddings[0])):
             head = self._linear(tensor, family.head.rpartition(".")[2], Group({}, "head", "head"))
-            norm = f"{self.join(family.head_norm)}.weight" if family.head_norm and not self.post_norm else None
-            return replace(head, input_group="head", norm=norm if norm in self.names else None), ()
+            return replace(head, input_group="head", norm=self._head_norm()), ()
         classes = architectures(config)
         headed = any(HEADED.search(name) for name in classes) if classes else says_tied
         return None, ((family.head, embeddings[0]),) if embeddings and headed else ()
