@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "clip_search.h"
+#include "level_fit.h"
 #include "parallel.h"
 #include "product_cases.h"
 #include "sweep.h"
@@ -112,6 +113,22 @@ void test_jobs() {
   other = clip;
   other.exponent = kNan;
   refused(fw_clip_search(&other, 1), "an exponent that is no number");
+  std::vector<float> began(4, 1.0F), missed(4);
+  const float three[] = {-1, 0, 1}, counted[] = {1, 1, 1, 1};
+  const fw_level_fit_job fit = {w.data(), counted, three, began.data(), missed.data(), 4, 4, 1, 3, 8};
+  accepted(fw_level_fit(&fit, 1), "a fit of levels");
+  fw_level_fit_job unfit = fit;
+  unfit.groups = kHuge;
+  refused(fw_level_fit(&unfit, 1), "groups to fit past all counting");
+  unfit = fit;
+  unfit.level_count = 1;
+  refused(fw_level_fit(&unfit, 1), "one level");
+  unfit = fit;
+  unfit.period = 0;
+  refused(fw_level_fit(&unfit, 1), "no row of weights");
+  unfit = fit;
+  unfit.rounds = -1;
+  refused(fw_level_fit(&unfit, 1), "fewer rounds than none");
   const fw_descent_job descent = {gram.data(), row_levels.data(), group_of.data(), indices.data(), gradient.data(), loss.data(),
                                   counts.data(), 4, 4, 1, 2, 1, 0};
   accepted(fw_descent(&descent, 1), "a descent");

@@ -70,7 +70,7 @@ def least_error_reference(
         error = (values - steps * (scale / unit).unsqueeze(-1)).square_()
         if exponent != 2:
             error = raised(error, exponent / 2 - 1)
-        found = _summed(error if counted is None else error * counted)
+        found = summed(error if counted is None else error * counted)
         better = (found < least) if trial else torch.ones_like(chosen, dtype=torch.bool)
         least = torch.where(better, found, least)
         chosen = torch.where(better, trial, chosen)
@@ -96,7 +96,7 @@ def _polynomial(coefficients: tuple[float | Tensor, ...], x: Tensor) -> Tensor:
     return value + coefficients[-1]
 
 
-def _summed(errors: Tensor) -> Tensor:
+def summed(errors: Tensor) -> Tensor:
     """Sums over the last axis, a multiple of LANES: part by part, then the parts by halves."""
     sums = torch.zeros(*errors.shape[:-1], LANES)
     for part in torch.split(errors, LANES, dim=-1):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featherweight.native.level_fit import fit_levels
+
 # Starting scales over the root mean square of a group, near the fixed points for a normal distribution.
 FREE_STARTS = {1: ((1.2,), (0.95,)), 2: ((0.95, 0.63), (1.2, 0.4)), 3: ((1.1, 0.73, 0.27), (1.2, 0.4, 0.133))}
 TIED_REACH = (2.05, 2.5)  # the largest level over the root mean square
@@ -35,6 +37,8 @@ def fit_scales(weight: Tensor, column_weights: Tensor, basis: Tensor, group_size
     scales = torch.zeros(rows, groups, len(basis), device=padded.device)
     mass = importance.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     spread = ((padded.square() * importance).sum(-1) / mass).sqrt()
+    if len(basis) == 1:
+        return _one_scale(padded, importance, basis[0], spread).unsqueeze(-1).abs() * unit.unsqueeze(-1)
     for start in _starts(basis):
         found = spread.unsqueeze(-1) * torch.tensor(start, device=spread.device)
         for _ in range(ROUNDS):
@@ -46,6 +50,17 @@ def fit_scales(weight: Tensor, column_weights: Tensor, basis: Tensor, group_size
         best = torch.where(better, error, best)
         scales = torch.where(better.unsqueeze(-1), found, scales)
     return scales.abs() * unit.unsqueeze(-1)
+
+
+def _one_scale(weight: Tensor, importance: Tensor, digits: Tensor, spread: Tensor) -> Tensor:
+    """The better of what the starts lead to, [out, groups], where all levels are multiples of one scale."""
+    ascending = digits.sort()[0]
+    best, scales = torch.full_like(spread, torch.inf), torch.zeros_like(spread)
+    for (start,) in _starts(digits.unsqueeze(0)):
+        found, error = fit_levels(weight, importance, ascending, spread * start, ROUNDS)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, found, scales)
+    return scales
 
 
 def _power_of_two(values: Tensor) -> Tensor:
@@ -68,11 +83,6 @@ def _nearest(weight: Tensor, levels: Tensor) -> Tensor:
 
 def _least_squares(weight: Tensor, importance: Tensor, basis: Tensor, codes: Tensor, previous: Tensor) -> Tensor:
     """Best scales for these codes; the previous ones where they do not matter."""
-    if len(basis) == 1:
-        digits = basis[0][codes]
-        weighted = digits * importance
-        square = (weighted * digits).sum(-1, keepdim=True)
-        return torch.where(square > 0, (weighted * weight).sum(-1, keepdim=True) / square, previous)
     digits = basis.T[codes].double()  # [out, groups, size, P]
     weighted = (digits * importance.double().unsqueeze(-1)).transpose(-1, -2)
     square = weighted @ digits
