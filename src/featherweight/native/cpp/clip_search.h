@@ -1,4 +1,4 @@
-// Which of several uniform grids misses a group least. The definition is featherweight/kernels/clip_search.py, to the bit.
+// Which of several uniform grids misses a group least. The definition is featherweight/native/clip_search.py, to the bit.
 #ifndef FEATHERWEIGHT_CLIP_SEARCH_H
 #define FEATHERWEIGHT_CLIP_SEARCH_H
 

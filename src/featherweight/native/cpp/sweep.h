@@ -1,4 +1,4 @@
-// The columns of one block of a Hessian sweep. The definition is featherweight/kernels/sweep.py, to the bit.
+// The columns of one block of a Hessian sweep. The definition is featherweight/native/sweep.py, to the bit.
 #ifndef FEATHERWEIGHT_SWEEP_H
 #define FEATHERWEIGHT_SWEEP_H
 

@@ -1,4 +1,4 @@
-// Coordinate descent over the levels of a block of columns. The definition is featherweight/kernels/trit_descent.py.
+// Coordinate descent over the levels of a block of columns. The definition is featherweight/native/trit_descent.py.
 #ifndef FEATHERWEIGHT_TRIT_DESCENT_H
 #define FEATHERWEIGHT_TRIT_DESCENT_H
 

@@ -408,17 +408,20 @@ def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float
 def calibration_seconds(plan: Plan) -> float:
     """Seconds of running the network for a plan, from the speed of a matrix product measured now.
 
-    Counts passes over the blocks, second moments and, per layer, a factorisation and a sweep; learned choices (tuning,
-    FlexRound) come on top of it.
+    Counts what each block computes, second moments and, per layer, a factorisation, a sweep and the comparison with
+    its data-free form; learned choices (tuning, FlexRound) come on top of it.
     """
     settings = plan.recipe.calibration
     tokens = settings.sequences * settings.length * settings.expansion
-    passes = (3.5 if settings.sequential else 2.0) * (2 if "cross" in plan.needs else 1)
-    work = 2.0 * tokens * plan.linear_weights * passes
+    streams = 2 if "cross" in plan.needs else 1
+    hidden = min(job.layer.shape[1] for job in plan.jobs)
+    # every product once (see model/network/replay.py); attention over a window runs at two thirds of a product's speed
+    work = streams * tokens * (2.0 * plan.linear_weights + 6.0 * settings.length * hidden * plan.anatomy.blocks)
     swept = [job.layer for job in plan.jobs if "gram" in job.treatment.needs]
     inputs = {layer.input_group: layer.shape[1] for layer in swept}
-    work += sum(2.0 * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
-    work += sum(2.0 * layer.parameters * layer.shape[1] for layer in swept)
+    moments = 1.4 + 2.0 * (streams - 1)  # the second moment above its diagonal only
+    work += sum(moments * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
+    work += sum(12.0 * layer.parameters * layer.shape[1] for layer in swept)
     sample = torch.ones(1024, 1024)
     sample @ sample  # warm up
     begun = time.perf_counter()
