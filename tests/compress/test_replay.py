@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.methods.calibrate import runner
+from featherweight.methods.recipe import load_recipe
 from featherweight.model.network.replay import Replay
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.plan import make_plan
 
 SHORT = ("calibration.sequences=8", "calibration.length=32", "calibration.batch_tokens=64")
 
@@ -131,3 +134,12 @@ def test_it_keeps_to_its_budget() -> None:
         assert replay.kept == x.numel() * 4
     replay.clear()
     assert replay.kept == 0
+
+
+def test_a_stated_limit_leaves_what_is_left_of_it(tiny: Any) -> None:
+    with Checkpoint.open(tiny("llama", tokenizer=True)) as checkpoint:
+        recipe = load_recipe("gptq", SHORT)
+        need = make_plan(checkpoint, recipe).memory_bytes()
+        assert make_plan(checkpoint, recipe).spare_bytes(1 << 40) == 1 << 40
+        limited = make_plan(checkpoint, recipe, max_memory=need + (64 << 20))
+        assert 0 <= limited.spare_bytes(1 << 40) <= 72 << 20

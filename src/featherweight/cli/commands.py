@@ -212,7 +212,7 @@ def run_plan(
                 *_outside_bits(summary["bits_per_weight_outside"]),
                 ("size", _planned_size(summary)),
                 ("disk while working", size_text(summary["disk_bytes"])),
-                ("memory", _memory_text(summary["memory_bytes"])),
+                ("memory", _memory_text(summary["memory_bytes"], made.recipe.calibrated and not limit)),
                 ("time", f"about {time_text(summary['seconds'])} ({_time_note(made)})"),
                 ("needs", ", ".join(summary["needs"]) or "no data"),
             ]
@@ -241,11 +241,13 @@ def _planned_size(summary: dict[str, Any]) -> str:
     return f"{size_text(summary['source_bytes'])} become {become}"
 
 
-def _memory_text(need: int) -> str:
+def _memory_text(need: int, fills: bool) -> str:
+    """fills : a part of what is free is taken besides"""
     from featherweight.system.memory import available_bytes
 
     free = available_bytes()
-    return f"about {size_text(need)}" + (f" ({size_text(free)} free)" if free else "")
+    more = ", of which up to a quarter is used to save time" if fills else ""
+    return f"about {size_text(need)}" + (f" ({size_text(free)} free{more})" if free else "")
 
 
 def _time_note(plan: Any) -> str:

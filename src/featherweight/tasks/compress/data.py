@@ -111,6 +111,7 @@ class CalibrationData:
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )
             )
+            calibration.spare_bytes = plan.spare_bytes(calibration.spare_bytes)
             work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, base)
             records = work.solve()
             return records, work.journal.resumed, work.config

@@ -71,6 +71,7 @@ class Plan:
     candidates : layer -> treatments that the recipe's allocation may choose from by measured errors; until it has
         (`featherweight.tasks.compress.allocate`), jobs hold the largest
     most_code_bytes : until then, an upper bound of `code_bytes`
+    max_memory : resident memory that must not be passed, if it was said
     bytes_are : what `code_bytes` says: "at most" so many, the "planned" ones, or these "after measuring" layers
     """
 
@@ -117,6 +118,7 @@ class Plan:
     candidates: Mapping[str, tuple[Treatment, ...]] = field(default_factory=dict)
     most_code_bytes: int | None = None
     bytes_are: Literal["at most", "planned", "planned after measuring"] = "planned"
+    max_memory: int | None = None
 
     @property
     def treatments(self) -> tuple[Treatment, ...]:
@@ -173,6 +175,12 @@ class Plan:
     def memory_bytes(self) -> int:
         """Expected peak of resident memory."""
         return resident_bytes() + MARGIN + self._working(self.options)
+
+    def spare_bytes(self, free: int) -> int:
+        """Memory that a calibrated run may fill to save time, of so much that is free."""
+        if self.max_memory is not None:
+            return max(0, self.max_memory - self.memory_bytes())
+        return free
 
     def _working(self, options: SolveOptions) -> int:
         needs = [job.grid.working_bytes(job.layer.shape, options) + self._pages(job.layer) for job in self.jobs]
@@ -386,7 +394,7 @@ def _within(plan: Plan, max_memory: int) -> Plan:
     for window in WINDOWS:
         trial = _replace_options(plan, plan.options.model_copy(update={"window_bytes": window}))
         if trial.memory_bytes() <= max_memory:
-            return trial
+            return replace(trial, max_memory=max_memory)
     smallest = _replace_options(plan, plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
     too_little = f"--max-memory {max_memory / 1e9:.2f} GB is too little: "
     if plan.recipe.calibrated:
