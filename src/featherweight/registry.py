@@ -171,8 +171,11 @@ def _refused(plugin: Plugin, reason: str) -> list[str]:
 
 def _on_cpu() -> contextlib.AbstractContextManager[object]:
     """The first scan may come while transformers builds a model on "meta"; constants of modules must be real."""
-    torch = sys.modules.get("torch")
-    return torch.device("cpu") if torch is not None else contextlib.nullcontext()
+    if "torch" not in sys.modules:
+        return contextlib.nullcontext()
+    import torch  # waits for a thread that is just importing it
+
+    return torch.device("cpu") if hasattr(torch, "device") else contextlib.nullcontext()
 
 
 def find(axis: str, name: str) -> type:

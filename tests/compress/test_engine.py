@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -284,7 +285,7 @@ def test_max_memory_chooses_windows(wide: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plan_module, "COPY_WINDOW", 0)
     with Checkpoint.open(wide) as checkpoint:
         free = make_plan(checkpoint, load_recipe("rtn-4"))
-        narrow = plan_module._replace_options(free, free.options.model_copy(update={"window_bytes": 1 << 18}))
+        narrow = dataclasses.replace(free, options=free.options.model_copy(update={"window_bytes": 1 << 18}))
         limit = (narrow.memory_bytes() + free.memory_bytes()) // 2
         chosen = make_plan(checkpoint, load_recipe("rtn-4"), None, limit)
         assert chosen.options.window_bytes < free.options.window_bytes

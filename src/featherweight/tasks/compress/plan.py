@@ -178,9 +178,7 @@ class Plan:
 
     def spare_bytes(self, free: int) -> int:
         """Memory that a calibrated run may fill to save time, of so much that is free."""
-        if self.max_memory is not None:
-            return max(0, self.max_memory - self.memory_bytes())
-        return free
+        return free if self.max_memory is None else max(0, self.max_memory - self.memory_bytes())
 
     def _working(self, options: SolveOptions) -> int:
         needs = [job.grid.working_bytes(job.layer.shape, options) + self._pages(job.layer) for job in self.jobs]
@@ -392,10 +390,10 @@ def tokens_a_step(choice: Choice, settings: CalibrationSettings) -> int:
 def _within(plan: Plan, max_memory: int) -> Plan:
     """The plan with the largest windows whose expected peak stays within `max_memory`."""
     for window in WINDOWS:
-        trial = _replace_options(plan, plan.options.model_copy(update={"window_bytes": window}))
+        trial = replace(plan, options=plan.options.model_copy(update={"window_bytes": window}))
         if trial.memory_bytes() <= max_memory:
             return replace(trial, max_memory=max_memory)
-    smallest = _replace_options(plan, plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
+    smallest = replace(plan, options=plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
     too_little = f"--max-memory {max_memory / 1e9:.2f} GB is too little: "
     if plan.recipe.calibrated:
         raise FeatherError(
@@ -438,10 +436,6 @@ def _with_less_memory(recipe: Recipe) -> str:
         f"take fewer or shorter windows than {settings.sequences} of {settings.length} tokens "
         "(--set calibration.sequences=N calibration.length=N)"
     )
-
-
-def _replace_options(plan: Plan, options: SolveOptions) -> Plan:
-    return replace(plan, options=options)
 
 
 def parse_size(text: str) -> int:
