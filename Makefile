@@ -8,7 +8,7 @@ THREADS ?= 2
 COUNT ?= 40
 WORKERS ?= 2
 
-.PHONY: demo test test-long check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
+.PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -34,10 +34,6 @@ $(VENV)/.triton: $(STAMP)
 # Almost every test uses one thread: as many processes as there are processors run them, whole files at a time.
 test: $(STAMP) $(VENV)/.triton
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
-
-# Those besides that take a minute or more each.
-test-long: $(STAMP) $(VENV)/.triton
-	FEATHERWEIGHT_LONG_TESTS=1 $(BIN)/python -m pytest -m long
 
 # In a minute and a half: lint, then the tests of what has changed, as far as they go in three quarters of a minute.
 check: lint

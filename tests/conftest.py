@@ -25,7 +25,6 @@ def _seed() -> None:
 
 SECONDS = float(os.environ.get("FEATHERWEIGHT_TEST_SECONDS", "inf"))
 """`make check` has so much time for tests; those that would begin later are skipped, and said to be."""
-LONG = bool(os.environ.get("FEATHERWEIGHT_LONG_TESTS"))
 BEGUN = time.monotonic()
 
 
@@ -41,7 +40,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("long") and not LONG:
-            item.add_marker(pytest.mark.skip(reason="takes a minute or more here; `make test-long` runs it"))
         if item.get_closest_marker("gpu"):  # not `keywords`, which hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))

@@ -301,7 +301,7 @@ def check_files(files: Iterable[str], model: nn.Module, rename: Callable[[str], 
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(key)
                 found[key] = (list(view.get_shape()), view.get_dtype())
-    layers = [(path, module) for path, module in coded_modules(model)]
+    layers = coded_modules(model)
     # save_original_format=False writes the model's own names instead of the checkpoint's
     names = {f"{layer.name}.{key}": f"{path}.{key}" for path, layer in layers for key in layer.state_dict()}
     lost = [name for name, own in names.items() if name not in found and own not in found]

@@ -92,7 +92,7 @@ class Override(BaseModel):
 
 class Recipe(BaseModel):
     """See the module. `transforms`, `rounding`, `corrections` and `allocation` name choices on the other axes;
-    `embedding` and `head` say what becomes of the matrices outside the blocks (methods/ends.py)."""
+    `embedding` and `head` say what becomes of the matrices outside the blocks (methods/quantize/ends.py)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str

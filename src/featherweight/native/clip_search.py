@@ -139,9 +139,5 @@ def _least_error_native(
         groups.data_ptr(), None if counted is None else counted.data_ptr(), scales.data_ptr(), zero_points.data_ptr(),
         chosen.data_ptr(), rows * per_row, size, max(per_row, 1), len(scales), highest, exponent,
     )  # fmt: skip
-    status = native(ctypes.addressof(job), library.thread_count(threads))
-    if status == library.NO_MEMORY:
-        raise MemoryError("the native library could not get memory for its work space")
-    if status != library.OK:
-        raise ValueError("the native library refused its arguments")
+    library.run_job(native, job, threads)
     return chosen.long()

@@ -100,9 +100,5 @@ def _native_fit(
     errors = torch.empty_like(scales)
     pointers = (one.data_ptr() for one in (values, counted, levels, scales, errors))
     job = _Job(*pointers, rows * groups, size, groups, len(levels), rounds)
-    status = native(ctypes.addressof(job), library.thread_count(threads))
-    if status == library.NO_MEMORY:
-        raise MemoryError("the native library could not get memory for its work space")
-    if status != library.OK:
-        raise ValueError("the native library refused its arguments")
+    library.run_job(native, job, threads)
     return scales, errors

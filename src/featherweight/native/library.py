@@ -413,6 +413,11 @@ def _check(status: int, bad: ctypes.c_int64 | None = None, packing: str = "") ->
     raise ValueError("the native library refused its arguments")
 
 
+def run_job(function: Callable[[int, int], int], job: ctypes.Structure, threads: int | None) -> None:
+    """Call a function of `job_function`. MemoryError without room for its work, ValueError where it refuses."""
+    _check(function(ctypes.addressof(job), thread_count(threads)))
+
+
 def job_function(name: str) -> Callable[[int, int], int] | None:
     """A function of the native library that takes the address of a job and a number of threads; None without it."""
     found = get()

@@ -199,10 +199,6 @@ def _sweep_native(
         rule.alpha, rule.residual, rule.shrink,
         int(rule.pull_back == "next-column"), ("pre", "rounded", "clamped").index(rule.tail),
     )  # fmt: skip
-    status = native(ctypes.addressof(job), library.thread_count(threads))
-    if status == library.NO_MEMORY:
-        raise MemoryError("the native library could not get memory for its work space")
-    if status != library.OK:
-        raise ValueError("the native library refused its arguments")
+    library.run_job(native, job, threads)
     totals = float(loss.sum()), int(clipped.sum()), float(drift.max()) if rows else 0.0
     return SweptColumns(indices, errors, residuals, tail_errors, tail_residuals, *totals)

@@ -196,9 +196,5 @@ def _descend_native(
         pointers = (gram, levels[some], group_of, indices[some], gradient[some], decrease[some], changes[some])
         shape = (some.stop - first, columns, *levels.shape[1:])
         job = _Job(*[t.data_ptr() for t in pointers], *shape, rounds, int(pairs))
-        status = native(ctypes.addressof(job), count)
-        if status == library.NO_MEMORY:
-            raise MemoryError("the native library could not get memory for its work space")
-        if status != library.OK:
-            raise ValueError("the native library refused its arguments")
+        library.run_job(native, job, count)
     return decrease, changes

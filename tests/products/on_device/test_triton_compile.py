@@ -13,7 +13,7 @@ pytest.importorskip("triton.language", reason="Triton is not installed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.long)])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     script = Path(__file__).parent / "ahead.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -175,7 +175,6 @@ def test_int8_sums_are_exact(device: torch.device, make: object, value: int | No
     assert torch.equal(int8_product(code, x, device).long(), expected)
 
 
-@pytest.mark.long  # two minutes in the interpreter
 def test_int8_sums_of_the_longest_group_do_not_overflow(device: torch.device) -> None:
     """65536 columns of one scale, all products the largest there is, and zero points besides: sums beyond 2^31."""
     size = 1 << 16

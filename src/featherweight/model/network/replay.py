@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featherweight.model.network.streams import replaced_forwards
+
 Key = tuple[str, int]
 """With whose weights and on which stream, and the number of the batch."""
 
@@ -103,7 +105,7 @@ class Replay:
                     continue
                 seen = any(path.startswith(f"{child.path}.") for path in probed)
                 if child.sound and not seen and (key in child.outputs or key in child.inputs):
-                    stack.enter_context(_replaced(child.module, self._answer(child, key)))
+                    stack.enter_context(replaced_forwards([child.module], [self._answer(child, key)]))
                 elif child.sound is None or key not in child.inputs:
                     stack.enter_context(self._watched(child, key))
             yield
@@ -122,7 +124,7 @@ class Replay:
         return forward
 
     @contextlib.contextmanager
-    def _watched(self, child: _Child, key: tuple[str, int]) -> Iterator[None]:
+    def _watched(self, child: _Child, key: Key) -> Iterator[None]:
         """Keep the input of the last layer; compare the child's output with what that layer gives, if not yet known."""
         products: list[Tensor] = []
 
@@ -157,18 +159,6 @@ class Replay:
         """What was computed with weights that change."""
         for key in [key for key in kept if key[0].startswith(PRESENT)]:
             self.kept -= _nbytes(kept.pop(key))
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        module.__dict__.pop("forward", None)
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -29,15 +29,9 @@ bool valid(const fw_clip_job& job) {
 int32_t fw_clip_search(const fw_clip_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
-    const int64_t items = (job->groups + kGroupsAtATime - 1) / kGroupsAtATime;
-    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(items, 1)));
     const ClipGroup search = group_function();
-    std::vector<Memory> work(static_cast<size_t>(workers));
-    parallel_for(items, workers, [&](int worker, int64_t item) {
-      Memory& mine = work[static_cast<size_t>(worker)];
-      if (!mine) mine = allocate(clip_work_floats(*job) * 4);
-      const int64_t last = std::min(job->groups, (item + 1) * kGroupsAtATime);
-      for (int64_t group = item * kGroupsAtATime; group < last; ++group) search(*job, group, static_cast<float*>(mine.get()));
+    parallel_rows(job->groups, kGroupsAtATime, threads, clip_work_floats(*job) * 4, [&](int64_t first, int64_t last, void* work) {
+      for (int64_t group = first; group < last; ++group) search(*job, group, static_cast<float*>(work));
     });
     return FW_OK;
   });

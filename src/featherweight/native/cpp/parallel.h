@@ -70,6 +70,20 @@ namespace {
   if (failed) std::rethrow_exception(error);
 }
 
+// Run body(first, last, work) for all rows, `together` at a time, on up to `threads` threads with a work space of their own
+// each, of work_bytes, aligned to 64 bytes.
+template <typename Body>
+[[maybe_unused]] void parallel_rows(int64_t rows, int64_t together, int32_t threads, int64_t work_bytes, const Body& body) {
+  const int64_t parts = (rows + together - 1) / together;
+  const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(parts, 1)));
+  std::vector<Memory> work(static_cast<size_t>(workers));
+  parallel_for(parts, workers, [&](int worker, int64_t part) {
+    Memory& mine = work[static_cast<size_t>(worker)];
+    if (!mine) mine = allocate(work_bytes);
+    body(part * together, std::min(rows, (part + 1) * together), mine.get());
+  });
+}
+
 template <typename Body>
 [[maybe_unused]] int32_t guarded_call(const Body& body) {
   try {

@@ -39,15 +39,9 @@ bool valid(const fw_sweep_job& job) {
 int32_t fw_sweep(const fw_sweep_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
-    const int64_t tiles = (job->rows + kSweepRows - 1) / kSweepRows;
-    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(tiles, 1)));
     const SweepTile tile = tile_function();
-    std::vector<Memory> work(static_cast<size_t>(workers));
-    parallel_for(tiles, workers, [&](int worker, int64_t item) {
-      Memory& mine = work[static_cast<size_t>(worker)];
-      if (!mine) mine = allocate(sweep_work_floats(*job) * 4);
-      const int64_t first = item * kSweepRows;
-      tile(*job, first, std::min(job->rows, first + kSweepRows), static_cast<float*>(mine.get()));
+    parallel_rows(job->rows, kSweepRows, threads, sweep_work_floats(*job) * 4, [&](int64_t first, int64_t last, void* work) {
+      tile(*job, first, last, static_cast<float*>(work));
     });
     return FW_OK;
   });

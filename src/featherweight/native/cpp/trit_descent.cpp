@@ -35,15 +35,9 @@ bool valid(const fw_descent_job& job) {
 int32_t fw_descent(const fw_descent_job* job, int32_t threads) {
   return guarded_call([&]() -> int32_t {
     if (!job || !valid(*job)) return FW_INVALID;
-    const int64_t items = (job->rows + kRowsAtATime - 1) / kRowsAtATime;
-    const int workers = static_cast<int>(std::min<int64_t>(fair_threads(threads), std::max<int64_t>(items, 1)));
     const DescentRow descend = row_function();
-    std::vector<Memory> work(static_cast<size_t>(workers));
-    parallel_for(items, workers, [&](int worker, int64_t item) {
-      Memory& mine = work[static_cast<size_t>(worker)];
-      if (!mine) mine = allocate(descent_work_doubles(*job) * 8);
-      const int64_t last = std::min(job->rows, (item + 1) * kRowsAtATime);
-      for (int64_t row = item * kRowsAtATime; row < last; ++row) descend(*job, row, static_cast<double*>(mine.get()));
+    parallel_rows(job->rows, kRowsAtATime, threads, descent_work_doubles(*job) * 8, [&](int64_t first, int64_t last, void* work) {
+      for (int64_t row = first; row < last; ++row) descend(*job, row, static_cast<double*>(work));
     });
     return FW_OK;
   });

@@ -197,6 +197,7 @@ class Plan:
         wide = {scope_of(choice) for choice in choices}
         whole = "model" in wide or "fisher" in needs
         held = 4 * (self.parameters if whole else block * (1 + two_streams))
+        held += 4 * sum(job.layer.parameters for job in self.outside)  # what they decode to
         if "block" in wide:
             held += 4 * block  # the weights the block was loaded with
         held += max((self._training_bytes(choice, block) for choice in choices), default=0)

@@ -108,8 +108,8 @@ def check_layers(
         if tied is not None and scope_of(transform) == "model" and any(name == tied.name for name, _ in layers):
             raise RecipeError(
                 f"recipe {recipe.name}: transform {transform.kind} makes two matrices of {tied.name}, which is "
-                "embedding and output layer of this model, so it cannot be compressed as one: set the fields embedding "
-                "and head, to keep"
+                "embedding and output layer of this model, so it cannot be compressed as one: set embedding "
+                "and head to keep"
             )
     for name, treatments in layers:
         for treatment in treatments:

@@ -180,8 +180,9 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     allowed = (MARGIN - 1) * without
     cross = steps.group.statistics.get("cross")
     if cross is not None:
-        found += drift_error(weight, solved.code, held_out, cross)
-        without += drift_error(weight, plain.code, held_out, cross)
+        pull = weight @ cross
+        found += drift_error(weight, solved.code, held_out, cross, total, pull)
+        without += drift_error(weight, plain.code, held_out, cross, total, pull)
     if math.isfinite(found) and found <= without + allowed:
         return Solved(solved.code, notes)
     against = "the output" if cross is None else "the original output, up to a constant"
@@ -203,12 +204,17 @@ def output_error(weight: Tensor, code: Code, gram: Tensor, total: float | None =
     return output_energy(weight - code.decode(), gram) / total if total > 0 else 0.0
 
 
-def drift_error(weight: Tensor, code: Code, gram: Tensor, cross: Tensor) -> float:
+def drift_error(
+    weight: Tensor, code: Code, gram: Tensor, cross: Tensor, total: float | None = None, pull: Tensor | None = None
+) -> float:
     """2 tr(W D (W - Q)') / tr(W H W'): with `output_error`, the error against what the layer puts out in the original
-    network, W x~, D = E[(x~ - x) x'], but for a part in which the code does not come."""
-    missed = weight - code.decode()
-    total = float(((weight @ gram).double() * weight).sum())
-    return 2 * float(((weight @ cross).double() * missed).sum()) / total if total > 0 else 0.0
+    network, W x~, D = E[(x~ - x) x'], but for a part in which the code does not come.
+
+    total, pull : `output_energy` and W D, if they are known
+    """
+    total = output_energy(weight, gram) if total is None else total
+    pull = weight @ cross if pull is None else pull
+    return 2 * float(torch.sum(pull * (weight - code.decode()), dtype=torch.float64)) / total if total > 0 else 0.0
 
 
 def record_of(job: Job, source: WeightSource, solved: Solved, threads: int | None) -> dict[str, Any]:
