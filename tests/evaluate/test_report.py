@@ -20,7 +20,7 @@ from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.analyse.levels import histogram_of
 from featherweight.tasks.evaluate import plots
-from featherweight.tasks.evaluate.report import Variant, write_report
+from featherweight.tasks.evaluate.report import Variant, _findings, _Page, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "cite"}
@@ -196,6 +196,35 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path) -> None:
         write_report(path / "below" / "r.html", variants())
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_the_smallest_is_the_smallest_file() -> None:
+    """At equal bits of the linear layers an embedding that is compressed makes the smaller file."""
+
+    def variant(name: str, perplexity: float, nbytes: int | None) -> dict[str, Any]:
+        facts = {"perplexity": perplexity, "perplexity_against": 20.0, "bits_per_weight": {"linear": 3.45}}
+        return {"name": name, "evaluation": facts | ({} if nbytes is None else {"bytes": nbytes})}
+
+    page = _Page.of(map(Variant.of, [variant("kept", 21.9, 4_850_000), variant("coded", 20.5, 3_570_000)]))
+    assert [f[1:] for f in _findings(page) if "mallest" in f[0] or "losest" in f[0]] == [("coded", "+2.50 %, 3.57 MB")]
+    page = _Page.of(map(Variant.of, [variant("kept", 21.9, None), variant("coded", 20.5, 3_570_000)]))
+    assert ("Closest to it", "coded", "+2.50 % at 3.45 bits") in _findings(page)
+
+
+def test_embeddings_stand_beside_the_map() -> None:
+    layers = [{"name": f"model.layers.{i}.mlp.up_proj", "relative_error": 0.2} for i in range(3)]
+    ends = [{"name": "model.embed_tokens", "relative_error": 0.02}, {"name": "lm_head", "relative_error": 0.03}]
+    grid = plots.error_grid([*layers, *ends])
+    assert grid is not None
+    assert (grid.roles, grid.errors.shape, grid.outside) == (
+        ("up_proj",),
+        (1, 3),
+        (("embed_tokens", 0.02), ("lm_head", 0.03)),
+    )
+    assert grid.mean == pytest.approx(0.2)
+    alone = plots.error_grid(ends)
+    assert alone is not None
+    assert alone.roles == ("embed_tokens", "lm_head")
 
 
 def test_frontier_by_hand() -> None:

@@ -175,7 +175,7 @@ def _show(variants: list[Any], report: Path) -> None:
     for variant in variants:
         measured, made = variant.evaluation, variant.compression
         bits = measured["bits_per_weight"]
-        layers = made.get("layers", ())
+        layers = [layer for layer in made.get("layers", ()) if layer["block"] is not None]  # the linear ones
         table.add_row(
             variant.name,
             f"{bits['linear']:.3f}",

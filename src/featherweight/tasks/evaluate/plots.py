@@ -91,7 +91,7 @@ def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Variants that no other one beats in both size and perplexity, from small to large."""
     best: list[Point] = []
-    for p in sorted(points, key=lambda p: (p.bits, p.perplexity, p.name)):
+    for p in sorted(points, key=lambda p: (round(p.bits, 2), p.perplexity, p.name)):  # sizes that read alike are alike
         if not best or p.perplexity < best[-1].perplexity:
             best.append(p)
     return best
@@ -234,21 +234,27 @@ def _overlap(one: Bbox, other: Bbox) -> float:
 
 @dataclass(frozen=True)
 class ErrorGrid:
-    """Relative errors [roles, blocks] of one variant; NaN where there is no such layer."""
+    """Relative errors [roles, blocks] of one variant; NaN where there is no such layer.
+
+    outside : roles and errors of layers that stand in no block, where others do: the embedding, the output layer
+    """
 
     roles: tuple[str, ...]
     errors: np.ndarray
+    outside: tuple[tuple[str, float], ...] = ()
 
     @property
     def mean(self) -> float:
-        """Of all layers that have an error."""
+        """Of all layers of the map that have an error."""
         return float(np.nanmean(self.errors))
 
 
 def error_grid(layers: Sequence[Mapping[str, Any]]) -> ErrorGrid | None:
     """From `layers: [{name, relative_error}]`. A block is the first number in a name, a role what follows it; experts
-    of a block are averaged. None if no layer has an error."""
+    of a block are averaged. Names without a number stand in no block, and beside the map if other layers do. None if no
+    layer has an error."""
     cells: dict[tuple[str, int], list[float]] = {}
+    outside: dict[tuple[str, int], list[float]] = {}
     for layer in layers:
         error, name = layer.get("relative_error"), str(layer.get("name", ""))
         if not isinstance(error, int | float) or not math.isfinite(error):
@@ -256,14 +262,16 @@ def error_grid(layers: Sequence[Mapping[str, Any]]) -> ErrorGrid | None:
         found = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
         block, path = (int(found[1]), found[2]) if found else (0, name)
         role = re.sub(r"\[\d+\]|\.\d+(?=\.|$)", "", path).removesuffix(".weight")
-        cells.setdefault((role, block), []).append(float(error))
+        (cells if found else outside).setdefault((role, block), []).append(float(error))
+    if not cells:
+        cells, outside = outside, {}
     if not cells:
         return None
     roles = tuple(dict.fromkeys(role for role, _ in cells))
     errors = np.full((len(roles), max(block for _, block in cells) + 1), np.nan)
     for (role, block), values in cells.items():
         errors[roles.index(role), block] = np.mean(values)
-    return ErrorGrid(_short(roles), errors)
+    return ErrorGrid(_short(roles), errors, tuple((r.rpartition(".")[2], e[0]) for (r, _), e in outside.items()))
 
 
 def _short(roles: tuple[str, ...]) -> tuple[str, ...]:

@@ -159,18 +159,27 @@ def _findings(page: _Page) -> list[tuple[str, str, str]]:
     found = []
     if page.perplexity:
         original = page.originals[0] if page.originals else None
-        size = original.number("bytes") if original else None
-        found.append(("Original", f"{page.perplexity:,.4g}", "perplexity" + (f", {_bytes(size)}" if size else "")))
+        stored = original.number("bytes") if original else None
+        found.append(("Original", f"{page.perplexity:,.4g}", "perplexity" + (f", {_bytes(stored)}" if stored else "")))
     measured = [(v, e, b) for v in page.variants if (e := page.excess(v)) is not None and (b := v.linear_bits)]
+    whole = all(v.number("bytes") for v, _, _ in measured)
+
+    def size(variant: Variant, bits: float) -> float:
+        """Of the whole file, where all are known: an embedding that is kept may be half of it."""
+        return (variant.number("bytes") or 0.0) if whole else bits
+
+    def facts(variant: Variant, excess: float, bits: float) -> str:
+        return f"{excess:+.2f} %, {_bytes(size(variant, bits))}" if whole else f"{excess:+.2f} % at {bits:.2f} bits"
+
     if measured:
-        variant, excess, bits = min(measured, key=lambda m: (m[1], m[2]))
-        found.append(("Closest to it", variant.name, f"{excess:+.2f} % at {bits:.2f} bits"))
-    for limit in (1, 5, 10, 30):
+        best = min(measured, key=lambda m: (m[1], size(m[0], m[2])))
+        found.append(("Closest to it", best[0].name, facts(*best)))
+    for limit in (1, 5, 10, 30, 50):
         near = [m for m in measured if m[1] <= limit]
         if near:
-            variant, excess, bits = min(near, key=lambda m: (m[2], m[1]))
-            if variant.name not in [value for _, value, _ in found]:
-                found.append((f"Smallest within {limit} %", variant.name, f"{excess:+.2f} % at {bits:.2f} bits"))
+            best = min(near, key=lambda m: (size(m[0], m[2]), m[1]))
+            if best[0].name not in [value for _, value, _ in found]:
+                found.append((f"Smallest within {limit} %", best[0].name, facts(*best)))
     return found[:4]
 
 
@@ -279,15 +288,20 @@ def _errors(page: _Page) -> str:
         f'<i style="background:linear-gradient(90deg, {colours})"></i><span>{limits[1]:.2g}</span></div>'
     )
     maps = "".join(
-        f"<figure><figcaption>{_swatch(page, v)}<b>{escape(v.name)}</b> mean {grid.mean:.3g}</figcaption>"
+        f"<figure><figcaption>{_swatch(page, v)}<b>{escape(v.name)}</b> {_means(grid)}</figcaption>"
         f"{plots.error_map(grid, limits)}</figure>\n"
         for v, grid in grids
     )
     note = (
         "Relative error ‖W − Ŵ‖ / ‖W‖ of every linear layer, on one logarithmic colour scale for all variants. "
-        "Cells are blank where a layer is kept as it is."
+        "Cells are blank where a layer is kept as it is; embedding and output layer are beside the mean of the map."
     )
     return _section("Error by layer", note, f'{scale}<div class="grid">{maps}</div>')
+
+
+def _means(grid: plots.ErrorGrid) -> str:
+    """The mean of the map, and the errors of layers that stand in no block."""
+    return f"mean {grid.mean:.3g}" + "".join(f", {escape(role)} {error:.3g}" for role, error in grid.outside)
 
 
 def _histograms(page: _Page) -> str:
