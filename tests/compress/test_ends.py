@@ -162,6 +162,20 @@ def test_blocks_are_calibrated_on_the_coded_embedding(tiny: Any, tmp_path: Path)
     assert all(torch.equal(wanted[name], matrices[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("recipe", ["gptq", "rtn-4"])
+def test_time_left_does_not_follow_from_an_embedding_rounded_at_once(tiny: Any, tmp_path: Path, recipe: str) -> None:
+    """Where the network runs, its blocks alone tell the pace; all weights count where they are alike."""
+    source = tiny("llama", tie_word_embeddings=True, tokenizer=True)
+    events: list[Any] = []
+    changes = (*(SHORT if recipe == "gptq" else ()), "embedding=6bit")
+    compress(source, recipe, tmp_path / "out", changes=changes, threads=1, observer=events.append)
+    layers = [event for event in events if event["event"] == "layer"]
+    assert recipe != "gptq" or layers[0]["name"] == "model.embed_tokens"
+    assert (layers[0]["seconds_left"] is None) == (layers[0]["weights_per_second"] is None) == (recipe == "gptq")
+    assert all(event["seconds_left"] > 0 for event in layers[1:-1])
+    assert layers[-1]["seconds_left"] == 0
+
+
 @pytest.mark.parametrize("name", ["trit-2", "trit-2-blockwise", "trit-1"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_presets_tune_and_guard_it(tiny: Any, tmp_path: Path, name: str, tied: bool) -> None:

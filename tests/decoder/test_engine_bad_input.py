@@ -167,6 +167,22 @@ def test_weights_that_give_no_numbers(folder: Path) -> None:
         NativeModel.open(folder, threads=1).generate([1, 2, 3], 5)
 
 
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_keys_and_values_beyond_half_precision(folder: Path, part: str) -> None:
+    """They are refused, never stored as the largest number there is; a cache with scales holds them."""
+    name = f"model.layers.1.self_attn.{part}_proj.weight"
+    large = load_file(folder / "model.safetensors")[name].float() * 1e6
+    change_tensors(folder, **{name.replace(".", "__"): large.bfloat16()})
+    half = NativeModel.open(folder, threads=1, kv_cache="float16")
+    for _ in range(2):  # the refused tokens are not in the cache
+        with pytest.raises(FeatherError, match="beyond 65504.*kv_cache='int8'"):
+            half.forward([1, 2, 3])
+    with pytest.raises(FeatherError, match="beyond 65504"):
+        half.generate([1, 2, 3], 5)
+    assert half.length() == 0
+    assert NativeModel.open(folder, threads=1, kv_cache="int8").forward([1, 2, 3]).isfinite().all()
+
+
 def test_without_the_native_library(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATHERWEIGHT_NATIVE", "off")
     with pytest.raises(UnsupportedModelError, match="native library"):

@@ -200,6 +200,22 @@ def test_other_tools_models_load_or_say_why_not(make: Make, settings: dict[str, 
         make_plan(checkpoint, load_recipe("rtn-8"))
 
 
+def test_a_method_nobody_knows_over_plain_weights_is_skipped_as_in_transformers(make: Make, tmp_path: Path) -> None:
+    """In loading, compressing and the native decoder alike, with a word about it; missing tensors still count."""
+    from featherweight.model.decoder.model import NativeModel
+
+    plain, named = make("llama"), make("llama", quantization_config={"quant_method": "novel", "bits": 4})
+    expected = transformers.AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)(IDS).logits
+    with pytest.warns(FeatherWarning, match="names the quant_method 'novel'.*read as the model's weights"):
+        model, _ = featherweight.load(named, dtype="float32")
+    assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(NativeModel.open(named).forward([3, 4]), NativeModel.open(plain).forward([3, 4]))
+    featherweight.compress(named, "rtn-8", tmp_path / "coded")
+    assert json.loads((tmp_path / "coded" / "config.json").read_text())["quantization_config"]["recipe"]
+    lacking = make("llama", without("layers.0.self_attn.q_proj"), quantization_config={"quant_method": "novel"})
+    refused(lacking, "lacks model.layers.0.self_attn.q_proj.weight")
+
+
 def test_a_quantization_config_that_says_nothing(make: Make) -> None:
     for empty in ({}, None):
         accepted(make("llama", quantization_config=empty))

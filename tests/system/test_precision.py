@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from featherweight.errors import FeatherError
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.recipe import load_recipe
 from featherweight.system import precision
@@ -17,12 +18,13 @@ from featherweight.system.precision import bfloat16_time_ratio, choose_precision
     ("ratio", "chosen"), [(0.4, "bfloat16"), (0.79, "bfloat16"), (0.81, "float32"), (22.0, "float32")]
 )
 def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch, ratio: float, chosen: str) -> None:
+    monkeypatch.delenv("FEATHERWEIGHT_PRECISION")
     monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: ratio)
     events: list[dict[str, Any]] = []
     assert choose_precision("auto", events.append) == chosen
     assert [event["chosen"] for event in events] == [chosen]
     assert chosen in events[0]["text"]
-    assert CalibrationSettings(dtype="auto").torch_dtype() == getattr(torch, chosen)
+    assert CalibrationSettings().torch_dtype() == getattr(torch, chosen)
 
 
 def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +33,22 @@ def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_precision("bfloat16", events.append) == "bfloat16"
     assert choose_precision("float32", events.append) == "float32"
     assert not events
+
+
+@pytest.mark.parametrize("value", ["bfloat16", "float32", " BFloat16 "])
+def test_the_environment_decides_instead(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: pytest.fail("timed"))
+    monkeypatch.setenv("FEATHERWEIGHT_PRECISION", value)
+    events: list[dict[str, Any]] = []
+    assert choose_precision("auto", events.append) == value.strip().lower()
+    assert "FEATHERWEIGHT_PRECISION" in events[0]["text"]
+    assert choose_precision("float32") == "float32"  # what a recipe fixes stays
+
+
+def test_the_environment_names_no_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_PRECISION", "int8")
+    with pytest.raises(FeatherError, match="FEATHERWEIGHT_PRECISION is 'int8', expected float32, bfloat16 or auto"):
+        choose_precision("auto")
 
 
 def test_both_types_are_timed_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,16 +104,17 @@ class Watcher:
 
     def _layer(self, event: dict[str, Any]) -> None:
         self.rows.append(event)
-        left = f"{time_text(event['seconds_left'])} left"
-        rate = f"{count_text(event['weights_per_second'])}/s" if event["weights_per_second"] else "found finished"
-        peak = size_text(event["peak_memory_bytes"])
-        self.bar.update(self.task, advance=event["weights"], left=f"{rate}  {left}  peak {peak}")
+        facts = ["found finished"] if event["resumed"] and not event["weights_per_second"] else []
+        facts += [f"{count_text(event['weights_per_second'])}/s"] if event["weights_per_second"] else []
+        facts += [f"{time_text(event['seconds_left'])} left"] if event["seconds_left"] is not None else []
+        facts.append(f"peak {size_text(event['peak_memory_bytes'])}")
+        self.bar.update(self.task, advance=event["weights"], left="  ".join(facts))
         last = event["number"] == event["of"]
         if self.live is None and (last or time.monotonic() - self.spoken >= PLAIN_SECONDS):
             self.spoken = time.monotonic()
             self._say(
                 f"[{event['number']}/{event['of']}] {event['name']}: {event['code']}, "
-                f"{event['bits_per_weight']:.3f} bits, error {event['relative_error']:.4f}, {rate}, {left}, peak {peak}"
+                f"{event['bits_per_weight']:.3f} bits, error {event['relative_error']:.4f}, {', '.join(facts)}"
             )
 
     def _shard(self, event: dict[str, Any]) -> None:

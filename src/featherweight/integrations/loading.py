@@ -18,7 +18,7 @@ from featherweight.storage.checkpoint.format import METHOD
 from featherweight.storage.checkpoint.prefixes import as_key_mapping
 from featherweight.storage.checkpoint.resolve import Place
 from featherweight.storage.checkpoint.view import View
-from featherweight.system.transformers_calls import asking_transformers
+from featherweight.system.transformers_calls import asking_transformers, knows_quant_method
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -63,8 +63,6 @@ def _check_method(checkpoint: Checkpoint) -> bool:
     config = checkpoint.quantization_config
     if config is None or config.get("quant_method") == METHOD:
         return False
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
     method = config.get("quant_method")
     if method is None and not config.get("load_in_8bit") and not config.get("load_in_4bit"):
         raise CheckpointError(
@@ -72,7 +70,7 @@ def _check_method(checkpoint: Checkpoint) -> bool:
             "knows what its tensors mean: restore the config.json, or remove the entry if the weights are plain"
         )
     loads_bits = config.get("load_in_8bit") or config.get("load_in_4bit")
-    if not loads_bits and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
+    if not loads_bits and (not isinstance(method, str) or not knows_quant_method(method)):
         raise CheckpointError(
             f"{checkpoint.folder} is quantised by {str(method)[:40]!r}, which the installed transformers does not "
             "know: start from the original weights"

@@ -33,7 +33,7 @@ ISAS = ("amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon", "bas
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 PACKINGS = {"base3": 0, "2bit": 1}
 ORDERS = {"lexicographic": 0, "paired": 1}
-OK, INVALID, NON_FINITE, NO_MEMORY = 0, 1, 2, 3
+OK, INVALID, NON_FINITE, NO_MEMORY, CACHE_RANGE = 0, 1, 2, 3, 5
 
 
 class _Settings(ctypes.Structure):

@@ -7,17 +7,21 @@ libraries convert it back and forth: two to twenty times slower than float32, a 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
+from featherweight.errors import FeatherError
 from featherweight.events import Observer
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Chosen = Literal["float32", "bfloat16"]
 
+VARIABLE = "FEATHERWEIGHT_PRECISION"
+"""Environment variable with which results are the same on every processor."""
 ROWS, COLUMNS, OUTPUTS = 512, 512, 1024
 """A linear layer of some milliseconds: in smaller ones waking the threads counts for more than the product."""
 TRIALS = 3
@@ -30,22 +34,34 @@ def choose_precision(wanted: Precision, notify: Observer | None = None) -> Chose
 
     Parameters
     ----------
-    wanted : "auto" times both once a process; the others are taken as they are
-    tell : gets {"event": "precision", "chosen": ..., "text": ...}
+    wanted : "auto" takes FEATHERWEIGHT_PRECISION or, where that is not set, times both once a process; the others are
+        taken as they are
+    notify : gets {"event": "precision", "chosen": ..., "text": ...}
+
+    Raises FeatherError if FEATHERWEIGHT_PRECISION is neither float32 nor bfloat16.
     """
     if wanted != "auto":
         return wanted
-    ratio = bfloat16_time_ratio()
-    chosen: Chosen = "bfloat16" if ratio < ENOUGH else "float32"
+    chosen, reason = _asked_for() or _faster_here()
     if notify is not None:
-        notify(
-            {
-                "event": "precision",
-                "chosen": chosen,
-                "text": f"the network runs in {chosen}: a layer in bfloat16 takes {ratio:.2g} times float32 here",
-            }
-        )
+        notify({"event": "precision", "chosen": chosen, "text": f"the network runs in {chosen}: {reason}"})
     return chosen
+
+
+def _asked_for() -> tuple[Chosen, str] | None:
+    value = os.environ.get(VARIABLE, "").strip().lower()
+    if value in ("", "auto"):
+        return None
+    for known in get_args(Chosen):
+        if value == known:
+            return known, f"{VARIABLE} says so"
+    raise FeatherError(f"{VARIABLE} is {value!r}, expected float32, bfloat16 or auto")
+
+
+def _faster_here() -> tuple[Chosen, str]:
+    ratio = bfloat16_time_ratio()
+    reason = f"a layer in bfloat16 takes {ratio:.2g} times float32 here"
+    return ("bfloat16", reason) if ratio < ENOUGH else ("float32", reason)
 
 
 @functools.lru_cache(maxsize=1)

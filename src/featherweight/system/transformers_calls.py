@@ -56,3 +56,10 @@ def one_line(reason: BaseException) -> str:
 def cache_name(model: Any) -> str:
     """What a model's forward, and its output, call the keys and values: `cache` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def knows_quant_method(method: str) -> bool:
+    """Whether the installed transformers has a quantiser of this name; it skips a `quantization_config` without one."""
+    with asking_transformers("tell which quantisation methods it knows"):
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    return method in AUTO_QUANTIZATION_CONFIG_MAPPING

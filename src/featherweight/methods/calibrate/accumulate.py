@@ -28,7 +28,6 @@ class Accumulator:
         """Tokens [n, in], their weights [n], and how far the full-precision stream is from them, [n, in]."""
         if len(inputs) == 0:
             return
-        inputs = inputs.float()
         self.tokens += len(inputs)
         for running in self._seen.values():
             running.see(inputs)
@@ -44,7 +43,7 @@ class Accumulator:
         if total <= 0:
             return
         self.held_out_weight += total
-        _add(self._held_out, inputs.float(), weights, None, total, self.held_out_weight)
+        _add(self._held_out, inputs, weights, None, total, self.held_out_weight)
 
     def finish(self) -> dict[str, Tensor]:
         """The statistics, in main memory; those that no token reached are left out, but for `tokens`."""

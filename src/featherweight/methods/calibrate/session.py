@@ -428,8 +428,8 @@ def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
     place[partner.tokens] = torch.arange(len(partner.rows), device=one.rows.device)
     at = place[one.tokens]
     paired = at >= 0
-    difference = torch.zeros_like(one.rows)
-    difference[paired] = partner.rows[at[paired]] - one.rows[paired]
+    difference = torch.zeros_like(one.rows, dtype=torch.float32)  # of values close together: not rounded again
+    difference[paired] = partner.rows[at[paired]].float() - one.rows[paired].float()
     return difference
 
 

@@ -43,7 +43,7 @@ class CalibrationSettings(BaseModel):
     starved_floor: int = Field(32, ge=1, description="a layer that saw fewer tokens than this is starved in any case")
     batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass; at least one window")
     dtype: Precision = Field(
-        "float32",
+        "auto",
         description="of weights and activations in forward passes; auto: the faster here; statistics are float32",
     )
 

@@ -22,7 +22,7 @@ from featherweight.model.decoder.network import Network, network_of
 from featherweight.model.decoder.sampling import GenerationDefaults, Sampling, derived_seed, generation_defaults
 from featherweight.model.decoder.weights import Weights, load_weights
 from featherweight.model.decoder.worker import Task, Worker
-from featherweight.native.library import INVALID, NO_MEMORY, NON_FINITE, OK
+from featherweight.native.library import CACHE_RANGE, INVALID, NO_MEMORY, NON_FINITE, OK
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.integrity import Verify
 from featherweight.system.threads import thread_count
@@ -353,5 +353,10 @@ def _check(status: int, what: str) -> None:
         raise MemoryError(f"the native decoder could not get memory for {what}")
     if status == NON_FINITE:
         raise FeatherError("the model's output is not a number: its weights are damaged, or the model overflows")
+    if status == CACHE_RANGE:
+        raise FeatherError(
+            "a key or value of the model's attention is beyond 65504, the largest number of the half-precision cache: "
+            "use --kv-cache int8 (kv_cache='int8'), which has scales, or --engine transformers"
+        )
     assert status == INVALID
     raise FeatherError(f"the native decoder refused {what}")

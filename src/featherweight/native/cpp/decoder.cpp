@@ -26,6 +26,13 @@ int64_t weight_bytes(const fw_linear* linear) {
   return bytes;
 }
 
+// Whether half precision, in which keys and values are cached, holds them all.
+bool half_holds(const float* values, int64_t count) {
+  int beyond = 0;
+  for (int64_t i = 0; i < count; ++i) beyond |= static_cast<int>(std::fabs(values[i]) > 65504.0F);
+  return beyond == 0;
+}
+
 }  // namespace
 
 fw_decoder::fw_decoder(const fw_decoder_settings& settings)
@@ -255,7 +262,8 @@ void fw_decoder::finish(Team& team) {
 
 // ---- attention ----
 
-// Not if the pass is given up: what its inputs hold then may be no numbers, and pages must hold nothing but numbers.
+// Not if the pass is given up: what its inputs hold then may be no numbers, and pages must hold nothing but numbers. What
+// the cache cannot hold ends the pass with an error, instead of another value in its place.
 void fw_decoder::store(int64_t layer, int64_t index, int64_t head) {
   if (stopped()) return;
   const Token& token = tokens_[static_cast<size_t>(index)];
@@ -264,9 +272,11 @@ void fw_decoder::store(int64_t layer, int64_t index, int64_t head) {
   float* key = key_.at(index * key_width_ + head * s_.head_dim);
   loops_.rotate(key, layers_[static_cast<size_t>(layer)].key_norm, s_.epsilon, cosines_.at(index * half),
                 sines_.at(index * half), s_.head_dim, 1.0F);
+  const float* value = value_.at(index * key_width_ + head * s_.head_dim);
+  if (cache_.type() == CacheType::kHalf && !(half_holds(key, s_.head_dim) && half_holds(value, s_.head_dim)))
+    status_.store(FW_CACHE_RANGE);
   loops_.store_key(key, s_.head_dim, slot, cache_.type(), page + cache_.layout().keys_at(layer, head));
-  loops_.store_value(value_.at(index * key_width_ + head * s_.head_dim), s_.head_dim, padded_dim_, slot,
-                     cache_.type(), page + cache_.layout().values_at(layer, head));
+  loops_.store_value(value, s_.head_dim, padded_dim_, slot, cache_.type(), page + cache_.layout().values_at(layer, head));
 }
 
 // Of all queries that share a key head.

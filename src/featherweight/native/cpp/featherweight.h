@@ -16,7 +16,7 @@
 
 #define FW_VERSION 5
 
-enum fw_status { FW_OK = 0, FW_INVALID = 1, FW_NON_FINITE = 2, FW_NO_MEMORY = 3, FW_STOPPED = 4 };
+enum fw_status { FW_OK = 0, FW_INVALID = 1, FW_NON_FINITE = 2, FW_NO_MEMORY = 3, FW_STOPPED = 4, FW_CACHE_RANGE = 5 };
 enum fw_dtype { FW_FLOAT32 = 0, FW_BFLOAT16 = 1, FW_FLOAT16 = 2, FW_FLOAT64 = 3 };
 enum fw_packing { FW_BASE3 = 0, FW_2BIT = 1 };
 enum fw_order { FW_LEXICOGRAPHIC = 0, FW_PAIRED = 1 };

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from featherweight.errors import CheckpointError
+from featherweight.errors import CheckpointError, shown
+from featherweight.storage.checkpoint.accounting import CODES, holds_codes
 from featherweight.storage.checkpoint.format import METHOD
 from featherweight.storage.checkpoint.prefixes import unwrapped
 from featherweight.storage.checkpoint.resolve import ADAPTER_CONFIG, PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
 from featherweight.storage.checkpoint.safetensors_file import Entry, SafetensorsFile
 from featherweight.storage.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards, find_shards, parse_object
+from featherweight.system.transformers_calls import knows_quant_method
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint"]
 
@@ -56,6 +58,13 @@ class Checkpoint:
             place |= dict.fromkeys(file.entries, file)  # of two, the later one counts, as in transformers
         if twice:
             notes += (f"tensor {twice[0]!r} is in two shards of {folder}: that in {place[twice[0]].path.name} is used",)
+        self._ignores_method = self._plain_under_unknown_method(place)
+        if self._ignores_method:
+            method = shown(self.config["quantization_config"]["quant_method"])
+            notes += (
+                f"config.json of {folder} names the quant_method {method}, which nobody here knows, and all of its "
+                "tensors are plain numbers: they are read as the model's weights, as transformers does",
+            )
         coded = (self.quantization_config or {}).get("quant_method") == METHOD  # our own names have no wrapper
         self.renamed = {name: name for name in place} if coded else unwrapped(place)
         self._stored = {name: stored for stored, name in self.renamed.items()}
@@ -118,11 +127,24 @@ class Checkpoint:
     def quantization_config(self) -> dict[str, Any] | None:
         """What config.json says about an earlier compression; None for a plain model."""
         found = self.config.get("quantization_config")
+        if self._ignores_method:
+            return None
         if not found:  # another tool's older name
             found = self.config.get("compression_config")
             if isinstance(found, dict) and found.get("quant_method") == METHOD:
                 return None  # nobody reads ours under that name
         return found if isinstance(found, dict) else None
+
+    def _plain_under_unknown_method(self, place: dict[str, SafetensorsFile]) -> bool:
+        """Whether config.json names a method that transformers skips, and no tensor is of a type that codes have."""
+        found = self.config.get("quantization_config")
+        found = found if isinstance(found, dict) else {}
+        method = found.get("quant_method")
+        if not isinstance(method, str) or method == METHOD or found.get("load_in_8bit") or found.get("load_in_4bit"):
+            return False
+        if any(CODES.search(name) or holds_codes(name, file.entries[name]) for name, file in place.items()):
+            return False
+        return not knows_quant_method(method)
 
     @property
     def total_bytes(self) -> int:

@@ -11,23 +11,30 @@ from featherweight.tasks.compress.plan import Plan
 
 
 class Journal:
-    """Records of finished layers by their number in the plan; every new one is an event with rate and time left."""
+    """Records of finished layers by their number in the plan; every new one is an event with rate and time left.
+
+    In a calibrated run the time goes by the layers inside the blocks, which wait for the network's passes: an embedding
+    that is rounded in a second says nothing about them, so nothing is foretold until the first of them is done.
+    """
 
     def __init__(self, plan: Plan, notify: Observer) -> None:
         self.plan, self.notify = plan, notify
         self.records: dict[int, dict[str, Any]] = {}
         self.resumed = 0
         self._worked = 0
-        self._left = plan.weights
+        quick = plan.outside if plan.recipe.calibrated else ()
+        self._quick = {job.layer.name for job in quick}
+        self._left = plan.weights - sum(job.layer.parameters for job in quick)
         self._started = time.monotonic()
 
     def finish(self, index: int, record: dict[str, Any], resumed: bool) -> None:
         """`resumed`: it was found finished."""
         weights = self.plan.jobs[index].layer.parameters
         self.records[index] = record
-        self._left -= weights
         self.resumed += resumed
-        self._worked += 0 if resumed else weights
+        if self.plan.jobs[index].layer.name not in self._quick:
+            self._left -= weights
+            self._worked += 0 if resumed else weights
         seconds = time.monotonic() - self._started
         self.notify(
             {

@@ -27,17 +27,27 @@ Map = Callable[[Tensor], Tensor]
 class Tokens:
     """Some tokens that enter a layer.
 
-    inputs : float32 [n, in]
+    given : [n, in], as the network has them
     weights : [n], or None where all count alike
     difference : how far the full-precision stream is from them [n, in], where it is known
     old, new : a running mean becomes old * mean + new * (weighted sum of these tokens)
     """
 
-    inputs: Tensor
+    given: Tensor
     weights: Tensor | None
     difference: Tensor | None
     old: float
     new: float
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """float32 [n, in]"""
+        return self.given.float()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether they are numbers in bfloat16 in main memory that all count alike: see native/moments.py."""
+        return self.weights is None and self.given.dtype == torch.bfloat16 and self.given.device.type == "cpu"
 
     @cached_property
     def weighted(self) -> Tensor:
@@ -54,7 +64,7 @@ class Running:
     weighs: ClassVar[bool] = True
 
     def see(self, inputs: Tensor) -> None:
-        """Every token [n, in] that methods may see, whatever it weighs."""
+        """Every token [n, in] that methods may see, as the network has it, whatever it weighs."""
 
     def add(self, tokens: Tokens) -> None:
         """Tokens that count."""

@@ -43,7 +43,7 @@ class _RunningSample(Running):
     def see(self, inputs: Tensor) -> None:
         first = -self.count % self.stride
         self.count += len(inputs)
-        taken = inputs[first :: self.stride].clone()
+        taken = inputs[first :: self.stride].to(torch.float32, copy=True)
         self.rows.append(taken)
         self.held += len(taken)
         while self.held >= 2 * SAMPLE:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics.base import Basis, Running, Statistic, Statistics, Tokens
+from featherweight.native.moments import PairMoment
+from featherweight.native.moments import available as pairs_available
 from featherweight.registry import register
 
 
@@ -32,13 +34,19 @@ STRIPES, NARROWEST = 4, 192
 
 
 class _RunningGram(Running):
-    """Above the diagonal stripe by stripe, which takes 0.7 of the time of the whole product; mirrored in the end."""
+    """Above the diagonal, mirrored in the end: by the instructions for pairs of bfloat16 where inputs are such numbers,
+    else stripe by stripe, which takes 0.7 of the time of the whole product."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.mean = torch.zeros(in_features, in_features, device=device)
         self._stripe = max(NARROWEST, -(-in_features // STRIPES // 16) * 16)
+        self._pairs: PairMoment | None = None
 
     def add(self, tokens: Tokens) -> None:
+        if tokens.pairs and pairs_available():
+            self._pairs = self._pairs or PairMoment(self.mean, above=True)
+            self._pairs.add(tokens.given, tokens.given, tokens.old, tokens.new)
+            return
         scaled = tokens.inputs if tokens.weights is None else tokens.inputs * tokens.weights.sqrt()[:, None]
         for first in range(0, scaled.shape[1], self._stripe):
             last = first + self._stripe
@@ -50,17 +58,21 @@ class _RunningGram(Running):
             last = first + self._stripe
             self.mean[last:, first:last] = self.mean[first:last, last:].t()
             middle = self.mean[first:last, first:last]
-            middle.copy_((middle + middle.t()) / 2)
+            middle.copy_(middle.triu() + middle.triu(1).t())
         return self.mean
 
 
 class _RunningCross(Running):
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.mean = torch.zeros(in_features, in_features, device=device)
+        self._pairs: PairMoment | None = None
 
     def add(self, tokens: Tokens) -> None:
         if tokens.difference is None:
             self.mean.mul_(tokens.old)
+        elif tokens.pairs and pairs_available():
+            self._pairs = self._pairs or PairMoment(self.mean)
+            self._pairs.add(tokens.difference.bfloat16(), tokens.given, tokens.old, tokens.new)
         else:
             self.mean.addmm_(tokens.difference.float().t(), tokens.weighted, beta=tokens.old, alpha=tokens.new)
 
