@@ -17,7 +17,7 @@ typedef struct fw_moment_job {
   int32_t above;  // 1: blocks that lie below the diagonal altogether stay as they are
 } fw_moment_job;
 
-// FW_INVALID also where the instruction set in use has no products of bfloat16.
+// Without tokens the sums stay. FW_INVALID also where the instruction set in use has no products of bfloat16.
 FW_API int32_t fw_moment(const fw_moment_job* job, int32_t threads);
 
 constexpr int64_t kMomentTokens = 1024;  // at a time
