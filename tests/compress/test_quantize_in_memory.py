@@ -15,6 +15,7 @@ import featherweight
 from featherweight.errors import CalibrationError, FeatherError, NonFiniteError, RecipeError
 from featherweight.methods.recipe import load_recipe
 from featherweight.model.layers.modules import CodedModule, FeatherLinear
+from featherweight.model.layers.tied import TiedLinear
 from models import byte_tokenizer
 
 MakeModel = Callable[..., Path]
@@ -195,6 +196,43 @@ def test_a_forward_function_and_blocks() -> None:
     assert len(codes_of(whole)) == 8
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("preset", ["rtn-4", "gptq"])
+def test_embeddings_as_in_compress(preset: str, tied: bool, tiny: MakeModel, text: Path, tmp_path: Path) -> None:
+    """One code for both ends where they are tied; saved and loaded again it is the same model."""
+    source = tiny("llama", dtype=torch.float32, tokenizer=True, tie_word_embeddings=tied)
+    changes = (*QUICK[preset], "embedding={grid: {kind: uniform, bits: 6, group_size: 32}}")
+    featherweight.compress(source, preset, tmp_path / "out", changes=changes, calibration=text, threads=1)
+    model = plain(source)
+    events: list[dict[str, Any]] = []
+    featherweight.quantize(
+        model, preset, None if preset == "rtn-4" else text, byte_tokenizer(), changes=changes, threads=1,
+        observer=events.append,
+    )  # fmt: skip
+    loaded, _ = featherweight.load(tmp_path / "out", dtype="float32")
+    assert_same_codes(model, loaded)
+    assert isinstance(model.get_input_embeddings(), CodedModule)
+    assert isinstance(model.get_output_embeddings(), TiedLinear) == tied
+    model.save_pretrained(tmp_path / "saved")
+    again, _ = featherweight.load(tmp_path / "saved", dtype="float32")
+    ids = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad():
+        expected = loaded(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected)
+        torch.testing.assert_close(again(ids).logits, expected)
+    plan = next(event for event in events if event["event"] == "plan")
+    assert plan["bits_per_weight_outside"] == 6 + (16 + 6) / 32  # scale and zero of a group
+
+
+def test_an_embedding_that_wants_data_gets_none_and_says_so(source: Path, text: Path) -> None:
+    events: list[dict[str, Any]] = []
+    model = plain(source)
+    changes = (*SMALL, "embedding=same")
+    featherweight.quantize(model, "gptq", text, byte_tokenizer(), changes=changes, threads=1, observer=events.append)
+    assert isinstance(model.get_input_embeddings(), CodedModule)
+    assert [e for e in events if e["event"] == "note" and "without data" in e["text"] and "embed_tokens" in e["text"]]
+
+
 def test_shared_and_tied_weights() -> None:
     """A matrix that two layers share is compressed once, for both; one that is the embedding's stays."""
 
@@ -208,7 +246,9 @@ def test_shared_and_tied_weights() -> None:
 
     model = Tied()
     bias = model.other.bias
-    featherweight.quantize(model, {"grid": RECIPE["grid"]})
+    notes: list[dict[str, Any]] = []
+    featherweight.quantize(model, {"grid": RECIPE["grid"], "embedding": "6bit"}, observer=notes.append)
+    assert any("no token embedding that is known" in event.get("text", "") for event in notes)
     assert type(model.output) is nn.Linear
     assert model.output.weight is model.embedding.weight
     assert model.again is model.one

@@ -1,4 +1,4 @@
-"""The linear layers of a model in memory: which there are, what is known of them, and how others take their place."""
+"""Linear layers and token embedding of a model in memory: what is known of them, and how others take their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from featherweight.methods.recipe import Recipe
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.layers.replace import packed_layer
 from featherweight.model.network.module import describe, is_linear
-from featherweight.storage.checkpoint.anatomy import Anatomy, read_anatomy
+from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_layers
@@ -29,7 +29,7 @@ class LinearLayers:
     """The linear layers of a model, and what is known of each.
 
     anatomy : by the model's family where that is known, else by the modules alone
-    modules : name -> linear module
+    modules : name -> linear module; the token embedding, too, where the family says which it is
     twins : name -> further modules with the very same weight
     notes : what stays as it is though it multiplies matrices, a sentence each
     """
@@ -73,7 +73,10 @@ class LinearLayers:
             notes.append(
                 f"{len(stacks)} stacks of matrices ({stacks[0]}, ...) stay: featherweight.compress treats them"
             )
-        return cls(_anatomy(model, modules), modules, twins, notes)
+        anatomy = _anatomy(model, modules)
+        if anatomy.embedding is not None:
+            modules[anatomy.embedding.name] = model.get_submodule(anatomy.embedding.name)
+        return cls(anatomy, modules, twins, notes)
 
     def plan(self, recipe: Recipe, options: SolveOptions) -> Plan:
         """RecipeError where the recipe does not fit the model."""
@@ -83,7 +86,7 @@ class LinearLayers:
                 "in folders only: use featherweight.compress, or take the allocation fixed"
             )
         candidates = recipe.candidates_for(self.anatomy)
-        every = [*self.anatomy.layers, *([self.anatomy.head] if self.anatomy.head else [])]
+        every = [*self.anatomy.layers, *self.anatomy.outside]
         sized = {x.name: LayerCandidates.of(x.shape, candidates[x.name]) for x in every if x.name in candidates}
         treatments = recipe.allocation.assign(sized)
         jobs = tuple(Job(layer, treatments[layer.name]) for layer in every if layer.name in treatments)
@@ -98,6 +101,11 @@ class LinearLayers:
             linear_dense_bytes=nbytes, options=options,
         )  # fmt: skip
 
+    @property
+    def embedding(self) -> str | None:
+        """Name of the token embedding, if it can be compressed."""
+        return self.anatomy.embedding.name if self.anatomy.embedding else None
+
     def weight(self, name: str) -> Tensor:
         """[out_features, in_features] in main memory, in the model's dtype."""
         module = self.modules[name]
@@ -107,9 +115,11 @@ class LinearLayers:
         return weight.t().contiguous() if type(module).__name__ == "Conv1D" else weight
 
     def packed(self, codes: Mapping[str, Code]) -> dict[nn.Module, nn.Module]:
-        """Old module -> compressed layer."""
+        """Old linear module -> compressed layer."""
         found: dict[nn.Module, nn.Module] = {}
         for name, code in codes.items():
+            if name == self.embedding:
+                continue
             for module in (self.modules[name], *self.twins.get(name, ())):
                 found[module] = packed_layer(module, code, name)
         return found
@@ -148,11 +158,21 @@ def _anatomy(model: nn.Module, modules: Mapping[str, nn.Module]) -> Anatomy:
             inside = tuple(layer for layer in found.layers if layer.name in modules and not layer.fused_slice)
             head = found.head if found.head and found.head.name in modules else None
             if inside:
-                return replace(found, layers=inside, head=head, embedding=None)
+                return replace(found, layers=inside, head=head, embedding=_embedding(model, found.embedding))
     output = getattr(model, "get_output_embeddings", lambda: None)()
     layers = tuple(describe(name, module) for name, module in modules.items() if module is not output)
     head = next((describe(name, module) for name, module in modules.items() if module is output), None)
     return Anatomy("structure", 1, "", "", layers, head, (), (), (), ())
+
+
+def _embedding(model: nn.Module, layer: LinearLayer | None) -> LinearLayer | None:
+    """The token embedding, if it is a module of its own with finite numbers in main memory or on a device."""
+    module = dict(model.named_modules()).get(layer.name) if layer else None
+    weight = None if module is None or is_linear(module) else module._parameters.get("weight")
+    if layer is None or weight is None or weight.is_meta or not weight.is_floating_point():
+        return None
+    _check_weights({layer.name: cast(nn.Module, module)})
+    return layer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.quantize.base import HeldWeight, SolveOptions, WeightSource
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe, load_recipe
-from featherweight.model.layers.replace import put_in_place
+from featherweight.model.layers.replace import put_codes, put_in_place
+from featherweight.model.layers.tied import tie
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
@@ -75,9 +76,11 @@ def quantize(
     -------
     The model itself (a new layer where the model is nothing but one linear layer).
 
-    Embeddings, weights that are tied to one, and the output layer unless the recipe names it, stay as they are, as do
-    linear layers with a forward function of their own. Calibration runs the model in its own dtype, where
-    `compress` takes float32. If it fails half-way, layers may have been rounded already: load the model again.
+    Token embedding and output layer become what the recipe says of them, tied as they were; of models whose family is
+    not known they stay, as do linear layers with a forward function of their own. An embedding is compressed without
+    data, and the blocks are calibrated on what its code decodes to. Calibration runs the model in its own dtype, where
+    `compress` takes bfloat16 or float32, whichever is faster. If it fails half-way, layers may have been rounded
+    already: load the model again.
 
     Raises
     ------
@@ -90,20 +93,25 @@ def quantize(
     _check(chosen, calibration)
     with use_threads(threads), torch.no_grad():
         found = LinearLayers.of(model)
-        if chosen.embedding != "keep":
+        if chosen.embedding != "keep" and found.embedding is None:
             chosen = chosen.model_copy(update={"embedding": "keep"})
-            found.notes.append("embeddings stay as they are in memory: featherweight.compress treats them")
+            kind = type(model).__name__
+            found.notes.append(f"{kind} has no token embedding that is known as one: none is compressed")
         plan = found.plan(chosen, SolveOptions(threads=threads))
         notify({"event": "plan", **plan.summary()})
         for note in found.notes:
             notify({"event": "note", "text": note})
+        codes, rest = _embedded(plan, found, seed, notify) if chosen.calibrated else ({}, plan)
         if chosen.calibrated:
             with torch.enable_grad():
-                codes = _calibrated(model, plan, found, calibration, tokenizer, forward, blocks, seed, notify)
+                codes |= _calibrated(model, rest, found, calibration, tokenizer, forward, blocks, seed, notify)
         else:
             codes = _data_free(plan, found, seed, notify)
         layers = found.packed(codes)
     put_in_place(model, layers)
+    if found.embedding in codes:
+        put_codes(model, {found.embedding: codes[found.embedding]})
+        tie(model)
     _mark(model, {name: codes[name] for name in plan_names(plan)}, chosen)
     return layers.get(model, model)
 
@@ -142,6 +150,22 @@ def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> 
         codes[job.layer.name] = solved.code
         journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
     return codes
+
+
+def _embedded(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> tuple[dict[str, Code], Plan]:
+    """The embedding's code, from whose values the model computes from now on, and the plan of the others."""
+    jobs = tuple(job for job in plan.jobs if job.layer.name == found.embedding)
+    if not jobs:
+        return {}, plan
+    if not jobs[0].treatment.by_itself:
+        text = f"{found.embedding} is compressed without data: in memory calibration does not run through it"
+        notify({"event": "note", "layer": found.embedding, "text": text})
+        jobs = (jobs[0].without_data(),)
+    codes = _data_free(replace(plan, jobs=jobs), found, seed, notify)
+    weight = found.modules[jobs[0].layer.name].weight
+    assert isinstance(weight, Tensor)
+    weight.copy_(codes[jobs[0].layer.name].decode())
+    return codes, replace(plan, jobs=tuple(job for job in plan.jobs if job.layer.name != found.embedding))
 
 
 def _calibrated(
