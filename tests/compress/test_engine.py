@@ -24,7 +24,6 @@ from featherweight.storage.checkpoint.size import measure_size
 from featherweight.storage.codes import code_from, code_layout
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress import engine
 from featherweight.tasks.compress import plan as plan_module
 from featherweight.tasks.compress.engine import Compression, compress
 from featherweight.tasks.compress.plan import make_plan, parse_size
@@ -308,12 +307,6 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(FeatherError, match="is not a size"):
         parse_size(text)
-
-
-def test_seconds_of_a_plan(wide: Path) -> None:
-    with Checkpoint.open(wide) as checkpoint:
-        plan = make_plan(checkpoint, load_recipe("rtn-4"), 1)
-    assert 0 < engine.estimate_seconds(plan, (40, 256)) < 3600
 
 
 # Recipes.

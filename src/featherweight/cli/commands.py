@@ -177,7 +177,7 @@ def run_plan(
     from featherweight.methods.recipe import load_recipe
     from featherweight.storage.checkpoint.checkpoint import Checkpoint
     from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
-    from featherweight.tasks.compress.engine import estimate_seconds
+    from featherweight.tasks.compress.estimate import estimate_seconds
     from featherweight.tasks.compress.fates import counts_text
     from featherweight.tasks.compress.plan import make_plan, parse_size
 
@@ -252,9 +252,11 @@ def _memory_text(need: int, fills: bool) -> str:
 
 def _time_note(plan: Any) -> str:
     """What the estimate of time leaves out."""
-    learned = [c.kind for c in plan.recipe.choices if getattr(c, "scope", "layer") != "layer"]
+    from featherweight.tasks.compress.estimate import left_out
+
+    learned = left_out(plan)
     more = f", nor {', '.join(learned)}" if learned else ""
-    return f"measured on a sample; disk not included{more}"
+    return f"measured on samples; disk not included{more}"
 
 
 def run_eval(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,6 @@ import torch
 
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
-from featherweight.methods.quantize.base import HeldWeight
 from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
@@ -35,7 +33,6 @@ from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
 from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
-from featherweight.tasks.compress.solve import relative_error
 from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
 
@@ -383,47 +380,3 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
             f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
             "free some space or choose another --out"
         )
-
-
-def estimate_seconds(plan: Plan, sample: tuple[int, int] = (320, 4096)) -> float:
-    """Seconds of computing for a plan, disk not counted: each distinct grid is timed on a Gaussian sample."""
-    rates: dict[str, float] = {}
-    seconds = 0.0
-    for job in plan.jobs:
-        treatment = job.treatment.without_data()
-        key = json.dumps([treatment.grid.settings(), treatment.rounding.settings()], sort_keys=True)
-        if key not in rates:
-            generator = torch.Generator().manual_seed(0)
-            weight = torch.randn(sample, generator=generator).mul_(0.02).bfloat16()
-            rounding = treatment.rounding
-            rounding.quantize_source(HeldWeight(weight[:20]), job.grid, {}, plan.options)  # warm up
-            begun = time.perf_counter()
-            code = rounding.quantize_source(HeldWeight(weight), job.grid, {}, plan.options)
-            relative_error(HeldWeight(weight), code, plan.options.threads)
-            rates[key] = (time.perf_counter() - begun) / weight.numel()
-        seconds += rates[key] * job.layer.parameters
-    return seconds + (calibration_seconds(plan) if plan.recipe.calibrated else 0.0)
-
-
-def calibration_seconds(plan: Plan) -> float:
-    """Seconds of running the network for a plan, from the speed of a matrix product measured now.
-
-    Counts what each block computes, second moments and, per layer, a factorisation, a sweep and the comparison with
-    its data-free form; learned choices (tuning, FlexRound) come on top of it.
-    """
-    settings = plan.recipe.calibration
-    tokens = settings.sequences * settings.length * settings.expansion
-    streams = 2 if "cross" in plan.needs else 1
-    hidden = min(job.layer.shape[1] for job in plan.jobs)
-    # every product once (see model/network/replay.py); attention over a window runs at two thirds of a product's speed
-    work = streams * tokens * (2.0 * plan.linear_weights + 6.0 * settings.length * hidden * plan.anatomy.blocks)
-    swept = [job.layer for job in plan.jobs if "gram" in job.treatment.needs]
-    inputs = {layer.input_group: layer.shape[1] for layer in swept}
-    moments = 1.4 + 2.0 * (streams - 1)  # the second moment above its diagonal only
-    work += sum(moments * tokens * width**2 + 4.0 * width**3 for width in inputs.values())
-    work += sum(12.0 * layer.parameters * layer.shape[1] for layer in swept)
-    sample = torch.ones(1024, 1024)
-    sample @ sample  # warm up
-    begun = time.perf_counter()
-    sample @ sample
-    return work * (time.perf_counter() - begun) / (2.0 * 1024**3)

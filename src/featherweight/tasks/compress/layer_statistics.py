@@ -45,7 +45,7 @@ class LayerStatistics:
         """Statistics that passes over a layer's block must give for its treatment, and to judge it."""
         treatment = self.jobs[name].treatment
         if id(treatment) not in self._needs:
-            self._needs[id(treatment)] = _gathered_needs(treatment, self.plan.recipe.calibration.held_out)
+            self._needs[id(treatment)] = gathered_needs(treatment, self.plan.recipe.calibration.held_out)
         return self._needs[id(treatment)]
 
     def gather(self, session: BlockSession, names: Sequence[str], needs: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -136,7 +136,11 @@ class LayerStatistics:
         return weight
 
 
-def _gathered_needs(treatment: Treatment, held_out: float) -> tuple[str, ...]:
+def gathered_needs(treatment: Treatment, held_out: float) -> tuple[str, ...]:
+    """Statistics that a pass must give for a treatment, and to judge what comes out.
+
+    held_out : share of the windows that only judge
+    """
     needs = tuple(name for name in treatment.needs if name not in ("base", "fisher"))
     judged = held_out > 0 and "gram" in needs and scope_of(treatment.rounding) == "layer"
     return (*needs, HELD_OUT) if judged or "layer" in compared(treatment, held_out) else needs
