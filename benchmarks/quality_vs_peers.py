@@ -66,7 +66,8 @@ SIDE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generat
 class Peer:
     """A tool, the script that runs it, the module that must import, and the variants that use calibration or not.
 
-    `suffix` of the environment's folder and of the requirements' file, for a tool that needs one of its own.
+    `suffix` of the environment's folder and of the requirements' file, for a tool that needs one of its own; `squares`
+    where it wants the mean squares of the layers' inputs instead of the tokens.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Peer:
     calibrated: tuple[str, ...] = ()
     data_free: tuple[str, ...] = ()
     suffix: str = ""
+    squares: bool = False
 
     def python(self, options: argparse.Namespace) -> Path:
         environment = options.peers_python.parent.parent
@@ -92,6 +94,7 @@ TOOLS = (
         "llama_cpp",
         LLAMA_CPP_TYPES,
         ("Q4_K_M-plain", "Q3_K_M-plain", "Q3_K_S-plain"),
+        squares=True,
     ),
     Peer("hqq", "quantize_hqq.py", "hqq", (), ("4bit-g128", "3bit-g128", "4bit-g64", "3bit-g64", "3bit-g64-axis0")),
     Peer(
@@ -212,7 +215,7 @@ class Bench:
     original: Any = None
     tokenizer: Any = None
     facts: Original = Original(0, 0, 0, False)
-    made: set[int] = field(default_factory=set)
+    windows: dict[int, Tensor] = field(default_factory=dict)
     report: Report = field(default_factory=lambda: Report({}))
 
     def lacks(self, tool: str, name: str, seed: int | None) -> bool:
@@ -232,19 +235,22 @@ class Bench:
         model, self.tokenizer = featherweight.load(self.model, dtype="float32")
         self.original = Remembered(model)
 
-    def calibration(self, seed: int) -> tuple[Path, Path]:
-        """Files of the windows and of their mean squares, made at the first need.
+    def calibration(self, seed: int, squares: bool) -> tuple[Path, Path]:
+        """Files of the windows and, if they are asked for, of their mean squares; made at the first need, and taken
+        from the work folder if it has those of the same windows.
 
         The windows are those that `feather compress` takes with the same calibration settings.
         """
         files = self.work / f"windows-{seed}.safetensors", self.work / f"squares-{seed}.safetensors"
-        if seed not in self.made:
+        if seed not in self.windows:
             options = self.options
             settings = CalibrationSettings(sequences=options.sequences, length=options.length, seed=seed)
-            windows = calibration_windows(self.tokenizer, options.calibration, settings)
-            save_file({"input_ids": windows}, files[0])
-            save_file(mean_squares(self.original.model, windows), files[1])
-            self.made.add(seed)
+            self.windows[seed] = calibration_windows(self.tokenizer, options.calibration, settings)
+            if not files[0].is_file() or not torch.equal(load_file(files[0])["input_ids"], self.windows[seed]):
+                files[1].unlink(missing_ok=True)
+                save_file({"input_ids": self.windows[seed]}, files[0])
+        if squares and not files[1].is_file():
+            save_file(mean_squares(self.original.model, self.windows[seed]), files[1])
         return files
 
     def protocol(self) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def peer_rows(bench: Bench, peer: Peer, seed: int | None) -> Iterator[Row]:
 
 
 def _run_peer(bench: Bench, peer: Peer, variant: str, seed: int | None) -> Iterator[Row]:
-    windows, squares = bench.calibration(bench.options.seeds[0] if seed is None else seed)
+    windows, squares = bench.calibration(bench.options.seeds[0] if seed is None else seed, peer.squares)
     out = bench.work / f"{peer.name}-{variant}-{seed}"
     out.mkdir(exist_ok=True)
     job = {

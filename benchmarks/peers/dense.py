@@ -2,9 +2,10 @@
 
 A job is a JSON file {"model", "out", "variants", "calibration", "squares", "threads", "kept_bytes"}: the original as a
 float32 model folder; where to write; what to make; a safetensors file with `input_ids` int64 [sequences, length]; one
-with the mean square of every input column of every linear layer, float32 [in], by tensor name; the bytes that the
-original's own file spends on all but these layers. Each variant becomes `out/<variant>/` with `model.safetensors` (the
-original with what the peer changed, decoded to float32) and `peer.json` (sizes, seconds, versions; or the error).
+with the mean square of every input column of every linear layer, float32 [in], by tensor name, which is there for
+peers that ask for it; the bytes that the original's own file spends on all but these layers. Each variant becomes
+`out/<variant>/` with `model.safetensors` (the original with what the peer changed, decoded to float32) and `peer.json`
+(sizes, seconds, versions; or the error).
 """
 
 from __future__ import annotations

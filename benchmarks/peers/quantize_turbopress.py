@@ -22,6 +22,7 @@ from turbopress import pipeline
 
 VARIANT = re.compile(r"(\d)bit-s(\d+)")
 BATCH = 8  # windows
+DTYPE = torch.bfloat16  # of the network's passes, for its own float16, which few CPUs multiply themselves
 
 
 class Stop(Exception):
@@ -52,7 +53,7 @@ def quantize(job: Job, variant: str) -> Compressed:
         raise ValueError(f"{variant} is not <bits>bit-s<states>")
     bits, states = int(found[1]), int(found[2])
     torch.set_num_threads(job.threads)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPE, local_files_only=True).eval()
     batches = list(load_file(job.calibration)["input_ids"].split(BATCH))
     with Clock() as clock, torch.inference_mode():
         payloads = compress_blocks(model, batches, bits, states)
@@ -92,7 +93,7 @@ def compress_blocks(model: Any, batches: list[Tensor], bits: int, states: int) -
                     seed=7919 * number + zlib.crc32(name.encode()) % 1000,
                     hessian=hessians[name],
                 )
-                module.weight.data = weight
+                module.weight.data = weight.to(DTYPE)
                 payloads[f"{path}.{number}.{name}.weight"] = payload
         inputs = [(forward(hidden), keywords) for hidden, keywords in inputs]
         print(f"block {number} done", flush=True)
