@@ -7,7 +7,8 @@
     python benchmarks/quality.py --table --peers build/peers.json     # only the table and the plot of what is there
 
 Each run is a line of OUT/runs.jsonl; what is there is not run again, so the command can be stopped and repeated. The
-plot goes to OUT/quality.png, the table to standard output. Peers' rows come from benchmarks/quality_vs_peers.py --json.
+plot goes to OUT/quality.png, the table to standard output. Peers' rows come from benchmarks/quality_vs_peers.py
+--scope linears --json, measured with the original's embedding.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ def mean_of(runs: list[dict[str, Any]], field: str) -> float | None:
 def peer_rows(path: Path) -> list[dict[str, Any]]:
     grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for found in json.loads(path.read_text())["rows"]:
-        if found["tool"] != "featherweight":
+        # Ours keep the embedding here, so only peers' rows that have the original's can stand beside them.
+        if found["tool"] != "featherweight" and found.get("embedding") != "compressed":
             grouped[f"{found['tool']} {found['name']}"].append(found)
     rows = []
     for name, found in grouped.items():

@@ -1,10 +1,11 @@
 """What every peer's script needs: its job, and how it hands back dense weights. Runs in the peers' environment.
 
-A job is a JSON file {"model", "out", "variants", "calibration", "squares", "threads"}: the original as a float32 model
-folder; where to write; what to make; a safetensors file with `input_ids` int64 [sequences, length]; one with the mean
-square of every input column of every linear layer, float32 [in], by tensor name. Each variant becomes `out/<variant>/`
-with `model.safetensors` (the original with its linear layers replaced by what the peer stored, decoded to float32) and
-`peer.json` (bits, seconds, versions; or the error).
+A job is a JSON file {"model", "out", "variants", "calibration", "squares", "threads", "kept_bytes"}: the original as a
+float32 model folder; where to write; what to make; a safetensors file with `input_ids` int64 [sequences, length]; one
+with the mean square of every input column of every linear layer, float32 [in], by tensor name, which is there for
+peers that ask for it; the bytes that the original's own file spends on all but these layers. Each variant becomes
+`out/<variant>/` with `model.safetensors` (the original with what the peer changed, decoded to float32) and `peer.json`
+(sizes, seconds, versions; or the error).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Job:
     calibration: Path
     squares: Path
     threads: int
+    kept_bytes: int
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors of the original, float32."""
@@ -43,13 +46,18 @@ class Job:
 @dataclass(frozen=True)
 class Compressed:
     """`weights` float32 [out, in] by tensor name, decoded from what is stored; `stored_bytes` of all of them together;
-    `seconds` the peer spent, calibration included where it does its own; `others` are tensors that changed with them.
+    `seconds` the peer spent, calibration included where it does its own; `others` are tensors that changed with them,
+    the embedding among them where the peer compresses it, and `embedding_bytes` what is stored for it then, output
+    layer included. `file_bytes` are those of the weight file as a user has it; None for a peer without a file of its
+    own, which leaves all but the linear layers as they are.
     """
 
     weights: dict[str, np.ndarray]
     stored_bytes: int
     seconds: float
     note: str = ""
+    file_bytes: int | None = None
+    embedding_bytes: int | None = None
     others: dict[str, np.ndarray] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +71,8 @@ def run(quantize: Callable[[Job, str], Compressed], packages: tuple[str, ...]) -
     """Do the job named on the command line; a variant that fails does not stop the next."""
     fields = json.loads(Path(sys.argv[1]).read_text())
     paths = {name: Path(fields[name]) for name in ("model", "out", "calibration", "squares")}
-    job = Job(variants=tuple(fields["variants"]), threads=fields["threads"], **paths)
+    numbers = {name: fields[name] for name in ("threads", "kept_bytes")}
+    job = Job(variants=tuple(fields["variants"]), **numbers, **paths)
     versions = {name: _version(name) for name in packages}
     for variant in job.variants:
         folder = job.out / variant
@@ -87,8 +96,12 @@ def _write(job: Job, folder: Path, compressed: Compressed) -> dict[str, Any]:
             raise ValueError(f"{name} came back with shape {found.shape} or with values that are not finite")
         dense[name] = found
     save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    embedding = sum(dense[name].size for name in EMBEDDINGS if name in dense)
+    stored = compressed.embedding_bytes
     return {
         "bits": 8 * compressed.stored_bytes / sum(dense[name].size for name in names),
+        "file_bytes": compressed.file_bytes or compressed.stored_bytes + job.kept_bytes,
+        "embedding_bits": None if stored is None else 8 * stored / embedding,
         "seconds": compressed.seconds,
         "note": compressed.note,
         "details": compressed.details,

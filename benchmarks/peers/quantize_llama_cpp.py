@@ -1,8 +1,9 @@
 """llama.cpp's quantiser with an importance matrix, through the C interface of llama-cpp-python.
 
-The model goes in as a float32 GGUF; `llama_model_quantize` writes a file of the given type, mixed types as
-`llama-quantize` would choose them; gguf decodes its tensors. Embedding and output layer stay float32, the subject here
-being the blocks. The importance matrix is what `llama-imatrix` gathers, the mean square of every input column.
+The model goes in as a float32 GGUF with its tokenizer; `llama_model_quantize` writes a file of the given type, mixed
+types as `llama-quantize` would choose them, embedding and output layer included; gguf decodes its tensors. Rows that no
+super-block of 256 columns fits get the type that llama.cpp falls back to. The importance matrix is what `llama-imatrix`
+gathers, the mean square of every input column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from dense import Clock, Compressed, Job, linear_names, run
+from dense import EMBEDDINGS, Clock, Compressed, Job, linear_names, run
 from gguf.quants import dequantize
 from safetensors.numpy import load_file
 
@@ -47,7 +48,30 @@ def gguf_names(weights: dict[str, np.ndarray], blocks: int) -> dict[str, str]:
     return {name: str(table.get_name(name, try_suffixes=(".weight",))) for name in weights}
 
 
-def write_gguf(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> int:
+    """Tokens, their types and merges of a byte-level BPE, as any file of llama.cpp holds them; about how many bytes."""
+    file = folder / "tokenizer.json"
+    definition = json.loads(file.read_text()) if file.is_file() else {}
+    if definition.get("model", {}).get("type") != "BPE":
+        writer.add_tokenizer_model("none")
+        return 0
+    named = {index: token for token, index in definition["model"]["vocab"].items()}
+    added = {token["id"]: token for token in definition.get("added_tokens", ())}
+    named |= {index: token["content"] for index, token in added.items()}
+    tokens = [named.get(index, f"[PAD{index}]") for index in range(max(named) + 1)]
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    types = [control if added.get(index, {}).get("special") else normal for index in range(len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    special.add_to_gguf(writer, quiet=True)
+    return sum(8 + len(token.encode()) for token in [*tokens, *special.merges]) + 4 * len(types)
+
+
+def write_gguf(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> int:
+    """Returns about how many bytes the tokenizer takes."""
     writer = gguf.GGUFWriter(path, "llama")
     head = config["hidden_size"] // config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
@@ -60,7 +84,7 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any
     writer.add_rope_dimension_count(config.get("head_dim", head))
     writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    tokenizer = add_tokenizer(writer, folder)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for name, stored in gguf_names(weights, config["num_hidden_layers"]).items():
         heads = rotary_heads(name, config)
@@ -69,6 +93,7 @@ def write_gguf(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return tokenizer
 
 
 def importance_matrix(columns: dict[str, np.ndarray]) -> ctypes.Array[Any]:
@@ -84,7 +109,7 @@ def quantize(job: Job, variant: str) -> Compressed:
     config = json.loads((job.model / "config.json").read_text())
     names = gguf_names(weights, config["num_hidden_layers"])
     source, target = job.out / "original.gguf", job.out / f"{variant}.gguf"
-    write_gguf(source, weights, config)
+    tokenizer = write_gguf(source, weights, config, job.model)
     squares = load_file(job.squares)
     columns = {names[n]: np.ascontiguousarray(squares[n], dtype=np.float32) for n in linear_names(weights)}
     matrix = importance_matrix(columns)
@@ -92,8 +117,6 @@ def quantize(job: Job, variant: str) -> Compressed:
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = job.threads
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix(PLAIN)}")
-    params.token_embedding_type = gguf.GGMLQuantizationType.F32
-    params.quantize_output_tensor = False
     if not variant.endswith(PLAIN):
         params.imatrix = matrix
     llama_cpp.llama_backend_init()
@@ -103,25 +126,39 @@ def quantize(job: Job, variant: str) -> Compressed:
     if failed:
         raise RuntimeError(f"llama_model_quantize returned {failed}")
     try:
-        return decode(target, weights, config, clock.seconds)
+        return decode(target, weights, config, clock.seconds, tokenizer)
     finally:
         target.unlink()
 
 
-def decode(path: Path, weights: dict[str, np.ndarray], config: dict[str, Any], seconds: float) -> Compressed:
+def decode(
+    path: Path, weights: dict[str, np.ndarray], config: dict[str, Any], seconds: float, tokenizer: int
+) -> Compressed:
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     names = gguf_names(weights, config["num_hidden_layers"])
-    decoded, total, kinds = {}, 0, Counter[str]()
-    for name in linear_names(weights):
+    decoded, kinds = {}, Counter[str]()
+    linears = linear_names(weights)
+    embeddings = [name for name in EMBEDDINGS if name in weights]
+    for name in [*linears, *embeddings]:
         tensor = stored[names[name]]
         heads = rotary_heads(name, config)
         weight = dequantize(tensor.data, tensor.tensor_type).reshape(weights[name].shape)
         decoded[name] = weight if heads is None else undo_rotary_order(weight, heads)
-        total += int(tensor.n_bytes)
-        kinds[tensor.tensor_type.name] += weight.size
+        if name not in embeddings:
+            kinds[tensor.tensor_type.name] += weight.size
     shares = {kind: count / sum(kinds.values()) for kind, count in kinds.most_common()}
+    outside = {name: stored[names[name]].tensor_type.name for name in embeddings}
     note = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    return Compressed(decoded, total, seconds, note, details={"types": shares})
+    return Compressed(
+        {name: decoded[name] for name in linears},
+        sum(int(stored[names[name]].n_bytes) for name in linears),
+        seconds,
+        f"{note}; embedding {', '.join(outside.values())}",
+        file_bytes=path.stat().st_size,
+        embedding_bytes=sum(int(stored[names[name]].n_bytes) for name in embeddings),
+        others={name: decoded[name] for name in embeddings},
+        details={"types": shares, "embedding": outside, "tokenizer_bytes": tokenizer},
+    )
 
 
 if __name__ == "__main__":

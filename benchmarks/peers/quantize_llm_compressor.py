@@ -15,7 +15,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from dense import Clock, Compressed, Job, linear_names, run
+from dense import EMBEDDINGS, Clock, Compressed, Job, linear_names, run
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -80,7 +80,10 @@ def decode(job: Job, folder: Path, scheme: QuantizationScheme, seconds: float) -
         decoded[name] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"].numpy()
     norms = {name: stored[name].float().numpy() for name in weights if "norm" in name}
     changed = {name: norm for name, norm in norms.items() if not np.allclose(norm, weights[name], rtol=1e-3)}
-    return Compressed(decoded, total, seconds, others=changed)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    heads = [name for name in EMBEDDINGS if name in stored]
+    note = "stores the tied output layer beside the embedding" if len(heads) > sum(n in weights for n in heads) else ""
+    return Compressed(decoded, total, seconds, note, file_bytes, others=changed)
 
 
 if __name__ == "__main__":
