@@ -247,4 +247,4 @@ def _sum_of(log_p: Tensor, chosen: Tensor) -> float:
             f"the text has token {int(chosen.max())} and the model a vocabulary of {log_p.shape[-1]}: "
             "the tokenizer does not belong to this model"
         )
-    return float(log_p.gather(1, chosen).sum(dtype=torch.float64))
+    return float(log_p.gather(1, chosen).cpu().sum(dtype=torch.float64))  # one number a token leaves the device
