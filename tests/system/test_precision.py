@@ -17,7 +17,7 @@ from featherweight.system.precision import bfloat16_time_ratio, choose_precision
     ("ratio", "chosen"), [(0.4, "bfloat16"), (0.79, "bfloat16"), (0.81, "float32"), (22.0, "float32")]
 )
 def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch, ratio: float, chosen: str) -> None:
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: ratio)
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: ratio)
     events: list[dict[str, Any]] = []
     assert choose_precision("auto", events.append) == chosen
     assert [event["chosen"] for event in events] == [chosen]
@@ -26,7 +26,7 @@ def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: pytest.fail("timed"))
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: pytest.fail("timed"))
     events: list[dict[str, Any]] = []
     assert choose_precision("bfloat16", events.append) == "bfloat16"
     assert choose_precision("float32", events.append) == "float32"

@@ -1,4 +1,4 @@
-"""Which floating-point type passes through a network are made in: asked for, or the one this processor is faster in.
+"""Which floating-point type passes through a network are made in: asked for, or the one that is faster where it runs.
 
 bfloat16 halves the time of a product where the processor multiplies it itself (AVX512-BF16, AMX, Arm's BF16). Elsewhere
 libraries convert it back and forth: two to twenty times slower than float32, a hundred times in some backward products.
@@ -25,17 +25,17 @@ ENOUGH = 0.8
 """bfloat16 is taken below this share of float32's time: it is half of it with the instructions, twice without."""
 
 
-def choose_precision(wanted: Precision, notify: Observer | None = None) -> Chosen:
-    """What passes are made in on this machine; `notify` gets an event that says so where the choice was ours.
+def choose_precision(wanted: Precision, notify: Observer | None = None, device: torch.device | str = "cpu") -> Chosen:
+    """What passes are made in on a device; `notify` gets an event that says so where the choice was ours.
 
     Parameters
     ----------
-    wanted : "auto" times both once a process; the others are taken as they are
-    tell : gets {"event": "precision", "chosen": ..., "text": ...}
+    wanted : "auto" times both on the device, once a process; the others are taken as they are
+    notify : gets {"event": "precision", "chosen": ..., "text": ...}
     """
     if wanted != "auto":
         return wanted
-    ratio = bfloat16_time_ratio()
+    ratio = bfloat16_time_ratio(str(device))
     chosen: Chosen = "bfloat16" if ratio < ENOUGH else "float32"
     if notify is not None:
         notify(
@@ -48,20 +48,21 @@ def choose_precision(wanted: Precision, notify: Observer | None = None) -> Chose
     return chosen
 
 
-@functools.lru_cache(maxsize=1)
-def bfloat16_time_ratio() -> float:
+@functools.cache
+def bfloat16_time_ratio(device: str = "cpu") -> float:
     """Time of a linear layer, forwards and backwards, in bfloat16 by that in float32; the least of a few trials."""
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
     times: dict[bool, list[float]] = {False: [], True: []}
     with torch.inference_mode(False), torch.enable_grad():
-        inputs = torch.randn(ROWS, COLUMNS, generator=generator).requires_grad_()
-        weight = torch.randn(OUTPUTS, COLUMNS, generator=generator).requires_grad_()
+        inputs = torch.randn(ROWS, COLUMNS, generator=generator).to(device).requires_grad_()
+        weight = torch.randn(OUTPUTS, COLUMNS, generator=generator).to(device).requires_grad_()
         for trial in range(TRIALS + 1):
             for halved, found in times.items():
                 begun = time.perf_counter()
-                with autocast("bfloat16" if halved else "float32"):
+                with autocast("bfloat16" if halved else "float32", device):
                     product = torch.nn.functional.linear(inputs, weight)
-                torch.autograd.grad(product.float().sum(), (inputs, weight))
+                made, _ = torch.autograd.grad(product.float().sum(), (inputs, weight))
+                made[0, 0].item()  # a device is done when its numbers are here
                 if trial > 0:  # the first one builds the kernels
                     found.append(time.perf_counter() - begun)
     return min(times[True]) / min(times[False])
