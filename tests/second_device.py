@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -65,6 +67,16 @@ class Mode(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
+class Making(TorchFunctionMode):
+    """`torch.tensor(numbers, device=...)`, which does not come as far as `Mode`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == DEVICE.type:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        return func(*args, **kwargs)
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     there = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
@@ -99,5 +111,10 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 @contextmanager
 def second_device() -> Iterator[torch.device]:
     """Within, torch has DEVICE."""
-    with Mode():
+    asked = torch.is_autocast_enabled  # of kinds of devices that autocast knows
+
+    def is_autocast_enabled(*kind: str) -> bool:
+        return False if kind == (DEVICE.type,) else asked(*kind)
+
+    with Mode(), Making(), mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled):
         yield DEVICE

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from outputs import contents
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from featherweight.errors import FeatherError
 from featherweight.methods.calibrate import session as sessions
 from featherweight.methods.learn import loop
+from featherweight.methods.quantize import sweep_steps
+from featherweight.native.sweep import sweep_columns
 from featherweight.tasks.compress.engine import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from second_device import DEVICE, OnDevice, second_device
@@ -33,6 +38,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "trit-1": (*SMALL, TUNED % "model"),
     "quarot-gptq": SMALL,
 }
+SWEPT = ("gptaq", "rsq", "quarot-gptq", "trit-1", "trit-1-blockwise")
 TRAINED = ("flexround-3", "discquant", "trit-1-blockwise", "trit-1")
 
 
@@ -73,7 +79,7 @@ def test_the_same_bytes(
     trained: list[torch.device],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes, gathered = RECIPES[preset], list[bool]()
+    changes, gathered, solved = RECIPES[preset], list[bool](), list[bool]()
     compress(llama, preset, tmp_path / "cpu", changes=changes, calibration=text, threads=1)
     trained.clear()
     add = sessions.Accumulator.add
@@ -82,10 +88,17 @@ def test_the_same_bytes(
         gathered.append(isinstance(inputs, OnDevice))
         add(self, inputs, *rest)  # type: ignore[arg-type]
 
+    def swept(weight: torch.Tensor, *rest: Any) -> Any:
+        solved.append(isinstance(weight, OnDevice))
+        return sweep_columns(weight, *rest)
+
     monkeypatch.setattr(sessions.Accumulator, "add", watched)
+    monkeypatch.setattr(sweep_steps, "sweep_columns", swept)
     with second_device() as device:
         compress(llama, preset, tmp_path / "there", changes=changes, calibration=text, threads=1, device=device)
     assert all(gathered)
+    assert all(solved)
+    assert bool(solved) or preset not in SWEPT
     assert set(trained) == ({DEVICE} if preset in TRAINED else set())
     assert contents(tmp_path / "there") == contents(tmp_path / "cpu")
 
@@ -97,6 +110,36 @@ def test_statistics_files(llama: Path, text: Path, tmp_path: Path) -> None:
     with second_device() as device:
         there = gather_statistics(llama, tmp_path / "there.safetensors", text, needs, settings, device=device)
     assert there.read_bytes() == here.read_bytes()
+
+
+def test_layers_without_data(llama: Path, tmp_path: Path) -> None:
+    compress(llama, "ptqtp", tmp_path / "cpu", threads=1)
+    with second_device() as device:
+        compress(llama, "ptqtp", tmp_path / "there", threads=1, device=device)
+        with pytest.raises(FeatherError, match="^workers share the processors, and layers are solved on lazy:0; leave"):
+            compress(llama, "ptqtp", tmp_path / "no", threads=1, device=device, workers=2)
+    assert contents(tmp_path / "there") == contents(tmp_path / "cpu")
+
+
+def test_a_run_goes_on_on_another_device(llama: Path, tmp_path: Path) -> None:
+    """What is finished stays; run.json says where the work is done, and the log that it was done elsewhere before."""
+    out, events = tmp_path / "out", list[dict[str, Any]]()
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "layer":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(llama, "ptqtp", out, threads=1, observer=stop)
+    begun = out.with_name("out.feather-run") / "run.json"
+    assert json.loads(begun.read_text())["device"] == "cpu"
+    with second_device() as device, pytest.raises(KeyboardInterrupt):
+        compress(llama, "ptqtp", out, threads=1, device=device, observer=stop)
+    assert json.loads(begun.read_text())["device"] == "lazy:0"
+    result = compress(llama, "ptqtp", out, threads=1, observer=events.append)
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert any(text.startswith("this run was on lazy:0 before and goes on on cpu: ") for text in notes)
+    assert result.resumed > 0
 
 
 def test_the_second_device_is_one() -> None:

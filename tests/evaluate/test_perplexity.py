@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from known_models import Bigram, Counter, SoftCapped, random_bigram, uniform
 from torch import nn
 
-from featherweight.errors import EvaluationError
+from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.tasks.evaluate import perplexity as perplexity_module
 from featherweight.tasks.evaluate.divergence import kl_divergence
 from featherweight.tasks.evaluate.perplexity import LogitsReader, Loss, measure
 from featherweight.tasks.evaluate.protocols import NAMES, protocol_named
+from known_memory import Memory
 
 VOCABULARY = 7
 
@@ -253,3 +254,19 @@ def test_nan_logits_and_foreign_tokens_are_errors() -> None:
         measure(narrow, tokens, protocol)
     with pytest.raises(EvaluationError, match="vocabularies of 7 and 9"):
         measure(uniform(7), tokens, protocol, against=Bigram(torch.zeros(7, 9)))
+
+
+@pytest.mark.parametrize("limit", [5, 2, 1])
+def test_windows_that_do_not_fit_together_go_in_smaller_batches(limit: int) -> None:
+    model, tokens = Counter(20, 8), torch.randint(20, (100,), generator=torch.Generator().manual_seed(3))
+    protocol = protocol_named("own", 8, len(tokens), None)
+    expected = measure(model, tokens, protocol, model, batch=6)
+    memory = Memory(limit=limit)
+    model.register_forward_pre_hook(lambda _, args, named: memory.hold(len(named["input_ids"])), with_kwargs=True)
+    with pytest.warns(FeatherWarning, match="cpu ran out of memory: batches are of [13] windows? from here on"):
+        found = measure(model, tokens, protocol, model, batch=6)
+    assert found.loss.counts == expected.loss.counts
+    assert found.loss.sums == pytest.approx(expected.loss.sums, rel=1e-6)
+    memory.limit = 0
+    with pytest.raises(EvaluationError, match="the memory of cpu does not suffice for one window"):
+        measure(model, tokens, protocol, model, batch=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featherweight.errors import FeatherError
-from featherweight.system.devices import device_named
+from featherweight.system.devices import device_named, devices_here
 
 PACKAGE = Path(__file__).parent.parent.parent / "src" / "featherweight"
 FILES = sorted(path for room in ("methods", "model/network") for path in (PACKAGE / room).rglob("*.py"))
@@ -51,7 +51,27 @@ def test_devices_by_name() -> None:
     assert device_named("auto") == (accelerator or torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("cuda", "mps", "taken", "here"),
+    [
+        (2, True, "cuda", ["cpu", "cuda:0", "cuda:1", "mps"]),
+        (1, False, "cuda", ["cpu", "cuda:0"]),
+        (0, True, "mps", ["cpu", "mps"]),
+        (0, False, "cpu", ["cpu"]),
+    ],
+)
+def test_what_auto_takes(cuda: int, mps: bool, taken: str, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert device_named("auto") == torch.device(taken)
+    assert devices_here() == here
+    with pytest.raises(FeatherError, match=f"take {' or '.join(here)}, or auto$"):
+        device_named("no-such-device")
+
+
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", "cpu:x", "", "lazy"])
 def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(FeatherError, match=r"^the device '.*' cannot be used \(.+\): take cpu, or auto$"):
+    with pytest.raises(FeatherError, match=r"^the device '.*' cannot be used \(.+\): take cpu.*, or auto$"):
         device_named(name)

@@ -19,7 +19,7 @@ from featherweight.system.precision import bfloat16_time_ratio, choose_precision
 )
 def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch, ratio: float, chosen: str) -> None:
     monkeypatch.delenv("FEATHERWEIGHT_PRECISION")
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: ratio)
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: ratio)
     events: list[dict[str, Any]] = []
     assert choose_precision("auto", events.append) == chosen
     assert [event["chosen"] for event in events] == [chosen]
@@ -28,7 +28,7 @@ def test_auto_takes_the_faster_type_and_says_so(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: pytest.fail("timed"))
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: pytest.fail("timed"))
     events: list[dict[str, Any]] = []
     assert choose_precision("bfloat16", events.append) == "bfloat16"
     assert choose_precision("float32", events.append) == "float32"
@@ -37,7 +37,7 @@ def test_what_is_asked_for_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("value", ["bfloat16", "float32", " BFloat16 "])
 def test_the_environment_decides_instead(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda: pytest.fail("timed"))
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: pytest.fail("timed"))
     monkeypatch.setenv("FEATHERWEIGHT_PRECISION", value)
     events: list[dict[str, Any]] = []
     assert choose_precision("auto", events.append) == value.strip().lower()

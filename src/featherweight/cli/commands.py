@@ -268,6 +268,7 @@ def run_eval(
     dtype: str,
     limit: int | None,
     threads: int | None,
+    device: str,
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
@@ -278,8 +279,9 @@ def run_eval(
     quiet_transformers()
     with steps("evaluating") as notify:
         result = evaluate(
-            model, against, text, protocol, context, dtype, limit, notify, thread_count(threads), trust_remote_code
-        )
+            model, against, text, protocol, context, dtype, limit, notify, thread_count(threads), trust_remote_code,
+            device,
+        )  # fmt: skip
     report = result.to_json()
     write_json(json, report)
     bits = report["bits_per_weight"]

@@ -35,7 +35,9 @@ Threads = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        "--device", metavar="NAME", help="Where recipes that run the network run it: cpu, cuda, cuda:1, or auto."
+        "--device",
+        metavar="NAME",
+        help="Where the network runs and layers are solved: cpu, cuda, cuda:1, mps, or auto, an accelerator if any.",
     ),
 ]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
@@ -179,13 +181,14 @@ def evaluate(
     dtype: Dtype = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
     threads: Threads = None,
+    device: Device = "auto",
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity by a named protocol, true size, and the distance from the original."""
     from featherweight.cli.commands import run_eval
 
-    run_eval(model, against, text, protocol, context, dtype, limit, threads, trust_remote_code, json)
+    run_eval(model, against, text, protocol, context, dtype, limit, threads, device, trust_remote_code, json)
 
 
 @app.command()
@@ -325,6 +328,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(141)
     except MemoryError:
         _stop("error: out of memory; set --max-memory or use a machine with more", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
+            raise
+        _stop("error: the device is out of memory; free some of it, lower calibration.length, or take --device cpu", 1)
 
 
 def _one_set_each(arguments: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from featherweight.native import library
+from featherweight.native.choice import may_be_native
 
 LANES = 16  # partial sums
 ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
@@ -44,7 +45,7 @@ def least_error(
     counted : weights of the errors of a row, float32 [1, groups, size]; None: all alike
     """
     scales, zero_points = scales.float().contiguous(), zero_points.float().contiguous()
-    native = None if backend == "reference" else _native()
+    native = _native() if may_be_native(backend, groups) else None
     if native is not None:
         return _least_error_native(native, groups, scales, zero_points, highest, exponent, counted, threads)
     if backend == "native":
@@ -61,7 +62,7 @@ def least_error_reference(
     values = torch.nn.functional.pad(groups / unit.unsqueeze(-1), (0, short))
     if counted is not None:
         counted = torch.nn.functional.pad(counted, (0, short))
-    chosen = torch.zeros(unit.shape, dtype=torch.int64)
+    chosen = torch.zeros(unit.shape, dtype=torch.int64, device=unit.device)
     least = torch.full_like(unit, torch.nan)
     for trial, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
         inverse = torch.where(scale > 0, unit / scale, torch.zeros_like(scale)).unsqueeze(-1)
@@ -98,7 +99,7 @@ def _polynomial(coefficients: tuple[float | Tensor, ...], x: Tensor) -> Tensor:
 
 def summed(errors: Tensor) -> Tensor:
     """Sums over the last axis, a multiple of LANES: part by part, then the parts by halves."""
-    sums = torch.zeros(*errors.shape[:-1], LANES)
+    sums = torch.zeros(*errors.shape[:-1], LANES, device=errors.device)
     for part in torch.split(errors, LANES, dim=-1):
         sums += part
     while sums.shape[-1] > 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featherweight.native import library
+from featherweight.native.choice import may_be_native
 from featherweight.native.clip_search import LANES, summed
 
 
@@ -40,7 +41,7 @@ def fit_levels(
         )
     if levels.dim() != 1 or not 2 <= len(levels) <= 256 or bool((levels.diff() <= 0).any()):
         raise ValueError("levels are from 2 to 256 ascending numbers")
-    native = None if backend == "reference" or values.device.type != "cpu" else _native()
+    native = _native() if may_be_native(backend, values) else None
     if native is not None and values.numel():
         return _native_fit(native, values, counted, levels, scales, rounds, threads)
     if backend == "native":

@@ -15,7 +15,7 @@ With several starts there is no such stop, as there is no published loop to foll
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from featherweight.errors import RecipeError
 from featherweight.native import library
 from featherweight.native import ptqtp_reference as reference
+from featherweight.native.choice import Backend, may_be_native
 from featherweight.native.packing import Packing, pack_trits, packed_bytes, unpack_trits
 from featherweight.native.ptqtp_reference import Window
 from featherweight.native.ptqtp_settings import (
@@ -44,8 +45,6 @@ __all__ = [
     "solve_trit_planes",
 ]
 
-Backend = Literal["auto", "native", "reference"]
-
 # Rows in a window start at a multiple of this, so that packed bytes (5 or 4 trits) never straddle two windows.
 ROW_ALIGNMENT = 20
 
@@ -66,7 +65,7 @@ class _Reference:
 
     def resolve(self, weight: Tensor, settings: TritPlaneSettings, cap: int, window: Window) -> None:
         rows = (window.steps > cap).any(-1).nonzero().flatten()
-        again = reference.solve_window(weight[rows], settings, cap)
+        again = _placed(reference.solve_window(weight[rows.to(weight.device)], settings, cap), window.codes.device)
         window.codes[rows], window.scales[rows], window.steps[rows] = again.codes, again.scales, again.steps
 
     def assign(self, weight: Tensor, scales: Tensor, settings: TritPlaneSettings) -> Tensor:
@@ -100,7 +99,8 @@ def solve_trit_planes(
 
     Parameters
     ----------
-    weight : [n, d], float32, bfloat16, float16 or float64, on the CPU. A group is `group_size` consecutive columns.
+    weight : [n, d], float32, bfloat16, float16 or float64. A group is `group_size` consecutive columns. On another
+        device than the CPU the PyTorch reference solves there, and the result stays there.
     settings : the published algorithm by default.
     threads : of the native solver; None for the default of `library.thread_count`. Never changes the result.
     backend : "native" raises RuntimeError without the library; "auto" falls back to the PyTorch reference.
@@ -110,7 +110,7 @@ def solve_trit_planes(
     """
     settings = settings or TritPlaneSettings()
     _check_matrix(weight)
-    solver = _solver(backend, threads)
+    solver = _solver(backend, threads, weight)
     window = solver.solve(weight, settings, settings.max_iterations)
     stop = _stop(window.moving, window.steps, settings)
     if bool((window.steps > stop).any()):
@@ -140,12 +140,13 @@ def assign_trits(
     expected = (n, groups) if settings.tied else (n, groups, settings.planes)
     if tuple(scales.shape) != expected:
         raise ValueError(f"scales must be {list(expected)}, not {list(scales.shape)}")
-    return _solver(backend, threads).assign(weight, scales.to(torch.float64), settings)
+    return _solver(backend, threads, weight).assign(weight, scales.to(torch.float64), settings)
 
 
 class TritPlaneStream:
     """The same for a matrix that arrives in windows of rows, keeping what is stored and one byte a group.
 
+    Windows may be on any device, and are solved there; what is kept is in main memory.
     Windows may come in any order, each row once. A window starts at a multiple of 20 rows and, unless it ends the
     matrix, has a multiple of 20 rows. `finish` reads again the rows that hold groups which the stopping rule of the
     whole matrix would have stopped earlier, and solves those groups alone. The result equals that of
@@ -166,7 +167,9 @@ class TritPlaneStream:
         self.settings = settings or TritPlaneSettings()
         self.packing: Packing = packing
         self.scale_dtype = scale_dtype
-        self._solver = _solver(backend, threads)
+        self._backend: Backend = backend
+        self._threads = threads
+        _solver(backend, threads)
         groups = -(-d // self.settings.group_size)
         scale_shape = (n, groups) if self.settings.tied else (n, groups, self.settings.planes)
         self._packed = torch.zeros(self.settings.planes, packed_bytes(n * d, packing), dtype=torch.uint8)
@@ -193,7 +196,8 @@ class TritPlaneStream:
         if bool(self._seen[first_row:last].any()):
             raise ValueError(f"rows {first_row} to {last} overlap rows that were added before")
         try:
-            found = self._solver.solve(window, self.settings, self.settings.max_iterations)
+            solver = _solver(self._backend, self._threads, window)
+            found = _placed(solver.solve(window, self.settings, self.settings.max_iterations), self._scales.device)
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(first_row + error.row, error.column) from None
         self._scales[first_row:last] = found.scales
@@ -215,7 +219,7 @@ class TritPlaneStream:
             first, last = block * ROW_ALIGNMENT, min((block + 1) * ROW_ALIGNMENT, self.shape[0])
             window = read(first, last)
             kept = Window(self._unpack(first, last), self._scales[first:last], self._steps[first:last], self._moving)
-            self._solver.resolve(window, self.settings, stop, kept)
+            _solver(self._backend, self._threads, window).resolve(window, self.settings, stop, kept)
             self._pack(first, self._closed(window, kept, first))
         self.iterations = stop
         return self._packed, _stored(self._scales, self.scale_dtype, 0, self.settings)
@@ -225,7 +229,8 @@ class TritPlaneStream:
         scales = _stored(found.scales, self.scale_dtype, first_row, self.settings)
         if not self.settings.closing:
             return found.codes
-        return self._solver.assign(window, scales.to(torch.float64), self.settings)
+        solver = _solver(self._backend, self._threads, window)
+        return solver.assign(window, scales.to(window.device, torch.float64), self.settings).cpu()
 
     def _bytes(self, first: int, last: int) -> slice:
         """Where the packed trits of some rows lie in each plane."""
@@ -235,7 +240,7 @@ class TritPlaneStream:
     def _pack(self, first: int, codes: Tensor) -> None:
         """Store the codes of rows from `first`, a multiple of 20, on."""
         place = self._bytes(first, first + codes.shape[0])
-        native = library.get() if isinstance(self._solver, _Native) else None
+        native = library.get() if may_be_native(self._backend) else None
         if native is not None:
             native.pack_codes(codes, self.packing, self._packed, place.start)
             return
@@ -249,12 +254,16 @@ class TritPlaneStream:
         return join_trits(torch.stack([unpack_trits(p, shape[0] * shape[1], self.packing).view(shape) for p in planes]))
 
 
-def _solver(backend: Backend, threads: int | None) -> _Solver:
+def _placed(window: Window, device: torch.device) -> Window:
+    return Window(*(tensor.to(device) for tensor in window))
+
+
+def _solver(backend: Backend, threads: int | None, weight: Tensor | None = None) -> _Solver:
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f"backend must be 'auto', 'native' or 'reference', not {backend!r}")
-    native = None if backend == "reference" else library.get()
+    native = library.get() if may_be_native(backend, weight) else None
     if native is None and backend == "native":
-        raise RuntimeError("the native library of featherweight is not available; use backend='reference'")
+        raise RuntimeError("the native library of featherweight is not available here; use backend='reference'")
     return _Reference() if native is None else _Native(native, threads)
 
 
@@ -285,5 +294,3 @@ def _check_matrix(weight: Tensor) -> None:
         raise ValueError(f"a weight must be a non-empty matrix, not {list(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"a weight must be float32, bfloat16, float16 or float64, not {weight.dtype}")
-    if weight.device.type != "cpu":
-        raise ValueError(f"a weight must be on the CPU, not on {weight.device}")

@@ -1,4 +1,4 @@
-"""PTQTP trit-planes in plain PyTorch: the readable form, and the oracle of the native one.
+"""PTQTP trit-planes in plain PyTorch: the readable form, the oracle of the native one, and what other devices run.
 
 "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models", arXiv 2509.16989. A group of weights w
 becomes sum_k scale_k t_k with trits t_k in {-1, 0, 1}, by alternating a ridge regression for the scales and an
@@ -77,19 +77,19 @@ def group_rows(weight: Tensor, group_size: int) -> Groups:
     n, d = weight.shape
     size = min(group_size, d)
     count = -(-d // size)
-    padded = torch.zeros(n, count * size, dtype=torch.float64)
+    padded = torch.zeros(n, count * size, dtype=torch.float64, device=weight.device)
     padded[:, :d] = weight.to(torch.float64)
-    mask = (torch.arange(count * size) < d).expand(n, -1).reshape(n * count, size)
+    mask = (torch.arange(count * size, device=weight.device) < d).expand(n, -1).reshape(n * count, size)
     return Groups(padded.reshape(n * count, size), mask)
 
 
 def _solve_rows(weight: Tensor, settings: TritPlaneSettings, cap: int) -> Window:
     groups = group_rows(weight, settings.group_size)
     n, d = weight.shape
-    moving = torch.zeros(cap + 1, dtype=torch.uint8)
+    moving = torch.zeros(cap + 1, dtype=torch.uint8, device=weight.device)
     if settings.one_scale:
         tied_scales, trits = tied_sweep(groups, settings.planes)
-        steps = torch.zeros(len(tied_scales), dtype=torch.uint8)
+        steps = torch.zeros(len(tied_scales), dtype=torch.uint8, device=weight.device)
         scales = tied_scales.reshape(n, -1)
     else:
         free_scales, trits, steps = _best_start(groups, settings, cap, moving)
@@ -138,19 +138,20 @@ def alternate(
     change any more, so it leaves the active set. Sets moving[t] where some group moved in iteration t >= 2.
     Returns scales [R, K], trits int8 [K, R, G], steps uint8 [R].
     """
-    count = groups.weights.shape[0]
+    count, device = groups.weights.shape[0], groups.weights.device
     trits = first[1].clone()
-    scales = torch.zeros(count, settings.planes, dtype=torch.float64) if first[0] is None else first[0].clone()
-    steps = torch.full((count,), cap, dtype=torch.uint8)
-    ridge = torch.full((count,), settings.ridge, dtype=torch.float64)
-    active = torch.arange(count)
+    none = torch.zeros(count, settings.planes, dtype=torch.float64, device=device)
+    scales = none if first[0] is None else first[0].clone()
+    steps = torch.full((count,), cap, dtype=torch.uint8, device=device)
+    ridge = torch.full((count,), settings.ridge, dtype=torch.float64, device=device)
+    active = torch.arange(count, device=device)
     gram, right = normal_equations(groups, trits)
     for t in range(1 if first[0] is None else 2, cap + 1):
         part = Groups(groups.weights[active], groups.mask[active])
         new_scales, new_ridge = ridge_step(gram, right, ridge[active], settings)
         change = _squared_change(new_scales, scales[active])
-        if t > 1 and bool((change >= settings.tolerance**2).any()):
-            moving[t] = 1
+        if t > 1:
+            moving[t] |= (change >= settings.tolerance**2).any().to(torch.uint8)
         new_trits = nearest_trits(part, new_scales, settings.tie_order)
         new_gram, new_right = normal_equations(part, new_trits)
         fixed = (new_gram == gram).all(-1).all(-1) & (new_right == right).all(-1) & (new_ridge == ridge[active])
@@ -207,7 +208,7 @@ def greedy_trits(groups: Groups, planes: int) -> Tensor:
     for _ in range(planes):
         values, indices = torch.sort(rest.abs(), dim=-1, descending=True, stable=True)
         sums = torch.cumsum(values, -1)
-        sizes = torch.arange(1, values.shape[1] + 1, dtype=torch.float64)
+        sizes = torch.arange(1, values.shape[1] + 1, dtype=torch.float64, device=values.device)
         # Magnitudes equal to the least one kept must all be kept or the choice would hang on the order of a sort.
         last_of_equal = torch.nn.functional.pad(values[:, :-1] != values[:, 1:], (0, 1), value=True)
         best = torch.where(last_of_equal, sums * sums / sizes, -1.0).argmax(-1, keepdim=True)
@@ -222,7 +223,7 @@ def greedy_trits(groups: Groups, planes: int) -> Tensor:
 def normal_equations(groups: Groups, trits: Tensor) -> tuple[Tensor, Tensor]:
     """S^T S as float64 [R, K, K] (small integers) and S^T w as float64 [R, K]."""
     planes = trits.shape[0]
-    gram = torch.empty(trits.shape[1], planes, planes, dtype=torch.float64)
+    gram = torch.empty(trits.shape[1], planes, planes, dtype=torch.float64, device=trits.device)
     for k, other in itertools.product(range(planes), repeat=2):
         gram[:, k, other] = (trits[k] * trits[other]).sum(-1).to(torch.float64)
     right = torch.stack([(plane * groups.weights).sum(-1) for plane in trits], -1)
@@ -246,7 +247,7 @@ def _condition(a: Tensor) -> Tensor:
     """||A||_F ||A^-1||_F of symmetric positive definite matrices [R, K, K], K <= 3."""
     planes = a.shape[-1]
     if planes == 1:
-        return torch.ones(a.shape[0], dtype=torch.float64)
+        return torch.ones(a.shape[0], dtype=torch.float64, device=a.device)
     if planes == 2:
         a11, a22, s12 = a[:, 0, 0], a[:, 1, 1], a[:, 0, 1]
         return (a11 * a11 + a22 * a22 + 2 * (s12 * s12)) / (a11 * a22 - s12 * s12)
@@ -307,7 +308,7 @@ def nearest_trits(groups: Groups, scales: Tensor, order: TieOrder) -> Tensor:
     """Trit step: for every weight the first code tuple with the least squared error; int8 [K, R, G]."""
     w, planes = groups.weights, scales.shape[1]
     best = torch.full_like(w, torch.inf)
-    trits = torch.zeros(planes, *w.shape, dtype=torch.int8)
+    trits = torch.zeros(planes, *w.shape, dtype=torch.int8, device=w.device)
     for candidate in candidates(planes, order):
         level = candidate[0] * scales[:, :1]
         for k in range(1, planes):
@@ -349,7 +350,7 @@ def tied_sweep(groups: Groups, planes: int) -> tuple[Tensor, Tensor]:
     largest = groups.weights.abs().amax(-1, keepdim=True)
     best = torch.full_like(largest, -1.0)
     scales = torch.zeros_like(largest)
-    codes = torch.zeros(groups.weights.shape, dtype=torch.int8)
+    codes = torch.zeros(groups.weights.shape, dtype=torch.int8, device=groups.weights.device)
     for i in range(SWEEP_STEPS):
         rounded = _tied_codes(groups, largest / ((3.25 + i / 32) * levels / 4), levels)
         product = (rounded * groups.weights).sum(-1, keepdim=True)
@@ -365,7 +366,7 @@ def tied_sweep(groups: Groups, planes: int) -> tuple[Tensor, Tensor]:
 def _tied_codes(groups: Groups, scale: Tensor, levels: int) -> Tensor:
     """Integer codes int8 [R, G] nearest to w / scale, halves away from zero; 0 where the scale is 0."""
     magnitude = groups.weights.abs()
-    codes = torch.zeros(magnitude.shape, dtype=torch.int8)
+    codes = torch.zeros(magnitude.shape, dtype=torch.int8, device=magnitude.device)
     for level in range(1, levels + 1):
         codes += (magnitude >= (level - 0.5) * scale).to(torch.int8)
     return codes * groups.weights.sign().to(torch.int8) * (scale > 0)

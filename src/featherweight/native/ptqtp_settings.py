@@ -107,7 +107,7 @@ class TritPlaneSolution:
         if self.scales.dim() == 2:
             total = self.scales[:, group] * (self.codes.to(torch.float64) - (3**self.planes - 1) // 2)
         else:
-            total = torch.zeros(self.codes.shape, dtype=torch.float64)
+            total = torch.zeros(self.codes.shape, dtype=torch.float64, device=self.codes.device)
             for k, plane in enumerate(self.trits()):
                 total = total + self.scales[:, group, k] * plane
         return total
@@ -126,7 +126,7 @@ class NonFiniteWeightError(NonFiniteError):
 
 def split_codes(codes: Tensor, planes: int) -> Tensor:
     """Trits int8 [K, ...] of joint codes uint8 [...]."""
-    trits = torch.empty(planes, *codes.shape, dtype=torch.int8)
+    trits = torch.empty(planes, *codes.shape, dtype=torch.int8, device=codes.device)
     rest = codes.to(torch.int16)
     for k in reversed(range(planes)):
         third = (rest * 11) >> 5  # rest // 3 for rest < 27, without the slow integer division
@@ -137,7 +137,7 @@ def split_codes(codes: Tensor, planes: int) -> Tensor:
 
 def join_trits(trits: Tensor) -> Tensor:
     """Joint codes uint8 [...] of trits int8 [K, ...]."""
-    codes = torch.zeros(trits.shape[1:], dtype=torch.uint8)
+    codes = torch.zeros(trits.shape[1:], dtype=torch.uint8, device=trits.device)
     for plane in trits:
         codes = codes * 3 + (plane + 1).to(torch.uint8)
     return codes

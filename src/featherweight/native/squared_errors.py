@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from featherweight.native import library
+from featherweight.native.choice import may_be_native
 
 
 def squared_errors(weight: Tensor, decoded: Tensor, threads: int | None = None) -> tuple[Tensor, Tensor]:
@@ -16,7 +17,7 @@ def squared_errors(weight: Tensor, decoded: Tensor, threads: int | None = None) 
     """
     if weight.shape != decoded.shape or decoded.dtype != torch.float32:
         raise ValueError(f"decoded must be float32 {list(weight.shape)}, not {decoded.dtype} {list(decoded.shape)}")
-    native = library.get()
+    native = library.get() if may_be_native("auto", weight, decoded) else None
     if native is None or not weight.numel():
         return squared_errors_reference(weight, decoded)
     return native.squared_errors(weight, decoded, threads)

@@ -1,6 +1,7 @@
 """The columns of one block of a Hessian sweep: round a column, feed its error to the columns after it.
 
-The definition in PyTorch, and the native library's form of it (native/sweep.h), which gives the same bits in float32.
+The definition in PyTorch, which is also the form for other devices than the CPU, and the native library's form of it
+(native/sweep.h), which gives the same bits in float32.
 What a column passes on, with w its value just before rounding, w0 the original, q the rounded one, U the upper factor
 of the inverse second moment and P the feedback of a cross moment (see `featherweight.methods.quantize.sweep`):
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from featherweight.native import library
+from featherweight.native.choice import Backend, may_be_native
 
 MOST_LEVELS = 256
 
@@ -43,9 +45,22 @@ class SweptColumns:
     residuals: Tensor | None  # r [out, columns], with feedback
     tail_errors: Tensor
     tail_residuals: Tensor | None
-    loss: float  # sum of ((w - q) / U_jj)^2
-    clipped: int  # weights more than half a step outside the range of their group
-    drift: float  # largest |w - w0|
+    totals: Tensor  # float64 [3]: loss, clipped and drift, left where the weight is
+
+    @property
+    def loss(self) -> float:
+        """Sum of ((w - q) / U_jj)^2."""
+        return float(self.totals[0])
+
+    @property
+    def clipped(self) -> int:
+        """Weights more than half a step outside the range of their group."""
+        return int(self.totals[1])
+
+    @property
+    def drift(self) -> float:
+        """Largest |w - w0|."""
+        return float(self.totals[2])
 
 
 def sweep_columns(
@@ -57,7 +72,7 @@ def sweep_columns(
     group_of: Tensor,
     rule: FeedbackRule,
     threads: int | None = None,
-    backend: Literal["auto", "native", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> SweptColumns:
     """Round all columns of `weight` in order. Changes `weight` in place: each column ends as it was before rounding.
 
@@ -65,7 +80,7 @@ def sweep_columns(
     upper, feedback : [columns, columns] blocks of U and P, only their upper triangles are read
     levels : float32 [out, groups, L], ascending; group_of : int32 [columns]
     """
-    native = None if backend == "reference" else _native()
+    native = _native() if may_be_native(backend, weight) else None
     if native is not None and _can(weight, original, upper, feedback, levels, rule):
         return _sweep_native(native, weight, original, upper, feedback, levels, group_of, rule, threads)
     if backend == "native":
@@ -82,22 +97,26 @@ def sweep_columns_reference(
     group_of: Tensor,
     rule: FeedbackRule,
 ) -> SweptColumns:
-    """The definition; see `sweep_columns`."""
+    """The definition, and the form for other devices than the CPU; see `sweep_columns`.
+
+    Rows go together. Nothing is asked of the device on the way, so that it always has the next columns' work waiting.
+    """
     rows, columns = weight.shape
-    indices = torch.empty(rows, columns, dtype=torch.uint8)
+    indices = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
     residuals = None if feedback is None else torch.empty_like(errors)
     apart = rule.tail != "pre"
     tail_errors = torch.empty_like(errors) if apart else errors
     tail_residuals = torch.empty_like(errors) if apart and residuals is not None else residuals
-    loss = torch.zeros(rows, dtype=torch.float64)
-    clipped, drift = 0, 0.0
-    for j in range(columns):
+    totals = _Totals(weight)
+    place, grid = -1, _Levels(levels[:, :0])
+    for j, group in enumerate(group_of.tolist()):
+        if group != place:
+            place, grid = group, _Levels(levels[:, group].to(weight.dtype))
         w, w0 = weight[:, j], original[:, j]
         if rule.pull_back == "next-column":
             w -= rule.shrink * (w - w0)
-        grid = levels[:, int(group_of[j])].to(weight.dtype)
-        index, q, outside = _nearest(w, grid)
+        index, q, outside = grid.nearest(w)
         pivot = upper[j, j].expand(rows)
 
         def passed_on(instead: Tensor, w: Tensor = w, w0: Tensor = w0, q: Tensor = q, pivot: Tensor = pivot) -> Tensor:
@@ -112,13 +131,11 @@ def sweep_columns_reference(
         if residuals is not None:
             residuals[:, j] = residual(w)
         if apart:
-            instead = q if rule.tail == "rounded" else torch.minimum(torch.maximum(w, grid[:, 0]), grid[:, -1])
+            instead = q if rule.tail == "rounded" else grid.clamped(w)
             tail_errors[:, j] = passed_on(instead)
             if tail_residuals is not None:
                 tail_residuals[:, j] = residual(instead)
-        loss += ((w - q) / pivot).double() ** 2
-        clipped += int(outside.sum())
-        drift = max(drift, float((w - w0).abs().max()))
+        totals.add((w - q) / pivot, outside, w - w0)
         after = weight[:, j + 1 :]
         pulled = rule.shrink * (after - original[:, j + 1 :]) if rule.pull_back == "all-columns" else None
         after -= errors[:, j : j + 1] * upper[j, j + 1 :]
@@ -126,18 +143,51 @@ def sweep_columns_reference(
             after += residuals[:, j : j + 1] * feedback[j, j + 1 :]
         if pulled is not None:
             after -= pulled
-    return SweptColumns(indices, errors, residuals, tail_errors, tail_residuals, float(loss.sum()), clipped, drift)
+    return SweptColumns(indices, errors, residuals, tail_errors, tail_residuals, totals.together())
 
 
-def _nearest(weight: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index and value of the nearest level (the lower one in a tie) and whether the weight is beyond the range."""
-    middles = (grid[:, 1:] + grid[:, :-1]) / 2
-    index = (weight.unsqueeze(1) > middles).sum(1)
-    ends = grid[:, :1], grid[:, -1:]
-    steps = (grid[:, 1:2] - ends[0], ends[1] - grid[:, -2:-1]) if grid.shape[1] > 1 else (0 * ends[0], 0 * ends[1])
-    low, high = (ends[0] - steps[0] / 2).squeeze(1), (ends[1] + steps[1] / 2).squeeze(1)
-    value = grid.gather(1, index.unsqueeze(1)).squeeze(1)
-    return index.to(torch.uint8), value, (weight < low) | (weight > high)
+class _Levels:
+    """The levels of a group, [out, L] ascending, in the weight's dtype, and what is derived of them once."""
+
+    def __init__(self, levels: Tensor) -> None:
+        self.levels = levels
+        self.middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        ends = levels[:, :1], levels[:, -1:]
+        several = levels.shape[1] > 1
+        steps = (levels[:, 1:2] - ends[0], ends[1] - levels[:, -2:-1]) if several else (0 * ends[0], 0 * ends[1])
+        self.low, self.high = (ends[0] - steps[0] / 2).squeeze(1), (ends[1] + steps[1] / 2).squeeze(1)
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Index and value of the nearest level (the lower one in a tie) and whether the weight is beyond the range."""
+        index = (weight.unsqueeze(1) > self.middles).sum(1)
+        value = self.levels.gather(1, index.unsqueeze(1)).squeeze(1)
+        return index.to(torch.uint8), value, (weight < self.low) | (weight > self.high)
+
+    def clamped(self, weight: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(weight, self.levels[:, 0]), self.levels[:, -1])
+
+
+class _Totals:
+    """What is counted on the way, by row."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.loss = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        self.clipped = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+        self.drift = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+
+    def add(self, missed: Tensor, outside: Tensor, moved: Tensor) -> None:
+        self.loss += missed.double() ** 2
+        self.clipped += outside
+        self.drift = torch.maximum(self.drift, moved.abs())
+
+    def together(self) -> Tensor:
+        return totals_of(self.loss, self.clipped, self.drift)
+
+
+def totals_of(loss: Tensor, clipped: Tensor, drift: Tensor) -> Tensor:
+    """`SweptColumns.totals` of numbers by row."""
+    largest = drift.amax() if len(drift) else drift.sum()
+    return torch.stack([loss.sum(), clipped.sum().double(), largest.double()])
 
 
 def _can(
@@ -200,5 +250,4 @@ def _sweep_native(
         int(rule.pull_back == "next-column"), ("pre", "rounded", "clamped").index(rule.tail),
     )  # fmt: skip
     library.run_job(native, job, threads)
-    totals = float(loss.sum()), int(clipped.sum()), float(drift.max()) if rows else 0.0
-    return SweptColumns(indices, errors, residuals, tail_errors, tail_residuals, *totals)
+    return SweptColumns(indices, errors, residuals, tail_errors, tail_residuals, totals_of(loss, clipped, drift))

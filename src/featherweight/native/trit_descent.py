@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from featherweight.native import library
+from featherweight.native.choice import Backend, may_be_native
 
 MOST_LEVELS = 256
 LEAST_GAIN = 1e-10  # of a pair, as a share of d^2 H_ii of its first move, so that rounding alone moves nothing
@@ -37,7 +37,7 @@ def descend(
     rounds: int,
     pairs: bool = False,
     threads: int | None = None,
-    backend: Literal["auto", "native", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Change `indices` and `gradient` in place. Returns what each row's objective fell by, and its accepted moves.
 
@@ -48,7 +48,7 @@ def descend(
     gradient : float64 [out, columns], (w - q) H of these columns
     """
     _check(gram, levels, group_of, indices, gradient)
-    native = None if backend == "reference" else _native()
+    native = _native() if may_be_native(backend, indices) else None
     if native is not None:
         return _descend_native(native, gram, levels, group_of, indices, gradient, rounds, pairs, threads)
     if backend == "native":
@@ -74,7 +74,7 @@ def descend_reference(
     rounds: int,
     pairs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`descend` in PyTorch."""
+    """`descend` in PyTorch: the definition, and the form for other devices than the CPU."""
     state = _State(gram, levels.double(), group_of.long(), indices, gradient)
     for _ in range(rounds):
         before = int(state.changes.sum())
@@ -87,36 +87,33 @@ def descend_reference(
 
 
 class _State:
+    """Rows go together; a row that does not move adds a zero. Nothing is asked of the device on the way."""
+
     def __init__(self, gram: Tensor, levels: Tensor, group_of: Tensor, indices: Tensor, gradient: Tensor) -> None:
         self.gram, self.indices, self.gradient = gram, indices, gradient
         self.levels = levels[:, group_of]  # [out, columns, L]
         self.middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
         self.last = levels.shape[2] - 1
-        self.rows = torch.arange(len(indices))
-        self.decrease = torch.zeros(len(indices), dtype=torch.float64)
-        self.changes = torch.zeros(len(indices), dtype=torch.int64)
+        self.decrease = torch.zeros(len(indices), dtype=torch.float64, device=indices.device)
+        self.changes = torch.zeros(len(indices), dtype=torch.int64, device=indices.device)
         self.values = self.levels.gather(-1, indices.long().unsqueeze(-1)).squeeze(-1)
-
-    def _move(self, rows: Tensor, column: Tensor | int, step: Tensor) -> None:
-        self.gradient[rows] -= step.unsqueeze(1) * self.gram[column]
-        self.values[rows, column] = self.levels[rows, column].gather(1, self.indices[rows, column].long()[:, None])[
-            :, 0
-        ]
+        self.curvatures: list[float] = gram.diagonal().tolist()
 
     def singles(self) -> None:
-        for j in range(self.indices.shape[1]):
-            own = self.gram[j, j]
+        for j, own in enumerate(self.curvatures):
             if not own > 0:
                 continue
             target = self.values[:, j] + self.gradient[:, j] / own
             index = (target.unsqueeze(1) > self.middles[:, j]).sum(1)
-            step = self.levels[self.rows, j, index] - self.values[:, j]
+            value = self.levels[:, j].gather(1, index.unsqueeze(1)).squeeze(1)
+            step = value - self.values[:, j]
             gain = step * (2 * self.gradient[:, j] - step * own)
-            rows = ((index != self.indices[:, j]) & (gain > 0)).nonzero().flatten()
-            self.indices[rows, j] = index[rows].to(torch.uint8)
-            self._move(rows, j, step[rows])
-            self.decrease[rows] += gain[rows]
-            self.changes[rows] += 1
+            moved = (index != self.indices[:, j]) & (gain > 0)
+            self.indices[:, j] = torch.where(moved, index.to(torch.uint8), self.indices[:, j])
+            self.values[:, j] = torch.where(moved, value, self.values[:, j])
+            self.gradient -= torch.where(moved, step, 0.0).unsqueeze(1) * self.gram[j]
+            self.decrease += torch.where(moved, gain, 0.0)
+            self.changes += moved
 
     def _steps(self) -> tuple[Tensor, Tensor]:
         """Distances to the next level above and below, 0 at the ends: [out, columns]."""
@@ -127,35 +124,40 @@ class _State:
 
     def pairs(self) -> None:
         curvature = self.gram.diagonal()
-        for i in range(self.indices.shape[1]):
+        for i, own in enumerate(self.curvatures):
+            if not own > 0:
+                continue
             up, down = self._steps()
-            upwards = up[:, i] * (up[:, i] * curvature[i] - 2 * self.gradient[:, i])
-            downwards = down[:, i] * (down[:, i] * curvature[i] - 2 * self.gradient[:, i])
+            upwards = up[:, i] * (up[:, i] * own - 2 * self.gradient[:, i])
+            downwards = down[:, i] * (down[:, i] * own - 2 * self.gradient[:, i])
             falls = (up[:, i] == 0) | ((down[:, i] != 0) & (downwards < upwards))
             step = torch.where(falls, down[:, i], up[:, i])
             up[:, i] = down[:, i] = 0  # not its own answer
             moved = self.gradient - step.unsqueeze(1) * self.gram[i]
             rise = up * (up * curvature - 2 * moved)
             fall = down * (down * curvature - 2 * moved)
-            best = torch.minimum(rise, fall).amin(1)
-            change = torch.where(falls, downwards, upwards) + best
-            least = -LEAST_GAIN * (step * step * curvature[i])
-            taken = (step != 0) & (curvature[i] > 0) & (best < 0) & (change < least)
-            rows = taken.nonzero().flatten()
-            if not len(rows):
-                continue
-            hit = (rise[rows] == best[rows, None]) | (fall[rows] == best[rows, None])
-            other = hit.to(torch.uint8).argmax(1)  # the first
-            rises = rise[rows, other] == best[rows]
-            answer = torch.where(rises, up[rows, other], down[rows, other])
-            self._shift(rows, i, torch.where(falls[rows], -1, 1), step[rows])
-            self._shift(rows, other, torch.where(rises, 1, -1), answer)
-            self.decrease[rows] -= change[rows]
-            self.changes[rows] += 1
+            best = torch.minimum(rise, fall).amin(1, keepdim=True)
+            change = torch.where(falls, downwards, upwards) + best.squeeze(1)
+            least = -LEAST_GAIN * (step * step * own)
+            taken = (step != 0) & (best.squeeze(1) < 0) & (change < least)
+            other = ((rise == best) | (fall == best)).to(torch.uint8).argmax(1, keepdim=True)  # the first
+            rises = rise.gather(1, other) == best
+            answer = torch.where(rises, up.gather(1, other), down.gather(1, other))
+            first = torch.full_like(other, i)
+            self._shift(taken, first, torch.where(falls, -1, 1).unsqueeze(1), step)
+            self._shift(taken, other, torch.where(rises, 1, -1), answer.squeeze(1))
+            self.decrease -= torch.where(taken, change, 0.0)
+            self.changes += taken
 
-    def _shift(self, rows: Tensor, column: Tensor | int, by: Tensor, step: Tensor) -> None:
-        self.indices[rows, column] = (self.indices[rows, column].long() + by).to(torch.uint8)
-        self._move(rows, column, step)
+    def _shift(self, taken: Tensor, column: Tensor, by: Tensor, step: Tensor) -> None:
+        """In rows that are `taken`, `by` levels [out, 1] in a column [out, 1], `step` [out] in value."""
+        rows = taken.unsqueeze(1)
+        index = self.indices.gather(1, column).long() + torch.where(rows, by, 0)
+        self.indices.scatter_(1, column, index.to(torch.uint8))
+        levels = self.levels.gather(1, column.unsqueeze(-1).expand(-1, -1, self.levels.shape[2])).squeeze(1)
+        value = levels.gather(1, index)
+        self.values.scatter_(1, column, torch.where(rows, value, self.values.gather(1, column)))
+        self.gradient -= torch.where(taken, step, 0.0).unsqueeze(1) * self.gram[column.squeeze(1)]
 
 
 class _Job(ctypes.Structure):

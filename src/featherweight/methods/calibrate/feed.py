@@ -42,6 +42,9 @@ class Feed(Protocol):
     original_hidden: list[Any]
     capture: Capture | None
     ids: Tensor | None
+    length: int | None
+    masks: Sequence[Tensor] | None
+    whole: bool
     two_streams: bool
     keeps_originals: bool
     stoppable: bool

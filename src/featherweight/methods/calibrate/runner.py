@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from featherweight.errors import CalibrationError
 from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded
-from featherweight.methods.calibrate.session import EXPERT_NUMBER, BlockSession
+from featherweight.methods.calibrate.fitting import fitting
+from featherweight.methods.calibrate.groups import EXPERT_NUMBER
+from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
 from featherweight.methods.calibrate.whole import WholeModel
@@ -33,7 +35,7 @@ from featherweight.model.network.observe import InputRecorder, Probe
 from featherweight.model.network.overrides import overridden
 from featherweight.model.network.query_blocks import in_query_blocks
 from featherweight.model.network.skeleton import Skeleton
-from featherweight.model.network.streams import Capture, capture_first, hidden_of
+from featherweight.model.network.streams import Capture, capture_first, hidden_of, to_device, to_host
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.system.memory import available_bytes
@@ -119,7 +121,7 @@ class Calibration:
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = expanded(windows, attention_mask, settings)
-        dtype = settings.torch_dtype(notify)
+        dtype = settings.torch_dtype(notify, device)
         last = _last_layer(anatomy) if head else None
         outside = {*outside, last.name} if last else set(outside)
         host = Skeleton(checkpoint, anatomy, dtype, device, outside=outside)
@@ -278,7 +280,7 @@ class Calibration:
 
         Blocks before `first` stay as they are. A session that was not advanced is advanced when the next is asked for.
         """
-        self._start()
+        fitting(self, self._start)
         for number, module in enumerate(self.host.blocks):
             self.host.load_block(number)
             layers = [layer for layer in self.host.layers.values() if layer.block == number]
@@ -303,11 +305,11 @@ class Calibration:
         self.capture = Capture(self.forward, self.host.blocks, self._in_tuple())
         self.hidden, originals = [], list[Any]()
         for index, batch in enumerate(self.batches):
-            hidden = self.capture.add(batch).to("cpu", copy=True)
+            hidden = to_host(self.capture.add(batch), copy=True)
             if self.embeddings and self.settings.stream == "quantized":
                 originals += [hidden] if self.two_streams else []
                 with overridden(self.host, self.embeddings):
-                    hidden = capture_first(self.forward, self.host.blocks[0], batch)[0].detach().to("cpu", copy=True)
+                    hidden = to_host(capture_first(self.forward, self.host.blocks[0], batch)[0].detach(), copy=True)
             self.hidden.append(hidden)
             self.notify({"event": "embedded", "batch": index + 1, "batches": len(self.batches)})
         self.original_hidden = originals or self.hidden
@@ -330,7 +332,7 @@ class Calibration:
         if self.whole:
             return hidden_of(self.forward(hidden))
         assert self.capture is not None
-        hidden = hidden.to(self.host.device)
+        hidden = to_device(hidden, self.host.device)
         if index == len(self.host.blocks):
             output = self.capture.after(self.batches[batch_index], hidden)
             return hidden_of(getattr(output, "logits", output))
@@ -359,8 +361,20 @@ class Calibration:
                 self._replace(session, self.hidden)
 
     def _replace(self, session: BlockSession, hidden: list[Any]) -> None:
-        for index in range(len(hidden)):
-            hidden[index] = session.run(hidden[index], index).detach().to("cpu")
+        done = 0
+
+        def halved(parts: list[list[int]]) -> None:
+            nonlocal done
+            done = sum(map(len, parts[:done]))
+            session.halved(parts)
+
+        def move() -> None:
+            nonlocal done
+            while done < len(hidden):
+                hidden[done] = to_host(session.run(hidden[done], done).detach())
+                done += 1
+
+        fitting(self, move, halved)
 
     def whole_model(self) -> WholeModel:
         """All blocks in memory; a context manager. Use it before `blocks`, or instead."""
@@ -380,9 +394,8 @@ class Calibration:
             return groups
         probes = {g[0]: Probe(self.host.slots[g[0]], session.layers[g[0]].expert) for g in groups}
         with torch.no_grad():
-            seen = InputRecorder(self.host.model, probes, stop=False).run(
-                lambda: self.call(session.index, self.hidden[0], 0)
-            )
+            recorder = InputRecorder(self.host.model, probes, stop=False)
+            seen = fitting(self, lambda: recorder.run(lambda: self.call(session.index, self.hidden[0], 0)))
         order: dict[str, int] = {}
         keys = {g[0]: EXPERT_NUMBER.sub("", session.layers[g[0]].input_group) for g in groups}
         for place, name in enumerate(seen):

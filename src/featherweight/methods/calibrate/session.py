@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +11,19 @@ from torch import Tensor, nn
 
 from featherweight.methods.calibrate.accumulate import Accumulator
 from featherweight.methods.calibrate.feed import Feed
+from featherweight.methods.calibrate.fitting import fitting, split
+from featherweight.methods.calibrate.groups import groups_of, stages_of
 from featherweight.methods.calibrate.statistics import gathered_names, known_statistics
 from featherweight.model.network.host import parameter_of
 from featherweight.model.network.observe import InputRecorder, Probe, Seen
 from featherweight.model.network.overrides import overridden
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.replay import PRESENT, Replay
-from featherweight.model.network.streams import Captured
+from featherweight.model.network.streams import Captured, to_host
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 
 TARGETS = "targets"
 """A need that is no statistic: outputs of the original blocks."""
-EXPERT_NUMBER = re.compile(r"\.\d+$")
 
 
 class BlockSession:
@@ -52,8 +51,8 @@ class BlockSession:
         self.host = calibration.host
         self.layers = {layer.name: layer for layer in layers}
         self.names = list(self.layers)
-        self.groups = calibration.order_groups(self, _groups(layers))
-        self.stages = _stages(self.groups, self.layers) if calibration.settings.sequential else [self.names]
+        self.groups = calibration.order_groups(self, groups_of(layers))
+        self.stages = stages_of(self.groups, self.layers) if calibration.settings.sequential else [self.names]
         self.changed: dict[str, Tensor] = {}
         self.starved: dict[str, int] = {}
         self.non_finite: dict[str, dict[str, Any]] = {}
@@ -188,9 +187,7 @@ class BlockSession:
         if not self.calibration.keeps_originals:
             raise ValueError("targets are there only if 'targets' or 'cross' is among the needs of the calibration")
         if self._targets is None:
-            with torch.no_grad(), self.original():
-                originals = self.calibration.original_hidden
-                self._targets = [self._moved(hidden, i) for i, hidden in enumerate(originals)]
+            self._targets = fitting(self.calibration, self._originals_moved, self.halved)
         return self._targets
 
     def run(self, hidden: Any, batch_index: int, probed: Collection[str] = ()) -> Tensor:
@@ -261,8 +258,16 @@ class BlockSession:
         model: Any = self.host.model
         return model.get_output_embeddings()
 
-    def _moved(self, hidden: Any, batch_index: int) -> Tensor:
-        return self.run(hidden, batch_index).detach().to("cpu")
+    def _originals_moved(self) -> list[Tensor]:
+        with torch.no_grad(), self.original():
+            return [to_host(self.run(hidden, i).detach()) for i, hidden in enumerate(self.calibration.original_hidden)]
+
+    def halved(self, parts: list[list[int]]) -> None:
+        """The batches were split into parts of these sizes: do so with what is known of them."""
+        self._forget()
+        if self._targets is not None:
+            self._targets[:] = split(self._targets, parts)
+        self._weights = None if self._weights is None else split(self._weights, parts)
 
     # Statistics -----------------------------------------------------------------------------------------------------
 
@@ -280,7 +285,7 @@ class BlockSession:
         groups = {group[0]: [n for n in group if n in names] for group in self.groups if any(n in names for n in group)}
         found: dict[str, dict[str, Tensor]] = {}
         self._before_change()
-        accumulators = self._accumulate(list(groups), wanted)
+        accumulators = fitting(self.calibration, lambda: self._accumulate(list(groups), wanted), self.halved)
         for first, members in groups.items():
             statistics = accumulators[first].finish()
             tokens = int(statistics["tokens"])
@@ -381,7 +386,7 @@ class BlockSession:
     def _before_change(self) -> None:
         """Token weights of a block are found once, with the block as it was before any of its layers changed."""
         if self._weights is None:
-            self._weights = self.calibration.token_weights(self)
+            self._weights = fitting(self.calibration, lambda: self.calibration.token_weights(self), self.halved)
 
     # Moving on ------------------------------------------------------------------------------------------------------
 
@@ -431,20 +436,3 @@ def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
     difference = torch.zeros_like(one.rows, dtype=torch.float32)  # of values close together: not rounded again
     difference[paired] = partner.rows[at[paired]].float() - one.rows[paired].float()
     return difference
-
-
-def _groups(layers: Iterable[LinearLayer]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(layer.input_group, []).append(layer.name)
-    return list(groups.values())
-
-
-def _stages(groups: list[list[str]], layers: Mapping[str, LinearLayer]) -> list[list[str]]:
-    """Consecutive groups that differ only in the expert are one stage."""
-
-    def key(group: list[str]) -> str:
-        layer = layers[group[0]]
-        return layer.input_group if layer.expert is None else EXPERT_NUMBER.sub("", layer.input_group)
-
-    return [list(itertools.chain.from_iterable(part)) for _, part in itertools.groupby(groups, key)]

@@ -47,9 +47,9 @@ class CalibrationSettings(BaseModel):
         description="of weights and activations in forward passes; auto: the faster here; statistics are float32",
     )
 
-    def torch_dtype(self, notify: Observer | None = None) -> torch.dtype:
-        """What the network runs in on this machine; `notify` is told where that was chosen here."""
-        return torch.float32 if choose_precision(self.dtype, notify) == "float32" else torch.bfloat16
+    def torch_dtype(self, notify: Observer | None = None, device: torch.device | str = "cpu") -> torch.dtype:
+        """What the network runs in on a device of this machine; `notify` is told where that was chosen here."""
+        return torch.float32 if choose_precision(self.dtype, notify, device) == "float32" else torch.bfloat16
 
     def least_tokens(self, in_features: int) -> int:
         """Tokens a layer must have seen for its statistics to be used."""

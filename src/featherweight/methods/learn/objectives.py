@@ -47,8 +47,9 @@ class BlockObjective:
     def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
         self.session, self.device = session, session.device
         self.precision = precision
-        count = len(session.inputs)
-        self._inputs, self._targets = list(session.inputs), list(session.targets)
+        self._targets = list(session.targets)  # first: making them may halve the batches
+        self._inputs = list(session.inputs)
+        count = len(self._inputs)
         apart = list(getattr(session, "held_out_inputs", ()))
         if apart:
             self._inputs += apart

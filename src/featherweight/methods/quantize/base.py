@@ -96,6 +96,11 @@ The fits of neighbouring windows of columns, concatenated along dimension 1, are
 A tensor named `column_scales` is [1, groups, group_size] (ones behind the last column): see `Grid.column_scales`."""
 
 
+def in_main_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a fit, or statistics, where codes are made and kept."""
+    return {name: value.cpu() for name, value in tensors.items()}
+
+
 class Grid(Choice):
     """The values a group of weights may take.
 
@@ -104,6 +109,9 @@ class Grid(Choice):
     (`columns_jointly` > 1) rounds several neighbouring columns of a row at once with `round_vectors`.
     """
 
+    portable: ClassVar[bool] = False
+    """Whether `fit`, `levels`, `column_scales` and `round_vectors` take tensors of any device, and `quantize_source` a
+    source whose rows are on one. What makes codes (`encode`, `join_vectors`) gets tensors in main memory."""
     group_size: int = Field(128, ge=1, description="input columns that share scales; the last group may be shorter")
 
     @property
@@ -138,7 +146,8 @@ class Grid(Choice):
 
     def nearest(self, weight: Tensor, fit: Fit) -> Code:
         """Each weight to the nearest allowed value, to the lower level in a tie."""
-        return self.encode(nearest_levels(weight, self.levels(fit), self.group_size), fit)
+        indices = nearest_levels(weight, self.levels(fit), self.group_size)
+        return self.encode(indices.cpu(), in_main_memory(fit))
 
     def round_vectors(
         self, weight: Tensor, first: int, fit: Fit, statistics: Statistics = NO_STATISTICS
@@ -166,7 +175,7 @@ class Grid(Choice):
             for j in range(0, columns, size)
         ]
         joined = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-        return self.join_vectors(joined, fit, (weight.shape[0], columns))
+        return self.join_vectors(in_main_memory(joined), in_main_memory(fit), (weight.shape[0], columns))
 
     def quantize_source(
         self, source: WeightSource, options: SolveOptions, statistics: Statistics = NO_STATISTICS
@@ -198,14 +207,28 @@ class Memo:
     __hash__ = None  # type: ignore[assignment]
 
 
+DEVICE_WINDOW = 128 << 20
+"""Bytes of rows that go to a device at a time."""
+
+
 class SolveOptions(BaseModel):
-    """How to work, as opposed to what to compute: none of these changes a result."""
+    """How to work, as opposed to what to compute: none of these changes a result, but another device the order of sums.
+
+    device : where layers are solved whose grid and rounding are `portable`; weights, statistics and codes are in main
+        memory before and after
+    """
 
     model_config = ConfigDict(frozen=True)
     threads: int | None = None
+    device: str = "cpu"
     window_bytes: int = 8 << 20
     backend: Literal["auto", "native", "reference"] = "auto"
     _memo: Memo = PrivateAttr(default_factory=lambda: Memo())
+
+    def on(self, device: str) -> SolveOptions:
+        """The same with another device; one that is not the CPU gets larger windows, which it needs to be busy."""
+        window_bytes = self.window_bytes if device == "cpu" else max(self.window_bytes, DEVICE_WINDOW)
+        return self.model_copy(update={"device": device, "window_bytes": window_bytes})
 
     @property
     def memo(self) -> Memo:
@@ -240,6 +263,9 @@ class Rounding(Choice, abc.ABC):
     """Which allowed value each weight gets."""
 
     scope: ClassVar[Scope] = "layer"
+    portable: ClassVar[bool] = False
+    """Whether `quantize_source` and `quantize_reported` take a source and statistics on any device, with a grid that is
+    `portable`. The code is in main memory in any case."""
 
     def refusal(self, grid: Grid) -> str | None:
         """Why this rounding cannot be used with a grid, as far as settings say so; None where it can."""

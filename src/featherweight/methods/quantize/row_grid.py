@@ -10,7 +10,15 @@ from pydantic import Field
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, nearest_levels
+from featherweight.methods.quantize.base import (
+    Fit,
+    Grid,
+    HeldWeight,
+    SolveOptions,
+    WeightSource,
+    in_main_memory,
+    nearest_levels,
+)
 from featherweight.methods.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.base import groups_of
@@ -58,7 +66,7 @@ class RowGrid(Grid, abc.ABC):
             last = min(rows, first + step)
             known = {n: t[first:last] if n in ROW_STATISTICS else t for n, t in statistics.items()}
             fit, indices[first:last] = self.solve_rows(source.rows(first, last).float(), dtype, known)
-            fits.append(fit)
+            fits.append(in_main_memory(fit))
             source.release(first, last)
         return self.encode(indices, {name: torch.cat([fit[name] for fit in fits]) for name in fits[0]})
 

@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import Statistics
-from featherweight.methods.quantize.base import Grid, SolveOptions
+from featherweight.methods.quantize.base import Grid, SolveOptions, in_main_memory
 from featherweight.methods.quantize.scales import scale_dtype_for
 from featherweight.methods.quantize.similarity import Remaining, most_similar, with_first
 from featherweight.methods.quantize.sweep_factor import (
@@ -43,6 +43,7 @@ from featherweight.methods.quantize.sweep_factor import (
 from featherweight.methods.quantize.sweep_steps import (
     SweepState,
     blocks,
+    counted,
     joined,
     ordered,
     push,
@@ -180,11 +181,12 @@ class Sweeper:
                     self._sweep_by_similarity(state, piece)
                 else:
                     self._sweep_piece(state, piece)
-            if not (math.isfinite(state.loss) and math.isfinite(state.drift)):
+            loss, clipped, drift = counted(state)
+            if not (math.isfinite(loss) and math.isfinite(drift)):
                 return data_free(weight, grid, own, options, "the compensated weights ran away and are not finite")
             code = _encode(state, self.settings)
-        share = state.clipped / max(1, weight.numel())
-        return SweepResult(code, state.loss, factor.damping, factor.attempts, share, state.drift, False, factor.note)
+        share = clipped / max(1, weight.numel())
+        return SweepResult(code, loss, factor.damping, factor.attempts, share, drift, False, factor.note)
 
     def _begin(self, weight: Tensor, grid: Grid, own: Statistics, factor: Factor, options: SolveOptions) -> SweepState:
         start = weight if weight.dtype == torch.float64 else weight.float()
@@ -205,7 +207,7 @@ class Sweeper:
         indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         return SweepState(
             start.clone(memory_format=torch.contiguous_format), start.contiguous(), grid, ordered(own, order), factor,
-            order, self.settings.rule, static, options, indices, [], [],
+            order, self.settings.rule, static, options, indices, [], [], [],
         )  # fmt: skip
 
     def _shifted(self, weight: Tensor, factor: Factor) -> Tensor:
@@ -275,7 +277,8 @@ def sweep(
 
 def data_free(weight: Tensor, grid: Grid, statistics: Statistics, options: SolveOptions, reason: str) -> SweepResult:
     """What the grid gives without the moments of the input, and why."""
-    code = grid.quantize(weight.float(), {k: v for k, v in statistics.items() if k in ("fisher", "base")})
+    own = {name: value for name, value in statistics.items() if name in ("fisher", "base")}
+    code = grid.quantize(weight.to("cpu", torch.float32), in_main_memory(own))
     return SweepResult(code, 0.0, 0.0, (), 0.0, 0.0, True, f"{reason}; rounded without data")
 
 
@@ -288,20 +291,22 @@ def with_scale_dtype(grid: Grid, weight: Tensor) -> Grid:
 
 
 def _encode(state: SweepState, settings: SweepSettings) -> Code:
-    """The code of what the sweep chose, in the columns' own order where the form allows it."""
-    order, grid = state.order, state.grid
+    """The code of what the sweep chose, in main memory, in the columns' own order where the form allows it."""
+    grid = state.grid
+    order = None if state.order is None else state.order.cpu()
+    indices = state.indices.cpu()
     if order is not None and settings.order == "similarity" and bool((order.diff() == 1).all()):
         order = None
     shape = (state.weight.shape[0], state.weight.shape[1])
-    fit = state.static if state.static is not None else joined(state.fits)
+    fit = in_main_memory(state.static if state.static is not None else joined(state.fits))
     if grid.columns_jointly > 1:
-        code = grid.join_vectors(joined(state.parts), fit, shape)
+        code = grid.join_vectors(in_main_memory(joined(state.parts)), fit, shape)
         return code if order is None else Permuted.encode(code, order)
     if order is None:
-        return grid.encode(state.indices, fit)
+        return grid.encode(indices, fit)
     back = order.argsort()
     if state.static is not None:
-        return grid.encode(state.indices[:, back].contiguous(), fit)
+        return grid.encode(indices[:, back].contiguous(), fit)
     if settings.order in WHOLE_GROUPS:  # groups are whole: their fits go back to their places
         size = grid.group_size
         places = (order[::size] // size).argsort()
@@ -310,5 +315,5 @@ def _encode(state: SweepState, settings: SweepSettings) -> Code:
             scales = fit["column_scales"].reshape(-1).clone()
             scales[: len(back)] = scales[back]
             moved["column_scales"] = scales.view(fit["column_scales"].shape)
-        return grid.encode(state.indices[:, back].contiguous(), moved)
-    return Permuted.encode(grid.encode(state.indices, fit), order)
+        return grid.encode(indices[:, back].contiguous(), moved)
+    return Permuted.encode(grid.encode(indices, fit), order)

@@ -11,7 +11,7 @@ from torch import Tensor
 from featherweight.methods.calibrate.statistics import Statistics, of_columns, restricted
 from featherweight.methods.quantize.base import Fit, Grid, SolveOptions
 from featherweight.methods.quantize.sweep_factor import Factor, Piece
-from featherweight.native.sweep import FeedbackRule, SweptColumns, sweep_columns
+from featherweight.native.sweep import FeedbackRule, SweptColumns, sweep_columns, totals_of
 
 
 @dataclass
@@ -30,9 +30,7 @@ class SweepState:
     indices: Tensor  # uint8 [out, in]
     fits: list[Fit]
     parts: list[Fit]
-    loss: float = 0.0
-    clipped: int = 0
-    drift: float = 0.0
+    totals: list[Tensor]  # of every segment, see `SweptColumns.totals`; left on the device until the end
 
 
 def ordered(statistics: Statistics, order: Tensor | None) -> Statistics:
@@ -99,10 +97,16 @@ def sweep_segment(state: SweepState, first: int, last: int, upper: Tensor, feedb
             options.threads, "auto" if options.backend == "native" else options.backend,
         )  # fmt: skip
         state.indices[:, first:last] = swept.indices
-    state.loss += swept.loss
-    state.clipped += swept.clipped
-    state.drift = max(state.drift, swept.drift)
+    state.totals.append(swept.totals)
     return swept
+
+
+def counted(state: SweepState) -> tuple[float, int, float]:
+    """Loss, clipped weights and drift of all segments."""
+    if not state.totals:
+        return 0.0, 0, 0.0
+    totals = torch.stack(state.totals).cpu()
+    return sum(totals[:, 0].tolist()), int(totals[:, 1].sum()), float(totals[:, 2].amax())
 
 
 def _fit_group(state: SweepState, first: int) -> None:
@@ -155,7 +159,7 @@ def _sweep_vectors(state: SweepState, first: int, last: int, upper: Tensor, feed
     rule, size = state.rule, state.grid.columns_jointly
     weight, original = state.weight[:, first:last], state.original[:, first:last]
     passed: dict[str, list[Tensor]] = {"errors": [], "residuals": [], "tail_errors": [], "tail_residuals": []}
-    loss, drift = 0.0, 0.0
+    loss, drift = (torch.zeros(len(weight), dtype=torch.float64, device=weight.device) for _ in range(2))
     for a in range(0, last - first, size):
         b = min(last - first, a + size)
         v, v0 = weight[:, a:b], original[:, a:b]
@@ -170,8 +174,8 @@ def _sweep_vectors(state: SweepState, first: int, last: int, upper: Tensor, feed
         for name, kept in (("residuals", v), ("tail_residuals", instead)):
             passed[name].append(rule.alpha * kept + rule.residual * (v0 - kept))
         plain = torch.linalg.solve_triangular(triangle, v - rounded, upper=True, left=False)
-        loss += float(plain.double().square().sum())
-        drift = max(drift, float((v - v0).abs().max()))
+        loss += plain.double().square().sum(1)
+        drift = torch.maximum(drift, (v - v0).abs().amax(1).double())
         after, pulled = weight[:, b:], None
         if rule.pull_back == "all-columns":
             pulled = rule.shrink * (after - original[:, b:])
@@ -188,9 +192,7 @@ def _sweep_vectors(state: SweepState, first: int, last: int, upper: Tensor, feed
         whole["residuals"] if fed else None,
         whole["tail_errors"],
         whole["tail_residuals"] if fed else None,
-        loss,
-        0,
-        drift,
+        totals_of(loss, torch.zeros_like(loss), drift),
     )
 
 

@@ -143,6 +143,18 @@ class Capture:
         return None if type(value).__name__.endswith("Cache") else value
 
 
+def to_host(hidden: Tensor, copy: bool = False) -> Tensor:
+    """Hidden states in main memory; page-locked if they come from CUDA, which reads that at the bus's speed."""
+    if hidden.device.type != "cuda":
+        return hidden.to("cpu", copy=copy)
+    return torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True).copy_(hidden)
+
+
+def to_device(hidden: Tensor, device: torch.device) -> Tensor:
+    """Hidden states where the network is; the CPU does not wait for those that are page-locked."""
+    return hidden.to(device, non_blocking=device.type == "cuda")
+
+
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Equal, NaN to NaN too."""
     return one is other or (one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))

@@ -85,7 +85,7 @@ def log8_decode(codes: Tensor, exponent: int) -> Tensor:
 def _log8_values(steps: Tensor) -> Tensor:
     """2^(steps / 32), the same bits on every machine."""
     whole = -torch.div(-steps, LOG8_STEPS, rounding_mode="floor")  # rounded up
-    return torch.ldexp(_LOG8_FRACTIONS[whole * LOG8_STEPS - steps], whole.to(torch.int32))
+    return torch.ldexp(_LOG8_FRACTIONS.to(steps.device)[whole * LOG8_STEPS - steps], whole.to(torch.int32))
 
 
 def tied_weights(planes: int) -> tuple[int, ...]:

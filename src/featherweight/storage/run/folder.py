@@ -2,7 +2,8 @@
 
 Beside the output OUT stands OUT.feather-run while the work lasts:
 
-    run.json         what is being made: source, recipe and their digest; another command is refused here
+    run.json         what is being made: source, recipe and their digest; another command is refused here; and
+                     the device that was worked on, which may be another one the next time
     lock             held by the process at work and its workers
     artifacts/       everything that is finished, by key; see store.py for a file, work.py for the keys there are
     claims/          a lock file for each job that some process has taken, where several share the work; see executor.py
@@ -59,15 +60,25 @@ class RunFolder(Work):
         Names of files that the output takes over from the source.
     same : Same
         Whether two identities are of the same work.
+    device : str
+        Where the work is done. It is no part of the identity: `earlier_device` is another one, on which the work was
+        begun, or None.
     """
 
     def __init__(
-        self, out: Path, overwrite: bool = False, beside: Collection[str] = (), same: Same = operator.eq
+        self,
+        out: Path,
+        overwrite: bool = False,
+        beside: Collection[str] = (),
+        same: Same = operator.eq,
+        device: str = "cpu",
     ) -> None:
         self.out = out
         self.overwrite = overwrite
         self.beside = beside
         self.same = same
+        self.device = device
+        self.earlier_device: str | None = None
         self.path = out / RUN_SUFFIX if os.path.ismount(out) else out.with_name(out.name + RUN_SUFFIX)
         self.store = Store(self.path / "artifacts")
         self.claims = self.path / "claims"
@@ -85,6 +96,7 @@ class RunFolder(Work):
         overwrite: bool,
         beside: Collection[str] = (),
         same: Same = operator.eq,
+        device: str = "cpu",
     ) -> Iterator[RunFolder]:
         """Begin or go on. `identity` says what is made; a run of something else is refused, or discarded if asked.
 
@@ -96,7 +108,7 @@ class RunFolder(Work):
             Where another process is at work, the folder holds another unfinished run, one of an older featherweight,
             or what is not ours.
         """
-        run = cls(out, overwrite, beside, same)
+        run = cls(out, overwrite, beside, same, device)
         foreign = run.foreign()
         if foreign is not None:
             raise OutputError(
@@ -123,8 +135,12 @@ class RunFolder(Work):
         with disk_errors(self.path):
             for folder in (self.store.folder, self.claims, self.assembled):
                 folder.mkdir(exist_ok=True)
-        if not same:
-            write_text(self.path / "run.json", to_json({"layout": LAYOUT, "identity": identity}))
+        before = read_object(self.path / "run.json").get("device", "cpu") if same else self.device
+        if before != self.device and self._has_work():
+            self.earlier_device = str(before)
+        if not same or before != self.device:
+            begun = {"layout": LAYOUT, "device": self.device, "identity": identity}
+            write_text(self.path / "run.json", to_json(begun))
 
     def _other_run(self, found: dict[str, Any], identity: dict[str, Any], readable: bool) -> str:
         """Why the run that is here is not gone on with, and what to do."""

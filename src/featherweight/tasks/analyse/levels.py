@@ -25,7 +25,7 @@ def histogram_of(original: Tensor, code: Code, layer: str = "", bins: int = 72) 
     `row`, `first_column`, `weights`, `levels`, `relative_error`. Groups of outputs lie in a column: theirs are
     `first_row` and `column`.
     """
-    weight, size = _along_groups(original.detach().float(), code), code.grouping().size
+    weight, size = _along_groups(original.detach().to("cpu", torch.float32), code), code.grouping().size
     row, group, error = _typical_group(weight, _along_groups(code.decode(), code), size)
     weights = weight[row, group * size : (group + 1) * size]
     levels = code.group_levels(row, group)

@@ -62,7 +62,7 @@ def drift(original: Tensor, compressed: Tensor) -> Drift:
             f"drift needs two rollouts of one shape [N, H, ...], found {list(original.shape)} and "
             f"{list(compressed.shape)}"
         )
-    first, second = (t.double().flatten(2) for t in (original, compressed))
+    first, second = (t.cpu().double().flatten(2) for t in (original, compressed))
     if not bool(first.isfinite().all()):
         raise EvaluationError("the original model's rollout is not finite; shorten the horizon")
     size = first.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -74,7 +74,7 @@ def drift(original: Tensor, compressed: Tensor) -> Drift:
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 1, float64 [n]; equal values share the mean of theirs."""
-    flat = values.detach().double().flatten()
+    flat = values.detach().cpu().double().flatten()
     _, place, counts = torch.unique(flat, return_inverse=True, return_counts=True)
     last: Tensor = counts.cumsum(0).double()
     middle: Tensor = (last - (counts.double() - 1) / 2)[place]
@@ -93,7 +93,9 @@ def kendall(one: Tensor, other: Tensor) -> float:
     """Kendall's tau-b; 0 where one of the two does not vary or is not finite. Memory grows with n^2."""
     if not _comparable(one, other):
         return 0.0
-    first, second = ((v.double().flatten().unsqueeze(1) - v.double().flatten()).sign() for v in (one, other))
+    first, second = (
+        (v.unsqueeze(1) - v).sign() for v in (one.cpu().double().flatten(), other.cpu().double().flatten())
+    )
     return float((first * second).sum() / (first.abs().sum() * second.abs().sum()).sqrt())
 
 
@@ -103,7 +105,7 @@ def top_k_overlap(one: Tensor, other: Tensor, k: int) -> float:
         raise EvaluationError(
             f"top-k overlap of {one.numel()} and {other.numel()} candidates cannot be had for k = {k}"
         )
-    chosen = [set(v.flatten().double().argsort(stable=True)[:k].tolist()) for v in (one, other)]
+    chosen = [set(v.flatten().cpu().double().argsort(stable=True)[:k].tolist()) for v in (one, other)]
     return len(chosen[0] & chosen[1]) / k
 
 
@@ -164,7 +166,7 @@ def _quantised(parts: Mapping[str, nn.Module], grid: Grid | None) -> Iterator[in
         with torch.no_grad():
             for layer in layers:
                 assert grid is not None
-                code = grid.quantize(layer.weight.detach().float())
+                code = grid.quantize(layer.weight.detach().to("cpu", torch.float32))  # solved in main memory
                 stored += code.nbytes
                 layer.weight.copy_(code.decode())
         yield stored
@@ -178,5 +180,5 @@ def _comparable(one: Tensor, other: Tensor) -> bool:
     """Whether both rank their candidates; EvaluationError if they are not equally many."""
     if one.numel() != other.numel() or one.numel() < 2:
         raise EvaluationError(f"{one.numel()} and {other.numel()} values cannot be ranked against each other")
-    values = (one.double().flatten(), other.double().flatten())
+    values = (one.cpu().double().flatten(), other.cpu().double().flatten())
     return all(bool(v.isfinite().all()) and bool((v != v[0]).any()) for v in values)

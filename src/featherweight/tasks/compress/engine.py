@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
 from featherweight.storage.run.ownership import first_foreign, within
 from featherweight.storage.run.publishing import occupants
-from featherweight.system.devices import device_named
+from featherweight.system.devices import device_named, solving_device
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
@@ -112,8 +112,9 @@ def compress(
         Of native kernels and PyTorch. Default: as `featherweight.system.threads` decides.
     device : str or torch.device
         Where recipes that run the network run it, gather their statistics and train: "cpu", "cuda", "cuda:1", ...;
-        "auto" is an accelerator where there is one. Layers are solved in main memory. Another device changes the order
-        of floating-point sums, as another number of threads does, and so may change last bits.
+        "auto" is an accelerator where there is one. Layers whose grid and rounding are portable are solved there, too,
+        but not on "mps", which has no float64. Another device changes the order of floating-point sums, as another
+        number of threads does, and so may change last bits; a run that was interrupted may go on with another one.
     seed : int
         For recipes with random choices; part of the run's identity.
     max_memory : int or str, optional
@@ -159,7 +160,7 @@ def compress(
     chosen = load_recipe(recipe, tuple(changes))
     check_source(chosen, calibration, base_model)
     runs_on = device_named(device)
-    check_workers(chosen, workers)
+    check_workers(chosen, workers, runs_on)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
     limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
@@ -184,8 +185,9 @@ def compress(
             RunFolder(out, same=same_identity).remove_leftover(identity)
             return _result(out, done, checkpoint, begun, already_complete=True)
         plan = make_plan(checkpoint, chosen, threads, limit)
+        plan = replace(plan, options=plan.options.on(solving_device(runs_on)))
         data.check(plan, checkpoint)
-        with RunFolder.opened(out, identity, overwrite, beside, same_identity) as run:
+        with RunFolder.opened(out, identity, overwrite, beside, same_identity, str(runs_on)) as run:
             # once more: another process may have been at work until now
             done = _finished(out, identity, overwrite, beside)
             if done is not None:
@@ -194,8 +196,8 @@ def compress(
                 check_memory(plan)
             with Events(out, observer) as events:
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
-                told |= {"device": str(runs_on)} if chosen.calibrated else {}
-                _say_what_is_odd(plan, checkpoint, events)
+                told |= {"device": str(runs_on), "solved_on": plan.options.device}
+                _say_what_is_odd(plan, checkpoint, run, events)
                 plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
                 events({"event": "plan", **plan.summary(), **told})
                 executor: Executor = Local()
@@ -212,7 +214,13 @@ def compress(
     return result
 
 
-def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, events: Events) -> None:
+def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events) -> None:
+    if run.earlier_device is not None:
+        text = (
+            f"this run was on {run.earlier_device} before and goes on on {run.device}: what is finished stays as it "
+            "is, and the rest may differ in the last bits from a run in one place, which adds up in one order"
+        )
+        events({"event": "note", "text": text})
     for note in plan.notes:
         events({"event": "note", "text": note})
     if not plan.recipe.calibrated and (loading := loading_note(checkpoint)) is not None:

@@ -88,8 +88,6 @@ class BlockGuard:
 
     def __init__(self, session: BlockSession, plain: Mapping[str, Code]) -> None:
         self.session, self.plain = session, dict(plain)
-        self._first = session.calibration.batches_seen
-        self._inputs = list(session.held_out_inputs)
         if session.calibration.two_streams:
             self._targets = list(session.held_out_targets)
         else:
@@ -101,21 +99,32 @@ class BlockGuard:
         """On the block as it is now."""
         found = self._error()
         kept = self.without is None or found is None or found <= MARGIN * self.without
-        windows = sum(len(batch) for batch in self._inputs)
+        windows = sum(len(batch) for batch in self.session.held_out_inputs)
         step = f"what was done to block {self.session.index}"
         return Verdict(step, "its relative output error is", self.without, found, windows, kept)
 
     def _outputs(self) -> list[Tensor]:
         with torch.no_grad():
-            return [self.session.run(x, self._first + i).detach().to("cpu") for i, x in enumerate(self._inputs)]
+            return [self.session.run(x, i).detach().to("cpu") for i, x in self._held_out()]
+
+    def _held_out(self) -> list[tuple[int, Any]]:
+        """Held-out batches as they are now, with their numbers."""
+        return list(enumerate(self.session.held_out_inputs, self.session.calibration.batches_seen))
+
+    def _aligned(self) -> list[Tensor]:
+        """The targets of the batches as they are now: these may have been halved since."""
+        sizes = [len(batch) for _, batch in self._held_out()]
+        if len(sizes) != len(self._targets):
+            self._targets = list(torch.split(torch.cat(self._targets), sizes))
+        return self._targets
 
     def _error(self) -> float | None:
         """inf where the output is not finite and the target is; None if no target is finite."""
         tokens = 0
         missed = total = 0.0
         with torch.no_grad():
-            for i, (inputs, target) in enumerate(zip(self._inputs, self._targets, strict=True)):
-                output = self.session.run(inputs, self._first + i).to("cpu")
+            for (i, inputs), target in zip(self._held_out(), self._aligned(), strict=True):
+                output = self.session.run(inputs, i).to("cpu")
                 sound = torch.isfinite(target).all(-1)
                 wanted = target[sound].double()
                 tokens += len(wanted)

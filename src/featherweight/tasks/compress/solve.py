@@ -55,12 +55,27 @@ class InputGroup:
         self.statistics = statistics
         self.seed = seed
         self._carried: dict[tuple[int, Any], tuple[Statistics, dict[str, Tensor]]] = {}
+        self._placed: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def having(self, own: Statistics) -> InputGroup:
         """The same group with statistics of one layer's own beside; what was carried over is shared."""
         group = InputGroup({**self.statistics, **own}, self.seed)
-        group._carried = self._carried
+        group._carried, group._placed = self._carried, self._placed
         return group
+
+    def placed(self, statistics: Statistics, device: str) -> Statistics:
+        """Statistics on a device; what layers of the group share goes there once, and stays while the group is used."""
+        if device == "cpu" or not statistics:
+            return statistics
+        return {
+            name: value.to(device) if name in OWN else self._shared(value, device) for name, value in statistics.items()
+        }
+
+    def _shared(self, value: Tensor, device: str) -> Tensor:
+        place = (id(value), device)
+        if place not in self._placed:
+            self._placed[place] = (value, value.to(device))  # kept alive: its id is the key
+        return self._placed[place][1]
 
     def carried(self, transform: LayerTransform, statistics: Statistics) -> Statistics:
         """`transform.statistics(statistics)`, computed once for transforms with equal keys."""
@@ -107,7 +122,8 @@ def solve_layer(
     statistics = {name: value for name, value in group.statistics.items() if name != HELD_OUT}
     try:
         if not treatment.layer_transforms and not treatment.layer_corrections and not fixed and not statistics:
-            return Solved(treatment.rounding.quantize_source(source, treatment.grid, statistics, options))
+            placed = PlacedWeight.of(source, device_for(job, options))
+            return Solved(treatment.rounding.quantize_source(placed, treatment.grid, statistics, options))
         weight = source.rows(0, source.shape[0]).float()
         steps = _Steps(job, group, options, fixed)
         solved = steps.taken(weight, statistics)
@@ -117,6 +133,31 @@ def solve_layer(
         return _guarded(solved, weight, steps, held_out)
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"layer {job.layer.name} cannot be compressed: {error}") from error
+
+
+class PlacedWeight:
+    """A `WeightSource` whose rows are put on a device as they are read."""
+
+    def __init__(self, source: WeightSource, device: str) -> None:
+        self.source, self.device = source, device
+        self.shape, self.dtype, self.largest = source.shape, source.dtype, source.largest
+
+    @staticmethod
+    def of(source: WeightSource, device: str) -> WeightSource:
+        """The source itself where its rows are to stay in main memory."""
+        return source if device == "cpu" else PlacedWeight(source, device)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.source.rows(first, last).to(self.device)
+
+    def release(self, first: int, last: int) -> None:
+        self.source.release(first, last)
+
+
+def device_for(job: Job, options: SolveOptions) -> str:
+    """Where a layer is solved: on the run's device if its grid and its rounding can be, else in main memory."""
+    treatment = job.treatment
+    return options.device if treatment.rounding.portable and treatment.grid.portable else "cpu"
 
 
 def code_without_data(job: Job, weight: Tensor, options: SolveOptions, seed: int) -> Code:
@@ -150,8 +191,9 @@ class _Steps:
             whole = rest
             rest, term = correction.split(whole, statistics)
             parts.append((correction, whole, term))
-        rounded = treatment.rounding.quantize_reported(HeldWeight(rest), treatment.grid, statistics, self.options)
-        code, notes = rounded
+        device = device_for(self.job, self.options)
+        placed, there = HeldWeight(rest.to(device)), self.group.placed(statistics, device)
+        code, notes = treatment.rounding.quantize_reported(placed, treatment.grid, there, self.options)
         for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of its whole
             code = code if term is None else Sum.of(code, term)
             code = correction.correct(whole, code, statistics)
@@ -170,16 +212,20 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     weight : float32 [out, in], as it was before any step
     held_out : second moment [in, in] of inputs that entered nothing else
     """
+    device = steps.options.device
+    original, held_out = weight, steps.group.placed({HELD_OUT: held_out}, device)[HELD_OUT]
+    weight = weight.to(device)
     total = output_energy(weight, held_out)
     notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out, total)}
     if not any(choice.needs for choice in steps.job.treatment.of_layer):
         return Solved(solved.code, notes)  # this is the code without data: what was done before is judged by the block
-    plain = replace(steps, job=steps.job.without_data()).taken(weight, NO_STATISTICS)
+    plain = replace(steps, job=steps.job.without_data()).taken(original, NO_STATISTICS)
     notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out, total)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
     allowed = (MARGIN - 1) * without
     cross = steps.group.statistics.get("cross")
     if cross is not None:
+        cross = steps.group.placed({"cross": cross}, device)["cross"]
         pull = weight @ cross
         found += drift_error(weight, solved.code, held_out, cross, total, pull)
         without += drift_error(weight, plain.code, held_out, cross, total, pull)
@@ -201,7 +247,7 @@ def output_error(weight: Tensor, code: Code, gram: Tensor, total: float | None =
     total : `output_energy`, if it is known
     """
     total = output_energy(weight, gram) if total is None else total
-    return output_energy(weight - code.decode(), gram) / total if total > 0 else 0.0
+    return output_energy(weight - code.decode().to(weight.device), gram) / total if total > 0 else 0.0
 
 
 def drift_error(
@@ -214,7 +260,9 @@ def drift_error(
     """
     total = output_energy(weight, gram) if total is None else total
     pull = weight @ cross if pull is None else pull
-    return 2 * float(torch.sum(pull * (weight - code.decode()), dtype=torch.float64)) / total if total > 0 else 0.0
+    if not total > 0:
+        return 0.0
+    return 2 * float(torch.sum(pull * (weight - code.decode().to(weight.device)), dtype=torch.float64)) / total
 
 
 def record_of(job: Job, source: WeightSource, solved: Solved, threads: int | None) -> dict[str, Any]:

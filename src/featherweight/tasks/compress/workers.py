@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import torch
+
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, recipe_from
@@ -145,8 +147,8 @@ class Workers:
         self.notify({"event": "note", "text": text})
 
 
-def check_workers(recipe: Recipe, workers: int) -> None:
-    """FeatherError for a number that is none, and for recipes whose layers depend on each other."""
+def check_workers(recipe: Recipe, workers: int, device: torch.device) -> None:
+    """FeatherError for a number that is none, for recipes whose layers depend on each other, and off the CPU."""
     if workers < 1:
         raise FeatherError(f"workers must be positive, not {workers}")
     if workers > 1 and recipe.calibrated:
@@ -154,6 +156,8 @@ def check_workers(recipe: Recipe, workers: int) -> None:
             f"recipe {recipe.name} runs the network, whose layers are solved one after the other, so processes cannot "
             "share them; leave --workers out"
         )
+    if workers > 1 and device.type != "cpu":
+        raise FeatherError(f"workers share the processors, and layers are solved on {device}; leave --workers out")
 
 
 def share_of(threads: int | None, workers: int) -> int | None:

@@ -9,7 +9,7 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ from featherweight.errors import EvaluationError
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.storage.checkpoint.size import Size, measure_size
+from featherweight.system.devices import device_named
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.places import ASSETS
 from featherweight.system.threads import chosen_threads, use_threads
 from featherweight.system.transformers_calls import one_line
 from featherweight.tasks.evaluate.divergence import Divergence
+from featherweight.tasks.evaluate.opening import ModelLike, evaluating, open_model
 from featherweight.tasks.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
 from featherweight.tasks.evaluate.protocols import Setting, protocol_named
 
-ModelLike = str | Path | tuple[Any, Any]
-"""A folder, file or hub id, or a model and its tokenizer."""
 Report = Callable[[str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -122,6 +122,7 @@ def evaluate(
     progress: Progress | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    device: str | torch.device = "auto",
 ) -> Evaluation:
     """Measure the perplexity and true size of a model, and how far its predictions are from those of another.
 
@@ -139,7 +140,7 @@ def evaluate(
     context : int, optional
         Tokens in a window, instead of the protocol's.
     dtype : str
-        "float32", "bfloat16", "float16", "float64", or "auto": float32 on a CPU, on a GPU what config.json says.
+        "float32", "bfloat16", "float16", "float64", or "auto": float32 on the CPU, elsewhere what config.json says.
     limit : int, optional
         Use the first so many tokens of the text, at least 2.
     progress : callable, optional
@@ -148,6 +149,10 @@ def evaluate(
         Of PyTorch and the native kernels. Default: FEATHERWEIGHT_THREADS, else as PyTorch has it.
     trust_remote_code : bool
         Run the code that a folder brings for its model class or tokenizer.
+    device : str or torch.device
+        Where models from folders are put and run, and their predictions compared: "cpu", "cuda", "cuda:1", "mps", ...;
+        "auto" is an accelerator where there is one. Models given as objects stay where they are. Another device changes
+        the order of floating-point sums, and so the last digits.
 
     Returns
     -------
@@ -164,6 +169,8 @@ def evaluate(
         language model, or the two have different tokenizers.
     CheckpointError
         A model cannot be found or loaded; see `featherweight.load`.
+    FeatherError
+        There is no such device here; it is the base of all of these.
 
     Examples
     --------
@@ -172,6 +179,9 @@ def evaluate(
     """
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    runs_on = device_named(device)
+    if runs_on.type == "mps" and dtype == "float64":
+        raise EvaluationError("the device mps has no float64: use --dtype float32, or --device cpu")
     if limit is not None and limit < 2:
         raise EvaluationError(f"the limit is {limit} tokens, and at least 2 are needed to score one")
     content = read_text(text) if text is not None else bundled_text()
@@ -182,11 +192,13 @@ def evaluate(
     with counted, contextlib.ExitStack() as stack:
         reset_peak_memory()
         begun = time.perf_counter()
-        subject, tokenizer = _open(model, dtype, trust_remote_code)
-        original, other_tokenizer = (None, None) if against is None else _open(against, dtype, trust_remote_code, False)
+        subject, tokenizer = open_model(model, dtype, runs_on, trust_remote_code)
+        original, other_tokenizer = (None, None)
+        if against is not None:
+            original, other_tokenizer = open_model(against, dtype, runs_on, trust_remote_code, False)
         for one in (subject, original):
             if one is not None:
-                stack.enter_context(_evaluating(one))
+                stack.enter_context(evaluating(one))
                 check_causal(one)
         if other_tokenizer is not None:
             check_same_tokenizer(tokenizer, other_tokenizer, content)
@@ -298,7 +310,7 @@ def check_causal(model: Any) -> None:
     outputs = [logits for pair in pairs if isinstance(logits := getattr(pair, "logits", None), Tensor)]
     if len(outputs) < 2 or any(logits.shape[:2] != (1, 2) for logits in outputs):
         raise EvaluationError(f"{kind} gives no logits for every token, so it has no next-token perplexity")
-    first, second = (logits[0, 0].double() for logits in outputs)
+    first, second = (logits[0, 0].cpu().double() for logits in outputs)
     # Exact on most backends; kernels that choose their tiling by the data may differ in the last bits.
     tolerance = max(1e-4, 8 * torch.finfo(outputs[0].dtype).eps) * float(first.abs().max())
     if float((first - second).abs().max()) > tolerance:
@@ -317,34 +329,6 @@ def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
             "the two models have different tokenizers, so their predictions are about different tokens and cannot be "
             "compared: measure each by itself"
         )
-
-
-def _open(source: ModelLike, dtype: str, trust_remote_code: bool = False, needed: bool = True) -> tuple[Any, Any]:
-    """A model and its tokenizer, which is `needed` or may be None."""
-    if isinstance(source, tuple):
-        return source
-    from featherweight.integrations.load import load
-
-    if dtype == "auto":
-        dtype = "auto" if torch.cuda.is_available() else "float32"
-    model, tokenizer = load(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    if tokenizer is None and needed:
-        raise EvaluationError(f"{source} has no tokenizer: copy the tokenizer files of the original beside the weights")
-    if torch.cuda.is_available():
-        model.to("cuda")
-    return model, tokenizer
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode; then every module's mode is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

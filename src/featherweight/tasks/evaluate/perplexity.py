@@ -8,15 +8,15 @@ vocabulary of 150,000 costs no more memory than one of 4,000.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.errors import EvaluationError
+from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.system.transformers_calls import asking_transformers
 from featherweight.tasks.evaluate.divergence import Divergence, DivergenceSum
 from featherweight.tasks.evaluate.protocols import Protocol, Window
@@ -175,14 +175,18 @@ def measure(
     other_sums: list[float] = []
     divergence = DivergenceSum()
     with torch.inference_mode():
-        for group in _batches(windows, batch):
+        while len(sums) < len(windows):
+            group = windows[len(sums) : len(sums) + batch]
             ids = torch.stack([torch.cat([before, tokens[w.start : w.stop]]) for w in group])
             targets = ids.clone()
             if protocol.bos_each_window and bos is not None:
                 ids[:, 0] = bos
             with asking_transformers("run the model on the text", error=EvaluationError):
-                positions = reader(ids)
-                other_positions = None if other is None else other(ids)
+                run = _run(ids, reader, other)
+            if run is None:
+                batch = _smaller(len(group), reader.device)
+                continue
+            positions, other_positions = run
             for row, window in enumerate(group):
                 place = window.first - window.start + len(before)
                 loss, other_loss = _window(positions, other_positions, row, targets[row], window, place, divergence)
@@ -196,10 +200,27 @@ def measure(
     return Measurement(Loss(tuple(sums), counts), Loss(tuple(other_sums), counts), divergence.result())
 
 
-def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    rest = iter(windows)
-    while group := list(islice(rest, size)):
-        yield group
+def _run(ids: Tensor, reader: LogitsReader, other: LogitsReader | None) -> tuple[_Positions, _Positions | None] | None:
+    """What both models make of some windows; None where a device's memory does not suffice."""
+    try:
+        return reader(ids), None if other is None else other(ids)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _smaller(windows: int, device: torch.device) -> int:
+    """How many windows go together after so many did not fit; EvaluationError after one."""
+    if windows == 1:
+        raise EvaluationError(
+            f"the memory of {device} does not suffice for one window: use a shorter --context, free memory of the "
+            "device, or take --device cpu"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    left = windows // 2
+    text = f"{device} ran out of memory: batches are of {left} window{'s' * (left != 1)} from here on"
+    warnings.warn(text, FeatherWarning, stacklevel=2)
+    return left
 
 
 def _window(
@@ -247,4 +268,4 @@ def _sum_of(log_p: Tensor, chosen: Tensor) -> float:
             f"the text has token {int(chosen.max())} and the model a vocabulary of {log_p.shape[-1]}: "
             "the tokenizer does not belong to this model"
         )
-    return float(log_p.gather(1, chosen).sum(dtype=torch.float64))
+    return float(log_p.gather(1, chosen).cpu().sum(dtype=torch.float64))  # one number a token leaves the device

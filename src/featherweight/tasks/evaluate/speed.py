@@ -22,7 +22,8 @@ from featherweight.native.measure import read_bandwidth as native_read_bandwidth
 from featherweight.storage.checkpoint.size import bytes_per_token
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.transformers_calls import asking_transformers, cache_name
-from featherweight.tasks.evaluate.evaluation import _open, own_context
+from featherweight.tasks.evaluate.evaluation import own_context
+from featherweight.tasks.evaluate.opening import open_model
 
 if TYPE_CHECKING:
     from featherweight.model.decoder.model import NativeModel
@@ -214,7 +215,8 @@ class TransformersRunner:
     name = "transformers"
 
     def __init__(self, folder: str | Path, dtype: str, trust_remote_code: bool = False) -> None:
-        self.model, _ = _open(folder, dtype, trust_remote_code)
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, _ = open_model(folder, dtype, place, trust_remote_code)
         if not self.model.can_generate() or getattr(self.model.config, "is_encoder_decoder", False):
             raise EvaluationError(f"{folder} does not continue a text (it is a {type(self.model).__name__})")
         parameter = next(self.model.parameters())

@@ -68,7 +68,9 @@ class ScaleTuning(Correction):
         self, session: BlockAccess, codes: Mapping[str, Code], notify: Observer = silent, seed: int = 0
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
-        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, notify))
+        objective = BlockObjective(
+            session, self.held_out_share, choose_precision(self.precision, notify, session.device)
+        )
         norms = {name: session.tensor(name) for name in self._norms(session.layers, codes)}
         tuned, tensors = self.tune(objective, codes, norms, notify, seed)
         for name, value in tensors.items():
@@ -85,7 +87,7 @@ class ScaleTuning(Correction):
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
         objective = ModelObjective(
-            model, self.batch_size, choose_precision(self.precision, notify), self.held_out_share
+            model, self.batch_size, choose_precision(self.precision, notify, model.device), self.held_out_share
         )
         norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
         tuned, tensors = self.tune(objective, codes, norms, notify, seed, store)

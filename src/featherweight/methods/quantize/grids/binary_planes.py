@@ -14,7 +14,7 @@ Least squares are solved directly with a ridge of 1e-12, where the authors run c
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +38,7 @@ EXPONENTS = 20  # powers of two below the largest weight that must be in reach o
 class BinaryPlaneGrid(RowGrid):
     """2^bits values +-a_1 +-a_2 ..., free scales or sums of powers of two (see the module)."""
 
+    portable: ClassVar[bool] = True
     bits: int = Field(3, ge=1, le=4, description="binary planes; 2^bits values")
     rounds: int = Field(50, ge=0, description="alternating rounds at most")
     terms: int = Field(0, ge=0, le=4, description="signed powers of two a scale is a sum of; 0: floating-point scales")
@@ -97,7 +98,7 @@ class BinaryPlaneGrid(RowGrid):
         if self.bits == 1 or self.rounds == 0:
             return scales
         groups = SortedGroups(values, counted)
-        patterns = sign_patterns(self.bits).double()
+        patterns = sign_patterns(self.bits).to(groups.mass.device, torch.float64)
         best, least = scales, torch.full_like(groups.mass, torch.inf)
         for _ in range(self.rounds):
             before = scales

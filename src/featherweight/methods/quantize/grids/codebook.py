@@ -9,7 +9,7 @@ are exactly zero, as those a sparse part has taken out, do not enter the fit (`i
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,7 @@ WHOLE_ROW = 1 << 30
 class CodebookGrid(RowGrid):
     """2^bits free values a row, by k-means (see the module)."""
 
+    portable: ClassVar[bool] = True
     group_size: int = Field(WHOLE_ROW, ge=1, le=WHOLE_ROW, description="input columns that share a codebook")
     bits: int = Field(4, ge=1, le=8, description="bits a weight; 2^bits values")
     weighting: Literal["none", "fisher", "gram"] = Field("none", description="what squared errors are weighted with")

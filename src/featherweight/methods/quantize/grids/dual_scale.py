@@ -12,14 +12,14 @@ a floored determinant, and c is stored divided by its median and kept within [1e
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, nearest_levels
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, in_main_memory, nearest_levels
 from featherweight.methods.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.methods.quantize.sign_levels import combinations, sign_patterns, signs_of_levels
 from featherweight.registry import register
@@ -45,6 +45,7 @@ class DualScales(NamedTuple):
 class DualScaleGrid(Grid):
     """c_j (+-r_0 +-r_1 ...): levels of a row's group times a scale of the column (see the module)."""
 
+    portable: ClassVar[bool] = True
     group_size: int = Field(128, ge=1, le=1 << 16, description="input columns that share row scales")
     bits: int = Field(2, ge=1, le=4, description="binary planes; 2^bits values")
     iterations: int = Field(15, ge=0, description="rounds of the fit")
@@ -80,7 +81,8 @@ class DualScaleGrid(Grid):
 
     def nearest(self, weight: Tensor, fit: Fit) -> Code:
         scaled = weight / fit["column_scales"].float().reshape(-1)[: weight.shape[1]]
-        return self.encode(nearest_levels(scaled, self.levels(fit), self.group_size), fit)
+        indices = nearest_levels(scaled, self.levels(fit), self.group_size)
+        return self.encode(indices.cpu(), in_main_memory(fit))
 
     def encode(self, indices: Tensor, fit: Fit) -> Code:
         scales = fit["scales"]
@@ -138,5 +140,5 @@ def nearest_signs(weight: Tensor, scales: DualScales) -> DualScales:
     levels, order = combinations(scales.rows).sort(dim=-1, stable=True)
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     indices = torch.searchsorted(middles.contiguous(), (weight / scales.columns).contiguous())
-    patterns = sign_patterns(scales.rows.shape[-1]).to(weight.dtype)
+    patterns = sign_patterns(scales.rows.shape[-1]).to(weight)
     return scales._replace(signs=patterns[order.gather(-1, indices)])

@@ -13,7 +13,7 @@ positive. Without a `gram` statistic there is none. `damping` and `alignment_inp
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class Affine(NamedTuple):
 class OffsetTritGrid(RowGrid):
     """alpha t + mu with t in {-1, 0, 1}, two numbers a group (see the module)."""
 
+    portable: ClassVar[bool] = True
     fitting: Literal["init", "itf"] = Field("itf", description="threshold start alone, or iterated to a fixed point")
     alignment: bool = Field(True, description="align alpha and mu to the layer's output (AGA), trits frozen")
     alignment_inputs: Literal["current", "mixed"] = Field(

@@ -9,7 +9,7 @@ Weights then go to the nearest of the three values, so TWN's threshold only sets
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ TWN_THRESHOLD = 0.75  # of the mean |w|
 class TernaryGrid(RowGrid):
     """{-s, 0, s} with a closed-form scale a group (see the module)."""
 
+    portable: ClassVar[bool] = True
     scaling: Literal["twn", "absmean", "optimal"] = Field("twn", description="rule for the scale of a group")
     packing: Literal["base3", "2bit"] = Field("base3", description="five trits a byte (1.6 bits) or four (2 bits)")
 

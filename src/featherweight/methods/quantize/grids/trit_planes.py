@@ -11,14 +11,14 @@ planes tied 3 to 2, and scales of 8 bits on a logarithmic grid: a group of 32 wi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, in_main_memory
 from featherweight.methods.quantize.scales import scale_dtype_for
 from featherweight.methods.quantize.trit_fit import fit_scales
 from featherweight.native.ptqtp import TritPlaneSettings, TritPlaneStream, assign_trits, solve_trit_planes
@@ -42,6 +42,7 @@ WINDOW_MULTIPLE = 20  # rows: whole bytes of both packings (5 and 4 trits) at an
 class TritPlaneGrid(Grid):
     """K ternary planes with free or tied scales, fitted by alternating least squares (see the module)."""
 
+    portable: ClassVar[bool] = True
     planes: int = Field(2, ge=1, le=3, description="ternary planes K; a weight takes one of 3^K values")
     tied: bool = Field(False, description="one scale s a group, plane scales 3^(K-1) s ... s, found by a sweep")
     tied_ratio: Literal["3:1", "3:2"] = Field("3:1", description="of two tied planes: nine even levels, or 0 1 2 3 5")
@@ -146,7 +147,7 @@ class TritPlaneGrid(Grid):
         if not self._plain:
             return super().nearest(weight, fit)
         codes = assign_trits(weight, fit["scales"].double(), self.solver_settings())
-        return self.assemble(split_codes(codes, self.planes), fit)
+        return self.assemble(split_codes(codes.cpu(), self.planes), in_main_memory(fit))
 
     def encode(self, indices: Tensor, fit: Fit) -> Code:
         rows, columns = indices.shape
@@ -176,7 +177,7 @@ class TritPlaneGrid(Grid):
     def _combinations(self, fit: Fit) -> Tensor:
         """The value of every joint code 0 .. 3^K - 1: float32 [out, groups, 3^K]."""
         scales = fit["scales"].float()
-        return (scales.unsqueeze(-1) if self.stored_tied else scales) @ self.basis
+        return (scales.unsqueeze(-1) if self.stored_tied else scales) @ self.basis.to(scales.device)
 
     def quantize(self, weight: Tensor, statistics: Statistics = NO_STATISTICS) -> Code:
         if not self._plain:

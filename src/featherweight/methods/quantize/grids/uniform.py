@@ -15,14 +15,14 @@ in 101 steps, the smaller of equally good ones. `axis: output` (per-IC of AdaDim
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, in_main_memory
 from featherweight.methods.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.native.clip_search import least_error
 from featherweight.registry import register
@@ -40,6 +40,7 @@ SCALE_LIMITS = 1e-5, 1e4  # of omse and flexq
 class UniformGrid(Grid):
     """Evenly spaced values, symmetric or with a zero point (see the module)."""
 
+    portable: ClassVar[bool] = True
     bits: int = Field(4, ge=2, le=8, description="bits a weight; 2^bits values")
     symmetric: bool = Field(False, description="no zero point stored")
     convention: Literal["gptq", "quarot", "flexq"] = Field("gptq", description="scale of symmetric grids, see above")
@@ -159,7 +160,7 @@ class UniformGrid(Grid):
     def nearest(self, weight: Tensor, fit: Fit) -> Code:
         rows, columns = weight.shape
         codes = self._codes(self._grouped(weight), fit).view(rows, -1)[:, :columns]
-        return self.encode(codes.to(torch.uint8), fit)
+        return self.encode(codes.to("cpu", torch.uint8), in_main_memory(fit))
 
     def encode(self, indices: Tensor, fit: Fit) -> Code:
         if self.axis == "output":
@@ -215,8 +216,9 @@ class UniformGrid(Grid):
         for first in range(0, rows, step):
             last = min(rows, first + step)
             window = source.rows(first, last).float()
-            fits.append(self._fit(window, dtype))
-            codes[first:last] = self._codes(window.unsqueeze(-1), fits[-1]).view(-1, columns)
+            fit = self._fit(window, dtype)
+            codes[first:last] = self._codes(window.unsqueeze(-1), fit).view(-1, columns)
+            fits.append(in_main_memory(fit))
             source.release(first, last)
         return self.encode(codes, {name: torch.cat([fit[name] for fit in fits]) for name in fits[0]})
 

@@ -74,7 +74,7 @@ class DiscQuant(Rounding):
         nearest = {name: layer.code(layer.share) for name, layer in layers.items()}
         errors = [float((code.decode() - layers[name].weight).square().mean()) for name, code in nearest.items()]
         scale = 12 * sum(errors) / max(1, len(errors))
-        objective = ModelObjective(model, self.batch_size, choose_precision(self.precision, notify))
+        objective = ModelObjective(model, self.batch_size, choose_precision(self.precision, notify, model.device))
         if self.rho > 0 and (scale == 0 or objective.batches == 0):
             notify({"event": "discquant", "skipped": "nothing to distil"})
             return nearest

@@ -77,7 +77,9 @@ class FlexRound(Rounding):
         notify: Observer = silent,
         seed: int = 0,
     ) -> dict[str, Code]:
-        objective = BlockObjective(session, self.held_out_share, choose_precision(self.precision, notify))
+        objective = BlockObjective(
+            session, self.held_out_share, choose_precision(self.precision, notify, session.device)
+        )
         layers = {
             name: DividedWeight(
                 session.weight(name), _uniform(grids[name], name), statistics.get(name, {}), objective.device

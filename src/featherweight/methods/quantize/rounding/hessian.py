@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from featherweight.storage.codes.nested import index_dtype
 @register("rounding", "hessian")
 class Hessian(Rounding, SweepSettings):
     """Columns are rounded in turn, the error of each compensated in the rest under the inputs' second moment."""
+
+    portable: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:

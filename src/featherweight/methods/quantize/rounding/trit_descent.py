@@ -111,7 +111,8 @@ class TritDescent(Hessian):
         if grid.scale_dtype == "auto":
             grid = grid.model_copy(update={"scale_dtype": dtype_name(code.scales.dtype)})
         moment = _damped(gram.to(target.dtype), self.descent_damping if damping is None else damping)
-        trits, scales = code.unpack(), code.scales.unsqueeze(-1) if code.tied else code.scales
+        trits = code.unpack().to(target.device)
+        scales = (code.scales.unsqueeze(-1) if code.tied else code.scales).to(target.device, copy=True)
         before = after = 0.0
         for first in range(0, len(target), ROWS_AT_A_TIME):
             part = slice(first, first + ROWS_AT_A_TIME)
@@ -121,7 +122,7 @@ class TritDescent(Hessian):
             after += rows.error()
             trits[:, part], scales[part] = rows.trits(), rows.scales.abs().to(scales.dtype)
         stored = scales.squeeze(-1) if code.tied else scales
-        return grid.assemble(trits, {"scales": stored}), before, after
+        return grid.assemble(trits.cpu(), {"scales": stored.cpu()}), before, after
 
     def _improve_rows(self, rows: _Rows) -> None:
         for number in range(self.rounds):
