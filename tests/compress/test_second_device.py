@@ -17,6 +17,7 @@ from featherweight.methods.calibrate import session as sessions
 from featherweight.methods.learn import loop
 from featherweight.methods.quantize import sweep_steps
 from featherweight.native.sweep import sweep_columns
+from featherweight.system import precision
 from featherweight.tasks.compress.engine import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from second_device import DEVICE, OnDevice, second_device
@@ -54,6 +55,12 @@ def one_kernel() -> Iterator[None]:
     """Attention by the same operations on both devices: the second one knows no fused kernels."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings in float32 on both devices: the second one has no bfloat16 of its own, this processor may."""
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: float("inf"))
 
 
 @pytest.fixture

@@ -67,6 +67,8 @@ def _faster_on(device: torch.device | str) -> tuple[Chosen, str]:
 @functools.cache
 def bfloat16_time_ratio(device: str = "cpu") -> float:
     """Time of a linear layer, forwards and backwards, in bfloat16 by that in float32; the least of a few trials."""
+    if not torch.amp.is_autocast_available(torch.device(device).type):
+        return float("inf")  # nothing computes in bfloat16 by itself there
     generator = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
     times: dict[bool, list[float]] = {False: [], True: []}
     with torch.inference_mode(False), torch.enable_grad():
