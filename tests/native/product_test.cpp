@@ -291,7 +291,7 @@ Shape random_shape(Random& random, int64_t multiple) {
 void test_shapes(int rounds) {
   Random random;
   Maker make(random);
-  const std::vector<int> kWeights[] = {{1, 0, 0}, {3, 1, 0}, {9, 3, 1}, {2, 1, 1}, {27, 27, 27}, {27, 9, 1}};
+  const std::vector<int> kWeights[] = {{1, 0, 0}, {3, 1, 0}, {3, 2, 0}, {9, 3, 1}, {2, 1, 1}, {27, 27, 27}, {27, 9, 1}};
   for (int round = 0; round < rounds; ++round) {
     const Fill fill = random.one_of({Fill::kRandom, Fill::kRandom, Fill::kRandom, Fill::kLow, Fill::kHigh});
     const int32_t dtype = random.one_of<int32_t>({FW_FLOAT32, FW_BFLOAT16, FW_FLOAT16, FW_LOG8});
@@ -326,7 +326,7 @@ void test_long_segments(int64_t cols) {
   const int64_t rows = 17;
   std::vector<Matrix> matrices;
   for (const Fill fill : {Fill::kLow, Fill::kHigh}) {
-    for (const int bits : {1, 3, 4, 7, 8})
+    for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8})
       matrices.push_back(make.uniform(rows, cols, cols, bits, bits != 4, FW_FLOAT32, fill));
     matrices.push_back(make.trits(rows, cols, cols, 2, FW_2BIT, {}, FW_FLOAT32, fill));
     matrices.push_back(make.trits(rows, cols, cols, 3, FW_BASE3, {27, 27, 27}, FW_FLOAT32, fill));

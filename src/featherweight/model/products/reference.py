@@ -23,6 +23,17 @@ QUARTETS_A_UNIT = 32
 LOG8, INT8 = 4, 5
 SMALLEST_SCALE = torch.tensor(1e-35, device="cpu")  # the inverse of smaller ones is not finite
 SMALLEST_STEP, LARGEST_STEP = 1e-5, 1e4  # of `codes.quantized_input`
+SPLIT_CODES = {
+    3: (((0, 6), (0, 7), (1, 6)), ((1, 7), (2, 6), (2, 7))),
+    5: (
+        ((0, 5), (0, 6), (0, 7), (1, 5), (1, 6)),
+        ((2, 5), (2, 6), (2, 7), (3, 5), (3, 6)),
+        ((4, 5), (4, 6), (4, 7), (1, 7), (3, 7)),
+    ),
+    6: (((0, 6), (0, 7), (1, 6), (1, 7), (2, 6), (2, 7)),),
+    7: (tuple((vector, 7) for vector in range(7)),),
+}
+"""By bits of a code, for each of the last codes of a unit: vector and bit in its bytes, from the lowest bit up."""
 DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16, INT8: torch.int8}
 
 
@@ -205,36 +216,41 @@ def _from_steps(steps: Tensor, header: Header) -> Tensor:
 def field_steps(units: Tensor, bits: int) -> Tensor:
     """Units [..., bytes of a unit] of vectors of `width` bytes, the width following from the size: [..., steps, width].
 
-    A unit has 8, 4, 2 or 1 steps and holds vectors of four-bit, then two-bit, then one-bit parts of the codes.
+    Each byte of a vector has as many whole codes as fit, from its lowest bits up; the bits above belong to the codes
+    that are left: see SPLIT_CODES.
     """
     steps = unit_steps(bits)
     width = units.shape[-1] * 8 // (steps * bits)
-    vectors = units.view(*units.shape[:-1], -1, width)
-    if bits == 8:
-        return vectors
-    codes = torch.zeros(*units.shape[:-1], steps, width, dtype=torch.uint8)
-    low = first = 0
-    for part in (4, 2, 1):
-        if bits & part:
-            per_byte, count = 8 // part, steps * part // 8
-            own = vectors[..., first : first + count, :]
-            values = torch.stack([own >> (part * i) & ((1 << part) - 1) for i in range(per_byte)], -2)
-            codes |= values.flatten(-3, -2) << low
-            low, first = low + part, first + count
-    return codes
+    vectors = units.view(*units.shape[:-1], steps * bits // 8, width)
+    whole = 8 // bits
+    codes = torch.stack([vectors >> (bits * i) & ((1 << bits) - 1) for i in range(whole)], -2).flatten(-3, -2)
+    split = []
+    for places in SPLIT_CODES.get(bits, ()):
+        ones = [(vectors[..., vector, :] >> place & 1) << i for i, (vector, place) in enumerate(places)]
+        split.append(torch.stack(ones).sum(0, dtype=torch.uint8))
+    return torch.cat([codes, torch.stack(split, -2)], -2) if split else codes
 
 
 def unit_steps(bits: int) -> int:
-    """Steps of a unit: 8 for codes with a part of one bit, else 4 with one of two, 2 for four bits, 1 for bytes."""
+    """Steps of a unit, the fewest that fill whole bytes: 8 for odd numbers of bits, 4 for 2 and 6, 2 for 4, 1 for 8."""
     return 1 if bits == 8 else 8 if bits & 1 else 4 if bits & 2 else 2
 
 
 def _fields(codes: Tensor, header: Header) -> Tensor:
-    units = header.steps // unit_steps(header.bits)
-    own = codes[:, : header.segments * header.planes * header.steps * STEP_BYTES * header.bits // 8]
-    own = own.reshape(header.tiles, header.segments, header.planes, units, -1)
-    steps = field_steps(own, header.bits).transpose(1, 2)  # [tiles, planes, segments, units, steps, 64]
-    return _from_steps(steps.reshape(header.tiles, header.planes, -1, STEP_BYTES), header)
+    per_step, whole, unit = STEP_BYTES * header.bits // 8, header.segments - 1, unit_steps(header.bits)
+    before = whole * header.planes * header.steps * per_step
+    after = header.planes * header.last_steps * per_step
+    runs = []  # [tiles, planes, steps, 64] of the segments before the last one, and of that one
+    for own, segments, steps in (
+        (codes[:, :before], whole, header.steps),
+        (codes[:, before : before + after], 1, header.last_steps),
+    ):
+        units = own.reshape(header.tiles, segments, header.planes, steps // unit, unit * per_step)
+        found = field_steps(units, header.bits).transpose(1, 2)  # [tiles, planes, segments, units, steps, 64]
+        runs.append(found.reshape(header.tiles, header.planes, segments * steps, STEP_BYTES))
+    missing = header.steps - header.last_steps
+    runs.append(torch.zeros(header.tiles, header.planes, missing, STEP_BYTES, dtype=torch.uint8))
+    return _from_steps(torch.cat(runs, 2), header)
 
 
 def _trits(codes: Tensor, header: Header) -> Tensor:

@@ -57,7 +57,7 @@ class Header(ctypes.Structure):
         *[(name, _i64) for name in ("segments_per_group", "groups")],
         *[(name, _i64) for name in ("codes_at", "codes_per_tile", "scales_at", "scales_per_tile")],
         *[(name, _i64) for name in ("zeros_at", "zeros_per_tile", "bytes", "weight_bytes")],
-        *[(name, _i32) for name in ("lane_stride", "reserved")],
+        *[(name, _i32) for name in ("lane_stride", "last_steps")],
     ]
 
 

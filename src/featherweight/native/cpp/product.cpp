@@ -287,17 +287,12 @@ float stored_value(const uint8_t* from, const fw_operand& h, int64_t index) {
 int table_code(const uint8_t* row, int bits, int64_t column) {
   const int unit = unit_steps(bits), step = static_cast<int>(column / 16 % unit), lane = static_cast<int>(column % 16);
   const uint8_t* from = row + column / (16 * unit) * (unit * 2 * bits) + lane;
-  if (bits == 8) return *from;
+  const FieldParts parts = field_parts(bits);
   int code = 0;
-  if (bits & 4) {
-    code = from[16 * (step / 2)] >> (4 * (step % 2)) & 15;
-    from += 16 * (unit / 2);
+  for (int i = 0; i < parts.count; ++i) {
+    const FieldPart& part = parts.part[i];
+    if (part.step == step) code |= (from[16 * part.vector] >> part.to & ((1 << part.count) - 1)) << part.from;
   }
-  if (bits & 2) {
-    code |= (from[16 * (step / 4)] >> (2 * (step % 4)) & 3) << (bits & 4);
-    from += 16 * (unit / 4);
-  }
-  if (bits & 1) code |= (*from >> step & 1) << (bits & 6);
   return code;
 }
 

@@ -53,7 +53,8 @@ typedef struct fw_operand {  // the header of an operand
   int64_t codes_at, codes_per_tile, scales_at, scales_per_tile, zeros_at, zeros_per_tile;  // bytes
   int64_t bytes;                   // all
   int64_t weight_bytes;            // read by one matrix-vector product
-  int32_t lane_stride, reserved;
+  int32_t lane_stride;
+  int32_t last_steps;              // FIELDS: those of the last segment, which may be short; else 0
 } fw_operand;
 
 // The instruction set of the operators: "baseline", "avx2", "avxvnni", "avx512" (with VNNI), "vbmi", "bf16", "amx", "neon", "i8mm".

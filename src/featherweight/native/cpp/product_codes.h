@@ -38,34 +38,117 @@ struct Fields {
   static constexpr int kPlanes = 1;
   static constexpr bool kWide = Bits == 8;
   static constexpr int kUnit = unit_steps(Bits);
-  static constexpr int kTwos = (Bits & 4) && Bits != 8 ? kUnit / 2 : 0;  // vectors before those of two bits
-  static constexpr int kOnes = kTwos + (Bits & 2 ? kUnit / 4 : 0);
+  static constexpr FieldParts kParts = field_parts(Bits);
 
   // Step I of a unit.
   template <int I>
   static FW_INLINE Codes step(const uint8_t* unit) {
-    if constexpr (Bits == 8) {
-      return load_codes(unit);
-    } else {
-      Codes codes{};
-      if constexpr (Bits & 4) codes = field<4 * (I % 2), 4, 0>(load_codes(unit + kStepBytes * (I / 2)));
-      if constexpr (Bits & 2) {
-        const Codes two = field<2 * (I % 4), 2, Bits & 4>(load_codes(unit + kStepBytes * (kTwos + I / 4)));
-        codes = Bits & 4 ? either(codes, two) : two;
+    if constexpr (Bits == 8) return load_codes(unit);
+    Codes codes{};
+    each<kParts.count>([&](auto n) FW_LAMBDA {
+      constexpr FieldPart part = kParts.part[decltype(n)::value];
+      if constexpr (part.step == I) {
+        const Codes bits = field<part.to, part.count, part.from>(load_codes(unit + kStepBytes * part.vector));
+        codes = part.from ? either(codes, bits) : bits;
       }
-      if constexpr (Bits & 1) {
-        const Codes one = field<I, 1, Bits & 6>(load_codes(unit + kStepBytes * kOnes));
-        codes = Bits & 6 ? either(codes, one) : one;
-      }
-      return codes;
-    }
+    });
+    return codes;
   }
 };
 
-// Bits & 4 is where two-bit parts go (0 or 4); Bits & 6 where one-bit parts go: 0, 2, 4 or 6.
+// How large unpacked codes may be: so that sums of pairs hold some steps of them, up to 127, or up to 255.
+enum class Range { kNarrow, kSevenBits, kWide };
+
+inline int largest_code(const fw_operand* operand) {
+  const bool trits = operand->bits == 2 && operand->offset == 1 && !operand->has_zeros;
+  return operand->tied || operand->layout != FW_FIELDS || trits ? 2 * operand->offset : (1 << operand->bits) - 1;
+}
+
+#if defined(FW_HAS_PAIRS)
+
+constexpr bool kPairs = true;
+constexpr int64_t kFewestPairSteps = 4;
+
+inline Range code_range(const fw_operand* operand) {
+  const int largest = largest_code(operand);
+  return largest > 127 ? Range::kWide : pair_steps(largest) < kFewestPairSteps ? Range::kSevenBits : Range::kNarrow;
+}
+
+inline int64_t narrow_steps(const fw_operand* operand) { return pair_steps(largest_code(operand)); }
+
+// Steps of FIELDS, in whole units, whose products of pairs are added up in 16 bits.
+inline int64_t chunk_steps(const fw_operand* operand) {
+  const int64_t unit = unit_steps(operand->bits), largest = largest_code(operand);
+  // Of two bits every other step is one of codes up to 4 largest.
+  return std::max(unit, (operand->bits == 2 ? 2 * pair_steps(4 * largest) : pair_steps(largest)) / unit * unit);
+}
+
+// Trits and other codes of two bits. Those of every other step stay where they are, as four times their value: their products
+// are added up apart, and one shift of that sum does for all. `chunk`: steps whose products fit.
+template <int Tiles>
+FW_INLINE void accumulate_two_bits(const uint8_t* const (&codes)[Tiles], int64_t steps, int64_t chunk, const int8_t* x,
+                                   Sums (&sum)[Tiles]) {
+  for (int64_t first = 0; first < steps;) {
+    Pairs once[Tiles], fourfold[Tiles];
+    for (int t = 0; t < Tiles; ++t) once[t] = fourfold[t] = zero_pairs();
+    for (const int64_t end = std::min(steps, first + chunk); first < end; first += 4)
+      for (int t = 0; t < Tiles; ++t) {
+        const uint8_t* unit = codes[t] + first * (kStepBytes / 4);
+        prefetch(unit + kAhead);
+        const Codes low = load_codes(unit), high = upper_halves(low);
+        once[t] = dot_pairs(once[t], masked(low, 3), x + 4 * first);
+        fourfold[t] = dot_pairs(fourfold[t], masked(low, 12), x + 4 * first + 4);
+        once[t] = dot_pairs(once[t], masked(high, 3), x + 4 * first + 8);
+        fourfold[t] = dot_pairs(fourfold[t], masked(high, 12), x + 4 * first + 12);
+      }
+    for (int t = 0; t < Tiles; ++t) sum[t] = add(sum[t], add_quarter(once[t], fourfold[t]));
+  }
+}
 
 template <int Bits, int Tiles>
-FW_INLINE void accumulate_fields(const uint8_t* const (&codes)[Tiles], int64_t steps, const int8_t* x, Sums (&sum)[Tiles]) {
+FW_INLINE void accumulate_pairs(const uint8_t* const (&codes)[Tiles], int64_t steps, int64_t chunk, const int8_t* x,
+                                Sums (&sum)[Tiles]) {
+  using Layout = Fields<Bits>;
+  // Steps of a unit whose products fit.
+  constexpr int kWithin = static_cast<int>(std::min<int64_t>(Layout::kUnit, pair_steps((1 << Bits) - 1)));
+  for (int64_t first = 0; first < steps;) {
+    Pairs pairs[Tiles];
+    for (Pairs& p : pairs) p = zero_pairs();
+    for (const int64_t end = std::min(steps, first + chunk); first < end; first += Layout::kUnit)
+      for (int t = 0; t < Tiles; ++t) {
+        const uint8_t* unit = codes[t] + first * (kStepBytes * Bits / 8);
+        for (int v = 0; v < Layout::kUnit * Bits / 8; ++v) prefetch(unit + kAhead + kStepBytes * v);
+        each<Layout::kUnit>([&](auto i) FW_LAMBDA {
+          constexpr int kStep = decltype(i)::value;
+          pairs[t] = dot_pairs(pairs[t], Layout::template step<kStep>(unit), x + 4 * (first + kStep));
+          if constexpr (kWithin < Layout::kUnit && (kStep + 1) % kWithin == 0) {
+            sum[t] = add(sum[t], pairs[t]);
+            pairs[t] = zero_pairs();
+          }
+        });
+      }
+    if constexpr (kWithin == Layout::kUnit)
+      for (int t = 0; t < Tiles; ++t) sum[t] = add(sum[t], pairs[t]);
+  }
+}
+
+#else
+
+constexpr bool kPairs = false;  // then narrow codes are no special case
+inline Range code_range(const fw_operand* operand) { return largest_code(operand) > 127 ? Range::kWide : Range::kSevenBits; }
+inline int64_t narrow_steps(const fw_operand*) { return 0; }
+inline int64_t chunk_steps(const fw_operand*) { return 0; }  // there are no sums in 16 bits
+
+#endif
+
+// `chunk`: steps whose products fit 16 bits, where these are added up first.
+template <int Bits, int Tiles>
+FW_INLINE void accumulate_fields(const uint8_t* const (&codes)[Tiles], int64_t steps, [[maybe_unused]] int64_t chunk,
+                                 const int8_t* x, Sums (&sum)[Tiles]) {
+#if defined(FW_HAS_PAIRS)
+  if constexpr (Bits == 2) return accumulate_two_bits(codes, steps, chunk, x, sum);
+  if constexpr (Bits < 7) return accumulate_pairs<Bits, Tiles>(codes, steps, chunk, x, sum);
+#endif
   using Layout = Fields<Bits>;
   Sums odd[Tiles];  // of every other step: two chains of sums a tile
   for (Sums& s : odd) s = zero_sums();

@@ -24,12 +24,12 @@ FW_INLINE void float_block(const fw_operand* operand, const FloatInput& x, int64
   Floats total[Tokens];
   for (Floats& f : total) f = zero_floats();
   for (int64_t segment = 0; segment < operand->segments; ++segment) {
-    const int64_t group = segment / operand->segments_per_group;
+    const int64_t group = segment / operand->segments_per_group, end = segment * operand->steps + segment_steps(operand, segment);
     const Floats zero = scales.zeros ? to_floats(load_bytes(scales.zeros + 16 * group)) : spread(static_cast<float>(operand->offset));
     for (int plane = 0; plane < planes; ++plane) {
       Floats sum[Tokens];
       for (Floats& f : sum) f = zero_floats();
-      for (int64_t step = segment * operand->steps; step < (segment + 1) * operand->steps; ++step) {
+      for (int64_t step = segment * operand->steps; step < end; ++step) {
         const Codes now = load_codes(codes[plane] + kStepBytes * step);
         each<4>([&](auto j) FW_LAMBDA {
           const Floats level = subtract(column<decltype(j)::value>(now), zero);
@@ -75,17 +75,14 @@ FW_INLINE float total(Floats f) {
 // Codes of 16 columns as bytes; `unit` of 16-byte vectors.
 template <int Bits, int I>
 FW_INLINE void row_step(const uint8_t* unit, uint8_t* to) {
-  using Layout = Fields<Bits>;
+  constexpr FieldParts kParts = field_parts(Bits);
   for (int j = 0; j < 16; ++j) {
-    if constexpr (Bits == 8) {
-      to[j] = unit[j];
-    } else {
-      int code = 0;
-      if constexpr (Bits & 4) code |= unit[16 * (I / 2) + j] >> (4 * (I % 2)) & 15;
-      if constexpr (Bits & 2) code |= (unit[16 * (Layout::kTwos + I / 4) + j] >> (2 * (I % 4)) & 3) << (Bits & 4);
-      if constexpr (Bits & 1) code |= (unit[16 * Layout::kOnes + j] >> I & 1) << (Bits & 6);
-      to[j] = static_cast<uint8_t>(code);
-    }
+    int code = 0;
+    each<kParts.count>([&](auto n) FW_LAMBDA {
+      constexpr FieldPart part = kParts.part[decltype(n)::value];
+      if constexpr (part.step == I) code |= (unit[16 * part.vector + j] >> part.to & ((1 << part.count) - 1)) << part.from;
+    });
+    to[j] = static_cast<uint8_t>(code);
   }
 }
 

@@ -9,11 +9,7 @@
 #include "product_kernels.h"
 #include "product_layout.h"
 
-const float kLog8Fractions[32] = {
-    0x1p+0F,        0x1.f50766p-1F, 0x1.ea4afap-1F, 0x1.dfc974p-1F, 0x1.d5818ep-1F, 0x1.cb720ep-1F, 0x1.c199bep-1F, 0x1.b7f770p-1F,
-    0x1.ae89fap-1F, 0x1.a5503cp-1F, 0x1.9c4918p-1F, 0x1.93737cp-1F, 0x1.8ace54p-1F, 0x1.82589ap-1F, 0x1.7a1148p-1F, 0x1.71f75ep-1F,
-    0x1.6a09e6p-1F, 0x1.6247ecp-1F, 0x1.5ab07ep-1F, 0x1.5342b6p-1F, 0x1.4bfdaep-1F, 0x1.44e086p-1F, 0x1.3dea64p-1F, 0x1.371a74p-1F,
-    0x1.306fe0p-1F, 0x1.29e9ep-1F,  0x1.2387a6p-1F, 0x1.1d4874p-1F, 0x1.172b84p-1F, 0x1.11301ep-1F,  0x1.0b5586p-1F, 0x1.059b0ep-1F};
+const uint32_t kLog8Words[6] = {0x1e1e1e1e, 0x0f0f0f0f, 0x1f1f1f1f, 0x70707070, 0x80808080, 0x7f7f7f7f};
 
 float log8_value(int code, int exponent) {
   return code == 255 ? 0.0F : std::ldexp(kLog8Fractions[code & 31], exponent - (code >> 5));
@@ -162,7 +158,12 @@ bool make_header(const fw_source& s, int32_t layout, fw_operand& h) {
   h.steps = padded_steps(layout, h.bits, h.segment);
   const int64_t steps = h.segments * h.steps;
   switch (layout) {
-    case FW_FIELDS: h.codes_per_tile = steps * kStepBytes * h.bits / 8 * h.planes; break;
+    case FW_FIELDS: {
+      const int64_t last = padded_steps(layout, h.bits, s.cols - (h.segments - 1) * h.segment);
+      h.last_steps = static_cast<int32_t>(last);
+      h.codes_per_tile = (steps - h.steps + last) * kStepBytes * h.bits / 8 * h.planes;
+      break;
+    }
     case FW_TRITS: h.codes_per_tile = trit_vectors(&h) * kStepBytes * h.planes; break;
     case FW_QUARTETS: h.codes_per_tile = steps * 10; break;
     case FW_TABLES: h.codes_per_tile = kTileRows * steps * 4 * h.bits / 8; break;

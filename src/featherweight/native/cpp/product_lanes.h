@@ -196,9 +196,10 @@ FW_INLINE Sums dot(Sums to, Codes codes, const int8_t* x) {
   return {dot256<Wide>(to.a, codes.a, four), dot256<Wide>(to.b, codes.b, four)};
 }
 
-// Sums of pairs in 16 bits hold eight steps of codes up to 15 (8 x 2 x 15 x 128 < 2^15), which saves one instruction of three.
+// Products of pairs may be added up in 16 bits for some steps before they are widened to sums, which saves one instruction
+// of three: of codes up to `largest` two products are within 2 x 128 x largest, and all together stay below 2^15.
 #define FW_HAS_PAIRS 1
-constexpr int64_t kPairSteps = 8;
+constexpr int64_t pair_steps(int64_t largest) { return 128 / largest; }
 struct Pairs {
   __m256i a, b;
 };
@@ -211,6 +212,17 @@ FW_INLINE Pairs dot_pairs(Pairs to, Codes codes, const int8_t* x) {
 FW_INLINE Sums add(Sums to, Pairs pairs) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(to.a, _mm256_madd_epi16(pairs.a, ones)), _mm256_add_epi32(to.b, _mm256_madd_epi16(pairs.b, ones))};
+}
+// x + y / 4, y a multiple of four.
+FW_INLINE Pairs add_quarter(Pairs x, Pairs y) {
+  return {_mm256_add_epi16(x.a, _mm256_srai_epi16(y.a, 2)), _mm256_add_epi16(x.b, _mm256_srai_epi16(y.b, 2))};
+}
+FW_INLINE Codes masked(Codes c, int mask) {
+  const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));
+  return {_mm256_and_si256(c.a, m), _mm256_and_si256(c.b, m)};
+}
+FW_INLINE Codes upper_halves(Codes c) {  // of bytes, with other bits above them
+  return {_mm256_srli_epi16(c.a, 4), _mm256_srli_epi16(c.b, 4)};
 }
 #endif
 FW_INLINE Sums subtract(Sums x, Sums y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }

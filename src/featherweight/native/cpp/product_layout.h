@@ -1,10 +1,11 @@
 // Where things lie in an operand (product.h). For all layouts a tile is sixteen rows, the last one padded with rows of zeros.
 //
-// FIELDS, lanes are rows. A tile's codes: for each segment, for each plane, `steps` steps in units. A unit has 8 steps if a code
-//   has a part of one bit, else 4 if it has one of two bits, else 2 (four bits) or 1 (a byte), and holds first the vectors of
-//   four-bit parts (step 2v in the low half of each byte of vector v, step 2v + 1 in the high half), then those of two bits
-//   (step 4v + i at bits 2i), then those of one bit (step 8v + i at bit i). A vector has 64 bytes: byte 4r + j belongs to
-//   row r and column 4 step + j. The lowest bits of a code are in its four-bit part, the highest in its one-bit part.
+// FIELDS, lanes are rows. A tile's codes: for each segment, for each plane, `steps` steps (of the last segment `last_steps`, as
+//   many as it has columns for) in units of as few steps as fill whole
+//   bytes: 8 of codes with an odd number of bits, 4 of 2 or 6 bits, 2 of 4 bits, 1 of 8. A unit of codes of b bits has
+//   steps b / 8 vectors of 64 bytes: byte 4r + j belongs to row r and column 4 step + j. Codes of 1, 2, 4 and 8 bits follow
+//   each other from the lowest bits up (step s of vector s b / 8). Of others as many as fit stand whole in each vector, one of
+//   5, 6 or 7 bits or two of 3; the remaining bits of all vectors hold the rest of the unit in pieces: see field_parts.
 //   W = scale (code - zero), zero = offset or the group's zero point; several planes: W = sum of scale_k (code_k - offset),
 //   tied: W = scale sum of weights_k (code_k - offset).
 // TRITS, lanes are rows, five steps a vector, digits t + 1. Vectors of the planes alternate. Segments of 8, 16 or 32 steps
@@ -32,7 +33,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kPlainPadding = 64;
 constexpr uint32_t kOperandMagic = 0x646e7066;  // "fpnd"
-constexpr uint32_t kOperandVersion = 2;
+constexpr uint32_t kOperandVersion = 3;
 constexpr int kEscape = 216;
 // Exponents of one-byte scales: with smaller ones the least scales would be subnormal, which kernels put together from their
 // bits do not know.
@@ -43,6 +44,40 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 constexpr int unit_steps(int bits) { return bits == 8 ? 1 : bits & 1 ? 8 : bits & 2 ? 4 : 2; }
+
+// Bits `from` to `from + count` of the codes of step `step` are bits `to` and up of the bytes of vector `vector` of a unit.
+struct FieldPart {
+  int step, from, count, vector, to;
+};
+struct FieldParts {
+  int count;
+  FieldPart part[16];
+};
+
+// Where in a unit the bits of its codes are. Few instructions lead from a vector to a code: most codes are one part.
+constexpr FieldParts field_parts(int bits) {
+  FieldParts all{};
+  const int steps = unit_steps(bits), vectors = steps * bits / 8, whole = 8 / bits;  // whole codes of each vector
+  for (int s = 0; s < whole * vectors; ++s) all.part[all.count++] = {s, 0, bits, s / whole, s % whole * bits};
+  switch (bits) {
+    case 3:
+      for (FieldPart p : {FieldPart{6, 0, 2, 0, 6}, {6, 2, 1, 1, 6}, {7, 0, 1, 1, 7}, {7, 1, 2, 2, 6}}) all.part[all.count++] = p;
+      break;
+    case 5:
+      for (FieldPart p : {FieldPart{5, 0, 3, 0, 5}, {5, 3, 2, 1, 5}, {6, 0, 3, 2, 5}, {6, 3, 2, 3, 5}, {7, 0, 3, 4, 5},
+                          {7, 3, 1, 1, 7}, {7, 4, 1, 3, 7}})
+        all.part[all.count++] = p;
+      break;
+    case 6:
+      for (int v = 0; v < 3; ++v) all.part[all.count++] = {3, 2 * v, 2, v, 6};
+      break;
+    case 7:
+      for (int v = 0; v < 7; ++v) all.part[all.count++] = {7, v, 1, v, 7};
+      break;
+    default: break;
+  }
+  return all;
+}
 
 // Whether segments of this many steps follow each other without padding in TRITS.
 constexpr bool packed_segments(int64_t steps) { return steps == 8 || steps == 16 || steps == 32; }
@@ -74,6 +109,11 @@ inline int64_t plain_index(int32_t dtype, int64_t row, int64_t column) {
 // Columns of the padded activations that an operand reads: [segments][4 steps], or for lanes of columns one run.
 inline int64_t padded_columns(const fw_operand* operand) { return operand->segments * operand->steps * 4; }
 
+// Steps of a segment for which there are codes. Activations have operand->steps of each.
+inline int64_t segment_steps(const fw_operand* operand, int64_t segment) {
+  return operand->last_steps && segment + 1 == operand->segments ? operand->last_steps : operand->steps;
+}
+
 // Vectors of five steps of one plane of a tile.
 inline int64_t trit_vectors(const fw_operand* operand) {
   return divide_up(operand->segments * operand->steps, 5);
@@ -90,6 +130,12 @@ constexpr bool hadamard_fits(int64_t block, int64_t cols) { return hadamard_orde
 
 // 2^(exponent - code / 32), 0 for 255: the values of storage/codes/trit_planes.py, with its 32 fractions rounded to float.
 float log8_value(int code, int exponent);
-extern const float kLog8Fractions[32];
+extern const uint32_t kLog8Words[6];  // of four equal bytes: constants of product_log8_avx2.h
+inline constexpr float kLog8Fractions[32] = {
+    0x1p+0F, 0x1.f50766p-1F, 0x1.ea4afap-1F, 0x1.dfc974p-1F, 0x1.d5818ep-1F, 0x1.cb720ep-1F, 0x1.c199bep-1F,
+    0x1.b7f770p-1F, 0x1.ae89fap-1F, 0x1.a5503cp-1F, 0x1.9c4918p-1F, 0x1.93737cp-1F, 0x1.8ace54p-1F, 0x1.82589ap-1F,
+    0x1.7a1148p-1F, 0x1.71f75ep-1F, 0x1.6a09e6p-1F, 0x1.6247ecp-1F, 0x1.5ab07ep-1F, 0x1.5342b6p-1F, 0x1.4bfdaep-1F,
+    0x1.44e086p-1F, 0x1.3dea64p-1F, 0x1.371a74p-1F, 0x1.306fe0p-1F, 0x1.29e9ep-1F, 0x1.2387a6p-1F, 0x1.1d4874p-1F,
+    0x1.172b84p-1F, 0x1.11301ep-1F, 0x1.0b5586p-1F, 0x1.059b0ep-1F};
 
 #endif

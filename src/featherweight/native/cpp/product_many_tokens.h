@@ -23,18 +23,21 @@ constexpr int kGemmTiles = 2, kGemmTokens = 12;
 constexpr int kGemmTiles = 1, kGemmTokens = 4;
 #endif
 
-// All codes of a tile and plane as bytes, [segments * steps][64]; for tied trits the joint code.
+// All codes of a tile and plane as bytes, [segments * steps][64]; for tied trits the joint code. A short last segment is filled
+// up with zeros.
 template <int Bits>
 void unpack_fields(const fw_operand* operand, int64_t tile, int plane, uint8_t* to) {
   constexpr int kUnit = unit_steps(Bits);
-  const int64_t bytes = operand->steps * kStepBytes * Bits / 8;
   for (int64_t segment = 0; segment < operand->segments; ++segment) {
-    const uint8_t* from = tile_codes(operand, tile) + (segment * operand->planes + plane) * bytes;
-    for (int64_t s = 0; s < operand->steps; s += kUnit, from += kUnit * kStepBytes * Bits / 8)
+    const int64_t count = segment_steps(operand, segment);
+    const uint8_t* from =
+        tile_codes(operand, tile) + (segment * operand->planes * operand->steps + plane * count) * kStepBytes * Bits / 8;
+    for (int64_t s = 0; s < count; s += kUnit, from += kUnit * kStepBytes * Bits / 8)
       each<kUnit>([&](auto i) FW_LAMBDA {
         store_codes(to, Fields<Bits>::template step<decltype(i)::value>(from));
         to += kStepBytes;
       });
+    if (count < operand->steps) memset(to, 0, static_cast<size_t>((operand->steps - count) * kStepBytes));
   }
 }
 
@@ -103,20 +106,6 @@ void unpack_tile(const fw_operand* operand, int64_t tile, int plane, uint8_t* to
 }
 
 int64_t unpacked_bytes(const fw_operand* operand) { return operand->segments * operand->steps * kStepBytes; }
-
-// How large unpacked codes may be: up to 15, to 127 or to 255.
-enum class Range { kNarrow, kSevenBits, kWide };
-
-#if defined(FW_HAS_PAIRS)
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;  // then narrow codes are no special case
-#endif
-
-Range code_range(const fw_operand* operand) {
-  const int largest = operand->tied || operand->layout != FW_FIELDS ? 2 * operand->offset : (1 << operand->bits) - 1;
-  return largest > 127 ? Range::kWide : largest > 15 || !kPairs ? Range::kSevenBits : Range::kNarrow;
-}
 
 // Four tokens' codes of some steps, a word of four codes each, from one token after the other to one step after the other.
 FW_INLINE void interleave_four(const int8_t* const (&from)[4], int64_t steps, uint8_t* to, int64_t stride) {
@@ -196,19 +185,34 @@ struct UnpackedTile {
   }
 };
 
-// sum[tile][token] over `steps` steps. Indices are known where the code is written (`each`): else GCC keeps sums in memory.
-template <int Tiles, int Tokens, Range Of>
-FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x, int64_t steps, Sums (&sum)[Tiles][Tokens]) {
+#if defined(FW_HAS_PAIRS)
+// Sums of pairs over steps [first, last), with x those of the first.
+template <int Tiles, int Tokens>
+FW_INLINE void gemm_pairs(const uint8_t* const (&codes)[Tiles], const int8_t* x, int64_t first, int64_t last,
+                          Pairs (&pairs)[Tiles][Tokens]) {
+  each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = zero_pairs(); }); });
+#pragma GCC unroll 8
+  for (int64_t s = first; s < last; ++s, x += 4 * Tokens)
+    each<Tiles>([&](auto t) FW_LAMBDA {
+      const Codes now = load_codes(codes[t] + kStepBytes * s);
+      each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = dot_pairs(pairs[t][m], now, x + 4 * m); });
+    });
+}
+#endif
+
+// sum[tile][token] over `steps` steps; of kNarrow codes, for which sums of pairs hold `chunk` steps, they begin with
+// start(tile, token). Indices are known where the code is written (`each`): else GCC keeps sums in memory.
+template <int Tiles, int Tokens, Range Of, typename Start>
+FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x, int64_t steps, [[maybe_unused]] int64_t chunk,
+                          [[maybe_unused]] const Start& start, Sums (&sum)[Tiles][Tokens]) {
 #if defined(FW_HAS_PAIRS)
   if constexpr (Of == Range::kNarrow) {
-    for (int64_t s = 0; s < steps;) {
-      Pairs pairs[Tiles][Tokens];
-      each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = zero_pairs(); }); });
-      for (const int64_t end = std::min(steps, s + kPairSteps); s < end; ++s, x += 4 * Tokens)
-        each<Tiles>([&](auto t) FW_LAMBDA {
-          const Codes now = load_codes(codes[t] + kStepBytes * s);
-          each<Tokens>([&](auto m) FW_LAMBDA { pairs[t][m] = dot_pairs(pairs[t][m], now, x + 4 * m); });
-        });
+    // Sums begin behind the first pairs: there is no room in registers for both.
+    Pairs pairs[Tiles][Tokens];
+    gemm_pairs<Tiles, Tokens>(codes, x, 0, std::min(steps, chunk), pairs);
+    each<Tokens>([&](auto m) FW_LAMBDA { each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = add(start(t, m), pairs[t][m]); }); });
+    for (int64_t s = chunk; s < steps; s += chunk) {
+      gemm_pairs<Tiles, Tokens>(codes, x + 4 * Tokens * s, s, std::min(steps, s + chunk), pairs);
       each<Tiles>([&](auto t) FW_LAMBDA { each<Tokens>([&](auto m) FW_LAMBDA { sum[t][m] = add(sum[t][m], pairs[t][m]); }); });
     }
     return;
@@ -227,7 +231,7 @@ FW_INLINE void gemm_steps(const uint8_t* const (&codes)[Tiles], const int8_t* x,
 // what is a token's is spread once for all tiles: where segments are short, much of the time goes here.
 template <int Tiles, int Tokens, Range Of, bool Zeros>
 FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t segment, int plane, int planes,
-                            const UnpackedTile* tiles, float (&totals)[Tokens][Tiles][kTileRows]) {
+                            int64_t chunk, const UnpackedTile* tiles, float (&totals)[Tokens][Tiles][kTileRows]) {
   const int64_t steps = operand->steps, group = segment / operand->segments_per_group, at = segment * Tokens;
   const int32_t* starts = block.starts + at;
   const float* x_scales = block.scales + at;
@@ -239,11 +243,15 @@ FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>&
     scale[t] = load_floats(tiles[t].scales + kTileRows * (group * planes + plane));
     zeros[t] = Zeros ? load_bytes(tiles[t].zeros + kTileRows * group) : zero_sums();
   });
-  each<Tokens>([&](auto m) FW_LAMBDA {
-    const Sums start = spread(starts[m]);
-    each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = Zeros ? times(zeros[t], start) : start; });
-  });
-  gemm_steps<Tiles, Tokens, Of>(from, block.codes + 4 * at * steps, steps, sum);
+  if constexpr (Of != Range::kNarrow)
+    each<Tokens>([&](auto m) FW_LAMBDA {
+      const Sums one = spread(starts[m]);
+      each<Tiles>([&](auto t) FW_LAMBDA { sum[t][m] = Zeros ? times(zeros[t], one) : one; });
+    });
+  const auto start = [&](auto t, auto m) FW_LAMBDA { return Zeros ? times(zeros[t], spread(starts[m])) : spread(starts[m]); };
+  // The zeros that fill up a short last segment cost vectors of 512 bits less than asking for it: in short segments 3 to 7 %.
+  const int64_t count = kPairs ? segment_steps(operand, segment) : steps;
+  gemm_steps<Tiles, Tokens, Of>(from, block.codes + 4 * at * steps, count, chunk, start, sum);
   each<Tokens>([&](auto m) FW_LAMBDA {
     const Floats x_scale = spread(x_scales[m]);
     each<Tiles>([&](auto t) FW_LAMBDA {
@@ -258,6 +266,7 @@ template <int Tiles, int Tokens, Range Of>
 __attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token,
                                           const UnpackedTile* tiles, const Output& out) {
   const int planes = unpacked_planes(operand);
+  const int64_t chunk = Of == Range::kNarrow ? narrow_steps(operand) : 0;
   // Results go to as many pages as there are tokens: asked for now, their lines have come when the sums are done.
   for (int m = 0; m < block.count; ++m)
     for (int t = 0; t < Tiles; ++t) prefetch(out.values + (first_token + m) * out.stride + kTileRows * tiles[t].tile);
@@ -265,9 +274,9 @@ __attribute__((noinline)) void gemm_block(const fw_operand* operand, const Token
   for (int64_t segment = 0; segment < operand->segments; ++segment)
     for (int plane = 0; plane < planes; ++plane) {
       if (operand->has_zeros)
-        gemm_segment<Tiles, Tokens, Of, true>(operand, block, segment, plane, planes, tiles, totals);
+        gemm_segment<Tiles, Tokens, Of, true>(operand, block, segment, plane, planes, chunk, tiles, totals);
       else
-        gemm_segment<Tiles, Tokens, Of, false>(operand, block, segment, plane, planes, tiles, totals);
+        gemm_segment<Tiles, Tokens, Of, false>(operand, block, segment, plane, planes, chunk, tiles, totals);
     }
   for (int m = 0; m < block.count; ++m)
     for (int t = 0; t < Tiles; ++t) put(out, operand->rows, tiles[t].tile, first_token + m, load_floats(totals[m][t]));

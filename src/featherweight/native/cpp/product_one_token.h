@@ -17,7 +17,7 @@ namespace {  // compiled for several instruction sets
 
 constexpr int kStreams = 2;  // tiles at once, each from another stretch of the matrix
 
-// Steps through the segments of `Tiles` tiles, of which the first `live` count. Reader(x, sums) adds up one segment's
+// Steps through the segments of `Tiles` tiles, of which the first `live` count. Reader(x, steps, sums) adds up one segment's
 // integers: `Sets` sums at once, or, for FIELDS, those of one plane after the other.
 template <int Sets, int Tiles, typename Reader>
 FW_INLINE void one_token(const fw_operand* operand, const IntegerInput& x, const int64_t (&tiles)[Tiles], int live,
@@ -36,12 +36,12 @@ FW_INLINE void one_token(const fw_operand* operand, const IntegerInput& x, const
         for (int p = 0; p < Sets; ++p)
           sum[p][t] = operand->has_zeros ? times(load_bytes(tile_zeros(operand, tiles[t]) + 16 * group), spread(-x_sum))
                                          : spread(-operand->offset * x_sum);
-      read(at, sum);
-      for (int t = 0; t < Tiles; ++t)
-        for (int p = 0; p < Sets; ++p) {
-          const Floats scale = load_scales(operand, tile_scales(operand, tiles[t]), group * planes + plane + p);
-          total[t] = add(total[t], times(to_floats(sum[p][t]), times(scale, x_scale)));
-        }
+      read(at, segment_steps(operand, segment), sum);
+      for (int p = 0; p < Sets; ++p) {
+        Floats scale[Tiles];
+        load_scales(operand, tiles, group * planes + plane + p, scale);
+        for (int t = 0; t < Tiles; ++t) total[t] = add(total[t], times(to_floats(sum[p][t]), times(scale[t], x_scale)));
+      }
     }
     if (--left == 0) {
       ++group;
@@ -54,17 +54,20 @@ FW_INLINE void one_token(const fw_operand* operand, const IntegerInput& x, const
 template <int Bits, int Tiles>
 struct FieldsReader {
   const uint8_t* codes[Tiles];
-  int64_t steps, bytes;
-  FieldsReader(const fw_operand* operand, const int64_t (&tiles)[Tiles])
-      : steps(operand->steps), bytes(operand->steps * kStepBytes * Bits / 8) {
+  int64_t chunk;
+  FieldsReader(const fw_operand* operand, const int64_t (&tiles)[Tiles]) : chunk(chunk_steps(operand)) {
     for (int t = 0; t < Tiles; ++t) codes[t] = tile_codes(operand, tiles[t]);
   }
   void move_to(const fw_operand* operand, const int64_t (&tiles)[Tiles]) {
     for (int t = 0; t < Tiles; ++t) codes[t] = tile_codes(operand, tiles[t]);
   }
-  FW_INLINE void operator()(const int8_t* x, Sums (&sum)[1][Tiles]) {
-    accumulate_fields<Bits, Tiles>(codes, steps, x, sum[0]);
-    for (int t = 0; t < Tiles; ++t) codes[t] += bytes;
+  FW_INLINE void operator()(const int8_t* x, int64_t steps, Sums (&sum)[1][Tiles]) {
+    constexpr int64_t kShort = 8;  // groups of 32, of tied planes above all: as a loop they take an eighth more
+    if (Bits == 4 && steps == kShort)
+      accumulate_fields<Bits, Tiles>(codes, kShort, kShort, x, sum[0]);
+    else
+      accumulate_fields<Bits, Tiles>(codes, steps, chunk, x, sum[0]);
+    for (int t = 0; t < Tiles; ++t) codes[t] += steps * kStepBytes * Bits / 8;
   }
 };
 
@@ -78,7 +81,7 @@ struct QuartetReader {
   void move_to(const fw_operand* operand, const int64_t (&tiles)[Tiles]) {
     for (int t = 0; t < Tiles; ++t) codes[t] = tile_codes(operand, tiles[t]);
   }
-  FW_INLINE void operator()(const int8_t* x, Sums (&sum)[1][Tiles]) {
+  FW_INLINE void operator()(const int8_t* x, int64_t, Sums (&sum)[1][Tiles]) {
     accumulate_quartets<Tiles>(codes, steps, x, sum[0]);
     for (int t = 0; t < Tiles; ++t) codes[t] += steps * 10;
   }
@@ -100,7 +103,7 @@ struct TritReader {
     for (int t = 0; t < Tiles; ++t) codes[t] = tile_codes(operand, tiles[t]);
     phase = 0;
   }
-  FW_INLINE void operator()(const int8_t* x, Sums (&sum)[Sets][Tiles]) {
+  FW_INLINE void operator()(const int8_t* x, int64_t, Sums (&sum)[Sets][Tiles]) {
     int64_t used = 0;
     if constexpr (Steps == 0) {
       used = accumulate_trits<Planes, Tiles, 0, 0, Sets>(codes, vectors, x, tables, sum);

@@ -57,40 +57,31 @@ void transpose_rows(const fw_operand& h, const uint8_t* rows, int64_t width, uin
 
 // ---- steps to codes ----
 
-// `lanes` bytes a step (64 or 16) of a unit into vectors of as many bytes.
+// `Lanes` bytes a step (64 or 16) of a unit into vectors of as many bytes.
 template <int Lanes>
-void pack_unit(const uint8_t* steps, int bits, uint8_t* to) {
+void pack_unit(const uint8_t* steps, int bits, const FieldParts& parts, uint8_t* to) {
   constexpr int kWords = Lanes / 8;
-  const int unit = unit_steps(bits);
-  if (bits == 8) {
-    std::memcpy(to, steps, Lanes);
-    return;
+  uint64_t vectors[8][kWords] = {};
+  // Parts of all bytes of a word are moved at once: masked, they stay inside of their byte.
+  for (int i = 0; i < parts.count; ++i) {
+    const FieldPart& part = parts.part[i];
+    const uint64_t mask = 0x0101010101010101U * ((1U << part.count) - 1);
+    uint64_t words[kWords];
+    std::memcpy(words, steps + Lanes * part.step, Lanes);
+    for (int j = 0; j < kWords; ++j) vectors[part.vector][j] |= (words[j] >> part.from & mask) << part.to;
   }
-  // Fields of all bytes of a word are moved at once: masked, they stay inside of their byte.
-  const auto deposit = [&](int from, int count, int per_vector) {
-    const uint64_t mask = 0x0101010101010101U * ((1U << count) - 1);
-    for (int first = 0; first < unit; first += per_vector, to += Lanes) {
-      uint64_t vector[kWords] = {};
-      for (int s = 0; s < per_vector; ++s) {
-        uint64_t words[kWords];
-        std::memcpy(words, steps + Lanes * (first + s), Lanes);
-        for (int j = 0; j < kWords; ++j) vector[j] |= (words[j] >> from & mask) << (s * count);
-      }
-      std::memcpy(to, vector, Lanes);
-    }
-  };
-  if (bits & 4) deposit(0, 4, 2);
-  if (bits & 2) deposit(bits & 4, 2, 4);
-  if (bits & 1) deposit(bits & 6, 1, 8);
+  std::memcpy(to, vectors, static_cast<size_t>(Lanes * unit_steps(bits) * bits / 8));
 }
 
 void pack_fields(const fw_operand& h, const uint8_t* steps, int plane, uint8_t* to) {
   const int unit = unit_steps(h.bits);
-  const int64_t bytes = unit * kStepBytes * h.bits / 8, per_plane = h.steps / unit * bytes;
+  const FieldParts parts = field_parts(h.bits);
+  const int64_t bytes = unit * kStepBytes * h.bits / 8;
   for (int64_t g = 0; g < h.segments; ++g) {
-    uint8_t* place = to + (g * h.planes + plane) * per_plane;
-    for (int64_t s = 0; s < h.steps; s += unit, place += bytes)
-      pack_unit<kStepBytes>(steps + kStepBytes * (g * h.steps + s), h.bits, place);
+    const int64_t count = segment_steps(&h, g);
+    uint8_t* place = to + (g * h.planes * h.steps + plane * count) / unit * bytes;
+    for (int64_t s = 0; s < count; s += unit, place += bytes)
+      pack_unit<kStepBytes>(steps + kStepBytes * (g * h.steps + s), h.bits, parts, place);
   }
 }
 
@@ -132,9 +123,11 @@ void pack_quartet_words(const fw_operand& h, const uint8_t* rows, int64_t width,
 
 void pack_tables(const fw_operand& h, const uint8_t* rows, int64_t width, uint8_t* to) {
   const int unit = unit_steps(h.bits);
+  const FieldParts parts = field_parts(h.bits);
   const int64_t bytes = unit * 16 * h.bits / 8;
   for (int64_t r = 0; r < kTileRows; ++r)
-    for (int64_t c = 0; c < h.segments * h.steps * 4; c += 16 * unit, to += bytes) pack_unit<16>(rows + r * width + c, h.bits, to);
+    for (int64_t c = 0; c < h.segments * h.steps * 4; c += 16 * unit, to += bytes)
+      pack_unit<16>(rows + r * width + c, h.bits, parts, to);
 }
 
 float value_of(const void* from, int32_t dtype, int64_t index) {

@@ -9,6 +9,10 @@
 #include "product_kernels.h"
 #include "product_lanes.h"
 #include "product_layout.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "product_log8_avx2.h"
+#define FW_HAS_LOG8_TWO 1
+#endif
 
 namespace {  // compiled for several instruction sets
 
@@ -23,6 +27,18 @@ FW_INLINE Floats load_scales(const fw_operand* operand, const uint8_t* scales, i
     default:
       return load_floats(reinterpret_cast<const float*>(scales) + 16 * index);
   }
+}
+
+// Those of several tiles.
+template <int Tiles>
+FW_INLINE void load_scales(const fw_operand* operand, const int64_t (&tiles)[Tiles], int64_t index, Floats (&scale)[Tiles]) {
+#if defined(FW_HAS_LOG8_TWO)
+  if constexpr (Tiles == 2)
+    if (operand->scale_dtype == FW_LOG8)
+      return log8_two(tile_scales(operand, tiles[0]) + 16 * index, tile_scales(operand, tiles[1]) + 16 * index,
+                      operand->scale_exponent, scale);
+#endif
+  for (int t = 0; t < Tiles; ++t) scale[t] = load_scales(operand, tile_scales(operand, tiles[t]), index);
 }
 
 // What belongs to a tile beside its codes.

@@ -59,16 +59,17 @@ void integer_tiles(const fw_operand* operand, const IntegerInput& x, int64_t fir
 
 // Steps of the products of many tokens whose operands stay in the first cache.
 int64_t spin(int64_t rounds) {
-  constexpr int64_t kSteps = 64;
+  constexpr int64_t kSteps = 64, kChunk = 8;  // as with codes of four bits
   alignas(64) uint8_t codes[kGemmTiles][kStepBytes * kSteps] = {};
   alignas(64) int8_t x[4 * kGemmTokens * kSteps] = {};
   const uint8_t* places[kGemmTiles];
   for (int t = 0; t < kGemmTiles; ++t) places[t] = codes[t];
   Sums sum[kGemmTiles][kGemmTokens];
   each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { sum[t][m] = zero_sums(); }); });
+  const auto before = [&](auto t, auto m) FW_LAMBDA { return sum[t][m]; };
   for (int64_t r = 0; r < rounds; r += kSteps) {
     asm volatile("" ::"r"(codes), "r"(x) : "memory");  // the values are not known to the compiler
-    gemm_steps<kGemmTiles, kGemmTokens, kPairs ? Range::kNarrow : Range::kSevenBits>(places, x, kSteps, sum);
+    gemm_steps<kGemmTiles, kGemmTokens, kPairs ? Range::kNarrow : Range::kSevenBits>(places, x, kSteps, kChunk, before, sum);
   }
   Sums all = zero_sums();
   each<kGemmTiles>([&](auto t) FW_LAMBDA { each<kGemmTokens>([&](auto m) FW_LAMBDA { all = add(all, sum[t][m]); }); });
