@@ -310,3 +310,22 @@ def many_layers_few_files(model: str, out: str) -> None:
 def test_a_shard_of_more_layers_than_open_files(model: Path, tmp_path: Path) -> None:
     assert in_process(many_layers_few_files, str(model), str(tmp_path / "out")) == 0
     assert len(json.loads((tmp_path / "out" / "featherweight.json").read_text())["layers"]) > 64
+
+
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_the_type_of_passes_stays_what_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """A run that goes on where another type is faster, as on another machine, keeps to the one it began in."""
+    changes = ("calibration.sequences=4", "calibration.length=32", "grid.group_size=32")
+    options: dict[str, Any] = {"recipe": "gptq", "changes": changes, "threads": 1}
+    monkeypatch.setenv("FEATHERWEIGHT_PRECISION", first)
+    expected = contents(compress(model, out=tmp_path / "whole", **options).out)
+    out, events = tmp_path / "out", list[dict[str, Any]]()
+    with pytest.raises(Stop):
+        compress(model, out=out, observer=stopping("layer", 10), **options)
+    monkeypatch.setenv("FEATHERWEIGHT_PRECISION", "float32" if first == "bfloat16" else "bfloat16")
+    result = compress(model, out=out, observer=events.append, **options)
+    assert result.resumed > 0
+    assert contents(out) == expected
+    assert any(f"began with the network in {first} and goes on in it" in event.get("text", "") for event in events)

@@ -135,12 +135,25 @@ class RunFolder(Work):
         with disk_errors(self.path):
             for folder in (self.store.folder, self.claims, self.assembled):
                 folder.mkdir(exist_ok=True)
-        before = read_object(self.path / "run.json").get("device", "cpu") if same else self.device
+        earlier = read_object(self.path / "run.json") if same else {}
+        before = earlier.get("device", "cpu") if same else self.device
         if before != self.device and self._has_work():
             self.earlier_device = str(before)
         if not same or before != self.device:
-            begun = {"layout": LAYOUT, "device": self.device, "identity": identity}
-            write_text(self.path / "run.json", to_json(begun))
+            self._write({**earlier, "layout": LAYOUT, "device": self.device, "identity": identity})
+
+    def _write(self, begun: dict[str, Any]) -> None:
+        write_text(self.path / "run.json", to_json(begun))
+
+    def remembered(self, name: str, value: str) -> str:
+        """What was noted under a name when this work began; else, or where nothing is done, `value`, which is noted."""
+        begun = read_object(self.path / "run.json")
+        noted = begun.get("noted")
+        noted = noted if isinstance(noted, dict) else {}
+        if isinstance(noted.get(name), str) and self._has_work():
+            return str(noted[name])
+        self._write({**begun, "noted": {**noted, name: value}})
+        return value
 
     def _other_run(self, found: dict[str, Any], identity: dict[str, Any], readable: bool) -> str:
         """Why the run that is here is not gone on with, and what to do."""

@@ -16,6 +16,7 @@ from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
+from featherweight.system.precision import choose_precision
 from featherweight.tasks.compress.refusals import check_base, check_reads_text, check_recipe, check_stored
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class CalibrationData:
                     checkpoint,
                     plan.anatomy,
                     self.windows,
-                    self.recipe.calibration,
+                    self._settings(run, notify),
                     calibration_needs(self.recipe),
                     head=any(job.layer.input_group == "head" and not job.treatment.by_itself for job in plan.jobs),
                     outside=[job.layer.name for job in plan.jobs if job.layer in plan.anatomy.outside],
@@ -115,6 +116,18 @@ class CalibrationData:
             work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, base)
             records = work.solve()
             return records, work.journal.resumed, work.config
+
+    def _settings(self, run: RunFolder, notify: Observer) -> CalibrationSettings:
+        """Those of the recipe, with the type that the network runs in: what is done was done in it, if anything is."""
+        settings = self.recipe.calibration
+        chosen = choose_precision(settings.dtype, notify, self.device)
+        if settings.dtype == "auto":
+            begun = run.remembered("precision", chosen)
+            if begun != chosen:
+                text = f"this run began with the network in {begun} and goes on in it, not in {chosen}"
+                notify({"event": "note", "text": text})
+            settings = settings.model_copy(update={"dtype": begun})
+        return settings
 
 
 def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Path | None) -> None:
