@@ -45,6 +45,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+IN_BFLOAT16 = ("gptq", "gptaq-4", "trit-2-blockwise", "trit-2", "rsq", "awq", "flexround-3", "discquant", "d2quant")
+"""One of each kind: layers, two streams, blocks, the whole model tuned, rounded or rotated."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", IN_BFLOAT16)
+def test_networks_in_bfloat16(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """Asked for, whatever the processor is faster in; by itself `auto` takes it where only layers are looked at."""
+    model = tiny("llama", tokenizer=True, hidden_size=128, head_dim=32, intermediate_size=256)
+    recipe = load_recipe(preset)
+    changes = (*quick(recipe), "calibration.dtype=bfloat16")
+    made = compress(model, preset, tmp_path / "out", changes=changes, calibration=text, threads=1)
+    assert all(0 < layer["relative_error"] < 1 for layer in made.layers)
+    assert not [layer for layer in made.layers if "fallback" in layer and "finite" in str(layer["reason"])]
+    assert verify(made.out).whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
 def test_preset(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.recipe import load_recipe
 from featherweight.system import precision
 from featherweight.system.precision import bfloat16_time_ratio, choose_precision
+from featherweight.tasks.compress.data import pass_precision
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,15 @@ def test_presets_that_train_leave_the_type_to_the_machine(name: str) -> None:
     recipe = load_recipe(name)
     chosen = [getattr(choice, "precision", None) for choice in (recipe.rounding, *recipe.corrections)]
     assert "auto" in chosen
+
+
+@pytest.mark.parametrize(
+    ("preset", "chosen"),
+    [("gptq", "bfloat16"), ("trit-2-blockwise", "bfloat16"), ("trit-2", "float32"), ("awq", "float32")],
+)
+def test_what_trains_or_compares_blocks_keeps_exact_values(
+    monkeypatch: pytest.MonkeyPatch, preset: str, chosen: str
+) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_PRECISION", "bfloat16")
+    assert pass_precision(load_recipe(preset)) == chosen
+    assert pass_precision(load_recipe(preset, ("calibration.dtype=bfloat16",))) == "bfloat16"

@@ -213,7 +213,10 @@ class WholeModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of what `hidden` gave."""
-        return self.model.get_output_embeddings()(hidden).float() if self._head_is_last else hidden.float()
+        if not self._head_is_last:
+            return hidden.float()
+        head = self.model.get_output_embeddings()
+        return head(hidden.to(head.weight.dtype)).float()  # type: ignore[no-any-return]
 
     def _states(self, ids: Tensor) -> Tensor:
         states: Tensor = self.model.base_model(ids).last_hidden_state

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from featherweight.errors import CheckpointError, FeatherError, RecipeError
 from featherweight.events import Observer
+from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
-from featherweight.system.precision import choose_precision
+from featherweight.system.precision import Chosen, choose_precision
 from featherweight.tasks.compress.refusals import check_base, check_reads_text, check_recipe, check_stored
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class CalibrationData:
     def _settings(self, run: RunFolder, notify: Observer) -> CalibrationSettings:
         """Those of the recipe, with the type that the network runs in: what is done was done in it, if anything is."""
         settings = self.recipe.calibration
-        chosen = choose_precision(settings.dtype, notify, self.device)
+        chosen = pass_precision(self.recipe, notify, self.device)
         if settings.dtype == "auto":
             begun = run.remembered("precision", chosen)
             if begun != chosen:
@@ -128,6 +129,15 @@ class CalibrationData:
                 notify({"event": "note", "text": text})
             settings = settings.model_copy(update={"dtype": begun})
         return settings
+
+
+def pass_precision(recipe: Recipe, notify: Observer | None = None, device: torch.device | str = "cpu") -> Chosen:
+    """The type that the network runs in for a recipe. Where blocks or the whole model are trained or compared, `auto`
+    is float32: what does so has a `precision` of its own for its passes, and keeps values exact between them."""
+    settings = recipe.calibration
+    if settings.dtype == "auto" and any(scope_of(choice) != "layer" for choice in recipe.choices):
+        return "float32"
+    return choose_precision(settings.dtype, notify, device)
 
 
 def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Path | None) -> None:

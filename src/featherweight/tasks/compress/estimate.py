@@ -21,6 +21,7 @@ from featherweight.errors import FeatherError
 from featherweight.methods.calibrate.accumulate import Accumulator
 from featherweight.methods.quantize.base import HeldWeight
 from featherweight.methods.quantize.treatment import scope_of
+from featherweight.tasks.compress.data import pass_precision
 from featherweight.tasks.compress.layer_statistics import gathered_needs
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.solve import InputGroup, relative_error, solve_layer
@@ -138,13 +139,17 @@ class _Passes:
         return tokens * (streams * self._forward_token + self._statistics_token)
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, pass_precision(self.plan.recipe))  # type: ignore[no-any-return]
+
+    @property
     def _hidden(self) -> int:
         return min(job.layer.shape[1] for job in self.plan.jobs)
 
     @cached_property
     def _forward_token(self) -> float:
         """Seconds of a forward pass of all blocks for one token."""
-        dtype, length = self.plan.recipe.calibration.torch_dtype(), self.plan.recipe.calibration.length
+        dtype, length = self._dtype, self.plan.recipe.calibration.length
         inputs, weight = _random(TOKENS, self._hidden).to(dtype), _random(2 * self._hidden, self._hidden).to(dtype)
         heads = _random(1, HEADS, length, HEAD_DIM).to(dtype)
         wide = max((job.layer.shape[0] for job in self.plan.jobs if job.layer.block is not None), default=self._hidden)
@@ -165,7 +170,7 @@ class _Passes:
     @cached_property
     def _statistics_token(self) -> float:
         """Seconds of adding one token to the statistics of all inputs."""
-        dtype = self.plan.recipe.calibration.torch_dtype()
+        dtype = self._dtype
         wanted: dict[str, tuple[int, tuple[str, ...]]] = {}
         for job in self.plan.jobs:
             needs = gathered_needs(job.treatment, self.plan.recipe.calibration.held_out)

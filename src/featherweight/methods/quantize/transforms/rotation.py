@@ -31,6 +31,7 @@ from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.codes.hadamard import SEEDS, hadamard_transform, rotate
 
 PRESERVED = 1e-3  # relative change of logits that is put down to arithmetic,
+PASSES = 4.0  # units of the type that the network runs in, by which its logits are uncertain
 ROUNDINGS = 4  # and this many times what storing the head in the model's dtype changed in it
 TOKENS = 16
 
@@ -80,7 +81,9 @@ class ResidualRotation(Transform):
             _turn_heads(model, anatomy)
         change = float((_logits(model, ids) - before).norm() / before.norm())
         notify({"event": "rotation", "block": block, "relative_change_of_logits": change})
-        if not change <= PRESERVED + ROUNDINGS * rounded:
+        with torch.no_grad():
+            passes = PASSES * torch.finfo(model.hidden(ids).dtype).eps
+        if not change <= PRESERVED + ROUNDINGS * rounded + passes:
             raise RecipeError(
                 f"transform rotation changes the function of this model (its logits by {change:.2g}): it has norms or "
                 "paths that the rotation does not know; use the layer transform hadamard"
