@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():  # Triton asks when it is first imported, which parts of torch do
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("default", deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
 

@@ -33,12 +33,12 @@ class Backend:
     def prompt(self, messages): return repr([m["content"] for m in messages if m["role"] != "system"])
     def encode(self, text, special=True): return [text]
     def write(self, tokens, choices):
-        print("<" + tokens[0] + ">", flush=True)
-        if "slowly" in tokens[0].split(", ")[-1]:
-            try:
+        try:  # Ctrl-C may come as soon as the line is seen
+            print("<" + tokens[0] + ">", flush=True)
+            if "slowly" in tokens[0].split(", ")[-1]:
                 time.sleep(60)
-            except KeyboardInterrupt:
-                raise AnswerStopped("a part") from None
+        except KeyboardInterrupt:
+            raise AnswerStopped("a part") from None
         return "answer"
 
 generate.open_backend = lambda settings: Backend()

@@ -62,7 +62,7 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
             "first (PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(DIR))"
         )
     claimed = _claimed(checkpoint) if quantized else ()
-    codes = [n for n in checkpoint.names if not n.startswith(claimed) and holds_codes(n, checkpoint.entry(n))]
+    codes = [n for n in checkpoint.names if not n.startswith(claimed) and _holds_codes(n, checkpoint.entry(n))]
     codes.sort(key=lambda name: checkpoint.entry(name).dtype in FLOATING)  # the codes before their scales
     if codes:
         entry = checkpoint.entry(codes[0])
@@ -94,8 +94,7 @@ def refuse_impossible_depth(checkpoint: Source) -> None:
                 )
 
 
-def holds_codes(name: str, entry: Described) -> bool:
-    """Whether a tensor's name and type are those of a quantised weight, or of a part of one."""
+def _holds_codes(name: str, entry: Described) -> bool:
     if entry.dtype in FLOATING or BUFFERS.search(name):
         return CODES.search(name) is not None and name.endswith((".weight_scale", ".weight_scale_inv", ".qzeros"))
     if entry.dtype == "BOOL":

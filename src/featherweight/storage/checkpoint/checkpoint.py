@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from featherweight.errors import CheckpointError, shown
-from featherweight.storage.checkpoint.accounting import CODES, holds_codes
+from featherweight.storage.checkpoint.accounting import BUFFERS, CODES, FLOATING
 from featherweight.storage.checkpoint.format import METHOD
 from featherweight.storage.checkpoint.prefixes import unwrapped
 from featherweight.storage.checkpoint.resolve import ADAPTER_CONFIG, PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve
@@ -142,7 +142,8 @@ class Checkpoint:
         method = found.get("quant_method")
         if not isinstance(method, str) or method == METHOD or found.get("load_in_8bit") or found.get("load_in_4bit"):
             return False
-        if any(CODES.search(name) or holds_codes(name, file.entries[name]) for name, file in place.items()):
+        kinds = {name: file.entries[name].dtype for name, file in place.items() if not BUFFERS.search(name)}
+        if any(CODES.search(name) or dtype not in FLOATING for name, dtype in kinds.items()):
             return False
         return not knows_quant_method(method)
 
