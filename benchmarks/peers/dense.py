@@ -3,9 +3,10 @@
 A job is a JSON file {"model", "out", "variants", "calibration", "squares", "threads", "kept_bytes"}: the original as a
 float32 model folder; where to write; what to make; a safetensors file with `input_ids` int64 [sequences, length]; one
 with the mean square of every input column of every linear layer, float32 [in], by tensor name, which is there for
-peers that ask for it; the bytes that the original's own file spends on all but these layers. Each variant becomes
-`out/<variant>/` with `model.safetensors` (the original with what the peer changed, decoded to float32) and `peer.json`
-(sizes, seconds, versions; or the error).
+peers that ask for it; the bytes that the original's own file spends on all but these layers. With "keep": true the
+peer's own file stays in `out` (llama.cpp's `<variant>.gguf`, OpenVINO's `<variant>.xml` and `.bin`). Each variant
+becomes `out/<variant>/` with `model.safetensors` (the original with what the peer changed, decoded to float32) and
+`peer.json` (sizes, seconds, versions; or the error).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Job:
     squares: Path
     threads: int
     kept_bytes: int
+    keep: bool = False
 
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors of the original, float32."""
@@ -72,7 +74,7 @@ def run(quantize: Callable[[Job, str], Compressed], packages: tuple[str, ...]) -
     fields = json.loads(Path(sys.argv[1]).read_text())
     paths = {name: Path(fields[name]) for name in ("model", "out", "calibration", "squares")}
     numbers = {name: fields[name] for name in ("threads", "kept_bytes")}
-    job = Job(variants=tuple(fields["variants"]), **numbers, **paths)
+    job = Job(variants=tuple(fields["variants"]), keep=fields.get("keep", False), **numbers, **paths)
     versions = {name: _version(name) for name in packages}
     for variant in job.variants:
         folder = job.out / variant

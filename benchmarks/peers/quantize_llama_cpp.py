@@ -110,14 +110,13 @@ def quantize(job: Job, variant: str) -> Compressed:
     names = gguf_names(weights, config["num_hidden_layers"])
     source, target = job.out / "original.gguf", job.out / f"{variant}.gguf"
     tokenizer = write_gguf(source, weights, config, job.model)
-    squares = load_file(job.squares)
-    columns = {names[n]: np.ascontiguousarray(squares[n], dtype=np.float32) for n in linear_names(weights)}
-    matrix = importance_matrix(columns)
-
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = job.threads
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix(PLAIN)}")
     if not variant.endswith(PLAIN):
+        squares = load_file(job.squares)
+        columns = {names[n]: np.ascontiguousarray(squares[n], dtype=np.float32) for n in linear_names(weights)}
+        matrix = importance_matrix(columns)
         params.imatrix = matrix
     llama_cpp.llama_backend_init()
     with Clock() as clock:
@@ -128,7 +127,8 @@ def quantize(job: Job, variant: str) -> Compressed:
     try:
         return decode(target, weights, config, clock.seconds, tokenizer)
     finally:
-        target.unlink()
+        if not job.keep:
+            target.unlink()
 
 
 def decode(

@@ -58,8 +58,9 @@ def quantize(job: Job, variant: str) -> Compressed:
     try:
         return decode(job, saved, clock.seconds)
     finally:
-        saved.unlink()
-        saved.with_suffix(".bin").unlink()
+        if not job.keep:
+            saved.unlink()
+            saved.with_suffix(".bin").unlink()
 
 
 def decode(job: Job, saved: Path, seconds: float) -> Compressed:
