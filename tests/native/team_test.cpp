@@ -1,9 +1,11 @@
-// The pool of threads: barriers, nested regions, more threads than processors, exceptions, callers side by side, forks.
+// The pool of threads: barriers, nested regions, more threads than processors, exceptions, callers side by side, forks; how many
+// members pay.
 #include "team.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "paying_members.h"
 
 namespace {
 
@@ -145,6 +148,65 @@ void test_fork() {
   check(ran >= 1, "the parent's pool works on");
 }
 
+// A member that arrives late finds the others asleep; all get on. Longer than members wait in a loop, and often enough for a
+// member to fall asleep just as the last arrives.
+void test_late_members() {
+  std::atomic<int> passed{0}, members{0};
+  run_team(3, [&](Team& team) {
+    if (team.index() == 0) members = team.size();
+    for (int round = 0; round < 60; ++round) {
+      if (team.index() == round % team.size()) std::this_thread::sleep_for(std::chrono::microseconds(10 * round));
+      team.barrier();
+    }
+    ++passed;
+  });
+  check(passed == members, "late members are waited for");
+  bool caught = false;
+  try {
+    run_team(2, [](Team& team) {
+      if (team.index() == team.size() - 1) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        throw 7;
+      }
+      team.barrier();
+    });
+  } catch (int) {
+    caught = true;
+  }
+  check(caught, "a member that throws wakes those who sleep at a barrier");
+}
+
+// Members that `paying` has after `passes` that take seconds(members), and how many passes had others.
+template <typename Seconds>
+int settle(PayingMembers& paying, int most, int passes, int* others, const Seconds& seconds) {
+  std::vector<int> chosen;
+  for (int i = 0; i < passes; ++i) {
+    chosen.push_back(paying.choose(most));
+    paying.took(seconds(chosen.back()));
+  }
+  std::vector<int> sorted = chosen;
+  std::nth_element(sorted.begin(), sorted.begin() + passes / 2, sorted.end());
+  const int usual = sorted[sorted.size() / 2];
+  if (others) *others = static_cast<int>(std::count_if(chosen.begin(), chosen.end(), [&](int n) { return n != usual; }));
+  return usual;
+}
+
+void test_paying_members() {
+  const auto idle = [](int members) { return 1.0 / members; };
+  const auto busy = [](int members) { return members == 1 ? 1.0 : 5.0 * members; };  // each barrier waits for somebody
+  const auto half_free = [](int members) { return members > 4 ? 9.0 : 1.0 / members; };
+  int others = 0;
+  PayingMembers paying;
+  check(settle(paying, 8, 1000, &others, idle) == 8 && others <= 10, "idle processors: all members, and few tries of fewer");
+  check(settle(paying, 8, 400, nullptr, busy) == 1, "busy processors: one member");
+  check(settle(paying, 8, 3000, nullptr, idle) == 8, "processors that are idle again: all members again");
+  check(settle(paying, 8, 400, nullptr, half_free) == 4, "half of the processors busy: as many members as find one");
+  PayingMembers fresh;
+  check(settle(fresh, 2, 400, &others, busy) == 1, "busy from the start: one member");
+  check(settle(fresh, 1, 50, &others, idle) == 1 && others == 0, "one thread: one member");
+  check(settle(fresh, 2, 50, nullptr, idle) == 2, "another number of threads: from the start");
+}
+
 }  // namespace
 
 // "emulated": without forks, after which neither QEMU's user mode nor the thread sanitizer let threads be started.
@@ -154,6 +216,8 @@ int main(int argc, char** argv) {
   test_nested();
   test_exceptions();
   test_callers_side_by_side();
+  test_late_members();
+  test_paying_members();
   if (argc < 2 || std::string(argv[1]) != "emulated") test_fork();
   std::printf(failures ? "%d failures\n" : "all team tests passed\n", failures);
   return failures ? 1 : 0;

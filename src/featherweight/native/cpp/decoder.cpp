@@ -139,12 +139,24 @@ int32_t fw_decoder::pass(Wanted wanted, float* logits) {
   int64_t read = count * weight_bytes_;
   for (const Token& token : tokens_) read += (token.position / kPage + 1) * cache_.layout().bytes;
   const int64_t useful = 1 + read / bytes_per_thread_;
-  run_team(static_cast<int>(std::min<int64_t>(s_.threads, useful)), [this](Team& team) { run(team); });
+  run_by_those_who_pay(static_cast<int>(std::min<int64_t>(s_.threads, useful)), static_cast<double>(read));
   if (stopped()) return FW_STOPPED;
   ++stats_.passes;
   if (status_.load() != FW_OK) return status_.load();
   for (const Token& token : tokens_) cache_[token.sequence].tokens.push_back(token.id);
   return FW_OK;
+}
+
+// Passes of few tokens have little to do between barriers: there members without a processor of their own are in the way.
+void fw_decoder::run_by_those_who_pay(int most, double read) {
+  const auto whole = [this](Team& team) { run(team); };
+  if (rows_ > kFewTokens || all_members_) return run_team(most, whole);
+  if (rows_ != rows_before_) members_ = PayingMembers();
+  rows_before_ = rows_;
+  const int members = members_.choose(most);
+  const auto begun = Clock::now();
+  run_team(members, whole);
+  if (!stopped()) members_.took(seconds_since(begun) / read);
 }
 
 void fw_decoder::run(Team& team) {

@@ -16,6 +16,7 @@
 #include "decoder_loops.h"
 #include "kv_cache.h"
 #include "linear.h"
+#include "paying_members.h"
 #include "sampling.h"
 #include "team.h"
 
@@ -76,7 +77,7 @@ struct fw_decoder {
   void set_stop(bool stop) { stop_.store(stop ? 1 : 0); }
 
   // For tests: all threads take part in every pass, however little there is to do.
-  void use_all_threads() { bytes_per_thread_ = 1; }
+  void use_all_threads() { bytes_per_thread_ = 1, all_members_ = true; }
 
   int64_t keep_prefix(int64_t sequence, const int32_t* tokens, int64_t count);
   bool known(const int32_t* tokens, int64_t count) const;
@@ -95,6 +96,7 @@ struct fw_decoder {
   int32_t pass(Wanted wanted, float* logits);
   void make_room(int64_t count);
   void make_spans(std::vector<Span>& spans, int64_t first);
+  void run_by_those_who_pay(int most, double read);
   void run(Team& team);
   void begin(Team& team);
   void run_layer(Team& team, int64_t index);
@@ -132,6 +134,11 @@ struct fw_decoder {
   std::vector<float> sampled_;
   int64_t weight_bytes_ = 0;
   int64_t bytes_per_thread_ = int64_t{1} << 20;  // a thread that has less to read for a pass is not worth its barriers
+
+  static constexpr int64_t kFewTokens = 8;
+  PayingMembers members_;
+  int64_t rows_before_ = 0;  // of the pass that `members_` knows of
+  bool all_members_ = false;
 
   // One pass. Rows are the tokens whose output is wanted still; in the last layer they can be fewer than the tokens.
   int64_t room_ = 0;                             // tokens that buffers have room for

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -18,14 +19,11 @@
 
 namespace {
 
-#if defined(FW_SPINS)  // of builds in which a round takes many times as long: those with sanitizers
-constexpr int kSpins = FW_SPINS, kSpinsToYield = FW_SPINS;
-#else
-// About 50 us of waiting in a loop; longer gaps than those between the regions of a decoder are slept through.
-constexpr int kSpins = 20000;
-// Members that do not get a processor must not be waited for in a tight loop.
-constexpr int kSpinsToYield = 4000;
-#endif
+// How long is waited in a loop before the processor is given back: longer than the parts between the barriers of a decoder
+// differ, and than the gaps between its regions. Where other processes keep the processors busy, a member that loops for one
+// that has none keeps both from going on, and one that yields waits for the others' whole time slices: only sleep helps there.
+constexpr std::chrono::microseconds kPatience(100);
+constexpr int kLooksBetweenClocks = 16;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -35,12 +33,52 @@ void relax() {
 #endif
 }
 
+// Whether `done()` within the time for which looping pays.
+template <typename Done>
+bool soon(const Done& done) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  do {
+    for (int looks = 0; looks < kLooksBetweenClocks; ++looks) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+// Something that members wait for and one of them makes true: in a loop at first, asleep if it takes long, since a member that
+// has no processor is not there sooner for another's looping.
+class Event {
+ public:
+  template <typename Done>
+  void wait(const Done& done) {
+    if (done() || soon(done)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    happened_.wait(lock, done);
+    sleepers_.fetch_sub(1);
+  }
+
+  // After what is waited for has become true by a sequentially consistent store.
+  void tell() {
+    if (sleepers_.load() == 0) return;
+    { const std::lock_guard<std::mutex> lock(mutex_); }
+    happened_.notify_all();
+  }
+
+ private:
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable happened_;
+};
+
 }  // namespace
 
 struct alignas(64) Team::Shared {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<unsigned> round{0};
   std::atomic<bool> failed{false};  // a member has thrown: it will not arrive at any further barrier
+  Event changed;                    // `round` or `failed`
   std::mutex failure;
   std::exception_ptr error;
 };
@@ -52,19 +90,6 @@ thread_local bool inside_region = false;
 // Thrown by the barriers of a region in which another member has thrown; the other's exception is the one that counts.
 struct RegionEnded {};
 
-// Waits until `done()`: briefly in a loop, then with the processor given to others in between. The count stops where it no
-// longer matters, so that it cannot overflow however long that takes.
-template <typename Done>
-void wait_until(const Done& done) {
-  for (int spins = 0; !done();) {
-    relax();
-    if (spins < kSpinsToYield)
-      ++spins;
-    else
-      std::this_thread::yield();
-  }
-}
-
 }  // namespace
 
 void Team::barrier() {
@@ -72,13 +97,14 @@ void Team::barrier() {
   const unsigned round = shared_->round.load(std::memory_order_relaxed);
   if (shared_->arrived.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     shared_->arrived.store(0, std::memory_order_relaxed);
-    shared_->round.store(round + 1, std::memory_order_release);
+    shared_->round.store(round + 1);
+    shared_->changed.tell();
     return;
   }
   bool failed = false;
-  wait_until([&] {
-    if (shared_->round.load(std::memory_order_acquire) != round) return true;
-    failed = shared_->failed.load(std::memory_order_relaxed);
+  shared_->changed.wait([&] {
+    if (shared_->round.load() != round) return true;
+    failed = shared_->failed.load();
     return failed;
   });
   if (failed) throw RegionEnded();
@@ -95,7 +121,8 @@ void run_member(const Region& region, Team::Shared& shared, int index, int size)
   } catch (...) {
     const std::lock_guard<std::mutex> lock(shared.failure);
     if (!shared.error) shared.error = std::current_exception();
-    shared.failed.store(true, std::memory_order_relaxed);  // those who wait at a barrier wait no longer
+    shared.failed.store(true);  // those who wait at a barrier wait no longer
+    shared.changed.tell();
   }
   inside_region = false;
 }
@@ -131,7 +158,7 @@ class Pool {
     }
     if (members > 1) wake_.notify_all();
     run_member(region, shared, 0, members);
-    wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
+    ended_.wait([this] { return left_.load() == 0; });
     if (shared.error) std::rethrow_exception(shared.error);
   }
 
@@ -156,15 +183,13 @@ class Pool {
       seen = job_.load(std::memory_order_acquire);
       if (index >= static_cast<int>(seen % kMostMembers)) continue;  // not of this team: touches nothing of it
       run_member(*region_, *shared_, index, static_cast<int>(seen % kMostMembers));
-      left_.fetch_sub(1, std::memory_order_release);
+      left_.fetch_sub(1);
+      ended_.tell();
     }
   }
 
   void wait(uint64_t seen) {
-    for (int spins = 0; spins < kSpins; ++spins) {
-      if (job_.load(std::memory_order_acquire) != seen) return;
-      relax();
-    }
+    if (soon([&] { return job_.load(std::memory_order_acquire) != seen; })) return;
     std::unique_lock<std::mutex> lock(sleep_);
     wake_.wait(lock, [&] { return job_.load(std::memory_order_acquire) != seen; });
   }
@@ -173,6 +198,7 @@ class Pool {
   std::condition_variable wake_;
   std::atomic<uint64_t> job_{0};  // the number of the region and how many members it has, in one word
   std::atomic<int> left_{0};
+  Event ended_;  // `left_` has become less
   const Region* region_ = nullptr;
   Team::Shared* shared_ = nullptr;
   int started_ = 0;
