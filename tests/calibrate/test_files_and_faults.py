@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_starved_experts(tmp_path: Path) -> None:
     with StatisticsFile.open(path) as file:
         assert starved <= set(file.left_out)
         assert all(file.statistics(name) == {} for name in starved)
+
+
+def test_too_few_tokens_for_any_layer(tmp_path: Path) -> None:
+    """An empty file would make every recipe that uses it data-free without a word."""
+    settings = n.SMALL.model_copy(update={"starved_floor": 1000})
+    with pytest.raises(CalibrationError, match=r"no layer .* saw \d+ tokens.*raise calibration.sequences"):
+        gathered(tmp_path / "s", settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_without_statistics_are_named(tmp_path: Path) -> None:
+    settings = n.SMALL.model_copy(update={"starved_floor": 1, "starved_tokens": 0.8})
+    told: list[dict[str, Any]] = []
+    with n.opened("mixtral", settings, NEEDS) as calibration:
+        calibration.notify = told.append
+        save_statistics(calibration, tmp_path / "s", Checkpoint.open(n.folder("mixtral")), NEEDS)
+    (note,) = [event["text"] for event in told if event["event"] == "note"]
+    assert "expert" in note
+    assert "tokens" in note
+    assert "more" in note
+    moved = [event for event in told if event["event"] == "advanced"]
+    assert [(event["block"], event["of"]) for event in moved] == [(i, len(moved)) for i in range(len(moved))]
 
 
 def test_expert_that_sees_nothing() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from featherweight.errors import FeatherError
+from featherweight.methods.learn import loop
 from featherweight.methods.learn.batches import ShuffledRounds
 from featherweight.methods.learn.loop import Schedule, Training, minimise
 from featherweight.methods.learn.objectives import evenly
@@ -58,6 +59,23 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
     minimise(theta, lambda _: math.nan, Training("test", Schedule(5, 0.1)), ShuffledRounds(1), notify=told.append)
     assert torch.equal(theta[0], torch.zeros(1))
     assert told == [{"event": "test", "step": 0, "stopped": "the loss is not finite"}]
+
+
+def test_steps_are_told_where_checks_are_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "TELL_SECONDS", -1.0)
+    theta = [torch.zeros(1)]
+    told: list[dict[str, Any]] = []
+
+    def gradients(batch: int) -> float:
+        theta[0].grad = torch.ones(1)
+        return 1.0
+
+    schedule = Schedule(6, 0.1, checks=1)
+    minimise(theta, gradients, Training("x", schedule), ShuffledRounds(2, 0), check=lambda: 1.0, notify=told.append)
+    steps = [event for event in told if "step" in event]
+    assert [(event["step"], event["of"]) for event in steps] == [(i, 6) for i in range(1, 7)]
+    assert all(event["seconds_left"] >= 0 for event in steps)
+    assert steps[-1]["seconds_left"] == 0
 
 
 def test_batches_come_in_turn_and_values_are_projected() -> None:

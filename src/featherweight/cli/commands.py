@@ -421,7 +421,7 @@ def run_calibrate(
                 print(f"note: {event['text']}", file=sys.stderr, flush=True)
             elif event["event"] == "advanced":
                 done += 1
-                notify(done, event.get("of", done))
+                notify(done, event["of"])
 
         chosen = [n.strip() for n in needs]
         written = gather_statistics(

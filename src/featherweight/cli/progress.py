@@ -80,7 +80,8 @@ class Watcher:
         if event["event"] in show:
             show[event["event"]](event)
         elif "step" in event and "of" in event:
-            self._step({"stage": event["event"], "number": event["step"], "of": event["of"]})
+            facts = {name: event[name] for name in ("of", "seconds_left") if name in event}
+            self._step({"stage": event["event"], "number": event["step"], **facts})
         if self.live is not None:
             self.live.update(self._view())
 
@@ -133,6 +134,8 @@ class Watcher:
     def _step(self, event: dict[str, Any]) -> None:
         """Progress within a long stage: {"stage": "tuning scales", "number": 20, "of": 300, ...}."""
         what = f"{event['stage']} {event['number']}/{event['of']}"
+        if event.get("seconds_left"):
+            what += f", {time_text(event['seconds_left'])} left"
         self.bar.update(self.task, what=what)
         if self.live is None and time.monotonic() - self.spoken >= PLAIN_SECONDS:
             self.spoken = time.monotonic()

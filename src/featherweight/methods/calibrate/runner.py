@@ -345,7 +345,7 @@ class Calibration:
             self._move_streams(session)
         if session.index < len(self.host.blocks):
             self.host.drop_block(session.index)
-        self.notify({"event": "advanced", "block": session.index})
+        self.notify({"event": "advanced", "block": session.index, "of": len(self.host.blocks) + bool(self.head)})
 
     def _move_streams(self, session: BlockSession) -> None:
         apart = self.original_hidden is not self.hidden

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from featherweight.errors import CalibrationError, CheckpointError
+from featherweight.events import Observer
 from featherweight.methods.calibrate.statistics import gathered_names
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
@@ -39,7 +40,8 @@ def save_statistics(
 ) -> None:
     """Run the original network once and write the statistics of all its layers to a file, whole or not at all.
 
-    Starved layers, and those into which NaN or infinity went, are left out and noted.
+    Starved layers, and those into which NaN or infinity went, are left out and noted. Raises CalibrationError if that
+    leaves none.
     """
     path = Path(path)
     parts = path.with_name(path.name + ".parts")
@@ -59,6 +61,7 @@ def save_statistics(
             if tensors:
                 blobs = [blob_of(name, value) for name, value in tensors.items()]
                 write_safetensors(parts / f"{session.index}.safetensors", blobs, {}, sync=False)
+        _report_left_out(left_out, bool(places), calibration.notify)
         about = {
             "version": FILE_VERSION,
             "model": sample_digest(checkpoint),
@@ -71,6 +74,20 @@ def save_statistics(
         _join(path, sorted(parts.glob("*.safetensors")), {METADATA_KEY: json.dumps(about)})
     finally:
         shutil.rmtree(parts, ignore_errors=True)
+
+
+def _report_left_out(left_out: Mapping[str, str], others: bool, notify: Observer) -> None:
+    """CalibrationError if no layer has statistics, a note if some have none."""
+    if not left_out:
+        return
+    name, reason = next(iter(left_out.items()))
+    if not others:
+        raise CalibrationError(
+            f"no layer has statistics ({name} {reason}): calibrate with more text, raise calibration.sequences or "
+            "calibration.length, or lower calibration.starved_tokens"
+        )
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    notify({"event": "note", "text": f"no statistics of {name} ({reason}){more}: recipes treat them without data"})
 
 
 def _join(path: Path, parts: list[Path], metadata: dict[str, str]) -> None:

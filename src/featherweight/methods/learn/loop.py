@@ -7,6 +7,7 @@ the tensors are, the optimiser works and the best values are kept.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from featherweight.events import Observer, silent
 from featherweight.methods.learn.batches import Sampler
 from featherweight.methods.learn.optimisers import Optimiser, adam, remembered, remind
 from featherweight.storage.run.training_store import NO_STORE, TrainingState, TrainingStore
+
+TELL_SECONDS = 10.0  # between two words about a training whose checks are further apart
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def minimise(
     sampler : the numbers of the batches
     check : a loss on samples that are not trained on; None for "cannot be measured"; the start is checked too
     project : applied after each step
-    notify : told of every check, and of the end
+    notify : told of every check, of a step where checks are far apart, and of the end
     store : where the state goes at times; a state of the same task that is there is gone on from, with the same result
 
     Returns
@@ -91,6 +94,7 @@ def minimise(
         course.take(found)
     elif check:
         course.start = course.best = check()
+    progress = _Progress(label, course.step, schedule.steps)
     while course.step < schedule.steps:
         for group in course.optimiser.param_groups:
             group["lr"] = schedule.rate(course.step)
@@ -104,7 +108,9 @@ def minimise(
         if check and schedule.checked(course.step):
             measured = check()
             course.offer(measured)
-            notify({"event": label, "step": course.step + 1, "of": schedule.steps, "loss": loss, "held_out": measured})
+            notify(progress.event(course.step + 1, loss) | {"held_out": measured})
+        elif progress.due():
+            notify(progress.event(course.step + 1, loss))
         course.step += 1
         if store.due():
             store.save(course.state())
@@ -114,6 +120,24 @@ def minimise(
                 value.copy_(best_value)
         notify({"event": label, "held_out_before": course.start, "held_out_after": course.best})
     return theta
+
+
+class _Progress:
+    """What is told of a training between its start, at a step, and its end."""
+
+    def __init__(self, label: str, first: int, steps: int) -> None:
+        self.label, self.first, self.steps = label, first, steps
+        self.begun = self.told = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether nothing has been told for long."""
+        return time.monotonic() - self.told > TELL_SECONDS
+
+    def event(self, step: int, loss: float) -> dict[str, Any]:
+        """After so many steps."""
+        self.told = time.monotonic()
+        left = (self.told - self.begun) * (self.steps - step) / (step - self.first)
+        return {"event": self.label, "step": step, "of": self.steps, "loss": loss, "seconds_left": left}
 
 
 class _Course:
