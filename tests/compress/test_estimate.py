@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def test_running_the_network_is_counted_by_tokens_and_streams(plan_of: Any, tick
     two = plan_of("gptaq-4", "grid.group_size=32", "calibration.sequences=64", "calibration.length=32")
     tokens = 64 * 32
     assert estimate._Passes(two).seconds == pytest.approx(
-        passes[0].seconds + tokens * passes[0]._forward_token, rel=1e-9
+        passes[0].seconds + tokens * passes[0].forward_token(torch.float32), rel=1e-9
     )
     assert estimate_seconds(many) > estimate_seconds(few)
 
@@ -65,5 +66,19 @@ def test_what_wants_more_than_a_pass_gives_still_has_an_estimate(plan_of: Any) -
     for preset in ("discquant", "quantlrm", "trit-2", "awq"):
         plan = plan_of(preset, "grid.group_size=32")
         assert 0 < estimate_seconds(plan) < 3600, preset
-    assert left_out(plan_of("trit-2", "grid.group_size=32")) == ["scale-tuning"]
+    assert left_out(plan_of("discquant", "grid.group_size=32")) == ["discquant"]
     assert left_out(plan_of("gptq", "grid.group_size=32")) == []
+
+
+def test_tuning_the_whole_models_scales_is_counted(plan_of: Any, ticking: None) -> None:
+    """Twelve steps of one window, three passes each; two windows held out, measured at the start and four times; the
+    original once over those and the twelve others that are used."""
+    settings = ("grid.group_size=32", "calibration.sequences=16", "calibration.length=32")
+    tuned = "corrections=[{kind: scale-tuning, steps: 12, batch_size: 1, checks: 4, token_share: 0.5, precision: auto}]"
+    plan = plan_of("trit-2", *settings, tuned)
+    passes, tuning = estimate._Passes(plan), estimate._Tuning(plan)
+    run, loss = passes.forward_token(torch.float32), tuning._head_token(True)
+    windows = 12 * (3 * run + loss / 2) + 5 * 2 * (run + loss / 2) + (12 + 2) * run
+    assert tuning.seconds == pytest.approx(32 * windows + 12 * tuning._decoding)
+    assert left_out(plan) == []
+    assert estimate_seconds(plan) > estimate_seconds(plan_of("trit-2", *settings, "corrections=[]"))

@@ -187,6 +187,24 @@ def test_the_divergence_is_that_of_the_whole_logits(tmp_path: Path, monkeypatch:
     assert not model.changed
 
 
+def test_a_share_of_the_tokens_gives_their_part_of_the_divergence(tmp_path: Path) -> None:
+    """The mean over the chosen tokens alone, the same ones at every visit, in every window others."""
+    model = tiny_session(tmp_path, initializer_range=0.2, length=32)
+    weights = {"model.layers.1.mlp.down_proj": model.weight("model.layers.1.mlp.down_proj") * 1.1}
+    objective = ModelObjective(model, batch_size=1, token_share=0.25)
+    chosen = [objective._compared(torch.arange(32.0).view(1, 32, 1), False, i)[0, :, 0].long() for i in range(2)]
+    assert all(len(places) == 8 for places in chosen)
+    assert not torch.equal(*chosen)
+    for i in (0, 1, 0):
+        ids = model.windows[i][None]
+        log_p = model.module(ids).logits.log_softmax(-1)
+        with model.overridden(weights):
+            log_q = model.head(model.hidden(ids)).log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)[0, chosen[i]].mean()
+        mine = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        assert objective.backward(mine, {}, i) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
 def test_the_original_model_diverges_by_nothing(tmp_path: Path) -> None:
     model = tiny_session(tmp_path)
     assert ModelObjective(model).held_out_loss({}, {}) == pytest.approx(0, abs=1e-6)

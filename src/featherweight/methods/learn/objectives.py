@@ -7,6 +7,7 @@ samples is held out: `held_out_loss` decides which step is kept, so that nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,6 +35,16 @@ class Objective(Protocol):
     def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
         """The loss over the held-out samples, in float32; None if nothing could be held out."""
         ...
+
+
+@dataclass(frozen=True)
+class ModelTrainingWork:
+    """How many windows a training against the original's predictions runs: those it learns from, forwards and back;
+    those that choose among its steps, forwards in float32; and those that the original runs once, in float32."""
+
+    learned: int
+    measured: int
+    original: int
 
 
 class BlockObjective:
@@ -88,6 +99,8 @@ class ModelObjective:
 
     batch_size : windows a batch
     held_out_share : part of the windows, taken evenly, where the model has none apart
+    token_share : part of a window's tokens, always the same ones, whose predictions are compared; the output layer of a
+        small model with a large vocabulary costs as much as all its blocks
     """
 
     def __init__(
@@ -96,10 +109,13 @@ class ModelObjective:
         batch_size: int = 4,
         precision: Chosen = "float32",
         held_out_share: float = 0.125,
+        token_share: float = 1.0,
     ) -> None:
         self.model, self.device = model, model.device
         self.precision = precision
-        self._divergence = self._of_predictions if getattr(model, "predicts", True) else self._of_states
+        predicts = getattr(model, "predicts", True)
+        self._divergence = self._of_predictions if predicts else self._of_states
+        self._token_share = token_share if predicts else 1.0
         windows, held_out = list(model.windows), list(model.held_out)
         if not held_out:
             places = evenly(len(windows), held_out_share)
@@ -116,7 +132,7 @@ class ModelObjective:
         teacher = self._original(False, batch, ids)
         with self.model.overridden(weights, tensors):
             with autocast(self.precision, self.device):
-                states = self.model.hidden(ids)
+                states = self._compared(self.model.hidden(ids), False, batch)
             leaf = states.detach().float().requires_grad_()
             loss = self._divergence(leaf, teacher, backward=True)
         assert leaf.grad is not None
@@ -131,8 +147,9 @@ class ModelObjective:
             for batch, ids in enumerate(self._held_out):
                 teacher = self._original(True, batch, ids)
                 with self.model.overridden(weights, tensors):
-                    total += ids.numel() * self._divergence(self.model.hidden(ids).float(), teacher, backward=False)
-                tokens += ids.numel()
+                    states = self._compared(self.model.hidden(ids), True, batch).float()
+                    total += states[..., 0].numel() * self._divergence(states, teacher, backward=False)
+                tokens += states[..., 0].numel()
         return total / tokens
 
     def _of_states(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
@@ -163,13 +180,23 @@ class ModelObjective:
         with self.model.original():
             return self.model.head(states)
 
+    def _compared(self, states: Tensor, held_out: bool, batch: int) -> Tensor:
+        """Of hidden states [batch, tokens, hidden] those of the tokens that count."""
+        length = states.shape[1]
+        count = max(1, round(self._token_share * length))
+        if count == length:
+            return states
+        random = torch.Generator().manual_seed(2 * batch + held_out)
+        chosen = torch.randperm(length, generator=random)[:count].sort().values
+        return states[:, chosen.to(states.device)]
+
     def _original(self, held_out: bool, batch: int, ids: Tensor) -> Tensor:
-        """What the original model's output layer reads: float32 [batch, tokens, hidden]."""
+        """What the original model's output layer reads: float32 [batch, tokens that count, hidden]."""
         known = self._teacher.get((held_out, batch))
         if known is not None:
             return known
         with torch.no_grad(), self.model.original():
-            states = self.model.hidden(ids).float()
+            states = self._compared(self.model.hidden(ids), held_out, batch).float()
         size = states.numel() * 4
         if self._teacher_bytes + size <= CACHE_BYTES:
             self._teacher[held_out, batch] = states

@@ -1,8 +1,9 @@
 """How long a plan takes on this machine: every kind of work in it is timed on a small sample and counted.
 
 A layer's time is that of `solve_layer` on a few rows, with statistics of random tokens; a pass's that of a product, an
-attention and what is done element by element, in the type that the network will run in. Disk, and trainings of whole
-blocks or models, are not counted.
+attention and what is done element by element, in the type that the network will run in. The tuning of a whole model's
+scales is its passes, with the output layer's loss on a few tokens. Disk, and other trainings of blocks or models, are
+not counted.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import kl_div, linear, scaled_dot_product_attention, silu
 
 from featherweight.errors import FeatherError
 from featherweight.methods.calibrate.accumulate import Accumulator
 from featherweight.methods.quantize.base import HeldWeight
+from featherweight.methods.quantize.decoding import TunableCode
 from featherweight.methods.quantize.treatment import scope_of
+from featherweight.system.precision import choose_precision
 from featherweight.tasks.compress.data import pass_precision
 from featherweight.tasks.compress.layer_statistics import gathered_needs
 from featherweight.tasks.compress.plan import Job, Plan
@@ -31,12 +35,13 @@ WIDEST = 1024  # columns of samples at most: a wider layer's time follows from t
 TOKENS = 2048  # of samples of passes and statistics
 NORM_PASSES = 8  # over the hidden state in a block: two norms, again for every set of layers that is solved
 HEADS, HEAD_DIM = 4, 64
+SAMPLED_TOKENS = 64  # of the output layer, whose rows are all taken
 
 
 def estimate_seconds(plan: Plan) -> float:
     """Seconds of computing for a plan on this machine, of its threads."""
     solving = sum(_Solving(plan, job).seconds for job in _distinct(plan))
-    return solving + (_Passes(plan).seconds if plan.recipe.calibrated else 0.0)
+    return solving + (_Passes(plan).seconds + _Tuning(plan).seconds if plan.recipe.calibrated else 0.0)
 
 
 def _timed(work: Callable[[], object], tries: int = 2) -> float:
@@ -136,7 +141,7 @@ class _Passes:
         settings = self.plan.recipe.calibration
         tokens = settings.sequences * settings.length * settings.expansion
         streams = 2 if "cross" in self.plan.needs else 1
-        return tokens * (streams * self._forward_token + self._statistics_token)
+        return tokens * (streams * self.forward_token(self._dtype) + self._statistics_token)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -146,10 +151,9 @@ class _Passes:
     def _hidden(self) -> int:
         return min(job.layer.shape[1] for job in self.plan.jobs)
 
-    @cached_property
-    def _forward_token(self) -> float:
+    def forward_token(self, dtype: torch.dtype) -> float:
         """Seconds of a forward pass of all blocks for one token."""
-        dtype, length = self._dtype, self.plan.recipe.calibration.length
+        length = self.plan.recipe.calibration.length
         inputs, weight = _random(TOKENS, self._hidden).to(dtype), _random(2 * self._hidden, self._hidden).to(dtype)
         heads = _random(1, HEADS, length, HEAD_DIM).to(dtype)
         wide = max((job.layer.shape[0] for job in self.plan.jobs if job.layer.block is not None), default=self._hidden)
@@ -189,6 +193,66 @@ class _Passes:
         return seconds
 
 
+@dataclass(frozen=True)
+class _Tuning:
+    """What training the scales of the whole model against the original's predictions takes."""
+
+    plan: Plan
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seconds(one) for one in self.plan.recipe.corrections if _tunes_model(one))
+
+    def _seconds(self, tuning: Any) -> float:
+        settings, passes = self.plan.recipe.calibration, _Passes(self.plan)
+        held_out = settings.held_out_of(settings.sequences) if settings.held_out and settings.sequences > 1 else 0
+        work = tuning.model_work(settings.sequences - held_out, held_out)
+        exact = passes.forward_token(torch.float32)
+        trained = passes.forward_token(getattr(torch, choose_precision(tuning.precision)))
+        learning, measuring = (tuning.token_share * self._head_token(learns) for learns in (True, False))
+        once = 3 * trained + learning  # backwards is twice forwards
+        decoding = tuning.steps * self._decoding
+        tokens = work.learned * once + work.measured * (exact + measuring) + work.original * exact
+        return decoding + settings.length * tokens
+
+    def _head_token(self, learns: bool) -> float:
+        """Seconds of the output layer's divergence for one token; 0 for models without predictions."""
+        anatomy = self.plan.anatomy
+        layer = anatomy.embedding if anatomy.tied_head else anatomy.head
+        if layer is None:
+            return 0.0
+        head, wanted = _random(*layer.shape).mul_(0.02), _random(SAMPLED_TOKENS, layer.shape[1])
+        own = (wanted + 0.1).requires_grad_(learns)
+
+        def work() -> None:
+            with torch.set_grad_enabled(learns):
+                ours = linear(own, head.requires_grad_(learns)).log_softmax(-1)
+                loss = kl_div(ours, linear(wanted, head.detach()).log_softmax(-1), reduction="sum", log_target=True)
+            if learns:
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        return _timed(work) / SAMPLED_TOKENS
+
+    @property
+    def _decoding(self) -> float:
+        """Seconds of decoding all codes for a step, and of what its gradients take on the way back."""
+        weight = _random(2 * MANY, WIDEST).mul_(0.02)
+        job = max(self.plan.jobs, key=lambda job: job.layer.parameters)
+        treatment = job.treatment.without_data()
+        code = treatment.rounding.quantize_source(HeldWeight(weight), treatment.grid, {}, self.plan.options)
+        tuned = TunableCode(code)
+
+        def work() -> None:
+            leaves = {path: value.clone().requires_grad_() for path, value in tuned.parameters.items()}
+            tuned.decode(leaves).sum().backward()  # type: ignore[no-untyped-call]
+
+        return _timed(work) / weight.numel() * self.plan.weights
+
+
+def _tunes_model(choice: Any) -> bool:
+    return scope_of(choice) == "model" and hasattr(choice, "model_work")
+
+
 def left_out(plan: Plan) -> list[str]:
     """Kinds of the choices whose trainings the estimate does not count."""
-    return [choice.kind for choice in plan.recipe.choices if scope_of(choice) != "layer"]
+    return [choice.kind for choice in plan.recipe.choices if scope_of(choice) != "layer" and not _tunes_model(choice)]

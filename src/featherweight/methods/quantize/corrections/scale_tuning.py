@@ -22,7 +22,7 @@ from torch import Tensor
 from featherweight.events import Observer, silent
 from featherweight.methods.learn.batches import ShuffledRounds
 from featherweight.methods.learn.loop import Schedule, Training, minimise
-from featherweight.methods.learn.objectives import BlockObjective, ModelObjective, Objective
+from featherweight.methods.learn.objectives import BlockObjective, ModelObjective, ModelTrainingWork, Objective
 from featherweight.methods.learn.optimisers import adam
 from featherweight.methods.quantize.base import Correction, Scope
 from featherweight.methods.quantize.decoding import TunableCode
@@ -41,6 +41,9 @@ class ScaleTuning(Correction):
     steps: int = Field(200, ge=1, description="optimiser steps")
     learning_rate: float = Field(1e-2, gt=0, description="of Adam, relative to each value; cosine to zero")
     batch_size: int = Field(4, ge=1, description="model scope: windows a step")
+    token_share: float = Field(
+        1.0, gt=0, le=1, description="model scope: part of a window's tokens whose predictions are compared"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     checks: int = Field(8, ge=1, description="how often the held-out samples are measured")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the samples, if none are apart: only for choosing")
@@ -63,6 +66,12 @@ class ScaleTuning(Correction):
     @property
     def alters(self) -> bool:
         return self.norms and self.against == "block"
+
+    def model_work(self, windows: int, held_out: int) -> ModelTrainingWork:
+        """Of scope "model", with so many windows to learn from and to choose by; the original's states are kept."""
+        learned = self.steps * self.batch_size
+        checks = 1 + min(self.checks, self.steps)
+        return ModelTrainingWork(learned, checks * held_out, min(learned, windows) + held_out)
 
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], notify: Observer = silent, seed: int = 0
@@ -87,7 +96,11 @@ class ScaleTuning(Correction):
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
         objective = ModelObjective(
-            model, self.batch_size, choose_precision(self.precision, notify, model.device), self.held_out_share
+            model,
+            self.batch_size,
+            choose_precision(self.precision, notify, model.device),
+            self.held_out_share,
+            self.token_share,
         )
         norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
         tuned, tensors = self.tune(objective, codes, norms, notify, seed, store)
