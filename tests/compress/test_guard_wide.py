@@ -17,10 +17,10 @@ from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
 from featherweight.methods.quantize.rounding import flexround
 from featherweight.methods.quantize.transforms.rotation import ResidualRotation
 from featherweight.methods.recipe import load_recipe, presets
-from featherweight.model.text.windows import windows
+from featherweight.model.text.windows import tokenizer_of, windows
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.data import calibration_needs, tokenizer_of
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
+from featherweight.tasks.compress.data import calibration_needs
 from featherweight.tasks.compress.guard import compared
 from models import make_tiny
 

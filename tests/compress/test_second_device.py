@@ -18,7 +18,7 @@ from featherweight.methods.learn import loop
 from featherweight.methods.quantize import sweep_steps
 from featherweight.native.sweep import sweep_columns
 from featherweight.system import precision
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from second_device import DEVICE, OnDevice, second_device
 

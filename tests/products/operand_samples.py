@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.model.products import PackedLinear
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.native import library
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.codebook import Codebook

@@ -119,7 +119,7 @@ def run_compress(
     workers: int,
     json: Path | None,
 ) -> None:
-    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.fates import counts_text
 
     claim_json(json, ("out", "layers", "recipe"))

@@ -247,7 +247,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
     with _building, _parameters_on_meta(), building:
         model = _from_config(model_class, config, dtype, attention)
     if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"  # one expert at a time, which observers can see
+        model.config._experts_implementation = "eager"  # one expert at a time, whose inputs hooks can see
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

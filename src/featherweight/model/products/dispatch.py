@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featherweight.model.products import reference
 from featherweight.model.products.pack import PackedLinear, pack_code
-from featherweight.model.products.source import native
+from featherweight.model.products.structs import native
 from featherweight.native import library
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.codebook import Codebook

@@ -25,7 +25,7 @@ from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.plan import Job
 from featherweight.tasks.compress.refusals import check_layers, check_recipe
-from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, solve_layer
+from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, Solved, group_seed, solve_layer
 
 
 def codes_of_module(
@@ -81,16 +81,16 @@ def codes_of_module(
             for stage in session.stages:
                 names = [name for name in stage if name in jobs]
                 found = session.gather(names, [n for n in needs if n in gathered_names()]) if names and needs else {}
-                groups: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
+                groups: dict[tuple[str, tuple[str, ...]], InputStatistics] = {}
                 for name in names:
                     place, own = session.layers[name].input_group, jobs[name].treatment.needs
                     known = {
                         k: v for k, v in found.get(name, {}).items() if own and (k in own or k not in chosen.needs)
                     }
-                    group = groups.setdefault((place, own), InputGroup(known, group_seed(seed, place)))
+                    inputs = groups.setdefault((place, own), InputStatistics(known, group_seed(seed, place)))
                     if "fisher" in own:
-                        group = group.having({"fisher": calibration.fisher(name)})
-                    solved = _solved(jobs[name], session, group, SolveOptions(threads=threads))
+                        inputs = inputs.having({"fisher": calibration.fisher(name)})
+                    solved = _solved(jobs[name], session, inputs, SolveOptions(threads=threads))
                     codes[name] = solved.code
                     session.set_weight(name, solved.code.decode())
                     notify({"event": "solved", "layer": name, "code": solved.code.spec, **solved.notes})
@@ -133,7 +133,7 @@ def _jobs(recipe: Recipe, calibration: Calibration) -> dict[str, Job]:
     return jobs
 
 
-def _solved(job: Job, session: BlockSession, group: InputGroup, options: SolveOptions) -> Solved:
+def _solved(job: Job, session: BlockSession, inputs: InputStatistics, options: SolveOptions) -> Solved:
     """A layer's code; without data where too few inputs, or some that are not finite, were seen."""
     source, name = HeldWeight(session.weight(job.layer.name)), job.layer.name
     reason = None
@@ -142,6 +142,6 @@ def _solved(job: Job, session: BlockSession, group: InputGroup, options: SolveOp
     elif job.treatment.needs and name in session.starved:
         reason = f"only {session.starved[name]} inputs were seen"
     if reason is None:
-        return solve_layer(job, source, group, options)
-    plain = solve_layer(job.without_data(), source, InputGroup(dict[str, Tensor](), group.seed), options)
+        return solve_layer(job, source, inputs, options)
+    plain = solve_layer(job.without_data(), source, InputStatistics(dict[str, Tensor](), inputs.seed), options)
     return Solved(plain.code, {**plain.notes, "fallback": "data-free", "reason": reason})

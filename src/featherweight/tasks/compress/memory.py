@@ -29,12 +29,12 @@ from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
 from featherweight.system.threads import use_threads
 from featherweight.tasks.compress.calibrated import CalibratedRun
-from featherweight.tasks.compress.data import QUIET, calibration_needs, check_source
+from featherweight.tasks.compress.data import QUIET, calibration_needs, check_calibration
 from featherweight.tasks.compress.journal import Journal
 from featherweight.tasks.compress.linear_layers import LinearLayers
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_recipe
-from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, group_seed, record_of, solve_layer
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -135,7 +135,7 @@ def _check(recipe: Recipe, calibration: Any) -> None:
             "featherweight.compress with base_model="
         )
     if recipe.calibrated and isinstance(calibration, str | Path):
-        check_source(recipe, calibration, None)
+        check_calibration(recipe, calibration, None)
 
 
 # Codes ---------------------------------------------------------------------------------------------------------------
@@ -145,8 +145,8 @@ def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> 
     journal, codes = Journal(plan, notify), dict[str, Code]()
     for index, job in enumerate(plan.jobs):
         source = HeldWeight(found.weight(job.layer.name))
-        group = InputGroup({}, group_seed(seed, job.layer.input_group))
-        solved = solve_layer(job, source, group, plan.options)
+        inputs = InputStatistics({}, group_seed(seed, job.layer.input_group))
+        solved = solve_layer(job, source, inputs, plan.options)
         codes[job.layer.name] = solved.code
         journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
     return codes

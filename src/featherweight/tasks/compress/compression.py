@@ -27,7 +27,7 @@ from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
 from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
-from featherweight.tasks.compress.data import CalibrationData, check_source
+from featherweight.tasks.compress.data import CalibrationData, check_calibration
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
@@ -158,7 +158,7 @@ def compress(
     reset_peak_memory()
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
-    check_source(chosen, calibration, base_model)
+    check_calibration(chosen, calibration, base_model)
     runs_on = device_named(device)
     check_workers(chosen, workers, runs_on)
     if shard_bytes < 1:

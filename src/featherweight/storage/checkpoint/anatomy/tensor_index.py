@@ -24,7 +24,7 @@ class Located(Protocol):
     def path(self) -> Path: ...
 
 
-class Source(Protocol):
+class TensorIndex(Protocol):
     """Tensors by name, and the content of config.json."""
 
     @property
