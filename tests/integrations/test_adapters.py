@@ -26,7 +26,7 @@ from featherweight.storage.codes.uniform import Uniform
 def code_of(rows: int = 6, columns: int = 10) -> Code:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
     scales = torch.rand(rows, -(-columns // 4)) + 0.1
-    return Uniform.encode(codes, scales, None, 4, 4, torch.float16)
+    return Uniform.encode(codes, scales, None, 4, 4, scale_dtype=torch.float16)
 
 
 def layer_of(code: Code, kind: type[FeatherLinear] = FeatherLinear, bias: bool = True) -> FeatherLinear:

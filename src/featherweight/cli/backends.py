@@ -180,7 +180,8 @@ class NativeBackend(_TextSide):
                 f"{folder} asks in {FILE_NAME} or config.json for {', '.join(foreign)}, which the native decoder lacks"
             )
         kv_cache = "float16" if cache == "auto" else cache
-        model = NativeModel.open(place.model, threads, kv_cache, "float" if dtype == "float32" else "int8")
+        precision = "float" if dtype == "float32" else "int8"
+        model = NativeModel.open(place.model, threads=threads, kv_cache=kv_cache, precision=precision)
         tokenizer = Tokenizer.open(folder)
         if tokenizer is None:
             raise _no_tokenizer(folder)

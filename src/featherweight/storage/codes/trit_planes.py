@@ -130,6 +130,7 @@ class TritPlanes(Code):
         trits: Tensor,
         scales: Tensor,
         group_size: int,
+        *,
         tied: bool = False,
         packing: Packing = "base3",
         scale_dtype: torch.dtype | str = torch.float16,

@@ -171,8 +171,9 @@ class TritPlaneGrid(Grid):
             wide = torch.float16 if 2.0**-6 <= largest <= 6e4 else torch.float32
             stored = LOG8 if log8_reaches(scales) else wide
         return TritPlanes.encode(
-            trits, fit["scales"], self.group_size, self.stored_tied, self.packing, stored, self.plane_weights
-        )
+            trits, fit["scales"], self.group_size, tied=self.stored_tied, packing=self.packing, scale_dtype=stored,
+            weights=self.plane_weights,
+        )  # fmt: skip
 
     def _combinations(self, fit: Fit) -> Tensor:
         """The value of every joint code 0 .. 3^K - 1: float32 [out, groups, 3^K]."""
