@@ -14,8 +14,7 @@ import pytest
 import featherweight
 from featherweight.errors import CalibrationError, CheckpointError, FeatherError
 from featherweight.model.text.tokenizer import Tokenizer
-from featherweight.model.text.windows import tokenizer_of
-from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.model.text.windows import load_tokenizer
 from featherweight.system.transformers_calls import asking_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -50,8 +49,8 @@ def test_no_tokenizer_at_all(folder: Path) -> None:
     for name in NAMES[:2]:
         (folder / name).unlink()
     assert Tokenizer.open(folder) is None
-    with Checkpoint.open(folder) as checkpoint, pytest.raises(CalibrationError, match="has no tokenizer"):
-        tokenizer_of(checkpoint)
+    with pytest.raises(CalibrationError, match="has no tokenizer"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "5", '{"a": 1}', "\x00\x01"])
@@ -64,8 +63,8 @@ def test_damaged_files(name: str, content: str, folder: Path) -> None:
         assert ours.encode("It was") == theirs("It was").input_ids
         return
     assert name in sentence(folder) or "tokenizer" in sentence(folder)
-    with Checkpoint.open(folder) as checkpoint, pytest.raises(CalibrationError, match="calibration needs a tokenizer"):
-        tokenizer_of(checkpoint)
+    with pytest.raises(CalibrationError, match="calibration needs a tokenizer"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from featherweight.storage.checkpoint.anatomy import own_head_text
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_specs
 from featherweight.storage.checkpoint.integrity import TensorHashes, Verify
+from featherweight.storage.checkpoint.weights import FLOATING_DTYPES
 from featherweight.storage.codes import code_from, code_layout
 from featherweight.system.threads import thread_count
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and nobody reads."""
 
@@ -187,7 +187,7 @@ class _Loader:
 
     def vector(self, module: str, size: int, name: str = "weight") -> Tensor:
         found = self.tensor(f"{module}.{name}")
-        if tuple(found.shape) != (size,) or found.dtype not in FLOATING:
+        if tuple(found.shape) != (size,) or found.dtype not in FLOATING_DTYPES:
             raise CheckpointError(f"tensor {module}.{name} is {found.dtype} {list(found.shape)}, expected [{size}]")
         return found.to(torch.float32).contiguous().clone()
 
@@ -272,7 +272,7 @@ class _Loader:
 
     def _matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         weight = self.tensor(f"{module}.weight")
-        if weight.dtype not in FLOATING:
+        if weight.dtype not in FLOATING_DTYPES:
             raise UnsupportedModelError(
                 f"tensor {module}.weight is {weight.dtype}, which the native decoder does not read"
             )

@@ -171,7 +171,7 @@ def _exchange(model: nn.Module, path: str, name: str, spec: dict[str, Any]) -> C
     """Put a compressed module, with uninitialised tensors, in a module's place."""
     old: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
-    if not is_linear(old):  # an embedding, a router, a convolution: keeps its own forward, which reads `weight`
+    if not multiplies(old):  # an embedding, a router, a convolution: keeps its own forward, which reads `weight`
         weight = old._parameters["weight"]
         held = coded_class(type(old))
         old.__class__ = held
@@ -249,8 +249,8 @@ def put_in_place(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> Non
                 parent._modules[leaf] = layers[child]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, compressed or not, also GPT-2's `Conv1D`, which stores the transpose."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

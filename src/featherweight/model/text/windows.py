@@ -111,21 +111,21 @@ def calibration_windows(
 ) -> Tensor:
     """`windows` of a text with the tokenizer and the context of a checkpoint."""
     config = checkpoint.config
-    ids = windows(tokenizer_of(checkpoint), text, settings, context=context_of(config), notify=notify)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.trust_remote_code)
+    ids = windows(tokenizer, text, settings, context=context_of(config), notify=notify)
     check_vocabulary(ids, vocabulary_of(config))
     return ids
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder; CalibrationError where there is none that can be used."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder; CalibrationError where there is none that can be used."""
     try:
-        found = Tokenizer.open(checkpoint.folder, checkpoint.trust_remote_code)
+        found = Tokenizer.open(folder, trust_remote_code)
     except CheckpointError as error:
         raise CalibrationError(f"calibration needs a tokenizer, and {error}") from error
     if found is None:
         raise CalibrationError(
-            f"{checkpoint.folder} has no tokenizer, and calibration needs one: copy the tokenizer files beside the "
-            "weights"
+            f"{folder} has no tokenizer, and calibration needs one: copy the tokenizer files beside the weights"
         )
     return found
 

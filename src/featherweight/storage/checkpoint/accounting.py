@@ -16,10 +16,9 @@ from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.family import find_family
-from featherweight.storage.checkpoint.anatomy.tensor_index import Described, TensorIndex
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, Described, TensorIndex
 from featherweight.storage.checkpoint.format import METHOD, module_specs
 
-FLOATING = {"F64", "F32", "F16", "BF16"}
 ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)(\.|$)")
 CODES = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map|nested_absmax|weight_(scale|zero_point)\w*"

@@ -21,6 +21,7 @@ from featherweight.model.layers.tied import tie
 from featherweight.model.network.module import describe, is_convolution, is_linear
 from featherweight.model.network.unfold import Convolution
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.storage.checkpoint.weights import FLOATING_DTYPES
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_layers
@@ -157,7 +158,7 @@ def _check_weights(modules: Mapping[str, nn.Module]) -> None:
         assert isinstance(weight, Tensor)
         if weight.is_meta:
             raise FeatherError(f"the weight of {name} is on the meta device, so it has no values: load the model first")
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if weight.dtype not in FLOATING_DTYPES:
             raise FeatherError(
                 f"the weight of {name} is {weight.dtype}: the model seems to be quantised already, start from its "
                 "original weights"

@@ -14,8 +14,8 @@ from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.family import Family, InputGroup, find_family
-from featherweight.storage.checkpoint.anatomy.structure import FLOATING, NUMBER, infer_family, no_structure
-from featherweight.storage.checkpoint.anatomy.tensor_index import TensorIndex
+from featherweight.storage.checkpoint.anatomy.structure import NUMBER, infer_family, no_structure
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 
 NORM_NAME = re.compile(r"(norm|(^|_)ln(_|\d|$))", re.IGNORECASE)
 HEADED = re.compile(r"(CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration)")

@@ -17,8 +17,7 @@ from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.storage.checkpoint.anatomy.family import Family, find_family
 from featherweight.storage.checkpoint.anatomy.geometry import HEAD_NORM, QUERY, config_number, is_last, read_geometry
-from featherweight.storage.checkpoint.anatomy.structure import FLOATING
-from featherweight.storage.checkpoint.anatomy.tensor_index import TensorIndex
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 from featherweight.storage.checkpoint.anatomy.units import Slice, Unit
 
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")

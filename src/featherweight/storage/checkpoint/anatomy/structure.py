@@ -13,9 +13,8 @@ from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.family import Family, InputGroup
-from featherweight.storage.checkpoint.anatomy.tensor_index import TensorIndex
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 
-FLOATING = {"F64", "F32", "F16", "BF16"}
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # "01" is no number: it could not be told from "1"
 BLOCK_LIST = re.compile(r"(^|\.)(layers?|h|blocks?|resblocks)$")
 NOT_TEXT = re.compile(r"(vision|visual|image|audio|speech|video)", re.IGNORECASE)
