@@ -361,10 +361,24 @@ def _own_presets() -> dict[str, Path]:
 
 
 def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A preset by name, a recipe file, or a mapping as such a file holds it (its `name` may be left out), with
-    `changes` like "grid.planes=3" applied before validation.
+    """Read and check a recipe.
 
-    Raises RecipeError.
+    Parameters
+    ----------
+    name : str, Path, mapping or Recipe
+        A preset, a YAML file, or a mapping as such a file holds it, whose `name` may be left out.
+    changes : list or tuple of str
+        Like "grid.planes=3", applied before anything is checked.
+
+    Returns
+    -------
+    Recipe
+        The recipe itself where it is one already and nothing is changed.
+
+    Raises
+    ------
+    RecipeError
+        There is no such preset or file, or it holds what no recipe has; the field and the nearest valid name are named.
     """
     mapping: Any
     if isinstance(name, Recipe):
