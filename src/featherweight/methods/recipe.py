@@ -91,8 +91,27 @@ class Override(BaseModel):
 
 
 class Recipe(BaseModel):
-    """See the module. `transforms`, `rounding`, `corrections` and `allocation` name choices on the other axes;
-    `embedding` and `head` say what becomes of the matrices outside the blocks (methods/quantize/ends.py)."""
+    """How a model is compressed: a choice on every axis, and what single layers get instead. Frozen.
+
+    Fields take a choice, or what a recipe file holds in its place: {"kind": "trit-planes", "planes": 2}.
+
+    Attributes
+    ----------
+    name : of the preset, the file's stem, or one's own; `title`, `paper` and `notes` describe it
+    layers : which layers of the blocks are compressed
+    transforms : changes of basis, the outermost first
+    grid : the values that weights may take, and the code that stores them
+    rounding : how a value of the grid is chosen for each weight
+    corrections : what makes good of the error that is left
+    allocation : how much each layer gets
+    overrides : choices for layers that match a pattern, on any axis but allocation; the first that matches counts
+    embedding, head : the matrices outside the blocks: "keep", "same", or a grid and rounding of their own
+    calibration : how much text is run, and how statistics are gathered
+
+    Raises
+    ------
+    pydantic.ValidationError : a field does not fit; `load_recipe` makes a `RecipeError` of it that names the field
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
