@@ -91,7 +91,7 @@ class Override(BaseModel):
 
 
 class Recipe(BaseModel):
-    """How a model is compressed: a choice on every axis, and what single layers get instead. Frozen.
+    """How a model is compressed: a choice on every axis, and what single layers get instead.
 
     Fields take a choice, or what a recipe file holds in its place: {"kind": "trit-planes", "planes": 2}.
 
@@ -100,12 +100,11 @@ class Recipe(BaseModel):
     name : of the preset, the file's stem, or one's own; `title`, `paper` and `notes` describe it
     layers : which layers of the blocks are compressed
     transforms : changes of basis, the outermost first
-    grid : the values that weights may take, and the code that stores them
-    rounding : how a value of the grid is chosen for each weight
+    grid, rounding : the values that weights may take, and how one of them is chosen for each weight
     corrections : what makes good of the error that is left
     allocation : how much each layer gets
-    overrides : choices for layers that match a pattern, on any axis but allocation; the first that matches counts
-    embedding, head : the matrices outside the blocks: "keep", "same", or a grid and rounding of their own
+    overrides : choices for layers that match a pattern, on any axis but allocation; the first match counts
+    embedding, head : what is outside the blocks: "keep", "same", or a grid and rounding of their own
     calibration : how much text is run, and how statistics are gathered
 
     Raises
