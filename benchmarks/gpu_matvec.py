@@ -50,7 +50,9 @@ def random_code(name: str, rows: int, columns: int) -> Code:
     if family == "trit":
         planes, tied = int(rest[0]), rest.endswith("tied")
         per_group = () if tied else (planes,)
-        return TritPlanes.encode(integers(-1, 2, planes, rows, columns), scales(rows, groups, *per_group), GROUP, tied)
+        return TritPlanes.encode(
+            integers(-1, 2, planes, rows, columns), scales(rows, groups, *per_group), GROUP, tied=tied
+        )
     if family == "uniform":
         bits = int(rest)
         zeros = integers(0, 1 << bits, rows, groups)

@@ -99,7 +99,7 @@ def run_missing(options: argparse.Namespace, log: Path) -> None:
 
 
 def run_one(name: str, seed: int, calibrated: bool, options: argparse.Namespace) -> dict[str, Any]:
-    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.evaluate.evaluation import evaluate
 
     out = options.out / f"{name}-{seed}"

@@ -39,6 +39,10 @@ FLOORS = (
 )
 """From the ground up: a room imports its own modules and those of rooms before it; see docs/architecture.md."""
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 450, 80
+MOST_PARAMETERS = 6
+"""Beside options, which have a default and are given by name, and `self`."""
+COMMANDS = "cli.main"
+"""Its functions have a parameter for each option of a command."""
 
 
 def name_of(path: Path) -> str:
@@ -113,6 +117,18 @@ def test_files_and_functions_can_be_read(name: str) -> None:
             told = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) is not None else 0
             lines = (node.end_lineno or node.lineno) - node.lineno + 1 - told  # help may be as long as it has to be
             assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} in {FILES[name].name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != COMMANDS])
+def test_what_has_many_settings_gets_them_together(name: str) -> None:
+    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
+            given = [*node.args.posonlyargs, *node.args.args]
+            needed = [
+                one for one, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if not default
+            ]
+            count = len(given) + len(needed) - (given != [] and given[0].arg in ("self", "cls"))
+            assert count <= MOST_PARAMETERS, f"{node.name} in {FILES[name].name} has {count} parameters"
 
 
 def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

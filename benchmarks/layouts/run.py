@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from synthetic_folder import Pool, planes, uniform
 
 from featherweight.model.products import pack_code
-from featherweight.model.products import source as native
+from featherweight.model.products import structs as native
 from featherweight.native.measure import read_bandwidth
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.dense import Dense

@@ -31,7 +31,7 @@ from featherweight.version import __version__
 if TYPE_CHECKING:
     from featherweight.integrations.load import load
     from featherweight.methods.recipe import Recipe, load_recipe
-    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.memory import quantize
     from featherweight.tasks.evaluate.evaluation import evaluate
 
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 LATER = {
-    "compress": "featherweight.tasks.compress.engine",
+    "compress": "featherweight.tasks.compress.compression",
     "evaluate": "featherweight.tasks.evaluate.evaluation",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",

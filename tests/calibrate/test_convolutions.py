@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from featherweight.storage.checkpoint.size import measure_size
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.codes import Code
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.in_memory import codes_of_module
 
 KINDS = [
     (nn.Conv1d, {"kernel_size": 3}, (11,)),
@@ -161,7 +161,11 @@ def solved(module: nn.Module, batches: list[Tensor], rounding: Any, **grid: Any)
     return codes
 
 
-def with_decoded(module: nn.Module, codes: dict[str, Code]) -> nn.Module:
+def codes_in(module: nn.Module) -> dict[str, CodedModule]:
+    return {name: found for name, found in module.named_modules() if isinstance(found, CodedModule)}
+
+
+def with_decoded(module: nn.Module, codes: Mapping[str, Code | CodedModule]) -> nn.Module:
     plain = copy.deepcopy(module)
     with torch.no_grad():
         for name, code in codes.items():
@@ -232,22 +236,20 @@ def test_codes_of_linear_layers_and_embeddings_in_memory() -> None:
 
 @pytest.mark.parametrize("recipe", ["gptq-3", "gptq-3-actorder", "squeezellm-4", "rtn-4"])
 def test_recipes_for_networks_in_memory(recipe: str) -> None:
-    """Codes by a preset; what the module computes with them is what it computes with the decoded weights."""
+    """By a preset; what the module computes with its codes is what it computes with the decoded weights."""
     module, batches, told = net(), images(8), list[Any]()
-    before = copy.deepcopy(module.state_dict())
-    settings = load_recipe(recipe, ("calibration.starved_tokens=0", "calibration.starved_floor=1"))
-    codes = codes_of_module(module, forward, batches, settings, convolutions=True, notify=told.append)
-    assert list(codes) == ["stem", "wide", "narrow", "depthwise", "head"]
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    assert all(parameter.requires_grad for parameter in module.parameters())
-    solved = {event["layer"]: event for event in told if event["event"] == "solved"}
-    assert solved.keys() == codes.keys()
+    before = copy.deepcopy(module)
+    changes = ("calibration.starved_tokens=0", "calibration.starved_floor=1")
+    found = featherweight.quantize(module, recipe, batches, changes=changes, convolutions=True, observer=told.append)
+    assert found is module
+    codes = codes_in(module)
+    solved = {event["name"]: event for event in told if event["event"] == "layer"}
+    assert list(codes) == ["stem", "wide", "narrow", "depthwise", "head"] == list(solved)
     if recipe == "gptq-3":
         assert "held_out_error" in solved["wide"]
         assert solved["depthwise"]["fallback"] == "data-free"
-    plain = with_decoded(module, codes)
-    wanted = output_error(module, plain, images(4, seed=9))
-    put_codes(module, codes)
+    plain = with_decoded(before, codes)
+    wanted = output_error(before, plain, images(4, seed=9))
     with torch.no_grad():
         assert all(torch.equal(module(batch), plain(batch)) for batch in images(2, seed=5))
     assert 0 < wanted < 0.2
@@ -255,11 +257,13 @@ def test_recipes_for_networks_in_memory(recipe: str) -> None:
 
 def test_recipes_that_see_more_than_a_layer_are_refused() -> None:
     with pytest.raises(RecipeError, match="treats a block at a time .*awq"):
-        codes_of_module(net(), forward, images(2), "awq", convolutions=True)
+        featherweight.quantize(net(), "awq", images(2), convolutions=True)
     with pytest.raises(RecipeError, match="rounds inputs, which the convolution"):
-        codes_of_module(net(), forward, images(2), "flexq", convolutions=True)
+        featherweight.quantize(net(), "flexq", images(2), convolutions=True)
     with pytest.raises(CalibrationError, match="held-out statistics are wanted"):
-        codes_of_module(net(), forward, images(1), "gptq", convolutions=True)
+        featherweight.quantize(net(), "gptq", images(1), convolutions=True)
+    with pytest.raises(CalibrationError, match="give calibration= a list of batches"):
+        featherweight.quantize(net(), "gptq", convolutions=True)
 
 
 def test_what_cannot_be_put_anywhere() -> None:
@@ -350,7 +354,7 @@ def test_a_compressed_resnet_computes_with_its_decoded_weights(recipe: str, resn
     assert verify(out).problems == []
     coded = AutoModelForImageClassification.from_pretrained(out).eval()
     plain = AutoModelForImageClassification.from_pretrained(resnet).eval()
-    held = {name: module for name, module in coded.named_modules() if isinstance(module, CodedModule)}
+    held = codes_in(coded)
     assert len(held) == 3 * 3 + 2
     before = {name: plain.get_parameter(f"{name}.weight").detach().clone() for name in held}
     with torch.no_grad():
@@ -373,8 +377,8 @@ def test_a_compressed_resnet_computes_with_its_decoded_weights(recipe: str, resn
     assert all(len(shape) == 2 for entry in specs for shape in entry["modules"].values())
 
 
-def test_a_resnet_in_memory_is_calibrated_with_images(resnet: Path) -> None:
-    """All convolutions and the classifier, by a sweep with statistics of images, against the same grid without them."""
+def test_a_resnet_in_memory_is_calibrated_with_images(resnet: Path, tmp_path: Path) -> None:
+    """The layers that a folder has, by a sweep with statistics of images, against the same grid without them."""
     from transformers import AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(resnet).eval()
@@ -382,13 +386,14 @@ def test_a_resnet_in_memory_is_calibrated_with_images(resnet: Path) -> None:
     batches = list(pixels.split(4))
     logits = {"float": torch.cat([model(batch).logits for batch in batches[4:]]).detach()}
     for recipe in ("gptq-3", "rtn-3"):
-        settings = load_recipe(recipe, ("calibration.starved_tokens=0",))
-        codes = codes_of_module(model, lambda m, b: m(b).logits, batches[:4], settings, convolutions=True)
-        assert len(codes) == 3 * 3 + 2 + 2
-        coded = copy.deepcopy(model)
-        put_codes(coded, codes)
+        coded, settings = copy.deepcopy(model), load_recipe(recipe, ("calibration.starved_tokens=0",))
+        featherweight.quantize(coded, settings, batches[:4], convolutions=True, forward=lambda m, b: m(b).logits)
+        assert len(codes_in(coded)) == 3 * 3 + 2
         with torch.no_grad():
             logits[recipe] = torch.cat([coded(batch).logits for batch in batches[4:]])
+            coded.save_pretrained(tmp_path / recipe)
+            again = AutoModelForImageClassification.from_pretrained(tmp_path / recipe).eval()
+            assert torch.equal(again(pixels).logits, coded(pixels).logits)
     errors = {name: float((value - logits["float"]).norm()) for name, value in logits.items()}
     assert 0 < errors["gptq-3"] < errors["rtn-3"]
 

@@ -15,7 +15,7 @@ import networks as n
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.settings import CalibrationSettings
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from known_memory import Memory
 from models import make_tiny
 

@@ -1,4 +1,4 @@
-"""Heads, neurons, experts and hidden channels, told from names and shapes, judged by what transformers computes."""
+"""Heads, neurons and experts, told from names and shapes, judged by what transformers computes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from arranged_models import DECLARED, Made, by_owner, logits_of, same, shuffled, under_another_name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invented import NAMES, SHAPES, write_tensors
@@ -17,205 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featherweight.errors import CheckpointError
-from featherweight.storage.checkpoint.anatomy.geometry import Geometry, read_geometry
-from featherweight.storage.checkpoint.anatomy.residual import Residual, read_residual
-from featherweight.storage.checkpoint.anatomy.units import Unit, arrange
+from featherweight.storage.checkpoint.anatomy.geometry import read_geometry
+from featherweight.storage.checkpoint.anatomy.residual import read_residual
+from featherweight.storage.checkpoint.anatomy.units import arrange
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from models import FAMILIES, VOCABULARY, make_tiny
 
-DECLARED = [
-    *("llama", "mistral", "mixtral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "gemma", "gemma2", "gemma3"),
-    *("phi", "phi3", "gpt2", "opt", "gpt-neox", "bert"),
-]
 EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe"]
 UNROTATED = ["gpt2", "opt", "bert"]
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "opt-post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
-    "phi-norms": ("phi", {"qk_layernorm": True}),
-}
-
-
-class Made:
-    """A tiny model with no parameter at its usual start, and what it computes with other tensors."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        import transformers
-
-        self.family, overrides = VARIANTS.get(name, (name, {}))
-        if not hasattr(transformers, FAMILIES[self.family][0]):
-            pytest.skip(f"transformers {transformers.__version__} does not know {self.family}")
-        self.folder = make_tiny(self.family, folder, torch.float32, **overrides)
-        self.tensors = load_file(folder / "model.safetensors")
-        generator = torch.Generator().manual_seed(1)
-        for value in self.tensors.values():
-            value.add_(0.1 * torch.randn(value.shape, generator=generator))
-        save_file(self.tensors, folder / "model.safetensors", {"format": "pt"})
-
-    def geometry(self) -> Geometry:
-        with Checkpoint.open(self.folder) as checkpoint:
-            return read_geometry(checkpoint)
-
-    def residual(self) -> Residual:
-        with Checkpoint.open(self.folder) as checkpoint:
-            return read_residual(checkpoint)
-
-    def model(self, tensors: dict[str, Tensor], folder: Path, **config: Any) -> Any:
-        import transformers
-
-        folder.mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-        stored = json.loads((self.folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(stored | config))
-        cls = getattr(transformers, FAMILIES[self.family][1])
-        return cls.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-
-    def logits(self, tensors: dict[str, Tensor], folder: Path, **config: Any) -> Tensor:
-        return logits_of(self.model(tensors, folder, **config))
-
-
-def logits_of(model: Any) -> Tensor:
-    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-    more = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        found: Tensor = model(input_ids=ids, **more).logits
-    return found
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    root, known = tmp_path_factory.mktemp("geometry"), dict[str, Made]()
-
-    def make(name: str) -> Made:
-        if name not in known:
-            known[name] = Made(name, root / name)
-        return known[name]
-
-    return make
-
-
-def under_another_name(one: Made, folder: Path) -> Path:
-    """The same checkpoint, of a type for which there is no family file."""
-    folder.mkdir(exist_ok=True)
-    shutil.copy(one.folder / "model.safetensors", folder)
-    config = json.loads((one.folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
-    return folder
-
-
-def shuffled(count: int, seed: int = 0) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
-
-
-def same(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1))
-
-
-def by_owner(units: tuple[Unit, ...]) -> list[list[Unit]]:
-    owners: dict[tuple[str, int | None], list[Unit]] = {}
-    for unit in units:
-        owners.setdefault((unit.owner, None if unit.kind == "expert" else unit.expert), []).append(unit)
-    return list(owners.values())
-
-
-@pytest.mark.parametrize("name", [*DECLARED, *VARIANTS, "t5", "gpt-oss", "llama4"])
-def test_permuted_hidden_channels_change_nothing(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    one, order = made(name), shuffled(64)
-    residual = one.residual()
-    assert residual.hidden == 64
-    moved = residual.arranged(one.tensors, order)
-    assert same(one.logits(one.tensors | moved, tmp_path), one.logits(one.tensors, tmp_path))
-    reader = residual.of("reader")[0]
-    assert torch.equal(moved[reader.tensor], one.tensors[reader.tensor].index_select(reader.dim, torch.tensor(order)))
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "qwen2-moe", "phi3"])
-def test_no_part_of_a_hidden_channel_can_be_left_out(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    """Every port counts: the permutation of all others changes the output."""
-    one, order = made(name), shuffled(64)
-    moved = one.residual().arranged(one.tensors, order)
-    model = one.model(one.tensors | moved, tmp_path)
-    before, parameters = logits_of(model), dict(model.named_parameters())
-    first = f"{model.base_model_prefix}.{'decoder.' if name == 'opt' else ''}{'h' if name == 'gpt2' else 'layers'}.0."
-    tried = 0
-    for tensor in moved:
-        if tensor in parameters and (tensor.startswith(first) or ".0." not in tensor and ".1." not in tensor):
-            kept = parameters[tensor].detach().clone()
-            with torch.no_grad():
-                parameters[tensor].copy_(one.tensors[tensor])
-            assert not same(logits_of(model), before), tensor
-            with torch.no_grad():
-                parameters[tensor].copy_(kept)
-            tried += 1
-    assert tried >= 7
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma", "qwen2", "gpt2", "opt", "mixtral", "phi3", "bert"])
-def test_hidden_channels_by_structure(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    one = made(name)
-    with Checkpoint.open(under_another_name(one, tmp_path)) as checkpoint:
-        if name == "bert":
-            with pytest.raises(CheckpointError, match=r"what cls\.predictions\.transform\.dense\..* hidden channels"):
-                read_residual(checkpoint)
-            return
-        found = read_residual(checkpoint)
-    declared = one.residual()
-    assert {(p.role, p.tensor, p.dim) for p in found.ports} == {(p.role, p.tensor, p.dim) for p in declared.ports}
-    assert found.rotation_refusal is not None
-
-
-def test_channels_one_by_one_and_together(made: Callable[[str], Made]) -> None:
-    """Both ways of saying what goes with a hidden channel agree, also where some are removed."""
-    for name in ("bert", "gpt2", "qwen2-moe"):
-        one, order = made(name), shuffled(64)[:40]
-        residual = one.residual()
-        together = residual.arranged(one.tensors, order)
-        apart = arrange(one.tensors, [residual.channel(i) for i in range(64)], order)
-        assert together.keys() == apart.keys()
-        assert all(torch.equal(apart[key], value) for key, value in together.items())
-        assert all(40 in value.shape for value in together.values())
-
-
-def test_which_streams_can_be_rotated(made: Callable[[str], Made]) -> None:
-    for name in ("llama", "mistral", "mixtral", "qwen2", "qwen2-moe", "qwen3", "qwen3-moe", "phi3", "gemma"):
-        assert made(name).residual().rotation_refusal is None
-    for name, why in (("gemma2", "post_attention_layernorm.* stands between"), ("gpt2", "take off the mean")):
-        with pytest.raises(AssertionError, match=why):
-            raise AssertionError(made(name).residual().rotation_refusal)
-    assert made("gemma").residual().norm_offset == 1
-    assert made("llama").residual().norm_offset == 0
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3-moe", "phi3"])
-def test_rotated_stream_changes_nothing(name: str, made: Callable[[str], Made], tmp_path: Path) -> None:
-    """Norms folded into their readers through the ports, and all ports multiplied by one orthogonal matrix."""
-    one = made(name)
-    residual = one.residual()
-    tensors = {key: value.double() for key, value in one.tensors.items()}
-    turn = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
-    if residual.of("embedding") and "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (
-            tensors["model.norm.weight"] + residual.norm_offset
-        )
-        tensors["lm_head.weight"] @= turn
-    for port in residual.ports:
-        value = tensors[port.tensor]
-        if port.role == "reader":
-            assert port.norm is not None
-            gain = one.tensors[port.norm].double() + residual.norm_offset
-            value = value * (gain if port.dim == value.dim() - 1 else gain[:, None])
-        if port.role == "norm":
-            tensors[port.tensor] = torch.full_like(value, 1 - residual.norm_offset)
-        else:
-            tensors[port.tensor] = (value.movedim(port.dim, -1) @ turn).movedim(-1, port.dim)
-    rotated = {key: value.float() for key, value in tensors.items()}
-    found = one.logits(rotated, tmp_path, tie_word_embeddings=False)
-    wanted = one.logits(one.tensors, tmp_path)
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("name", [*DECLARED, "phi-norms", "gpt-oss"])
-@pytest.mark.parametrize("kind", ["head", "group"])
+@pytest.mark.parametrize("kind", ["head", "kv-group"])
 def test_a_head_is_what_its_output_depends_on(
     name: str, kind: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -226,12 +39,12 @@ def test_a_head_is_what_its_output_depends_on(
     assert (attention.sinks is not None) == (name == "gpt-oss")
     assert (attention.heads, attention.head_size, attention.value_size) == (4, 16, 16)
     units = one.geometry().units(kind, block=0)
-    assert len(units) == (attention.heads if kind == "head" else attention.groups)
+    assert len(units) == (attention.heads if kind == "head" else attention.kv_heads)
     unit = units[1]
     columns = [part for part in unit.parts if part.side == "columns"]
     mine = [i for part in columns for i in range(part.start, part.stop)]
     assert {part.layer for part in columns} == {attention.o.name}
-    assert len(mine) == 16 * (1 if kind == "head" else attention.heads // attention.groups)
+    assert len(mine) == 16 * (1 if kind == "head" else attention.heads // attention.kv_heads)
 
     def seen(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         model, inputs = one.model(tensors, tmp_path), list[Tensor]()
@@ -262,7 +75,7 @@ def test_removed_groups_are_groups_without_outputs(name: str, made: Callable[[st
     one = made(name)
     geometry = one.geometry()
     small, cut = dict(one.tensors), {key: value.clone() for key, value in one.tensors.items()}
-    for units in by_owner(geometry.units("group")):
+    for units in by_owner(geometry.units("kv-group")):
         for part in units[0].parts:
             if part.side == "columns":
                 part.view(cut[part.tensor]).zero_()
@@ -396,7 +209,7 @@ def test_units_by_structure(name: str, made: Callable[[str], Made], tmp_path: Pa
     with Checkpoint.open(under_another_name(one, tmp_path)) as checkpoint:
         found, declared = read_geometry(checkpoint), one.geometry()
     assert not found.refusals
-    for kind in ("head", "group", "value", "query-key", "neuron", "expert"):
+    for kind in ("head", "kv-group", "value", "query-key", "neuron", "expert"):
         slices = [{frozenset(unit.parts) for unit in one.units(kind)} for one in (found, declared)]
         assert slices[0] == slices[1]
         assert slices[0] or (kind == "expert" and name != "mixtral")
@@ -410,7 +223,7 @@ def test_units_by_structure(name: str, made: Callable[[str], Made], tmp_path: Pa
         ("gpt-neox", "value", "query_key_value, which is all in one"),
         (
             "t5",
-            "group",
+            "kv-group",
             "SelfAttention.relative_attention_bias.weight .* is to the heads",
         ),
     ],
@@ -470,7 +283,7 @@ def test_any_names_and_shapes_are_told_or_refused(
             geometry = read_geometry(checkpoint)
         except CheckpointError:
             return
-        for kind in ("head", "group", "value", "query-key", "neuron", "expert"):
+        for kind in ("head", "kv-group", "value", "query-key", "neuron", "expert"):
             if kind in geometry.refusals:
                 assert "\n" not in geometry.refusals[kind]
                 continue
@@ -482,19 +295,3 @@ def test_any_names_and_shapes_are_told_or_refused(
         except CheckpointError:
             return
         assert all(checkpoint.entry(port.tensor).shape[port.dim] == residual.hidden for port in residual.ports)
-
-
-def test_a_parameter_of_unknown_use_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
-    one = made("llama")
-    shutil.copy(one.folder / "config.json", tmp_path)
-    for name, why in (
-        ("model.layers.1.layer_scale.gamma", "what model.layers.1.layer_scale.gamma .64. is to the 64 hidden channels"),
-        ("model.layers.1.mlp_norm.weight", None),
-    ):
-        save_file(one.tensors | {name: torch.ones(64)}, tmp_path / "model.safetensors")
-        with Checkpoint.open(tmp_path) as checkpoint:
-            if why is None:
-                assert name in {port.tensor for port in read_residual(checkpoint).of("norm")}
-                continue
-            with pytest.raises(CheckpointError, match=why):
-                read_residual(checkpoint)

@@ -96,7 +96,7 @@ def pyramid(rows: int, columns: int) -> Pyramid:
         -1, keepdim=True
     )
     amplitudes = whole(0, 4, *points.shape[:2], seed=2)
-    return Pyramid.encode(points, amplitudes, numbers(rows, -(-columns // 8)).abs().half(), columns, 8, 3, 2)
+    return Pyramid.encode((points, amplitudes), numbers(rows, -(-columns // 8)).abs().half(), columns, 8, 3, 2)
 
 
 def dictionary(rows: int, columns: int, atoms: int = 3) -> Product:

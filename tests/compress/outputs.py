@@ -65,7 +65,7 @@ def in_process(target: Callable[..., None], *arguments: Any) -> int:
 def start(target: Callable[..., None], *arguments: Any) -> Any:
     """Start in a process forked from one that has loaded torch and never computed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["featherweight.tasks.compress.engine"])
+    context.set_forkserver_preload(["featherweight.tasks.compress.compression"])
     process = context.Process(target=_guarded, args=(target, *arguments))
     process.start()
     return process
@@ -115,7 +115,7 @@ def compress_and_die(
     model: str, out: str, options: dict[str, Any], at: tuple[str, float] | None, counted: str | None = None
 ) -> None:
     """Target of a process: compress, and die at ("event", n), at a time ("time", s) or at an operation ("file", n)."""
-    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.compression import compress
 
     kind, moment = at or ("file", None)
     events = 0

@@ -17,7 +17,7 @@ from featherweight.methods.recipe import Recipe, recipe_from
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure, measured
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan, make_plan
 from featherweight.tasks.compress.solve import output_error

@@ -17,7 +17,7 @@ from featherweight.errors import FeatherError
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.inspect import inspect_folder
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.plan import Plan, make_plan
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))

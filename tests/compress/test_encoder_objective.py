@@ -14,7 +14,7 @@ from torch import Tensor
 from featherweight import load
 from featherweight.methods.learn.objectives import ModelObjective
 from featherweight.methods.recipe import load_recipe
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 TUNING = "corrections=[{kind: scale-tuning, steps: 12, batch_size: 8, learning_rate: 1.0e-2}]"

@@ -23,7 +23,7 @@ from featherweight.storage.checkpoint.size import bytes_per_token, measure_size
 from featherweight.storage.codes import code_from, code_layout
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.plan import make_plan
 
 SIX = {"grid": {"kind": "uniform", "bits": 6, "group_size": 32}}

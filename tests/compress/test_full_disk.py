@@ -15,8 +15,8 @@ from outputs import Stop, assert_only_output, compress_and_die, contents, in_pro
 
 from featherweight.errors import OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
-from featherweight.tasks.compress import engine
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress import compression
+from featherweight.tasks.compress.compression import compress
 
 Mount = Callable[[str, int], Path]
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
@@ -68,7 +68,7 @@ def test_a_disk_that_fills_up(
 ) -> None:
     """Whatever it is that no longer fits: one sentence, and the same command goes on when there is room again."""
     disk = mount("disk", kibibytes)
-    monkeypatch.setattr(engine, "_check_disk", lambda *_: None)
+    monkeypatch.setattr(compression, "_check_disk", lambda *_: None)
     out = disk / "out"
     with pytest.raises(OutputError, match=r"the disk is full while writing .*; free some space and run the same"):
         compress(model, "rtn-4", out, shard_bytes=100_000)

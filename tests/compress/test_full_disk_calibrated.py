@@ -16,8 +16,8 @@ from outputs import assert_only_output, contents, log_events
 
 from featherweight.errors import OutputError
 from featherweight.storage.run import training_state as training_file
-from featherweight.tasks.compress import engine
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress import compression
+from featherweight.tasks.compress.compression import compress
 from models import make_tiny
 
 FEW = ("calibration.sequences=6", "calibration.length=32")
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_disk_that_fills_up(
     model: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(engine, "_check_disk", lambda *_: None)
+    monkeypatch.setattr(compression, "_check_disk", lambda *_: None)
     compress(model, out=tmp_path / "expected", threads=1, **RUNS[name])
     monkeypatch.setattr(training_file, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training_file, "SHARE", 0)

@@ -17,10 +17,10 @@ from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
 from featherweight.methods.quantize.rounding import flexround
 from featherweight.methods.quantize.transforms.rotation import ResidualRotation
 from featherweight.methods.recipe import load_recipe, presets
-from featherweight.model.text.windows import windows
+from featherweight.model.text.windows import load_tokenizer, windows
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.data import calibration_needs, tokenizer_of
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
+from featherweight.tasks.compress.data import calibration_needs
 from featherweight.tasks.compress.guard import compared
 from models import make_tiny
 
@@ -49,7 +49,7 @@ def misleading(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     letters = "ABCDEFGHIJKLMNOP"
     path.write_text("".join(letter * LENGTH for letter in letters))
     with Checkpoint.open(source) as checkpoint:
-        tokenizer = tokenizer_of(checkpoint)
+        tokenizer = load_tokenizer(checkpoint.folder)
         order = [tokenizer.decode(row[:1]) for row in windows(tokenizer, path, settings)]
     assert sorted(order) == list(letters)
     alphabet = "".join(chr(33 + i * 7 % 90) for i in range(LENGTH))

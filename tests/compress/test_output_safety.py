@@ -15,7 +15,7 @@ from featherweight.errors import OutputError
 from featherweight.methods.quantize.grids.uniform import UniformGrid
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.run.folder import RUN_SUFFIX
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs, quantization_config
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.plain import with_true_dtype
 from featherweight.tasks.compress.plan import make_plan
 from featherweight.tasks.evaluate.evaluation import evaluate

@@ -15,7 +15,7 @@ from featherweight import load
 from featherweight.methods.recipe import Recipe, load_recipe, presets
 from featherweight.model.layers.modules import CodedModule
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 QUICK = {"steps": 3, "rounds": 2, "iterations": 2, "search_tokens": 256}  # settings that only cost time

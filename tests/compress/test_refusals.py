@@ -12,7 +12,7 @@ from featherweight.errors import RecipeError
 from featherweight.methods.quantize.base import Correction
 from featherweight.methods.recipe import load_recipe, presets, recipe_from
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.plan import make_plan
 from featherweight.tasks.compress.refusals import check_recipe
 
@@ -117,13 +117,13 @@ def test_an_unknown_statistic_is_named_before_anything_is_gathered() -> None:
 def test_statistics_that_cannot_serve_are_refused_before_the_weights_are_read(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featherweight.tasks.compress import engine
+    from featherweight.tasks.compress import compression
 
     def too_late(*_: Any) -> None:
         pytest.fail("weights were read first")
 
-    monkeypatch.setattr(engine, "scan_tensor", too_late)
-    monkeypatch.setattr(engine, "make_plan", too_late)
+    monkeypatch.setattr(compression, "scan_tensor", too_late)
+    monkeypatch.setattr(compression, "make_plan", too_late)
     (tmp_path / "any.safetensors").write_bytes(b"")
     with pytest.raises(RecipeError, match="runs the network .*give it a text"):
         compress(llama, "awq", tmp_path / "out", calibration=tmp_path / "any.safetensors")

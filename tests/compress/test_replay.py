@@ -14,7 +14,7 @@ from featherweight.methods.calibrate import runner
 from featherweight.methods.recipe import load_recipe
 from featherweight.model.network.replay import Replay
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.plan import make_plan
 
 SHORT = ("calibration.sequences=8", "calibration.length=32", "calibration.batch_tokens=64")

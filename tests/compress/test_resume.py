@@ -17,7 +17,7 @@ from outputs import Stop, assert_only_output, compress_and_die, contents, in_pro
 from featherweight.errors import OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 

@@ -17,7 +17,7 @@ from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.storage.run.store import Store
 from featherweight.storage.run.training_state import TrainingFile
 from featherweight.storage.run.training_store import TrainingState
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 CHANGES = ("calibration.sequences=16", "calibration.length=48", "grid.group_size=32")
 TRAININGS: dict[str, dict[str, Any]] = {

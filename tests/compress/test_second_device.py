@@ -16,9 +16,9 @@ from featherweight.errors import FeatherError
 from featherweight.methods.calibrate import session as sessions
 from featherweight.methods.learn import loop
 from featherweight.methods.quantize import sweep_steps
-from featherweight.native.sweep import sweep_columns
+from featherweight.native.sweep import Columns, sweep_columns
 from featherweight.system import precision
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from second_device import DEVICE, OnDevice, second_device
 
@@ -95,9 +95,9 @@ def test_the_same_bytes(
         gathered.append(isinstance(inputs, OnDevice))
         add(self, inputs, *rest)  # type: ignore[arg-type]
 
-    def swept(weight: torch.Tensor, *rest: Any) -> Any:
-        solved.append(isinstance(weight, OnDevice))
-        return sweep_columns(weight, *rest)
+    def swept(columns: Columns, *rest: Any) -> Any:
+        solved.append(isinstance(columns.weight, OnDevice))
+        return sweep_columns(columns, *rest)
 
     monkeypatch.setattr(sessions.Accumulator, "add", watched)
     monkeypatch.setattr(sweep_steps, "sweep_columns", swept)

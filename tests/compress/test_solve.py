@@ -20,7 +20,7 @@ from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.dense import Dense
 from featherweight.tasks.compress.plan import Job
-from featherweight.tasks.compress.solve import InputGroup, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, solve_layer
 
 
 class FirstColumns(Correction):
@@ -60,7 +60,7 @@ def solved(corrections: Sequence[Correction], transforms: Sequence[Any] = ()) ->
     grid = UniformGrid(bits=2, group_size=64)
     recipe = Recipe(name="test", grid=grid, corrections=tuple(corrections), transforms=tuple(transforms))
     job = Job(layer, recipe.treatment)
-    found = solve_layer(job, HeldWeight(weight()), InputGroup({}, 0), SolveOptions(threads=1))
+    found = solve_layer(job, HeldWeight(weight()), InputStatistics({}, 0), SolveOptions(threads=1))
     return found.code.decode()
 
 

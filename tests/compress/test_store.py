@@ -16,7 +16,7 @@ from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.storage.run.store import Store
 from featherweight.system.files import read_object, to_json
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 
 RECORD: dict[str, Any] = {"name": "a", "error": 0.1, "b": [1, None, "ü"], "a": {"z": 1, "y": True}}
 TENSORS = {

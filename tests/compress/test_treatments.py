@@ -15,7 +15,7 @@ from featherweight.errors import RecipeError
 from featherweight.methods.recipe import Recipe, recipe_from
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan, make_plan
 from models import make_tiny

@@ -14,7 +14,7 @@ from featherweight.methods.quantize.base import SolveOptions
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.checkpoint.anatomy import read_anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.updates import model_update_range, updates_of
 
 NARROW = SolveOptions(window_bytes=2048)  # a few rows at a time

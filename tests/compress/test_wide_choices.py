@@ -15,7 +15,7 @@ from featherweight.model.decoder.network import network_of
 from featherweight.model.decoder.weights import load_weights
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from models import make_tiny
 
 CHANGES = ["calibration.sequences=16", "calibration.length=48"]

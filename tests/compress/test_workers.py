@@ -15,8 +15,8 @@ from outputs import Stop, assert_only_output, contents, die, in_process, log_eve
 from featherweight.errors import FeatherError, OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.system.locks import FileLock
-from featherweight.tasks.compress import engine
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress import compression
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.workers import Order, share_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
@@ -147,7 +147,7 @@ def another_run(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def order(*arguments: Any) -> Order:
         return Order(*arguments[:-1], {**arguments[-1], "seed": 1})
 
-    monkeypatch.setattr(engine, "Order", order)
+    monkeypatch.setattr(compression, "Order", order)
 
 
 FAULTS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from featherweight.model.decoder import native
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 
 
 @pytest.fixture(autouse=True)

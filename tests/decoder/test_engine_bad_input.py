@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from featherweight import compress
 from featherweight.errors import CheckpointError, FeatherError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from models import make_tiny
 

@@ -19,7 +19,7 @@ from featherweight.cli.backends import (
     open_backend,
 )
 from featherweight.errors import CheckpointError, FeatherError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.decoder.sampling import FOREIGN, Sampling, derived_seed, generation_defaults
 from models import make_tiny

@@ -11,7 +11,7 @@ import torch
 from native_models import V5, make_model, reference_logits, relative, some_tokens, transformers
 
 from featherweight.errors import CheckpointError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.decoder.rope import rope_of
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from featherweight.errors import EvaluationError, FeatherError
 from featherweight.model.layers.modules import CodedModule
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.evaluate import opening
 from featherweight.tasks.evaluate.evaluation import evaluate
 from featherweight.tasks.evaluate.opening import keep_decoded, open_model

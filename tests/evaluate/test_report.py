@@ -66,7 +66,7 @@ def trit_planes(weight: torch.Tensor, planes: int = 2, tied: bool = False, group
     trits = torch.randint(-1, 2, (planes, *weight.shape), generator=generator, dtype=torch.int8)
     groups = weight.shape[1] // group_size
     scales = torch.rand(weight.shape[0], groups, *(() if tied else (planes,)), generator=generator)
-    return TritPlanes.encode(trits, scales, group_size, tied)
+    return TritPlanes.encode(trits, scales, group_size, tied=tied)
 
 
 def variants() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from benchmarks.synthetic_folder import VARIANTS, write_folder
 import featherweight
 from featherweight.cli.main import main
 from featherweight.errors import EvaluationError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.native import measure
 from featherweight.storage.checkpoint.size import bytes_per_token, measure_size
 from featherweight.tasks.analyse.verify import verify

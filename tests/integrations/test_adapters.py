@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from compressed_folders import TOKENS, Folder, from_pretrained, layers, load_all, logits
@@ -26,7 +27,7 @@ from featherweight.storage.codes.uniform import Uniform
 def code_of(rows: int = 6, columns: int = 10) -> Code:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
     scales = torch.rand(rows, -(-columns // 4)) + 0.1
-    return Uniform.encode(codes, scales, None, 4, 4, torch.float16)
+    return Uniform.encode(codes, scales, None, 4, 4, scale_dtype=torch.float16)
 
 
 def layer_of(code: Code, kind: type[FeatherLinear] = FeatherLinear, bias: bool = True) -> FeatherLinear:
@@ -216,7 +217,6 @@ def test_a_model_is_compiled(folder: Folder) -> None:
 
 
 def adapted(base: Any, **settings: Any) -> Any:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, **{"target_modules": ["q_proj", "down_proj"], **settings})
     return peft.get_peft_model(base, config)
 
@@ -259,7 +259,6 @@ def test_gradients_of_adapters_are_those_on_the_decoded_model(folder: Folder) ->
 
 
 def test_an_adapter_is_saved_and_loaded_on_the_compressed_model(folder: Folder, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     model = adapted(from_pretrained(AutoModelForCausalLM, folder.path), init_lora_weights=False)
     one_step(model)
     expected = logits(model.eval())
@@ -287,7 +286,6 @@ def test_merging_is_refused_in_one_sentence(folder: Folder, safe: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "ia3", "loha", "oft"])
 def test_other_adapters(folder: Folder, kind: str) -> None:
-    peft = pytest.importorskip("peft")
     targets = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
     config = {
         "dora": lambda: peft.LoraConfig(r=4, use_dora=True, **targets),

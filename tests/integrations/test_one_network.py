@@ -16,7 +16,7 @@ from torch import Tensor
 
 import featherweight
 from featherweight.errors import FeatherWarning
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.verify import verify

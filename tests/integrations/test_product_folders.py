@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featherweight.errors import FeatherError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.layers.modules import set_precision
 from featherweight.model.products import ready

@@ -17,7 +17,7 @@ from featherweight.model.layers.activations import quantized_inputs
 from featherweight.model.layers.experts import ExpertStack, RoundingMatrix, expert_name, install_experts
 from featherweight.model.layers.modules import FeatherLinear
 from featherweight.storage.codes.quantized_input import QuantizedInput
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from models import FAMILIES, make_tiny
 
 SHAPES: dict[str, dict[str, Any]] = {

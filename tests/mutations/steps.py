@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featherweight.errors import FeatherError
 from featherweight.integrations.loading import TOKENIZER_FILES
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 
 TOKENS = (256, 72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33, 10, 65, 66)
 TEXT = "Hello  world, <s>again</s> \u00e9\n\ttabs"

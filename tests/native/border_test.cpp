@@ -159,20 +159,20 @@ void test_sources() {
     accepted(fw_operand_pack(&m.source, FW_AUTO, space.get(), bytes, 1, &bad), m.name.c_str());
     refused(fw_operand_pack(&m.source, FW_AUTO, space.get(), bytes - 1, 1, &bad), "too little room for an operand");
     refused(fw_operand_pack(&m.source, FW_AUTO, static_cast<char*>(space.get()) + 4, bytes, 1, &bad), "room that is not aligned");
-    for (int64_t fw_source::*length : {&fw_source::codes_bytes, &fw_source::scales_bytes, &fw_source::zero_bytes, &fw_source::sign_bytes}) {
+    for (int64_t fw_code::*length : {&fw_code::codes_bytes, &fw_code::scales_bytes, &fw_code::zero_bytes, &fw_code::sign_bytes}) {
       if (m.source.*length == 0) continue;
-      fw_source cut = m.source;
+      fw_code cut = m.source;
       cut.*length -= 1;
       expect(fw_operand_bytes(&cut, FW_AUTO) == -1, "refused", (m.name + ": a byte is missing").c_str());
       refused(fw_operand_pack(&cut, FW_AUTO, space.get(), bytes, 1, &bad), "a byte is missing");
     }
     for (const int32_t exponent : {-113, -128, 128}) {
-      fw_source far = m.source;
+      fw_code far = m.source;
       far.scale_exponent = exponent;
       const bool matters = m.source.scale_dtype == FW_LOG8;
       expect((fw_operand_bytes(&far, FW_AUTO) == -1) == matters, "exponent", m.name.c_str());
     }
-    fw_source shared = m.source;
+    fw_code shared = m.source;
     shared.scale_rows = 2;
     expect(fw_operand_bytes(&shared, FW_AUTO) == -1, "refused", "scales of some rows");
   }

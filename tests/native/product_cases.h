@@ -19,7 +19,7 @@ enum class Fill { kRandom, kLow, kHigh };
 
 struct Matrix {
   std::string name;
-  fw_source source = {};
+  fw_code source = {};
   std::vector<int32_t> layouts;       // that the source may be packed to
   int planes = 1;                     // of levels and scales; tied planes count as one
   int64_t groups = 1;

@@ -372,18 +372,18 @@ void test_refusals() {
   m.finish();
   const Operand operand = packed(m, FW_FIELDS, 1, 0);
   const auto refused = [&](const char* what, const auto& change) {
-    fw_source s = m.source;
+    fw_code s = m.source;
     change(s);
     check(fw_operand_bytes(&s, FW_AUTO) == -1, std::string("refused: ") + what);
   };
-  refused("no rows", [](fw_source& s) { s.rows = 0; });
-  refused("no codes", [](fw_source& s) { s.codes = nullptr; });
-  refused("no scales", [](fw_source& s) { s.scales = nullptr; });
-  refused("planes", [](fw_source& s) { s.planes = 4; });
-  refused("kind", [](fw_source& s) { s.kind = 9; });
-  refused("scale type", [](fw_source& s) { s.scale_dtype = 77; });
-  refused("negative segment", [](fw_source& s) { s.segment = -4; });
-  refused("too large", [](fw_source& s) { s.rows = s.cols = int64_t{1} << 40; });
+  refused("no rows", [](fw_code& s) { s.rows = 0; });
+  refused("no codes", [](fw_code& s) { s.codes = nullptr; });
+  refused("no scales", [](fw_code& s) { s.scales = nullptr; });
+  refused("planes", [](fw_code& s) { s.planes = 4; });
+  refused("kind", [](fw_code& s) { s.kind = 9; });
+  refused("scale type", [](fw_code& s) { s.scale_dtype = 77; });
+  refused("negative segment", [](fw_code& s) { s.segment = -4; });
+  refused("too large", [](fw_code& s) { s.rows = s.cols = int64_t{1} << 40; });
   check(fw_operand_bytes(&m.source, FW_TABLES) == -1, "a layout of another kind is refused");
   m.codes[1] = 255;
   int64_t bad = -1;

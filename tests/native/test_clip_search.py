@@ -69,7 +69,9 @@ def test_chosen_error_is_the_least_of_all(
     scales, zero_points = trials_of(groups, 30, bits, symmetric)
     wanted = errors(groups, scales, zero_points, bits, exponent, counted)
     for backend in ("reference", "auto"):
-        chosen = least_error(groups, scales, zero_points, (1 << bits) - 1, exponent, counted, 1, backend)  # type: ignore[arg-type]
+        chosen = least_error(
+            groups, scales, zero_points, (1 << bits) - 1, exponent, counted, threads=1, backend=backend
+        )  # type: ignore[arg-type]
         found = wanted.gather(0, chosen.unsqueeze(0)).squeeze(0)
         # errors far below the weights are themselves known to float32's rounding of the weights only
         slack = 1e-6 * found + (groups.abs().amax(-1).double() * 1e-6).pow(exponent) * shape[2]
@@ -105,7 +107,9 @@ def test_native_choice_is_the_reference_on_all_instructions_and_threads(
         except ValueError:
             continue
         for threads in (1, 3):
-            found = least_error(groups, scales, zero_points, highest, exponent, counted, threads, "native")
+            found = least_error(
+                groups, scales, zero_points, highest, exponent, counted, threads=threads, backend="native"
+            )
             assert torch.equal(found, wanted), isa
 
 

@@ -87,7 +87,7 @@ def test_the_same_bits(
         if isa not in NATIVE.isas():
             continue
         NATIVE.select_isa(isa)
-        found = fit_levels(values, counted, torch.tensor(levels), start, rounds, threads, "native")
+        found = fit_levels(values, counted, torch.tensor(levels), start, rounds, threads=threads, backend="native")
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), isa
 
 

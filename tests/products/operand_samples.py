@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.model.products import PackedLinear
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.native import library
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.codebook import Codebook
@@ -56,7 +56,9 @@ def trits(
     digits = torch.randint(-1, 2, (planes, rows, columns), generator=generator(seed)).to(torch.int8)
     groups = groups_of(columns, group_size)
     scales = scales_of(rows, groups) if tied else scales_of(rows, groups, planes)
-    return TritPlanes.encode(digits, scales, group_size, tied, packing, scale_dtype, weights)  # type: ignore[arg-type]
+    return TritPlanes.encode(
+        digits, scales, group_size, tied=tied, packing=packing, scale_dtype=scale_dtype, weights=weights
+    )  # type: ignore[arg-type]
 
 
 def uniform(
@@ -71,7 +73,7 @@ def uniform(
     g, groups = generator(seed), groups_of(columns, group_size)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=g)
     zeros = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), generator=g)
-    return Uniform.encode(codes, scales_of(rows, groups), zeros, bits, group_size, scale_dtype)
+    return Uniform.encode(codes, scales_of(rows, groups), zeros, bits, group_size, scale_dtype=scale_dtype)
 
 
 def codebook(rows: int, columns: int, bits: int = 3, group_size: int | None = None, seed: int = 0) -> Codebook:

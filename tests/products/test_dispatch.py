@@ -16,9 +16,9 @@ from operand_samples import needs_native
 
 from featherweight.errors import FeatherError
 from featherweight.model.decoder import native as decoder
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.products import dispatch
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.native import library
 
 pytestmark = needs_native

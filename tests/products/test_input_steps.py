@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featherweight.model.layers.activations import quantized_inputs
 from featherweight.model.products import reference
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.model.products.ops import apply_step
 from featherweight.model.products.pack import Step
 from featherweight.native import library

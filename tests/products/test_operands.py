@@ -22,7 +22,7 @@ from operand_samples import (
 )
 
 from featherweight.model.products import pack_code, pack_dense, reference
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform

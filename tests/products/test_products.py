@@ -28,7 +28,7 @@ from operand_samples import (
 from torch import Tensor
 
 from featherweight.model.products import pack_code, reference
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
@@ -118,7 +118,7 @@ def test_long_segments_do_not_overflow(columns: int, isa: str) -> None:
     ]
     for planes, weights in ((1, None), (2, (27, 27)), (3, None)):
         digits = torch.ones(planes, 17, columns, dtype=torch.int8)
-        code = TritPlanes.encode(digits, torch.ones(17, 1), columns, True, weights=weights)
+        code = TritPlanes.encode(digits, torch.ones(17, 1), columns, tied=True, weights=weights)
         samples.append((code, sum(code.plane_weights)))
     with instruction_set(isa):
         for code, level in samples:

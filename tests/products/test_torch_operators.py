@@ -10,7 +10,7 @@ from operand_samples import codebook, dense, memory_of, needs_native, numbers, s
 from torch import Tensor
 
 from featherweight.model.products import pack_code, pack_linear, reference
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.model.products.ops import MATMULS, SCHEMAS
 from featherweight.native import library
 from featherweight.storage.codes.hadamard import random_signs

@@ -122,7 +122,7 @@ def test_layer_computes_the_integer_product(cls: type[FeatherLinear], with_bias:
     codes, steps = quantize_inputs(inputs.view(14, 96), 6, 32)
     inner = code.inner
     stored, _ = inner.unpack()  # type: ignore[attr-defined]
-    product = grouped_product(stored.int() - 32, inner.scales, codes, steps, 6, 6, 32)  # type: ignore[attr-defined]
+    product = grouped_product(stored.int() - 32, inner.scales, codes, steps, 6, 6, group_size=32)  # type: ignore[attr-defined]
     expected = product if bias is None else product + bias
     found = layer(inputs)
     assert torch.allclose(found.view(14, 12), expected, rtol=1e-5, atol=1e-5 * float(product.abs().max()))

@@ -35,7 +35,7 @@ from featherweight.methods.quantize.rounding.hessian import Hessian
 from featherweight.methods.quantize.sweep import Sweeper, SweepSettings, sweep
 from featherweight.methods.quantize.sweep_factor import invert_lower
 from featherweight.methods.recipe import load_recipe, presets
-from featherweight.native.sweep import FeedbackRule, sweep_columns
+from featherweight.native.sweep import Columns, FeedbackRule, sweep_columns
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.permuted import Permuted
 
@@ -254,9 +254,8 @@ def test_native_columns_are_the_reference_bit_for_bit(data: st.DataObject) -> No
     outcomes = []
     for backend, threads in (("reference", 1), ("native", 1), ("native", 3)):
         copy = weight.clone()
-        swept = sweep_columns(
-            copy[:, 2:-1], original[:, 2:-1], upper, feedback, levels, group_of, rule, threads, backend
-        )
+        columns = Columns(copy[:, 2:-1], original[:, 2:-1], upper, feedback, levels, group_of, rule)
+        swept = sweep_columns(columns, threads, backend)
         outcomes.append((copy, swept))
     (w, expected), *others = outcomes
     for copy, found in others:

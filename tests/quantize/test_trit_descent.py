@@ -179,7 +179,7 @@ def test_native_and_reference_agree_to_the_bit(rows: int, columns: int, size: in
     for threads, backend in ((1, "reference"), (1, "native"), (3, "native")):
         state = indices.clone(), gradient.clone()
         outcomes.append(
-            [*state, *descend(gram, table, group_of, *state, 4, pairs, threads, backend)]  # type: ignore[arg-type]
+            [*state, *descend(gram, table, group_of, *state, 4, pairs=pairs, threads=threads, backend=backend)]  # type: ignore[arg-type]
         )
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
@@ -317,7 +317,7 @@ def test_log8_bytes_by_hand() -> None:
     assert exponent == 0
     assert codes.tolist() == [[0, 32, 8, 255, 254]]
     code = TritPlanes.encode(
-        torch.tensor([[[1, -1]], [[1, 0]]], dtype=torch.int8), torch.tensor([[0.5]]), 2, True, scale_dtype="log8",
+        torch.tensor([[[1, -1]], [[1, 0]]], dtype=torch.int8), torch.tensor([[0.5]]), 2, tied=True, scale_dtype="log8",
         weights=(3, 2),
     )  # fmt: skip
     assert code.decode().tolist() == [[2.5, -1.5]]

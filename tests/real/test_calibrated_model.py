@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.evaluate.evaluation import evaluate
 
 REFERENCE = Path(__file__).parents[2] / "src" / "featherweight" / "assets" / "reference"

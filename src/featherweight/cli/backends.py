@@ -106,7 +106,7 @@ def open_backend(settings: BackendSettings) -> TextBackend:
         return NativeBackend.open(place, dtype, threads, cache)
     if engine == "transformers" or dtype != "auto" or _has_gpu():
         return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code)
-    from featherweight.model.decoder.families import UnsupportedModelError
+    from featherweight.model.decoder.architectures import UnsupportedModelError
 
     try:
         return NativeBackend.open(place, dtype, threads, cache)
@@ -163,7 +163,7 @@ class NativeBackend(_TextSide):
         UnsupportedModelError
             the native decoder lacks something that the model or its folder asks for.
         """
-        from featherweight.model.decoder.families import UnsupportedModelError
+        from featherweight.model.decoder.architectures import UnsupportedModelError
         from featherweight.model.decoder.model import NativeModel
         from featherweight.model.decoder.sampling import FILE_NAME, generation_defaults
         from featherweight.model.text.plain import read_object
@@ -180,7 +180,8 @@ class NativeBackend(_TextSide):
                 f"{folder} asks in {FILE_NAME} or config.json for {', '.join(foreign)}, which the native decoder lacks"
             )
         kv_cache = "float16" if cache == "auto" else cache
-        model = NativeModel.open(place.model, threads, kv_cache, "float" if dtype == "float32" else "int8")
+        precision = "float" if dtype == "float32" else "int8"
+        model = NativeModel.open(place.model, threads=threads, kv_cache=kv_cache, precision=precision)
         tokenizer = Tokenizer.open(folder)
         if tokenizer is None:
             raise _no_tokenizer(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,21 @@ from featherweight.cli.commands import claim_json, facts, out_console, quiet_tra
 from featherweight.cli.progress import size_text
 
 
-def run_bench(
-    model: str,
-    threads: int | None,
-    prompt: int,
-    generate: int,
-    context: int | None,
-    cache: str,
-    engine: str,
-    repeats: int,
-    trust_remote_code: bool,
-    json: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class BenchOptions:
+    """Arguments of `featherweight.tasks.evaluate.speed.measure_speed`."""
+
+    prompt_tokens: int
+    new_tokens: int
+    context_tokens: int | None
+    cache: str
+    engine: str
+    repeats: int
+    threads: int | None
+    trust_remote_code: bool
+
+
+def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
     import torch
 
     from featherweight.system.threads import thread_count
@@ -28,18 +32,9 @@ def run_bench(
 
     claim_json(json, ("engine", "bandwidth_gb_s"))
     quiet_transformers()
-    torch.set_num_threads(thread_count(threads))
-    report = measure_speed(
-        model,
-        prompt,
-        generate,
-        context_tokens=context,
-        engine=engine,
-        cache=cache,
-        threads=thread_count(threads),
-        repeats=repeats,
-        trust_remote_code=trust_remote_code,
-    )
+    chosen = replace(options, threads=thread_count(options.threads))
+    torch.set_num_threads(thread_count(options.threads))
+    report = measure_speed(model, **vars(chosen))
     write_json(json, report)
     out_console().print(facts(_rows(report)))
 

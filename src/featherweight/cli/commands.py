@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,43 +104,29 @@ def steps(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def run_compress(
-    model: str,
-    recipe: str,
-    out: Path,
-    changes: list[str],
-    calibration: str | None,
-    base_model: str | None,
-    threads: int | None,
-    device: str,
-    seed: int,
-    max_memory: str | None,
-    overwrite: bool,
-    trust_remote_code: bool,
-    workers: int,
-    json: Path | None,
-) -> None:
-    from featherweight.tasks.compress.engine import compress
+@dataclass(frozen=True)
+class CompressOptions:
+    """Keywords of `featherweight.compress`."""
+
+    changes: list[str]
+    calibration: str | None
+    base_model: str | None
+    threads: int | None
+    device: str
+    seed: int
+    max_memory: str | None
+    overwrite: bool
+    trust_remote_code: bool
+    workers: int
+
+
+def run_compress(model: str, recipe: str, out: Path, options: CompressOptions, json: Path | None) -> None:
+    from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.fates import counts_text
 
     claim_json(json, ("out", "layers", "recipe"))
     with Watcher(error_console()) as watcher:
-        result = compress(
-            model,
-            recipe,
-            out,
-            changes=changes,
-            calibration=calibration,
-            base_model=base_model,
-            threads=threads,
-            device=device,
-            seed=seed,
-            max_memory=max_memory,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            workers=workers,
-            observer=watcher,
-        )
+        result = compress(model, recipe, out, **vars(options), observer=watcher)
     write_json(json, result.to_json())
     worst = max(result.layers, key=lambda record: record["relative_error"])
     console = out_console()
@@ -165,15 +152,17 @@ def run_compress(
     )
 
 
-def run_plan(
-    model: str,
-    recipe: str,
-    changes: list[str],
-    threads: int | None,
-    max_memory: str | None,
-    trust_remote_code: bool,
-    json: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class PlanOptions:
+    """Those of `CompressOptions` that change a plan."""
+
+    changes: list[str]
+    threads: int | None
+    max_memory: str | None
+    trust_remote_code: bool
+
+
+def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -> None:
     from featherweight.methods.recipe import load_recipe
     from featherweight.storage.checkpoint.checkpoint import Checkpoint
     from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
@@ -182,11 +171,11 @@ def run_plan(
     from featherweight.tasks.compress.plan import make_plan, parse_size
 
     claim_json(json, ("recipe", "roles", "seconds"))
-    chosen = load_recipe(recipe, changes)
+    chosen = load_recipe(recipe, options.changes)
     with Checkpoint.open(model) as checkpoint:
-        limit = parse_size(max_memory) if max_memory else None
-        checkpoint.trust_remote_code = trust_remote_code
-        made = make_plan(checkpoint, chosen, threads, limit)
+        limit = parse_size(options.max_memory) if options.max_memory else None
+        checkpoint.trust_remote_code = options.trust_remote_code
+        made = make_plan(checkpoint, chosen, options.threads, limit)
         if made.candidates and can_measure(made, Measuring()):
             with steps("measuring layers") as notify:
                 made = allocated(
@@ -259,29 +248,30 @@ def _time_note(plan: Any) -> str:
     return f"measured on samples; disk not included{more}"
 
 
-def run_eval(
-    model: str,
-    against: str | None,
-    text: Path | None,
-    protocol: str,
-    context: int | None,
-    dtype: str,
-    limit: int | None,
-    threads: int | None,
-    device: str,
-    trust_remote_code: bool,
-    json: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class EvalOptions:
+    """Arguments of `featherweight.evaluate`."""
+
+    against: str | None
+    text: Path | None
+    protocol: str
+    context: int | None
+    dtype: str
+    limit: int | None
+    threads: int | None
+    device: str
+    trust_remote_code: bool
+
+
+def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
     from featherweight.system.threads import thread_count
     from featherweight.tasks.evaluate.evaluation import evaluate
 
     claim_json(json, ("perplexity", "protocol"))
     quiet_transformers()
     with steps("evaluating") as notify:
-        result = evaluate(
-            model, against, text, protocol, context, dtype, limit, notify, thread_count(threads), trust_remote_code,
-            device,
-        )  # fmt: skip
+        chosen = replace(options, threads=thread_count(options.threads))
+        result = evaluate(model, **vars(chosen), progress=notify)
     report = result.to_json()
     write_json(json, report)
     bits = report["bits_per_weight"]
@@ -384,18 +374,20 @@ def run_methods(json: Path | None) -> None:
         out_console().print(facts([(f"{row['axis']} {row['name']}", row["from"]) for row in added]))
 
 
-def run_calibrate(
-    model: str,
-    out: Path,
-    calibration: str | None,
-    needs: list[str],
-    changes: list[str],
-    threads: int | None,
-    device: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-    json: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """calibration : text; needs : names of statistics; changes : to the settings, like calibration.length=512"""
+
+    calibration: str | None
+    needs: list[str]
+    changes: list[str]
+    threads: int | None
+    device: str
+    overwrite: bool
+    trust_remote_code: bool
+
+
+def run_calibrate(model: str, out: Path, options: CalibrateOptions, json: Path | None) -> None:
     import yaml
 
     from featherweight.errors import RecipeError
@@ -406,13 +398,13 @@ def run_calibrate(
     claim_json(json, ("file", "bytes", "needs"))
     quiet_transformers()
     settings = {}
-    for change in changes:
+    for change in options.changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
         settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
-    check_file(calibration)
-    with use_threads(threads), steps("blocks") as notify:
+    check_file(options.calibration)
+    with use_threads(options.threads), steps("blocks") as notify:
         done = 0
 
         def watch(event: dict[str, Any]) -> None:
@@ -423,13 +415,13 @@ def run_calibrate(
                 done += 1
                 notify(done, event["of"])
 
-        chosen = [n.strip() for n in needs]
+        chosen = [n.strip() for n in options.needs]
         written = gather_statistics(
-            model, out, calibration, chosen, settings,
-            device=device, overwrite=overwrite, trust_remote_code=trust_remote_code, notify=watch,
+            model, out, options.calibration, chosen, settings, device=options.device, overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code, notify=watch,
         )  # fmt: skip
     size = written.stat().st_size
-    write_json(json, {"file": str(written), "bytes": size, "needs": needs})
+    write_json(json, {"file": str(written), "bytes": size, "needs": options.needs})
     out_console().print(facts([("statistics", str(written)), ("size", size_text(size))]))
 
 

@@ -43,7 +43,7 @@ def reference_model() -> Path:
 
 def run_demo(out: Path, tokens: int, threads: int | None) -> None:
     from featherweight.methods.recipe import load_recipe
-    from featherweight.tasks.compress.engine import compress
+    from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.evaluate.evaluation import evaluate
     from featherweight.tasks.evaluate.report import Variant, write_report
 

@@ -119,12 +119,12 @@ def compress(
     json: JsonFile = None,
 ) -> None:
     """Compress a model. Interrupted, the same command goes on where it stopped."""
-    from featherweight.cli.commands import run_compress
+    from featherweight.cli.commands import CompressOptions, run_compress
 
-    run_compress(
-        model, recipe, out, changes or [], calibration, base_model, threads, device, seed, max_memory,
-        overwrite, trust_remote_code, workers, json,
-    )  # fmt: skip
+    options = CompressOptions(
+        changes or [], calibration, base_model, threads, device, seed, max_memory, overwrite, trust_remote_code, workers
+    )
+    run_compress(model, recipe, out, options, json)
 
 
 @app.command()
@@ -143,11 +143,12 @@ def calibrate(
     json: JsonFile = None,
 ) -> None:
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
-    from featherweight.cli.commands import run_calibrate
+    from featherweight.cli.commands import CalibrateOptions, run_calibrate
 
-    run_calibrate(
-        model, out, calibration, needs.split(","), changes or [], threads, device, overwrite, trust_remote_code, json
+    options = CalibrateOptions(
+        calibration, needs.split(","), changes or [], threads, device, overwrite, trust_remote_code
     )
+    run_calibrate(model, out, options, json)
 
 
 @app.command()
@@ -161,9 +162,9 @@ def plan(
     json: JsonFile = None,
 ) -> None:
     """Say what compressing a model would do and need, without doing it."""
-    from featherweight.cli.commands import run_plan
+    from featherweight.cli.commands import PlanOptions, run_plan
 
-    run_plan(model, recipe, changes or [], threads, max_memory, trust_remote_code, json)
+    run_plan(model, recipe, PlanOptions(changes or [], threads, max_memory, trust_remote_code), json)
 
 
 @app.command("eval")
@@ -186,9 +187,10 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     """Measure perplexity by a named protocol, true size, and the distance from the original."""
-    from featherweight.cli.commands import run_eval
+    from featherweight.cli.commands import EvalOptions, run_eval
 
-    run_eval(model, against, text, protocol, context, dtype, limit, threads, device, trust_remote_code, json)
+    options = EvalOptions(against, text, protocol, context, dtype, limit, threads, device, trust_remote_code)
+    run_eval(model, options, json)
 
 
 @app.command()
@@ -287,9 +289,10 @@ def bench(
     json: JsonFile = None,
 ) -> None:
     """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
-    from featherweight.cli.bench import run_bench
+    from featherweight.cli.bench import BenchOptions, run_bench
 
-    run_bench(model, threads, prompt, generate, context, cache, engine, repeats, trust_remote_code, json)
+    options = BenchOptions(prompt, generate, context, cache, engine, repeats, threads, trust_remote_code)
+    run_bench(model, options, json)
 
 
 @app.command()

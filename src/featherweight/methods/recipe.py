@@ -91,8 +91,26 @@ class Override(BaseModel):
 
 
 class Recipe(BaseModel):
-    """See the module. `transforms`, `rounding`, `corrections` and `allocation` name choices on the other axes;
-    `embedding` and `head` say what becomes of the matrices outside the blocks (methods/quantize/ends.py)."""
+    """How a model is compressed: a choice on every axis, and what single layers get instead.
+
+    Fields take a choice, or what a recipe file holds in its place: {"kind": "trit-planes", "planes": 2}.
+
+    Attributes
+    ----------
+    name : of the preset, the file's stem, or one's own; `title`, `paper` and `notes` describe it
+    layers : which layers of the blocks are compressed
+    transforms : changes of basis, the outermost first
+    grid, rounding : the values that weights may take, and how one of them is chosen for each weight
+    corrections : what makes good of the error that is left
+    allocation : how much each layer gets
+    overrides : choices for layers that match a pattern, on any axis but allocation; the first match counts
+    embedding, head : what is outside the blocks: "keep", "same", or a grid and rounding of their own
+    calibration : how much text is run, and how statistics are gathered
+
+    Raises
+    ------
+    pydantic.ValidationError : a field does not fit; `load_recipe` makes a `RecipeError` of it that names the field
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -361,10 +379,24 @@ def _own_presets() -> dict[str, Path]:
 
 
 def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A preset by name, a recipe file, or a mapping as such a file holds it (its `name` may be left out), with
-    `changes` like "grid.planes=3" applied before validation.
+    """Read and check a recipe.
 
-    Raises RecipeError.
+    Parameters
+    ----------
+    name : str, Path, mapping or Recipe
+        A preset, a YAML file, or a mapping as such a file holds it, whose `name` may be left out.
+    changes : list or tuple of str
+        Like "grid.planes=3", applied before anything is checked.
+
+    Returns
+    -------
+    Recipe
+        The recipe itself where it is one already and nothing is changed.
+
+    Raises
+    ------
+    RecipeError
+        There is no such preset or file, or it holds what no recipe has; the field and the nearest valid name are named.
     """
     mapping: Any
     if isinstance(name, Recipe):

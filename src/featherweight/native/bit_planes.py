@@ -53,6 +53,7 @@ def grouped_product(
     input_scales: Tensor,
     weight_bits: int,
     input_bits: int,
+    *,
     group_size: int = SLICE,
 ) -> Tensor:
     """The layer's output float32 [tokens, out]: integer products of each group times both scales, summed in float32.

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from featherweight.native import library
-from featherweight.native.choice import may_be_native
+from featherweight.native.choice import Backend, may_be_native
 
 LANES = 16  # partial sums
 ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
@@ -33,8 +32,9 @@ def least_error(
     highest: int,
     exponent: float = 2.0,
     counted: Tensor | None = None,
+    *,
     threads: int | None = None,
-    backend: Literal["auto", "native", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The chosen trial of each group, int64 [rows, groups].
 
@@ -47,7 +47,7 @@ def least_error(
     scales, zero_points = scales.float().contiguous(), zero_points.float().contiguous()
     native = _native() if may_be_native(backend, groups) else None
     if native is not None:
-        return _least_error_native(native, groups, scales, zero_points, highest, exponent, counted, threads)
+        return _least_error_native(native, groups, (scales, zero_points, highest), (exponent, counted), threads)
     if backend == "native":
         raise ValueError("the native library is missing; use backend: auto")
     return least_error_reference(groups, scales, zero_points, highest, exponent, counted)
@@ -125,13 +125,12 @@ def _native() -> Callable[[int, int], int] | None:
 def _least_error_native(
     native: Callable[[int, int], int],
     groups: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    highest: int,
-    exponent: float,
-    counted: Tensor | None,
+    trials: tuple[Tensor, Tensor, int],
+    error: tuple[float, Tensor | None],
     threads: int | None,
 ) -> Tensor:
+    """trials : scales, zero points, highest code; error : its exponent, and weights; see `least_error`"""
+    (scales, zero_points, highest), (exponent, counted) = trials, error
     rows, per_row, size = groups.shape
     groups = groups.float().contiguous()
     counted = None if counted is None else counted.float().contiguous()

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from featherweight.native import library
-from featherweight.native.choice import may_be_native
+from featherweight.native.choice import Backend, may_be_native
 from featherweight.native.clip_search import LANES, summed
 
 
@@ -25,8 +24,9 @@ def fit_levels(
     levels: Tensor,
     scales: Tensor,
     rounds: int,
+    *,
     threads: int | None = None,
-    backend: Literal["auto", "native", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Scales float32 [rows, groups], and what they miss, sum c (w - s b)^2, float32 [rows, groups].
 
@@ -43,7 +43,7 @@ def fit_levels(
         raise ValueError("levels are from 2 to 256 ascending numbers")
     native = _native() if may_be_native(backend, values) else None
     if native is not None and values.numel():
-        return _native_fit(native, values, counted, levels, scales, rounds, threads)
+        return _native_fit(native, (values, counted, levels, scales), rounds, threads)
     if backend == "native":
         raise ValueError("the native library is missing; use backend: auto")
     return fit_levels_reference(values, counted, levels, scales, rounds)
@@ -88,16 +88,14 @@ def _native() -> Callable[[int, int], int] | None:
 
 def _native_fit(
     native: Callable[[int, int], int],
-    values: Tensor,
-    counted: Tensor,
-    levels: Tensor,
-    scales: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     rounds: int,
     threads: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """tensors : values, counted, levels and scales of `fit_levels`"""
+    values, counted, levels = (one.float().contiguous() for one in tensors[:3])
     rows, groups, size = values.shape
-    values, counted, levels = (one.float().contiguous() for one in (values, counted, levels))
-    scales = scales.to(torch.float32, copy=True).contiguous()
+    scales = tensors[3].to(torch.float32, copy=True).contiguous()
     errors = torch.empty_like(scales)
     pointers = (one.data_ptr() for one in (values, counted, levels, scales, errors))
     job = _Job(*pointers, rows * groups, size, groups, len(levels), rounds)

@@ -113,6 +113,7 @@ def decode_trit_planes(
     shape: tuple[int, int],
     group_size: int,
     packing: Packing,
+    *,
     out: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:

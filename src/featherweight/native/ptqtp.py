@@ -158,6 +158,7 @@ class TritPlaneStream:
         n: int,
         d: int,
         settings: TritPlaneSettings | None = None,
+        *,
         scale_dtype: torch.dtype = torch.float16,
         packing: Packing = "base3",
         threads: int | None = None,

@@ -63,56 +63,53 @@ class SweptColumns:
         return float(self.totals[2])
 
 
-def sweep_columns(
-    weight: Tensor,
-    original: Tensor,
-    upper: Tensor,
-    feedback: Tensor | None,
-    levels: Tensor,
-    group_of: Tensor,
-    rule: FeedbackRule,
-    threads: int | None = None,
-    backend: Backend = "auto",
-) -> SweptColumns:
-    """Round all columns of `weight` in order. Changes `weight` in place: each column ends as it was before rounding.
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a call, and what they are rounded by.
 
     weight, original : [out, columns], rows contiguous; float32, or float64 (reference only)
     upper, feedback : [columns, columns] blocks of U and P, only their upper triangles are read
-    levels : float32 [out, groups, L], ascending; group_of : int32 [columns]
+    levels : float32 [out, groups, L], ascending
+    group_of : int32 [columns]
     """
-    native = _native() if may_be_native(backend, weight) else None
-    if native is not None and _can(weight, original, upper, feedback, levels, rule):
-        return _sweep_native(native, weight, original, upper, feedback, levels, group_of, rule, threads)
+
+    weight: Tensor
+    original: Tensor
+    upper: Tensor
+    feedback: Tensor | None
+    levels: Tensor
+    group_of: Tensor
+    rule: FeedbackRule
+
+
+def sweep_columns(columns: Columns, threads: int | None = None, backend: Backend = "auto") -> SweptColumns:
+    """Round all columns in order. Changes `columns.weight` in place: each ends as it was before rounding."""
+    native = _native() if may_be_native(backend, columns.weight) else None
+    if native is not None and _can(columns):
+        return _sweep_native(native, columns, threads)
     if backend == "native":
         raise ValueError("the native library is missing or cannot treat this sweep; use backend: auto")
-    return sweep_columns_reference(weight, original, upper, feedback, levels, group_of, rule)
+    return sweep_columns_reference(columns)
 
 
-def sweep_columns_reference(
-    weight: Tensor,
-    original: Tensor,
-    upper: Tensor,
-    feedback: Tensor | None,
-    levels: Tensor,
-    group_of: Tensor,
-    rule: FeedbackRule,
-) -> SweptColumns:
+def sweep_columns_reference(columns: Columns) -> SweptColumns:
     """The definition, and the form for other devices than the CPU; see `sweep_columns`.
 
     Rows go together. Nothing is asked of the device on the way, so that it always has the next columns' work waiting.
     """
-    rows, columns = weight.shape
-    indices = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    weight, original, upper, feedback = columns.weight, columns.original, columns.upper, columns.feedback
+    rule, rows = columns.rule, len(weight)
+    indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(weight, memory_format=torch.contiguous_format)
     residuals = None if feedback is None else torch.empty_like(errors)
     apart = rule.tail != "pre"
     tail_errors = torch.empty_like(errors) if apart else errors
     tail_residuals = torch.empty_like(errors) if apart and residuals is not None else residuals
     totals = _Totals(weight)
-    place, grid = -1, _Levels(levels[:, :0])
-    for j, group in enumerate(group_of.tolist()):
+    place, grid = -1, _Levels(columns.levels[:, :0])
+    for j, group in enumerate(columns.group_of.tolist()):
         if group != place:
-            place, grid = group, _Levels(levels[:, group].to(weight.dtype))
+            place, grid = group, _Levels(columns.levels[:, group].to(weight.dtype))
         w, w0 = weight[:, j], original[:, j]
         if rule.pull_back == "next-column":
             w -= rule.shrink * (w - w0)
@@ -190,11 +187,10 @@ def totals_of(loss: Tensor, clipped: Tensor, drift: Tensor) -> Tensor:
     return torch.stack([loss.sum(), clipped.sum().double(), largest.double()])
 
 
-def _can(
-    weight: Tensor, original: Tensor, upper: Tensor, feedback: Tensor | None, levels: Tensor, rule: FeedbackRule
-) -> bool:
-    whole = all(t is None or t.dtype == torch.float32 and t.stride(1) == 1 for t in (weight, original, upper, feedback))
-    return whole and levels.shape[2] <= MOST_LEVELS and rule.pull_back != "all-columns"
+def _can(columns: Columns) -> bool:
+    matrices = (columns.weight, columns.original, columns.upper, columns.feedback)
+    whole = all(t is None or t.dtype == torch.float32 and t.stride(1) == 1 for t in matrices)
+    return whole and columns.levels.shape[2] <= MOST_LEVELS and columns.rule.pull_back != "all-columns"
 
 
 class _Job(ctypes.Structure):
@@ -215,22 +211,14 @@ def _native() -> Callable[[int, int], int] | None:
     return library.job_function("fw_sweep")
 
 
-def _sweep_native(
-    native: Callable[[int, int], int],
-    weight: Tensor,
-    original: Tensor,
-    upper: Tensor,
-    feedback: Tensor | None,
-    levels: Tensor,
-    group_of: Tensor,
-    rule: FeedbackRule,
-    threads: int | None,
-) -> SweptColumns:
-    rows, columns = weight.shape
-    levels, group_of = levels.to(torch.float32).contiguous(), group_of.to(torch.int32).contiguous()
-    indices = torch.empty(rows, columns, dtype=torch.uint8)
-    errors = torch.empty(rows, columns)
-    residuals = None if feedback is None else torch.empty(rows, columns)
+def _sweep_native(native: Callable[[int, int], int], columns: Columns, threads: int | None) -> SweptColumns:
+    weight, original, upper, feedback = columns.weight, columns.original, columns.upper, columns.feedback
+    rule, rows = columns.rule, len(weight)
+    levels = columns.levels.to(torch.float32).contiguous()
+    group_of = columns.group_of.to(torch.int32).contiguous()
+    indices = torch.empty(weight.shape, dtype=torch.uint8)
+    errors = torch.empty(weight.shape)
+    residuals = None if feedback is None else torch.empty(weight.shape)
     apart = rule.tail != "pre"
     tail_errors = torch.empty_like(errors) if apart else errors
     tail_residuals = torch.empty_like(errors) if apart and residuals is not None else residuals
@@ -244,7 +232,7 @@ def _sweep_native(
         weight.data_ptr(), original.data_ptr(), upper.data_ptr(), address(feedback), levels.data_ptr(),
         group_of.data_ptr(), indices.data_ptr(), errors.data_ptr(), address(residuals), address(tail_errors, apart),
         address(tail_residuals, apart), loss.data_ptr(), clipped.data_ptr(), drift.data_ptr(),
-        rows, columns, levels.shape[1], levels.shape[2],
+        *weight.shape, levels.shape[1], levels.shape[2],
         weight.stride(0), original.stride(0), upper.stride(0), 0 if feedback is None else feedback.stride(0),
         rule.alpha, rule.residual, rule.shrink,
         int(rule.pull_back == "next-column"), ("pre", "rounded", "clamped").index(rule.tail),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def descend(
     indices: Tensor,
     gradient: Tensor,
     rounds: int,
+    *,
     pairs: bool = False,
     threads: int | None = None,
     backend: Backend = "auto",
@@ -47,16 +49,28 @@ def descend(
     indices : uint8 [out, columns]
     gradient : float64 [out, columns], (w - q) H of these columns
     """
-    _check(gram, levels, group_of, indices, gradient)
+    block = _Block(gram, levels, group_of, indices, gradient)
+    _check(block)
     native = _native() if may_be_native(backend, indices) else None
     if native is not None:
-        return _descend_native(native, gram, levels, group_of, indices, gradient, rounds, pairs, threads)
+        return _descend_native(native, block, rounds, pairs, threads)
     if backend == "native":
         raise ValueError("the native library is missing; use backend: auto")
-    return descend_reference(gram, levels, group_of, indices, gradient, rounds, pairs)
+    return _descend_reference(block, rounds, pairs)
 
 
-def _check(gram: Tensor, levels: Tensor, group_of: Tensor, indices: Tensor, gradient: Tensor) -> None:
+class _Block(NamedTuple):
+    """See `descend`."""
+
+    gram: Tensor
+    levels: Tensor
+    group_of: Tensor
+    indices: Tensor
+    gradient: Tensor
+
+
+def _check(block: _Block) -> None:
+    gram, levels, group_of, indices, gradient = block
     rows, columns = indices.shape
     whole = all(t.is_contiguous() for t in (indices, gradient)) and indices.dtype == torch.uint8
     fitting = gram.shape == (columns, columns) and gradient.shape == indices.shape and group_of.shape == (columns,)
@@ -65,17 +79,9 @@ def _check(gram: Tensor, levels: Tensor, group_of: Tensor, indices: Tensor, grad
         raise ValueError("the tensors of a descent do not fit together")
 
 
-def descend_reference(
-    gram: Tensor,
-    levels: Tensor,
-    group_of: Tensor,
-    indices: Tensor,
-    gradient: Tensor,
-    rounds: int,
-    pairs: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _descend_reference(block: _Block, rounds: int, pairs: bool) -> tuple[Tensor, Tensor]:
     """`descend` in PyTorch: the definition, and the form for other devices than the CPU."""
-    state = _State(gram, levels.double(), group_of.long(), indices, gradient)
+    state = _State(block._replace(levels=block.levels.double(), group_of=block.group_of.long()))
     for _ in range(rounds):
         before = int(state.changes.sum())
         state.singles()
@@ -89,7 +95,8 @@ def descend_reference(
 class _State:
     """Rows go together; a row that does not move adds a zero. Nothing is asked of the device on the way."""
 
-    def __init__(self, gram: Tensor, levels: Tensor, group_of: Tensor, indices: Tensor, gradient: Tensor) -> None:
+    def __init__(self, block: _Block) -> None:
+        gram, levels, group_of, indices, gradient = block
         self.gram, self.indices, self.gradient = gram, indices, gradient
         self.levels = levels[:, group_of]  # [out, columns, L]
         self.middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
@@ -176,16 +183,9 @@ def _native() -> Callable[[int, int], int] | None:
 
 
 def _descend_native(
-    native: Callable[[int, int], int],
-    gram: Tensor,
-    levels: Tensor,
-    group_of: Tensor,
-    indices: Tensor,
-    gradient: Tensor,
-    rounds: int,
-    pairs: bool,
-    threads: int | None,
+    native: Callable[[int, int], int], block: _Block, rounds: int, pairs: bool, threads: int | None
 ) -> tuple[Tensor, Tensor]:
+    gram, levels, group_of, indices, gradient = block
     rows, columns = indices.shape
     gram, levels = gram.contiguous(), levels.to(torch.float32).contiguous()
     group_of = group_of.to(torch.int32).contiguous()

@@ -15,12 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featherweight.system.control_groups import CONTROL_GROUPS, MEMBERSHIP, control_groups
+
 STATUS = Path("/proc/self/status")
 PAGEMAP = Path("/proc/self/pagemap")
 MEMINFO = Path("/proc/meminfo")
-MEMBERSHIP = Path("/proc/self/cgroup")
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
 PRESENT, SWAPPED, OF_FILE = 1 << 63, 1 << 62, 1 << 61  # bits of its entries
+LIMIT_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Version of a control group -> files of its limit and of what is used, and the cache's entry in memory.stat."""
 
 
 def reset_peak_memory() -> None:
@@ -122,25 +127,10 @@ def available_bytes() -> int:
 def _left_in_groups() -> list[int]:
     """What the control groups of this process, versions 1 and 2, leave it: each limit less what is used for good."""
     left: list[int] = []
-    try:
-        memberships = MEMBERSHIP.read_text().splitlines()
-    except OSError:
-        return left
-    for line in memberships:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = CONTROL_GROUPS / controllers
-        limit, used, cache = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("memory.max", "memory.current", "inactive_file")
-        )
-        own = root / path.strip("/")
-        # In a container of its own the path is that of the host, and the group is the root.
-        for group in [own, *(parent for parent in own.parents if parent.is_relative_to(root))]:
-            with contextlib.suppress(OSError, ValueError):
-                most, taken = int((group / limit).read_text()), int((group / used).read_text())
-                found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-                left.append(max(0, most - taken + (int(found[1]) if found else 0)))
+    for group, version in control_groups("memory", MEMBERSHIP, CONTROL_GROUPS):
+        limit, used, cache = LIMIT_FILES[version]
+        with contextlib.suppress(OSError, ValueError):
+            most, taken = int((group / limit).read_text()), int((group / used).read_text())
+            found = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            left.append(max(0, most - taken + (int(found[1]) if found else 0)))
     return left

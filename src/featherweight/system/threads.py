@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 
 from featherweight.errors import FeatherError
+from featherweight.system.control_groups import CONTROL_GROUPS, MEMBERSHIP, control_groups
 
 VARIABLE = "FEATHERWEIGHT_THREADS"
 MOST = 1024
 """More are refused: a mistake, which would have the system start them all."""
 MOST_BY_DEFAULT = 64
 """Beyond, memory is the limit of what we do, and meeting at barriers costs more than a further processor brings."""
-MEMBERSHIP = Path("/proc/self/cgroup")
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 _chosen: ContextVar[int | None] = ContextVar("_chosen", default=None)
 
@@ -96,27 +95,12 @@ def _processors() -> int:
 @functools.lru_cache(maxsize=4)
 def cpu_quota(membership: Path = MEMBERSHIP, root: Path = CONTROL_GROUPS) -> float | None:
     """Processors' worth of time that the control groups of this process, versions 1 and 2, give it; None: no limit."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
     found: list[float] = []
-    for line in lines:
-        number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if number == "0" and not controllers:
-            base, read = root, _quota_v2
-        elif "cpu" in controllers.split(","):
-            base, read = root / controllers, _quota_v1
-            base = base if base.is_dir() else root / "cpu"
-        else:
-            continue
-        own = base / path.strip("/")
-        # In a container of its own the path is that of the host, and the group is the root.
-        for group in [own, *(parent for parent in own.parents if parent.is_relative_to(base))]:
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                quota = read(group)
-                if quota is not None and quota > 0:
-                    found.append(quota)
+    for group, version in control_groups("cpu", membership, root):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota = _quota_v2(group) if version == 2 else _quota_v1(group)
+            if quota is not None and quota > 0:
+                found.append(quota)
     return min(found, default=None)
 
 

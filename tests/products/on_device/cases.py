@@ -37,7 +37,9 @@ def groups(shape: Shape, group_size: int) -> int:
 def trit_planes(shape: Shape, planes: int, group_size: int, tied: bool = False, **named: Any) -> TritPlanes:
     trits = torch.randint(-1, 2, (planes, *shape), generator=generator(planes), dtype=torch.int8)
     per_group = () if tied else (planes,)
-    return TritPlanes.encode(trits, scales(shape[0], groups(shape, group_size), *per_group), group_size, tied, **named)
+    return TritPlanes.encode(
+        trits, scales(shape[0], groups(shape, group_size), *per_group), group_size, tied=tied, **named
+    )
 
 
 def uniform(shape: Shape, bits: int, group_size: int, symmetric: bool = False, **named: Any) -> Uniform:

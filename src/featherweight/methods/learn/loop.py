@@ -88,37 +88,37 @@ def minimise(
     not finite ends it.
     """
     schedule, label = training.schedule, training.label
-    course = _Course(theta, training, sampler, check is not None)
-    found = store.load(course.task)
+    trainer = _Trainer(theta, training, sampler, check is not None)
+    found = store.load(trainer.task)
     if found is not None:
-        course.take(found)
+        trainer.take(found)
     elif check:
-        course.start = course.best = check()
-    progress = _Progress(label, course.step, schedule.steps)
-    while course.step < schedule.steps:
-        for group in course.optimiser.param_groups:
-            group["lr"] = schedule.rate(course.step)
+        trainer.start = trainer.best = check()
+    progress = _Progress(label, trainer.step, schedule.steps)
+    while trainer.step < schedule.steps:
+        for group in trainer.optimiser.param_groups:
+            group["lr"] = schedule.rate(trainer.step)
         loss = gradients(sampler.next())
         if not math.isfinite(loss):
-            notify({"event": label, "step": course.step, "stopped": "the loss is not finite"})
+            notify({"event": label, "step": trainer.step, "stopped": "the loss is not finite"})
             break
-        course.optimiser.step()
+        trainer.optimiser.step()
         if project:
             project()
-        if check and schedule.checked(course.step):
+        if check and schedule.checked(trainer.step):
             measured = check()
-            course.offer(measured)
-            notify(progress.event(course.step + 1, loss) | {"held_out": measured})
+            trainer.offer(measured)
+            notify(progress.event(trainer.step + 1, loss) | {"held_out": measured})
         elif progress.due():
-            notify(progress.event(course.step + 1, loss))
-        course.step += 1
+            notify(progress.event(trainer.step + 1, loss))
+        trainer.step += 1
         if store.due():
-            store.save(course.state())
-    if course.best is not None:
+            store.save(trainer.state())
+    if trainer.best is not None:
         with torch.no_grad():
-            for value, best_value in zip(theta, course.kept, strict=True):
+            for value, best_value in zip(theta, trainer.kept, strict=True):
                 value.copy_(best_value)
-        notify({"event": label, "held_out_before": course.start, "held_out_after": course.best})
+        notify({"event": label, "held_out_before": trainer.start, "held_out_after": trainer.best})
     return theta
 
 
@@ -140,7 +140,7 @@ class _Progress:
         return {"event": self.label, "step": step, "of": self.steps, "loss": loss, "seconds_left": left}
 
 
-class _Course:
+class _Trainer:
     """Where a training is: all that its further steps depend on, beside what `gradients` and `check` hold.
 
     kept : the values with the least check; empty where nothing is checked

@@ -173,6 +173,7 @@ def search(
     loss: Loss,
     points: int,
     centred: bool,
+    *,
     tie: Callable[[Tensor], Tensor] = lambda scales: scales,
 ) -> Found:
     """Try alpha = 0, 1/points, ..., (points - 1)/points and keep the best; s = 1 unless another is strictly better.

@@ -261,7 +261,7 @@ class Sweeper:
                     if feedback is not None and part.residuals is not None:
                         push(state.weight[:, b:last], part.residuals, feedback[inside, rest], -1)
             if last < piece.last:
-                push_tail(state, piece, first, last, swept, upper, feedback)
+                push_tail(state, piece, range(first, last), swept, upper, feedback)
 
 
 def sweep(

@@ -11,7 +11,7 @@ from torch import Tensor
 from featherweight.methods.calibrate.statistics import Statistics, of_columns, restricted
 from featherweight.methods.quantize.base import Fit, Grid, SolveOptions
 from featherweight.methods.quantize.sweep_factor import Factor, Piece
-from featherweight.native.sweep import FeedbackRule, SweptColumns, sweep_columns, totals_of
+from featherweight.native.sweep import Columns, FeedbackRule, SweptColumns, sweep_columns, totals_of
 
 
 @dataclass
@@ -92,10 +92,9 @@ def sweep_segment(state: SweepState, first: int, last: int, upper: Tensor, feedb
     else:
         levels, group_of = _levels(state, first, last)
         options = state.options
-        swept = sweep_columns(
-            state.weight[:, first:last], state.original[:, first:last], upper, feedback, levels, group_of, state.rule,
-            options.threads, "auto" if options.backend == "native" else options.backend,
-        )  # fmt: skip
+        weight, original = state.weight[:, first:last], state.original[:, first:last]
+        columns = Columns(weight, original, upper, feedback, levels, group_of, state.rule)
+        swept = sweep_columns(columns, options.threads, "auto" if options.backend == "native" else options.backend)
         state.indices[:, first:last] = swept.indices
     state.totals.append(swept.totals)
     return swept
@@ -210,15 +209,10 @@ def _round_vector(state: SweepState, vectors: Tensor, first: int) -> Tensor:
 
 
 def push_tail(
-    state: SweepState,
-    piece: Piece,
-    first: int,
-    last: int,
-    swept: list[SweptColumns],
-    upper: Tensor,
-    feedback: Tensor | None,
+    state: SweepState, piece: Piece, block: range, swept: list[SweptColumns], upper: Tensor, feedback: Tensor | None
 ) -> None:
     """Hand what a block's columns pass on to all columns behind the block."""
+    first, last = block.start, block.stop
     behind = state.weight[:, last : piece.last]
     inside, rest = slice(first - piece.first, last - piece.first), slice(last - piece.first, None)
     errors = torch.cat([part.tail_errors for part in swept], 1) if len(swept) > 1 else swept[0].tail_errors

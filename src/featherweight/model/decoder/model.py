@@ -82,6 +82,7 @@ class NativeModel:
     def open(
         cls,
         folder: str | Path,
+        *,
         threads: int | None = None,
         kv_cache: str = "float16",
         precision: str = "int8",

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.sampling import Sampling
 from featherweight.model.products import ready
 from featherweight.native import library

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.errors import CheckpointError
-from featherweight.model.decoder.families import Family, UnsupportedModelError, family_of
+from featherweight.model.decoder.architectures import Architecture, UnsupportedModelError, architecture_of
 from featherweight.model.decoder.rope import Rope, rope_of
 
 FOREIGN = ("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts", "n_routed_experts")
@@ -24,7 +24,7 @@ class Network:
     windows: per layer, tokens that a token sees, 0 for all
     """
 
-    family: Family
+    architecture: Architecture
     layers: int
     hidden: int
     heads: int
@@ -66,8 +66,8 @@ def network_of(config: Mapping[str, Any]) -> Network:
     CheckpointError
         a setting makes no sense.
     """
-    family = family_of(config)
-    config = {**family.defaults, **config}
+    architecture = architecture_of(config)
+    config = {**architecture.defaults, **config}
     for name in FOREIGN:
         if config.get(name):
             raise UnsupportedModelError(f"the native decoder does not know what {name} in config.json asks for")
@@ -87,7 +87,7 @@ def network_of(config: Mapping[str, Any]) -> Network:
         )
     context = _size(config, "max_position_embeddings")
     return Network(
-        family=family,
+        architecture=architecture,
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -98,8 +98,8 @@ def network_of(config: Mapping[str, Any]) -> Network:
         context=context,
         epsilon=_epsilon(config),
         tied=bool(config["tie_word_embeddings"]),
-        biased=family.biased(config),
-        windows=tuple(_window(family, config, layer) for layer in range(layers)),
+        biased=architecture.biased(config),
+        windows=tuple(_window(architecture, config, layer) for layer in range(layers)),
         rope=rope_of(config, head_dim, context),
     )
 
@@ -118,14 +118,14 @@ def _epsilon(config: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _window(family: Family, config: Mapping[str, Any], layer: int) -> int:
+def _window(architecture: Architecture, config: Mapping[str, Any], layer: int) -> int:
     for name in ("sliding_window", "max_window_layers"):
         value = config[name]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31):
             raise _odd(config, name, "a whole number")
     if config["sliding_window"] == 0:  # transformers takes it at its word, and no token sees any
         raise _odd(config, "sliding_window", "a positive whole number or null")
-    return family.window(config, layer)
+    return architecture.window(config, layer)
 
 
 def _odd(config: Mapping[str, Any], name: str, expected: str) -> UnsupportedModelError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import CheckpointError
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 
 DEFAULT_BASE = 10000.0
 NEEDED = ("rope_theta", "low_freq_factor", "high_freq_factor")

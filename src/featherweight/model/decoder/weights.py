@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, FeatherError, FeatherWarning
-from featherweight.model.decoder.families import UnsupportedModelError
+from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.network import Network
 from featherweight.model.products import PackedLinear, pack_dense, pack_linear
 from featherweight.storage.checkpoint.accounting import missing_text, refuse_other_kinds, some
@@ -19,10 +19,10 @@ from featherweight.storage.checkpoint.anatomy import own_head_text
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_specs
 from featherweight.storage.checkpoint.integrity import TensorHashes, Verify
+from featherweight.storage.checkpoint.weights import FLOATING_DTYPES
 from featherweight.storage.codes import code_from, code_layout
 from featherweight.system.threads import thread_count
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints hold and nobody reads."""
 
@@ -75,36 +75,40 @@ def load_weights(
     """
     specs, given = _specs(checkpoint)
     refuse_other_kinds(checkpoint, bool(specs))
-    base = network.family.block.partition(".")[0]
+    base = network.architecture.block.partition(".")[0]
     with TensorHashes(checkpoint.files, verify, thread_count(threads), used=True) as hashes:
         return _packed(_Loader(checkpoint, specs, given, threads, hashes, base), network, told)
 
 
 def _packed(loader: _Loader, network: Network, told: Callable[[int, int], None] | None) -> Weights:
     checkpoint = loader.checkpoint
-    family = network.family
+    architecture = network.architecture
     head_shape = (network.vocabulary, network.hidden)
-    if network.tied and not checkpoint.has(f"{family.embedding}.weight") and checkpoint.has(f"{family.head}.weight"):
+    if (
+        network.tied
+        and not checkpoint.has(f"{architecture.embedding}.weight")
+        and checkpoint.has(f"{architecture.head}.weight")
+    ):
         raise UnsupportedModelError(
-            f"the native decoder reads a tied embedding as {family.embedding}, not as {family.head}"
+            f"the native decoder reads a tied embedding as {architecture.embedding}, not as {architecture.head}"
         )
-    if network.tied and family.head in loader.specs:
+    if network.tied and architecture.head in loader.specs:
         raise CheckpointError(
-            f"quantization_config compresses {family.head!r}, but config.json ties the output layer to the embedding: "
-            "set tie_word_embeddings to false in config.json, or compress the model again without that layer"
+            f"quantization_config compresses {architecture.head!r}, but config.json ties the output layer to the "
+            "embedding: set tie_word_embeddings to false in config.json, or compress the model again without that layer"
         )
-    embedding = loader.linear(family.embedding, head_shape)
+    embedding = loader.linear(architecture.embedding, head_shape)
     layers = []
     for number in range(network.layers):
-        layers.append(_layer(loader, network, family.block.format(layer=number)))
+        layers.append(_layer(loader, network, architecture.block.format(layer=number)))
         if told:
             told(number + 1, network.layers)
-    norm = loader.vector(family.norm, network.hidden)
-    tied = network.tied and not loader.has_own_head(family.head, family.embedding)
-    head = loader.tied(family.head, embedding) if tied else loader.linear(family.head, head_shape)
-    loader.refuse_others(family.head if tied else None)
+    norm = loader.vector(architecture.norm, network.hidden)
+    tied = network.tied and not loader.has_own_head(architecture.head, architecture.embedding)
+    head = loader.tied(architecture.head, embedding) if tied else loader.linear(architecture.head, head_shape)
+    loader.refuse_others(architecture.head if tied else None)
     loader.refuse_other_codes()
-    return Weights(tuple(layers), _rows_operand(loader, embedding, family.embedding), norm, head)
+    return Weights(tuple(layers), _rows_operand(loader, embedding, architecture.embedding), norm, head)
 
 
 def _specs(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Any]], frozenset[str]]:
@@ -123,9 +127,9 @@ def _specs(checkpoint: Checkpoint) -> tuple[dict[str, dict[str, Any]], frozenset
 
 
 def _layer(loader: _Loader, network: Network, block: str) -> Layer:
-    parts = network.family.parts
+    parts = network.architecture.parts
     sizes = {"attention_norm": network.hidden, "mlp_norm": network.hidden}
-    if network.family.head_norms:
+    if network.architecture.head_norms:
         sizes |= {"query_norm": network.head_dim, "key_norm": network.head_dim}
     return Layer(
         {role: loader.vector(f"{block}.{parts[role]}", size) for role, size in sizes.items()},
@@ -183,7 +187,7 @@ class _Loader:
 
     def vector(self, module: str, size: int, name: str = "weight") -> Tensor:
         found = self.tensor(f"{module}.{name}")
-        if tuple(found.shape) != (size,) or found.dtype not in FLOATING:
+        if tuple(found.shape) != (size,) or found.dtype not in FLOATING_DTYPES:
             raise CheckpointError(f"tensor {module}.{name} is {found.dtype} {list(found.shape)}, expected [{size}]")
         return found.to(torch.float32).contiguous().clone()
 
@@ -268,7 +272,7 @@ class _Loader:
 
     def _matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         weight = self.tensor(f"{module}.weight")
-        if weight.dtype not in FLOATING:
+        if weight.dtype not in FLOATING_DTYPES:
             raise UnsupportedModelError(
                 f"tensor {module}.weight is {weight.dtype}, which the native decoder does not read"
             )

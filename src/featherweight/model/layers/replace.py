@@ -77,7 +77,7 @@ def replace_layers(
             logger.warning("%s has no module %r: its compressed weights are not used", type(model).__name__, name)
     for path, entries in experts.items():
         install_experts(modules[path], entries, parts)
-    if _output_layer(model) is not None:
+    if output_layer(model) is not None:
         tie(model)
     return Placed(list(experts), saved_names)
 
@@ -142,7 +142,7 @@ def _replace(model: Any, path: str, name: str, spec: dict[str, Any]) -> None:
             f"the module {name!r} has shape {list(spec['shape'])} in quantization_config and {shape} in "
             f"{type(model).__name__}: config.json and the weights do not belong together"
         )
-    if old is _output_layer(model) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    if old is output_layer(model) and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         raise CheckpointError(
             f"quantization_config compresses {name!r}, but it is tied to the input embedding, whose code would be its "
             "own: set tie_word_embeddings to false in config.json, or compress the model again"
@@ -159,11 +159,11 @@ def _refuse_rounded_inputs(module: nn.Module, name: str, spec: dict[str, Any]) -
         )
 
 
-def _output_layer(model: Any) -> Any:
-    """None where there is none, as in models of images."""
+def output_layer(model: Any) -> Any:
+    """The module that makes logits of hidden states; None where there is none, as in models of images."""
     try:
         return model.get_output_embeddings()
-    except NotImplementedError:
+    except (AttributeError, NotImplementedError):
         return None
 
 
@@ -171,7 +171,7 @@ def _exchange(model: nn.Module, path: str, name: str, spec: dict[str, Any]) -> C
     """Put a compressed module, with uninitialised tensors, in a module's place."""
     old: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
-    if not is_linear(old):  # an embedding, a router, a convolution: keeps its own forward, which reads `weight`
+    if not multiplies(old):  # an embedding, a router, a convolution: keeps its own forward, which reads `weight`
         weight = old._parameters["weight"]
         held = coded_class(type(old))
         old.__class__ = held
@@ -249,8 +249,8 @@ def put_in_place(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> Non
                 parent._modules[leaf] = layers[child]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, also GPT-2's `Conv1D`, which stores the transpose."""
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, compressed or not, also GPT-2's `Conv1D`, which stores the transpose."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -32,7 +32,7 @@ from featherweight.storage.checkpoint.accounting import (
     refuse_other_kinds,
     some,
 )
-from featherweight.storage.checkpoint.anatomy.source import Source
+from featherweight.storage.checkpoint.anatomy.tensor_index import TensorIndex
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.safetensors_file import TORCH_NAMES
 from featherweight.system.transformers_calls import asking_transformers, one_line
@@ -110,7 +110,7 @@ def check_compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
     return checkpoint.notes
 
 
-def judge(checkpoint: Source, account: Account, gaps: Iterable[str] = ()) -> None:
+def judge(checkpoint: TensorIndex, account: Account, gaps: Iterable[str] = ()) -> None:
     """CheckpointError where an account shows another model than config.json describes."""
     missing = [name for name in account.missing if not BESIDE.search(name)]
     wrong = [m for m in account.mismatched if not _is_gap(m[0], gaps)]
@@ -126,7 +126,7 @@ def judge(checkpoint: Source, account: Account, gaps: Iterable[str] = ()) -> Non
         raise CheckpointError(missing_text(checkpoint, missing))
 
 
-def unexpected_text(checkpoint: Source, account: Account) -> str:
+def unexpected_text(checkpoint: TensorIndex, account: Account) -> str:
     """The note about tensors that the class does not use."""
     return (
         f"{checkpoint.folder} holds {some(account.unexpected)}, which {account.asked} does not ask for: not part of "
@@ -144,7 +144,7 @@ def _is_gap(name: str, gaps: Iterable[str]) -> bool:
     return any(f"{prefix}.experts." in f"{name}." or name.endswith(f"{prefix}.experts") for prefix in lists)
 
 
-def account_of(source: Source, trust_remote_code: bool = False) -> Account:
+def account_of(source: TensorIndex, trust_remote_code: bool = False) -> Account:
     """What the class of config.json makes of the tensors of a checkpoint."""
     import transformers
 
@@ -170,7 +170,7 @@ def account_of(source: Source, trust_remote_code: bool = False) -> Account:
     return min(accounts, key=lambda one: (bool(one.unknown), len(one.missing)), default=Account(unknown=unknown))
 
 
-def _read_config(source: Source, trust_remote_code: bool) -> Any:
+def _read_config(source: TensorIndex, trust_remote_code: bool) -> Any:
     """By model_type; where that is none that transformers knows, by the class that is named, as loading does."""
     import transformers
 
@@ -183,7 +183,7 @@ def _read_config(source: Source, trust_remote_code: bool) -> Any:
     )
 
 
-def _config_for(cls: Any, config: Any, source: Source) -> Any:
+def _config_for(cls: Any, config: Any, source: TensorIndex) -> Any:
     """config.json as the class reads it, where that is not the class of its model_type; this is what loading does."""
     kind = getattr(cls, "config_class", None)
     if kind is None or isinstance(config, kind):
@@ -240,7 +240,7 @@ def _meta(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
-def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source) -> Account:
+def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: TensorIndex) -> Account:
     import transformers
 
     with _asking, quietly(), _without_accelerate():
@@ -267,7 +267,7 @@ def _ask(cls: Any, config: Any, tensors: dict[str, torch.Tensor], source: Source
     return account_from(model, info, source)
 
 
-def account_from(model: Any, info: Mapping[str, Any], source: Source) -> Account:
+def account_from(model: Any, info: Mapping[str, Any], source: TensorIndex) -> Account:
     """The report of transformers 4 or 5 as an account, with names as the checkpoint has them where that is told."""
     return Account(
         asked=type(model).__name__,
@@ -277,7 +277,7 @@ def account_from(model: Any, info: Mapping[str, Any], source: Source) -> Account
     )
 
 
-def _mismatch(item: Any, model: Any, source: Source) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+def _mismatch(item: Any, model: Any, source: TensorIndex) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """(name, stored shape, wanted shape), of which transformers 4 gives the name alone."""
     if not isinstance(item, str):
         name, stored, wanted = item
@@ -287,7 +287,7 @@ def _mismatch(item: Any, model: Any, source: Source) -> tuple[str, tuple[int, ..
     return item, source.entry(found).shape if found in source.names else (), () if wanted is None else wanted.shape
 
 
-def _as_stored(name: str, source: Source) -> str:
+def _as_stored(name: str, source: TensorIndex) -> str:
     """A name of the class as the checkpoint has it: its base model may stand there without the prefix, or with one."""
     if name in source.names:
         return name

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
 from featherweight.model.layers.modules import CodedModule
+from featherweight.model.layers.replace import multiplies
 from featherweight.model.network.observe import no_fast_path
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.streams import hidden_of, same_values
@@ -138,9 +139,7 @@ class ModuleHost:
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer with a weight of its own, also GPT-2's `Conv1D`, which stores the transpose; no compressed one."""
-    if isinstance(module, CodedModule):
-        return False
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return multiplies(module) and not isinstance(module, CodedModule)
 
 
 def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:

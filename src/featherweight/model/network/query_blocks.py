@@ -97,7 +97,7 @@ def _receive(
         for first in range(0, tokens, step):
             last = min(tokens, first + step)
             until = last if causal and attention_mask is None else keys  # later ones get nothing
-            mask = _mask_of(attention_mask, head, first, last, until, causal, query)
+            mask = _mask_of(attention_mask, head, slice(first, last), until, causal, query)
             some, seen = query[:, head : head + 1, first:last], key[:, of, :until]
             one_channel = value[:, of, :until, :1]  # of an output that nobody reads
             _, chances = plain(one, some, seen, one_channel, mask, *args, **rest)
@@ -110,10 +110,8 @@ def query_step(batch: int, keys: int, dtype: torch.dtype) -> int:
     return max(1, SCRATCH // (COPIES * batch * keys * max(4, dtype.itemsize)))
 
 
-def _mask_of(
-    mask: Tensor | None, head: int, first: int, last: int, keys: int, causal: bool, like: Tensor
-) -> Tensor | None:
-    """What is added to the logits of queries first to last - 1, [B or 1, 1, queries, keys].
+def _mask_of(mask: Tensor | None, head: int, queries: slice, keys: int, causal: bool, like: Tensor) -> Tensor | None:
+    """What is added to the logits of some queries, [B or 1, 1, queries, keys].
 
     Other attention functions are given masks of what may be seen, or none where a query sees all before it.
     """
@@ -121,10 +119,10 @@ def _mask_of(
         if not causal:
             return None
         places = torch.arange(keys, device=like.device)
-        seen = (places <= places[first:last, None])[None, None]
+        seen = (places <= places[queries, None])[None, None]
     else:
         seen = mask[:, head : head + 1] if mask.shape[1] > 1 else mask
-        seen = (seen[:, :, first:last] if seen.shape[2] > 1 else seen)[..., :keys]
+        seen = (seen[:, :, queries] if seen.shape[2] > 1 else seen)[..., :keys]
         if seen.dtype != torch.bool:
             return seen
     hidden = torch.finfo(like.dtype).min

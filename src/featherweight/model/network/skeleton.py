@@ -21,9 +21,9 @@ from featherweight.model.network.placement import Placement, Slot
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.anatomy.anatomy import architectures
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.checkpoint.weights import FLOATING_DTYPES
 from featherweight.system.transformers_calls import asking_transformers
 
-FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _building = threading.Lock()
 
 
@@ -187,7 +187,7 @@ class Skeleton:
             if slot.parameter not in self._owners:
                 self._load_buffer(slot.parameter, stored)
                 continue
-            if stored.dtype not in FLOATING:
+            if stored.dtype not in FLOATING_DTYPES:
                 raise CalibrationError(
                     f"tensor {name} is stored as {stored.dtype}, so the model seems to be quantised already; "
                     "start from its original weights"
@@ -247,7 +247,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
     with _building, _parameters_on_meta(), building:
         model = _from_config(model_class, config, dtype, attention)
     if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"  # one expert at a time, which observers can see
+        model.config._experts_implementation = "eager"  # one expert at a time, whose inputs hooks can see
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.model.products.source import PRECISIONS
+from featherweight.model.products.structs import PRECISIONS
 from featherweight.storage.codes.hadamard import kernel_order
 
 INTEGERS = (torch.int16, torch.int32, torch.int64)

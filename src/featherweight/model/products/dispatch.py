@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featherweight.model.products import reference
 from featherweight.model.products.pack import PackedLinear, pack_code
-from featherweight.model.products.source import native
+from featherweight.model.products.structs import native
 from featherweight.native import library
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.codebook import Codebook
@@ -142,7 +142,7 @@ def _samples() -> Iterator[Code]:
         trits = integers(-1, 2, planes, *shape).to(torch.int8)
         free = scales.unsqueeze(-1) * torch.tensor([1.0, 0.6, 0.3])[:planes]
         tied = weights is not None
-        yield TritPlanes.encode(trits, scales if tied else free, 64, tied, weights=weights)
+        yield TritPlanes.encode(trits, scales if tied else free, 64, tied=tied, weights=weights)
     for bits, symmetric in ((2, True), (3, False), (4, True), (5, False), (8, True)):
         zeros = None if symmetric else integers(0, 1 << bits, ROWS, groups)
         yield Uniform.encode(integers(0, 1 << bits), scales, zeros, bits, 64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.native.library import DTYPES, PACKINGS
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.codebook import Codebook
@@ -18,10 +18,10 @@ from featherweight.storage.codes.sherry import Sherry
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 
-Filled = tuple[c.Source, list[Tensor]]  # a struct, and the tensors it points to
+Filled = tuple[c.CodeStruct, list[Tensor]]  # a struct, and the tensors it points to
 
 LENGTHS = {"codes": "codes_bytes", "scales": "scales_bytes", "zero_points": "zero_bytes", "signs": "sign_bytes"}
-"""Fields of `source.Source` for the lengths of what others point to."""
+"""Fields of `structs.CodeStruct` for the lengths of what others point to."""
 
 
 def _scales(scales: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _source(code: Code, group_size: int, keep: dict[str, Tensor | None], **field
     pointers: dict[str, int | None] = {name: c.address(tensor) for name, tensor in keep.items()}
     pointers |= {LENGTHS[name]: c.size_of(tensor) for name, tensor in keep.items()}
     size = min(group_size, cols)
-    struct = c.Source(
+    struct = c.CodeStruct(
         kind=c.KINDS[code.kind], rows=rows, cols=cols, group_size=size, scale_rows=1, **pointers, **fields
     )
     return struct, [tensor for tensor in keep.values() if tensor is not None]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from featherweight.model.products import reference
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.model.products.checks import (
     check_hadamard,
     check_matmul,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.model.products import source as c
+from featherweight.model.products import structs as c
 from featherweight.model.products.fill import FILL, dense
-from featherweight.model.products.source import Operand
+from featherweight.model.products.structs import Operand
 from featherweight.native.library import DTYPES
 from featherweight.native.packing import pack_trits
 from featherweight.storage.codes import Code, code_from
@@ -369,7 +369,7 @@ class _Packer:
         other.notes = self.notes
         return other
 
-    def _pack(self, struct: c.Source, kind: str, layout: str) -> Operand | None:
+    def _pack(self, struct: c.CodeStruct, kind: str, layout: str) -> Operand | None:
         """None where the source has no such layout. ValueError for codes that mean nothing."""
         struct.segment = self.segment
         place, number = ctypes.addressof(struct), c.LAYOUTS[layout]

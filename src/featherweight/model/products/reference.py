@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featherweight.model.products.source import LAYOUT_NAMES, Header, header_of
+from featherweight.model.products.structs import LAYOUT_NAMES, Header, header_of
 from featherweight.storage.codes.hadamard import hadamard_transform
 from featherweight.storage.codes.sherry import QUARTETS
 from featherweight.storage.codes.trit_planes import log8_decode

@@ -1,4 +1,4 @@
-"""Windows of tokens cut from calibration text; see `featherweight.model.text.sources` for what a text may be.
+"""Windows of tokens cut from calibration text; see `featherweight.model.text.documents` for what a text may be.
 
 Conversations become text through the tokenizer's chat template.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from featherweight.errors import CalibrationError, CheckpointError, FeatherError
 from featherweight.events import Observer
-from featherweight.model.text.sources import Document, read_documents, source_digest
+from featherweight.model.text.documents import Document, read_documents, text_digest
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
@@ -60,7 +60,7 @@ class Wanted:
 
 def windows(
     tokenizer: Any,
-    source: str | Path | None = None,
+    text: str | Path | None = None,
     settings: WindowSettings | None = None,
     *,
     context: int | None = None,
@@ -74,14 +74,14 @@ def windows(
     Parameters
     ----------
     tokenizer : of transformers, or a `featherweight.model.text.tokenizer.Tokenizer`.
-    source : see `featherweight.model.text.sources`.
+    text : see `featherweight.model.text.documents`.
     context : most tokens the model can take, see `context_of`; longer windows are cut to it.
     notify : called when there is less text than wanted.
 
     Raises
     ------
     CalibrationError
-        the source cannot be read, or has text for fewer than 4 windows.
+        the text cannot be read, or is enough for fewer than 4 windows.
     """
     tokenizer = Tokenizer.of(tokenizer)
     settings = settings or Wanted()
@@ -91,7 +91,7 @@ def windows(
     if body < 1:
         raise CalibrationError(f"windows of {length} tokens leave no room beside the special tokens; raise the length")
     generator = torch.Generator().manual_seed(settings.seed)
-    documents = _choose(read_documents(source), settings.sequences * length * SPARE, generator)
+    documents = _choose(read_documents(text), settings.sequences * length * SPARE, generator)
     if prefix and suffix:
         ids, starts = _sentences(tokenizer, documents)
         places = _places_at(starts, len(ids), body)
@@ -100,34 +100,27 @@ def windows(
         count = len(ids) // body
         shift = int(torch.randint(0, len(ids) - count * body + 1, (1,), generator=generator))
         places = [shift + i * body for i in range(count)]
-    _check_enough(len(places), len(ids), length, settings, source, notify)
+    _check_enough(len(places), len(ids), length, settings, text, notify)
     chosen = torch.randperm(len(places), generator=generator)[: settings.sequences].tolist()
     rows = [[*prefix, *ids[places[i] : places[i] + body], *suffix] for i in chosen]
     return torch.tensor(rows, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Windows of calibration text: `ids` int64 [sequences, length]; `mask` 0 for padding, None where there is none."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-
-
 def calibration_windows(
-    checkpoint: Checkpoint, source: str | Path | None, settings: WindowSettings, notify: Observer | None = None
-) -> Sample:
-    """`windows` of a source with the tokenizer and the context of a checkpoint."""
-    context = context_of(checkpoint.config)
-    ids = windows(load_tokenizer(checkpoint.folder), source, settings, context=context, notify=notify)
-    check_vocabulary(ids, vocabulary_of(checkpoint.config))
-    return Sample(ids)
+    checkpoint: Checkpoint, text: str | Path | None, settings: WindowSettings, notify: Observer | None = None
+) -> Tensor:
+    """`windows` of a text with the tokenizer and the context of a checkpoint."""
+    config = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.trust_remote_code)
+    ids = windows(tokenizer, text, settings, context=context_of(config), notify=notify)
+    check_vocabulary(ids, vocabulary_of(config))
+    return ids
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; CalibrationError where there is none."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder; CalibrationError where there is none that can be used."""
     try:
-        found = Tokenizer.open(folder)
+        found = Tokenizer.open(folder, trust_remote_code)
     except CheckpointError as error:
         raise CalibrationError(f"calibration needs a tokenizer, and {error}") from error
     if found is None:
@@ -182,12 +175,12 @@ def _check_enough(
     tokens: int,
     length: int,
     settings: WindowSettings,
-    source: str | Path | None,
+    text: str | Path | None,
     notify: Observer | None,
 ) -> None:
     if count >= settings.sequences:
         return
-    name = "the calibration text" if source is None else f"the calibration text {source}"
+    name = "the calibration text" if text is None else f"the calibration text {text}"
     words = (
         f"{name} has {tokens} tokens, enough for {count} windows of {length}, but {settings.sequences} windows "
         f"({settings.sequences * length} tokens) are wanted"
@@ -283,4 +276,4 @@ def as_text(tokenizer: Any, document: Document) -> str:
         ) from error
 
 
-__all__ = ["Sample", "calibration_windows", "context_of", "source_digest", "windows", "windows_digest"]
+__all__ = ["calibration_windows", "context_of", "text_digest", "windows", "windows_digest"]

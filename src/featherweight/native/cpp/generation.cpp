@@ -184,21 +184,10 @@ bool has(const fw_decoder* decoder, int64_t sequence) {
   return decoder && sequence >= 0 && sequence < decoder->settings().sequences;
 }
 
-template <typename Body>
-int32_t without_exceptions(const Body& body) {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return FW_NO_MEMORY;
-  } catch (...) {
-    return FW_INVALID;
-  }
-}
-
 // A call that changes sequences; when it is over, memory that none of them needs is given back.
 template <typename Body>
 int32_t changing(fw_decoder* decoder, const Body& body) {
-  const int32_t status = without_exceptions(body);
+  const int32_t status = guarded_call(body);
   decoder->cache().trim();
   return status;
 }
@@ -207,7 +196,7 @@ int32_t changing(fw_decoder* decoder, const Body& body) {
 
 int32_t fw_decoder_new(const fw_decoder_settings* settings, fw_decoder** decoder) {
   if (!settings || !decoder || !valid(*settings)) return FW_INVALID;
-  return without_exceptions([&]() -> int32_t {
+  return guarded_call([&]() -> int32_t {
     *decoder = new fw_decoder(*settings);
     return FW_OK;
   });

@@ -11,7 +11,7 @@
 #include "featherweight.h"
 
 // What a matrix is stored as (the formats of docs/format.md).
-enum fw_source_kind { FW_TRIT_PLANES = 0, FW_UNIFORM = 1, FW_CODEBOOK = 2, FW_DENSE = 3, FW_SHERRY = 4 };
+enum fw_code_kind { FW_TRIT_PLANES = 0, FW_UNIFORM = 1, FW_CODEBOOK = 2, FW_DENSE = 3, FW_SHERRY = 4 };
 // How codes lie in an operand. FIELDS: a code is cut into parts of 4, 2 and 1 bits (or is a byte). BASE3: five trits a byte.
 enum fw_layout { FW_AUTO = -1, FW_FIELDS = 0, FW_TRITS = 1, FW_TABLES = 2, FW_PLAIN = 3, FW_QUARTETS = 4 };
 enum { FW_LOG8 = 4, FW_INT8 = 5 };  // further scale and value types after fw_dtype
@@ -19,7 +19,7 @@ enum { FW_LOG8 = 4, FW_INT8 = 5 };  // further scale and value types after fw_dt
 // to bfloat16 where it is a matrix of bfloat16 values. All others take them as they are.
 enum fw_precision { FW_ACTIVATION_INT8 = 0, FW_ACTIVATION_FLOAT = 1 };
 
-typedef struct fw_source {
+typedef struct fw_code {
   int32_t kind;
   int32_t planes;          // trit planes: 1 to 3
   int32_t packing;         // trit planes: fw_packing
@@ -39,7 +39,7 @@ typedef struct fw_source {
   const uint8_t* signs;    // sherry
   int64_t segment;         // columns with one activation scale; 0: chosen (the group, at most 128 columns a segment)
   int64_t codes_bytes, scales_bytes, zero_bytes, sign_bytes;  // of memory at the pointers: a source that needs more is invalid
-} fw_source;
+} fw_code;
 
 typedef struct fw_operand {  // the header of an operand
   uint32_t magic, version;
@@ -62,10 +62,10 @@ typedef struct fw_operand {  // the header of an operand
 FW_API const char* fw_product_isa(void);
 
 // Bytes of the operand for a source, or -1 if the source is invalid. layout: fw_layout; FW_AUTO takes the one that is best here.
-FW_API int64_t fw_operand_bytes(const fw_source* source, int32_t layout);
+FW_API int64_t fw_operand_bytes(const fw_code* source, int32_t layout);
 // Writes it to `operand`, 64-byte aligned memory of `bytes` bytes, at least fw_operand_bytes. *bad: first invalid byte of the
 // codes (FW_INVALID).
-FW_API int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int64_t bytes, int32_t threads,
+FW_API int32_t fw_operand_pack(const fw_code* source, int32_t layout, void* operand, int64_t bytes, int32_t threads,
                                int64_t* bad);
 // FW_OK if `bytes` bytes at `operand`, 64-byte aligned, are an operand of this library that is complete and consistent. All
 // functions that take an operand ask this first.

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kLargest = int64_t{1} << 40;
 constexpr int64_t kLongestSegment = 65536;
 
-int sum_of_weights(const fw_source& s) {
+int sum_of_weights(const fw_code& s) {
   int sum = 0;
   for (int k = 0; k < s.planes; ++k) sum += s.weights[k];
   return sum;
@@ -33,7 +33,7 @@ int bits_for(int levels) {
 }
 
 // Columns with one activation scale: the group, or a divisor of a long one that is long enough to be worth it.
-int64_t choose_segment(const fw_source& s) {
+int64_t choose_segment(const fw_code& s) {
   if (s.kind == FW_DENSE) return s.cols;  // a token of plain values is prepared as a whole
   if (s.segment > 0) return s.segment;
   if (s.kind == FW_CODEBOOK) return s.group_size;
@@ -56,7 +56,7 @@ int64_t padded_steps(int32_t layout, int bits, int64_t segment) {
 }
 
 // All but the lengths.
-bool valid(const fw_source& s) {
+bool valid(const fw_code& s) {
   if (s.rows < 1 || s.cols < 1 || s.rows > kLargest || s.cols > kLargest || s.group_size < 1 || !s.codes) return false;
   if (s.rows > kLargest / s.cols) return false;
   if (s.segment < 0 || (s.kind != FW_DENSE && !s.scales)) return false;
@@ -79,11 +79,11 @@ bool valid(const fw_source& s) {
 }
 
 // Whether no quartet has lanes in two segments.
-bool whole_quartets(const fw_source& s, int64_t segment) {
+bool whole_quartets(const fw_code& s, int64_t segment) {
   return segment % (4 * s.lane_stride) == 0 || (s.lane_stride == 1 && segment >= s.cols);
 }
 
-int32_t choose_layout(const fw_source& s) {
+int32_t choose_layout(const fw_code& s) {
   switch (s.kind) {
     case FW_TRIT_PLANES: return product_kernels().trits ? FW_TRITS : FW_FIELDS;
     case FW_SHERRY: return whole_quartets(s, std::min(choose_segment(s), s.cols)) ? FW_QUARTETS : FW_FIELDS;
@@ -97,7 +97,7 @@ int32_t choose_layout(const fw_source& s) {
 
 // Whether the memory that a source points to is as long as it says, and what it says is enough. All sizes are those of a
 // valid shape: there is nothing that could overflow.
-bool long_enough(const fw_source& s) {
+bool long_enough(const fw_code& s) {
   const int64_t elements = s.rows * s.cols, groups = divide_up(s.cols, std::min(s.group_size, s.cols));
   const int64_t scales = (s.scale_rows > 1 ? 1 : s.rows * groups) * scale_bytes(s.scale_dtype);
   switch (s.kind) {
@@ -119,7 +119,7 @@ bool long_enough(const fw_source& s) {
   }
 }
 
-bool make_header(const fw_source& s, int32_t layout, fw_operand& h) {
+bool make_header(const fw_code& s, int32_t layout, fw_operand& h) {
   if (!valid(s)) return false;
   if (layout == FW_AUTO) layout = choose_layout(s);
   const bool trits = s.kind == FW_TRIT_PLANES || s.kind == FW_SHERRY;
@@ -187,7 +187,7 @@ bool aligned_operand(const void* operand) { return operand && reinterpret_cast<u
 
 // ---- the C interface ----
 
-int64_t fw_operand_bytes(const fw_source* source, int32_t layout) {
+int64_t fw_operand_bytes(const fw_code* source, int32_t layout) {
   fw_operand header;
   return source && make_header(*source, layout, header) && long_enough(*source) ? header.bytes : -1;
 }
@@ -198,7 +198,7 @@ int32_t fw_operand_check(const void* operand, int64_t bytes) {
   if (h.magic != kOperandMagic || h.version != kOperandVersion || h.bytes > bytes) return FW_INVALID;
   if (h.segments_per_group < 1 || h.segment < 1 || h.segments_per_group > kLargest / h.segment) return FW_INVALID;
   // The header must be the one that a source with these settings gets.
-  fw_source s = {};
+  fw_code s = {};
   s.kind = h.layout == FW_TABLES ? FW_CODEBOOK : h.layout == FW_PLAIN ? FW_DENSE : h.layout == FW_QUARTETS ? FW_SHERRY : FW_UNIFORM;
   if (h.layout == FW_TRITS || (h.layout == FW_FIELDS && (h.planes > 1 || h.tied))) s.kind = FW_TRIT_PLANES;
   s.planes = h.planes;

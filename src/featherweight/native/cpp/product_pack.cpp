@@ -141,7 +141,7 @@ float value_of(const void* from, int32_t dtype, int64_t index) {
   return dtype == FW_FLOAT16 ? float_from_half(half) : float_from_bfloat16(half);
 }
 
-void pack_scales(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+void pack_scales(const fw_code& s, const fw_operand& h, int64_t tile, uint8_t* to) {
   const int64_t size = scale_bytes(s.scale_dtype), planes = h.tied ? 1 : h.planes;
   const int64_t groups = s.scale_rows > 1 ? 1 : h.groups;
   for (int64_t g = 0; g < h.groups; ++g)
@@ -157,7 +157,7 @@ void pack_scales(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t*
       }
 }
 
-void pack_zeros(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+void pack_zeros(const fw_code& s, const fw_operand& h, int64_t tile, uint8_t* to) {
   for (int64_t g = 0; g < h.groups; ++g)
     for (int64_t r = 0; r < kTileRows; ++r, ++to) {
       const int64_t row = tile * kTileRows + r, bit = (row * h.groups + g) * s.bits;
@@ -170,7 +170,7 @@ void pack_zeros(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* 
     }
 }
 
-void pack_codebooks(const fw_source& s, const fw_operand& h, int64_t tile, float* to) {
+void pack_codebooks(const fw_code& s, const fw_operand& h, int64_t tile, float* to) {
   const int64_t entries = h.groups << h.bits;
   for (int64_t r = 0; r < kTileRows; ++r)
     for (int64_t e = 0; e < entries; ++e, ++to) {
@@ -181,7 +181,7 @@ void pack_codebooks(const fw_source& s, const fw_operand& h, int64_t tile, float
 
 // Lines of a tile's rows to columns, words or (Halves) half words; rows and columns that the matrix lacks are zeros.
 template <bool Halves>
-void pack_lines(const fw_source& s, int64_t tile, int64_t row_bytes, int64_t padded_bytes, uint8_t* to) {
+void pack_lines(const fw_code& s, int64_t tile, int64_t row_bytes, int64_t padded_bytes, uint8_t* to) {
   const uint8_t* from = static_cast<const uint8_t*>(s.codes) + tile * kTileRows * row_bytes;
   const int64_t rows = std::min(kTileRows, s.rows - tile * kTileRows);
   for (int64_t at = 0; at < padded_bytes; at += 64, to += 64 * kTileRows) {
@@ -205,7 +205,7 @@ void pack_lines(const fw_source& s, int64_t tile, int64_t row_bytes, int64_t pad
   }
 }
 
-void pack_plain(const fw_source& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+void pack_plain(const fw_code& s, const fw_operand& h, int64_t tile, uint8_t* to) {
   const int64_t size = scale_bytes(s.scale_dtype), bytes = s.cols * size, padded = padded_columns(&h) * size;
   if (s.scale_dtype == FW_FLOAT16)
     pack_lines<true>(s, tile, bytes, padded, to);
@@ -219,14 +219,14 @@ struct PackWork {
   int64_t width;
   std::vector<uint8_t> rows, steps;
 
-  PackWork(const fw_source& s, const fw_operand& h, int64_t row_width)
+  PackWork(const fw_code& s, const fw_operand& h, int64_t row_width)
       : reader(s, h, row_width),
         width(row_width),
         rows(static_cast<size_t>(kTileRows * row_width + 64)),
         steps(static_cast<size_t>(kStepBytes * (round_up(total_steps(h), 16) + 4))) {}
 };
 
-void pack_tile(const fw_source& s, const fw_operand& h, int64_t tile, PackWork& work, uint8_t* operand) {
+void pack_tile(const fw_code& s, const fw_operand& h, int64_t tile, PackWork& work, uint8_t* operand) {
   uint8_t* codes = operand + h.codes_at + tile * h.codes_per_tile;
   if (h.layout == FW_PLAIN) return pack_plain(s, h, tile, codes);
   for (int plane = 0; plane < h.planes; ++plane) {
@@ -253,7 +253,7 @@ constexpr int64_t kTilesAtOnce = 4;               // that a thread takes
 constexpr int64_t kBytesToShare = int64_t{1} << 16;  // packed faster than other threads are woken
 
 // The first byte of the planes, in the order they are looked through, that no trits pack to; -1 if there is none.
-int64_t bad_trit_byte(const fw_source& s, int threads) {
+int64_t bad_trit_byte(const fw_code& s, int threads) {
   constexpr int64_t kNone = INT64_MAX;
   const int64_t bytes = packed_trit_bytes(s.rows * s.cols, s.packing);
   for (int k = 0; k < s.planes; ++k) {
@@ -274,14 +274,14 @@ int64_t bad_trit_byte(const fw_source& s, int threads) {
 
 }  // namespace
 
-int32_t fw_operand_pack(const fw_source* source, int32_t layout, void* operand, int64_t bytes, int32_t threads, int64_t* bad) {
+int32_t fw_operand_pack(const fw_code* source, int32_t layout, void* operand, int64_t bytes, int32_t threads, int64_t* bad) {
   return guarded_call([&]() -> int32_t {
     fw_operand header;
     if (bad) *bad = -1;
     if (!source || !aligned_operand(operand) || !make_header(*source, layout, header) || !long_enough(*source)) return FW_INVALID;
     if (header.bytes > bytes) return FW_INVALID;
     threads = fair_threads(threads);
-    const fw_source& s = *source;
+    const fw_code& s = *source;
     if (s.kind == FW_TRIT_PLANES) {
       const int64_t found = bad_trit_byte(s, threads);
       if (found >= 0) {

@@ -17,7 +17,7 @@ namespace {
 // Rows [first, first + 16) of a plane of codes as bytes [16][width], `width` >= the padded columns.
 class Reader {
  public:
-  Reader(const fw_source& source, const fw_operand& header, int64_t width)
+  Reader(const fw_code& source, const fw_operand& header, int64_t width)
       : s_(source),
         h_(header),
         width_(width),
@@ -129,7 +129,7 @@ class Reader {
     }
   }
 
-  const fw_source& s_;
+  const fw_code& s_;
   const fw_operand& h_;
   int64_t width_;
   bool whole_;  // a row of digits needs no padding between segments

@@ -16,10 +16,9 @@ from typing import Any
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.family import find_family
-from featherweight.storage.checkpoint.anatomy.source import Described, Source
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, Described, TensorIndex
 from featherweight.storage.checkpoint.format import METHOD, module_specs
 
-FLOATING = {"F64", "F32", "F16", "BF16"}
 ADAPTER = re.compile(r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)(\.|$)")
 CODES = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map|nested_absmax|weight_(scale|zero_point)\w*"
@@ -50,7 +49,7 @@ class Account:
     unknown: str = ""
 
 
-def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
+def refuse_other_kinds(checkpoint: TensorIndex, quantized: bool) -> None:
     """CheckpointError if names or types show that these are not a model's own weights.
 
     quantized : config.json names a method that makes the codes into weights
@@ -73,7 +72,7 @@ def refuse_other_kinds(checkpoint: Source, quantized: bool) -> None:
         )
 
 
-def _claimed(checkpoint: Source) -> tuple[str, ...]:
+def _claimed(checkpoint: TensorIndex) -> tuple[str, ...]:
     """Beginnings of the names whose meaning config.json says: of the modules with a code of ours, else of all."""
     found = checkpoint.config.get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
@@ -81,7 +80,7 @@ def _claimed(checkpoint: Source) -> tuple[str, ...]:
     return tuple(f"{module}." for module in module_specs(found))
 
 
-def refuse_impossible_depth(checkpoint: Source) -> None:
+def refuse_impossible_depth(checkpoint: TensorIndex) -> None:
     """CheckpointError if config.json asks for more blocks than there are tensors: whoever builds them would not end."""
     nested = [value for value in checkpoint.config.values() if isinstance(value, Mapping)]
     for holder in (checkpoint.config, *nested):
@@ -110,7 +109,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:SHOWN]) + more
 
 
-def expert_gaps(checkpoint: Source) -> list[str]:
+def expert_gaps(checkpoint: TensorIndex) -> list[str]:
     """Tensors that some experts of a list have and others lack, up to the number that config.json gives."""
     lists: dict[str, dict[str, set[int]]] = {}
     for name in checkpoint.names:
@@ -136,12 +135,12 @@ def expert_count(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def missing_text(checkpoint: Source, missing: list[str]) -> str:
+def missing_text(checkpoint: TensorIndex, missing: list[str]) -> str:
     """The refusal of an incomplete checkpoint."""
     return f"{checkpoint.folder} lacks {some(missing)}, which config.json asks for: download it again"
 
 
-def is_whole(checkpoint: Source) -> bool:
+def is_whole(checkpoint: TensorIndex) -> bool:
     """Whether the tensors are exactly those that the family's file lists, with shapes that fit config.json.
 
     False says nothing: the family has no list, or config.json changes what there is, or the tensors differ.
@@ -165,7 +164,7 @@ def is_whole(checkpoint: Source) -> bool:
     )
 
 
-def listed_missing(checkpoint: Source) -> list[str]:
+def listed_missing(checkpoint: TensorIndex) -> list[str]:
     """Tensors that the family's file lists and the checkpoint lacks, for when no class can be asked: by names alone,
     without the head, which may be tied."""
     family = find_family(checkpoint.config)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from featherweight.errors import CheckpointError, shown
-from featherweight.storage.checkpoint.accounting import BUFFERS, CODES, FLOATING
+from featherweight.storage.checkpoint.accounting import BUFFERS, CODES
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING
 from featherweight.storage.checkpoint.format import METHOD
 from featherweight.storage.checkpoint.prefixes import unwrapped
 from featherweight.storage.checkpoint.resolve import ADAPTER_CONFIG, PICKLE_SUFFIXES, Place, refuse_lfs_pointer, resolve

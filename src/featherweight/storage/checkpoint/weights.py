@@ -14,7 +14,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 SAMPLES = 4  # places in a tensor
 SAMPLE_BYTES = 256
-FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+FLOATING_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class LayerWeight:
@@ -31,7 +31,7 @@ class LayerWeight:
         self.shape: tuple[int, int] = layer.shape
         self.dtype = checkpoint.entry(layer.tensor).torch_dtype
         self.largest = 0.0
-        if self.dtype not in FLOATING:
+        if self.dtype not in FLOATING_DTYPES:
             raise CheckpointError(
                 f"tensor {layer.tensor} is stored as {self.dtype}, expected bfloat16, float16, float32 or float64: "
                 "the model seems to be quantised already; start from its original weights"
@@ -84,7 +84,7 @@ class LayerWeight:
 def scan_tensor(checkpoint: Checkpoint, name: str, window_bytes: int = 16 << 20) -> None:
     """NonFiniteError if a tensor that is to be copied holds NaN or infinity."""
     entry = checkpoint.entry(name)
-    if entry.torch_dtype not in FLOATING or entry.elements == 0:
+    if entry.torch_dtype not in FLOATING_DTYPES or entry.elements == 0:
         return
     if not entry.shape:
         _check(checkpoint.tensor(name).view(1), name, None)

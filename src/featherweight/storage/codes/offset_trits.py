@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import shown
-from featherweight.native.packing import Packing, decode_trit_planes, pack_trits, unpack_trits
+from featherweight.native.packing import TRITS_PER_BYTE, Packing, decode_trit_planes, pack_trits, unpack_trits
 from featherweight.registry import register
 from featherweight.storage.codes.base import (
     Code,
@@ -26,7 +26,6 @@ from featherweight.storage.codes.base import (
     matrix_shape,
     whole_number,
 )
-from featherweight.storage.codes.trit_planes import TRITS_A_BYTE
 
 
 @register("code", "offset-trits")
@@ -79,7 +78,7 @@ class OffsetTrits(Code):
         return scaled + self.offsets.float()[:, torch.arange(self.shape[1]) // self.group_size]
 
     def decode_rows(self, first: int, last: int) -> Tensor:
-        columns, per_byte = self.shape[1], TRITS_A_BYTE[self.packing]
+        columns, per_byte = self.shape[1], TRITS_PER_BYTE[self.packing]
         if first * columns % per_byte:  # the rows begin inside a byte
             return super().decode_rows(first, last)
         trits = self.trits[first * columns // per_byte : -(-last * columns // per_byte)]
@@ -91,10 +90,10 @@ class OffsetTrits(Code):
         rows, columns = matrix_shape(spec)
         groups = groups_of(columns, whole_number(spec, "group_size", 1, 1 << 30))
         packing = spec.get("packing", "base3")
-        if packing not in TRITS_A_BYTE:
-            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_A_BYTE)}")
+        if packing not in TRITS_PER_BYTE:
+            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_PER_BYTE)}")
         per_group = TensorLayout((rows, groups), dtype_from(spec, "scale_dtype", "float16"))
-        trits = TensorLayout((-(-rows * columns // TRITS_A_BYTE[packing]),), torch.uint8)
+        trits = TensorLayout((-(-rows * columns // TRITS_PER_BYTE[packing]),), torch.uint8)
         return {"trits": trits, "scales": per_group, "offsets": per_group}
 
     @classmethod

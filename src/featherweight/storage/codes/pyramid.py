@@ -69,17 +69,18 @@ class Pyramid(Code):
     @classmethod
     def encode(
         cls,
-        points: Tensor,
-        amplitudes: Tensor,
+        vectors: tuple[Tensor, Tensor],
         norms: Tensor,
         columns: int,
         group_size: int,
         pulses: int,
         amplitude_bits: int,
+        *,
         levels: LevelRule = "lloyd-max",
         storage: Storage = "index",
     ) -> Pyramid:
-        """Pack `points` integer [out, vectors, D] (on the pyramid or zero) and `amplitudes` [out, vectors]."""
+        """Pack points integer [out, vectors, D] (on the pyramid or zero) and indices of amplitudes [out, vectors]."""
+        points, amplitudes = vectors
         rows, _, size = points.shape
         directions = _pack_directions(points.reshape(-1, size), pulses, storage)
         packed = pack_bits(amplitudes.reshape(-1).to(torch.uint8), amplitude_bits)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import shown
-from featherweight.native.packing import Packing, decode_trit_planes, pack_trits, unpack_trits
+from featherweight.native.packing import TRITS_PER_BYTE, Packing, decode_trit_planes, pack_trits, unpack_trits
 from featherweight.registry import register
 from featherweight.storage.codes.base import (
     Code,
@@ -36,8 +36,6 @@ from featherweight.storage.codes.base import (
     plural,
     whole_number,
 )
-
-TRITS_A_BYTE = {"base3": 5, "2bit": 4}
 
 LOG8 = "log8"
 LOG8_STEPS = 32  # to a factor of two
@@ -130,6 +128,7 @@ class TritPlanes(Code):
         trits: Tensor,
         scales: Tensor,
         group_size: int,
+        *,
         tied: bool = False,
         packing: Packing = "base3",
         scale_dtype: torch.dtype | str = torch.float16,
@@ -190,7 +189,7 @@ class TritPlanes(Code):
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         columns = self.shape[1]
-        per_byte = TRITS_A_BYTE[self.packing]
+        per_byte = TRITS_PER_BYTE[self.packing]
         if first * columns % per_byte:  # the rows begin inside a byte
             return super().decode_rows(first, last)
         trits = self.trits[:, first * columns // per_byte : -(-last * columns // per_byte)]
@@ -203,15 +202,15 @@ class TritPlanes(Code):
         planes = whole_number(spec, "planes", 1, 3)
         group_size = whole_number(spec, "group_size", 1, 1 << 30)
         packing = spec.get("packing", "base3")
-        if packing not in TRITS_A_BYTE:
-            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_A_BYTE)}")
+        if packing not in TRITS_PER_BYTE:
+            raise ValueError(f"packing is {shown(packing)}, expected {' or '.join(TRITS_PER_BYTE)}")
         groups = groups_of(columns, group_size)
         scales = (rows, groups) if spec.get("tied", False) else (rows, groups, planes)
         _weights_of(spec, planes)
         log8 = spec.get("scale_dtype") == LOG8
         dtype = torch.uint8 if log8 else dtype_from(spec, "scale_dtype", "float16")
         stored = {
-            "trits": TensorLayout((planes, -(-rows * columns // TRITS_A_BYTE[packing])), torch.uint8),
+            "trits": TensorLayout((planes, -(-rows * columns // TRITS_PER_BYTE[packing])), torch.uint8),
             "scales": TensorLayout(scales, dtype),
         }
         return stored | ({"scale_exponent": TensorLayout((1,), torch.int8)} if log8 else {})

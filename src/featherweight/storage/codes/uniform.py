@@ -54,6 +54,7 @@ class Uniform(Code):
         zero_points: Tensor | None,
         bits: int,
         group_size: int,
+        *,
         scale_dtype: torch.dtype = torch.float16,
         axis: Axis = "input",
     ) -> Uniform:

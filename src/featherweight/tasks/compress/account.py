@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.storage.checkpoint.anatomy import Anatomy, config_ties, own_head_text, read_anatomy
-from featherweight.storage.checkpoint.anatomy.source import Described, Located
+from featherweight.storage.checkpoint.anatomy.tensor_index import Described, Located
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 
 

@@ -22,7 +22,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.run.folder import RunFolder
 from featherweight.tasks.compress.plan import Job, Plan
-from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, group_seed, output_error, relative_error
+from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, group_seed, output_error, relative_error
 from featherweight.tasks.compress.stored import solve_with
 
 
@@ -122,22 +122,22 @@ def measured(
             jobs = [replace(job, treatment=treatment) for treatment in treatments]
             keys = [key_of(one, measuring.seed, file) for one in jobs]
             if any(key not in measuring.known for key in keys):
-                group = InputGroup(
+                inputs = InputStatistics(
                     {} if file is None else file.statistics(name), group_seed(measuring.seed, job.layer.input_group)
                 )
                 source = LayerWeight(checkpoint, job.layer)
                 source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
                 for key, one in zip(keys, jobs, strict=True):
                     if key not in measuring.known:
-                        measuring.known[key] = _error(one, source, group, plan)
+                        measuring.known[key] = _error(one, source, inputs, plan)
             errors[name] = [measuring.known[key] for key in keys]
             notify({"event": "measuring layers", "layer": name, "step": number + 1, "of": len(plan.jobs)})
     return errors
 
 
-def _error(job: Job, source: LayerWeight, group: InputGroup, plan: Plan) -> float:
-    code = solve_with(job, source, group, plan.options).code
-    gram: Tensor | None = group.statistics.get(HELD_OUT, group.statistics.get("gram"))
+def _error(job: Job, source: LayerWeight, inputs: InputStatistics, plan: Plan) -> float:
+    code = solve_with(job, source, inputs, plan.options).code
+    gram: Tensor | None = inputs.statistics.get(HELD_OUT, inputs.statistics.get("gram"))
     if gram is None:
         return relative_error(source, code, plan.options.threads) ** 2
     return output_error(source.rows(0, source.shape[0]).float(), code, gram)

@@ -33,6 +33,7 @@ def lay_out(
     records: list[dict[str, Any]],
     shard_bytes: int,
     store: Store,
+    *,
     changed: dict[str, str] | None = None,
     config: dict[str, Any] | None = None,
     whole_model: list[dict[str, Any]] | None = None,

@@ -18,7 +18,7 @@ from featherweight.tasks.compress.layer_statistics import LayerStatistics
 from featherweight.tasks.compress.plan import Plan
 from featherweight.tasks.compress.solve import (
     HELD_OUT,
-    InputGroup,
+    InputStatistics,
     Solved,
     code_without_data,
     output_error,
@@ -68,7 +68,7 @@ class BlockSteps:
         for name in self.names:
             record = known[name]
             assert record is not None
-            self.finished.tell(name, record, resumed=True)
+            self.finished.report(name, record, resumed=True)
 
     def work(self, known: Known) -> None:
         """Everything but storing what changed beside the layers, and moving on."""
@@ -153,8 +153,8 @@ class BlockSteps:
             gathered: dict[str, dict[str, Tensor]] = {}
             if any(known[name] is None for name in names):
                 gathered = self.statistics.gather_together(self.session, names)
-            for name, group in self.statistics.input_groups(self.session, names, gathered).items():
-                self._settle(name, known[name], lambda n=name, g=group: self._solve(n, g))  # type: ignore[misc]
+            for name, inputs in self.statistics.inputs_of(self.session, names, gathered).items():
+                self._settle(name, known[name], lambda n=name, i=inputs: self._solve(n, i))  # type: ignore[misc]
             self._after(names)
 
     def _sets(self) -> Iterator[list[str]]:
@@ -182,22 +182,22 @@ class BlockSteps:
                         self._exchange(name, code)
                         done[name] = code
 
-    def _solve(self, name: str, group: InputGroup) -> Solved:
+    def _solve(self, name: str, inputs: InputStatistics) -> Solved:
         job, options = self.jobs[name], self.plan.options
         source, fixed = HeldWeight(self._floats[name]), self._fixed.get(name, ())
-        group = self.statistics.with_own(group, name)
+        inputs = self.statistics.with_own(inputs, name)
         reason = self.statistics.unusable(self.session, name)
         if reason is None:
-            solved = solve_layer(job, source, group, options, fixed)
+            solved = solve_layer(job, source, inputs, options, fixed)
         else:
-            plain = solve_layer(job.without_data(), source, InputGroup({}, group.seed), options, fixed)
+            plain = solve_layer(job.without_data(), source, InputStatistics({}, inputs.seed), options, fixed)
             solved = replace(plain, notes={**plain.notes, "fallback": "data-free", "reason": reason})
         self.journal.note_fallback(name, solved.notes)
-        if reason is None and "layer" in self.compared(name) and HELD_OUT not in group.statistics:
+        if reason is None and "layer" in self.compared(name) and HELD_OUT not in inputs.statistics:
             unchecked = "no held-out token reached it"
             self.journal.note(f"{name} is not compared with its data-free form: {unchecked}", layer=name)
             solved = replace(solved, notes={**solved.notes, "unchecked": unchecked})
-        gram = group.statistics.get("gram")
+        gram = inputs.statistics.get("gram")
         if gram is None or reason is not None:
             return solved
         return replace(solved, notes={**solved.notes, "output_error": output_error(source.weight, solved.code, gram)})
@@ -212,7 +212,7 @@ class BlockSteps:
         else:
             record, code = known, self.finished.code(name)
         self.session.set_weight(name, code.decode())
-        self.finished.tell(name, record, resumed=known is not None)
+        self.finished.report(name, record, resumed=known is not None)
 
     def _exchange(self, name: str, code: Code, notes: Mapping[str, Any] | None = None) -> None:
         """Give a finished layer of the block another code."""

@@ -1,4 +1,4 @@
-"""Compression with calibration: the network is run block by block, and each block's layers are solved in its course.
+"""Compression with calibration: the network is run block by block, and each block's layers are solved as it is reached.
 
 For every block: choices that see the whole block change it; then, set after set of layers that share an input, the
 statistics of the stream as it is by then are gathered and the layers solved, each put back as what its code decodes to.
@@ -27,7 +27,7 @@ from featherweight.tasks.compress.layer_statistics import LayerStatistics
 from featherweight.tasks.compress.model_steps import ModelSteps
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_base
-from featherweight.tasks.compress.solve import InputGroup, Solved, group_seed, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, Solved, group_seed, solve_layer
 
 
 @dataclass
@@ -115,15 +115,15 @@ class CalibratedRun:
         resumed = record is not None
         if record is None:
             source = self._source_of(job)
-            group = InputGroup({}, group_seed(self.seed, job.layer.input_group))
+            inputs = InputStatistics({}, group_seed(self.seed, job.layer.input_group))
             alone = job.treatment.by_itself
-            solved = solve_layer(job if alone else job.without_data(), source, group, self.plan.options)
+            solved = solve_layer(job if alone else job.without_data(), source, inputs, self.plan.options)
             if not alone:
                 reason = "calibration does not run through it"
                 solved = Solved(solved.code, {**solved.notes, "fallback": "data-free", "reason": reason})
                 self.journal.note_fallback(name, solved.notes)
             record = self.finished.keep(name, source, solved)
-        self.finished.tell(name, record, resumed)
+        self.finished.report(name, record, resumed)
 
     def _source_of(self, job: Job) -> WeightSource:
         """The weight of a layer that no block holds: what a transform of the whole model made of it, if there was one,

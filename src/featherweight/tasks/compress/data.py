@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from featherweight.errors import CheckpointError, FeatherError, RecipeError
+from featherweight.errors import FeatherError, RecipeError
 from featherweight.events import Observer
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe
@@ -22,7 +22,6 @@ from featherweight.tasks.compress.refusals import check_base, check_reads_text, 
 
 if TYPE_CHECKING:
     from featherweight.methods.calibrate.settings import CalibrationSettings
-    from featherweight.model.text.tokenizer import Tokenizer
     from featherweight.storage.run.folder import RunFolder
     from featherweight.tasks.compress.plan import Plan
 
@@ -49,20 +48,22 @@ class CalibrationData:
         cls,
         recipe: Recipe,
         checkpoint: Checkpoint,
-        source: str | Path | None,
+        calibration: str | Path | None,
         base_model: str | Path | None,
         notify: Observer | None = None,
         device: torch.device | None = None,
     ) -> CalibrationData:
         """FeatherError where something is missing or there is too little text."""
-        check_source(recipe, source, base_model)
+        check_calibration(recipe, calibration, base_model)
         if not recipe.calibrated:
             return cls(recipe)
-        if str(source).endswith(".safetensors"):
-            check_stored(recipe, Path(str(source)), checkpoint)
-            return cls(recipe, None, Path(str(source)), base_model)
+        if str(calibration).endswith(".safetensors"):
+            check_stored(recipe, Path(str(calibration)), checkpoint)
+            return cls(recipe, None, Path(str(calibration)), base_model)
         check_reads_text(recipe, checkpoint)
-        windows = text_windows(checkpoint, source, recipe.calibration, notify)
+        from featherweight.model.text.windows import calibration_windows
+
+        windows = calibration_windows(checkpoint, calibration, recipe.calibration, notify)
         return cls(recipe, windows, None, base_model, device or torch.device("cpu"))
 
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
@@ -140,11 +141,11 @@ def pass_precision(recipe: Recipe, notify: Observer | None = None, device: torch
     return choose_precision(settings.dtype, notify, device)
 
 
-def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Path | None) -> None:
+def check_calibration(recipe: Recipe, calibration: str | Path | None, base_model: str | Path | None) -> None:
     """What can be said without opening anything."""
-    check_file(source)
+    check_file(calibration)
     check_recipe(recipe)
-    if recipe.allocation.needs and not str(source).endswith(".safetensors"):
+    if recipe.allocation.needs and not str(calibration).endswith(".safetensors"):
         raise RecipeError(
             f"recipe {recipe.name}: the allocation {recipe.allocation.kind} chooses by errors of outputs, for which it "
             "needs a file of statistics: gather one with `feather calibrate` and give it as the calibration, or set "
@@ -157,35 +158,10 @@ def check_source(recipe: Recipe, source: str | Path | None, base_model: str | Pa
         )
 
 
-def check_file(source: str | Path | None) -> None:
+def check_file(calibration: str | Path | None) -> None:
     """FeatherError if the calibration text is to come from a file that is not there."""
-    if source is not None and not str(source).startswith("hf:") and not Path(source).exists():
-        raise FeatherError(f"there is no calibration file {source}")
-
-
-def text_windows(
-    checkpoint: Checkpoint, source: str | Path | None, settings: CalibrationSettings, notify: Observer | None = None
-) -> Tensor:
-    """Windows of the text in the model's own tokens."""
-    from featherweight.model.text.windows import check_vocabulary, context_of, vocabulary_of, windows
-
-    config = checkpoint.config
-    ids = windows(tokenizer_of(checkpoint), source, settings, context=context_of(config), notify=notify)
-    check_vocabulary(ids, vocabulary_of(config))
-    return ids
-
-
-def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder; CheckpointError if there is none that can be used."""
-    from featherweight.model.text.tokenizer import Tokenizer
-
-    found = Tokenizer.open(checkpoint.folder, checkpoint.trust_remote_code)
-    if found is None:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer, and a recipe that runs the network needs one: "
-            "put its files beside the weights"
-        )
-    return found
+    if calibration is not None and not str(calibration).startswith("hf:") and not Path(calibration).exists():
+        raise FeatherError(f"there is no calibration file {calibration}")
 
 
 def calibration_needs(recipe: Recipe) -> set[str]:

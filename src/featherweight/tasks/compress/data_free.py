@@ -14,7 +14,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.work import layer_key
 from featherweight.tasks.compress.journal import Journal
 from featherweight.tasks.compress.plan import Plan
-from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, group_seed, record_of, solve_layer
 
 
 def layer_tasks(plan: Plan, checkpoint: Checkpoint, run: RunFolder, seed: int) -> list[Task]:
@@ -45,8 +45,8 @@ def solve_alone(plan: Plan, checkpoint: Checkpoint, run: RunFolder, index: int, 
     job = plan.jobs[index]
     source = LayerWeight(checkpoint, job.layer)
     source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-    group = InputGroup({}, group_seed(seed, job.layer.input_group))
-    solved = solve_layer(job, source, group, plan.options)
+    inputs = InputStatistics({}, group_seed(seed, job.layer.input_group))
+    solved = solve_layer(job, source, inputs, plan.options)
     record = record_of(job, source, solved, plan.options.threads)
     run.keep(index, solved.code, record)
     return record

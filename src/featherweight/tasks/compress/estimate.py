@@ -28,7 +28,7 @@ from featherweight.system.precision import choose_precision
 from featherweight.tasks.compress.data import pass_precision
 from featherweight.tasks.compress.layer_statistics import gathered_needs
 from featherweight.tasks.compress.plan import Job, Plan
-from featherweight.tasks.compress.solve import InputGroup, relative_error, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, relative_error, solve_layer
 
 FEW, MANY = 32, 160  # rows of the two samples of a layer
 WIDEST = 1024  # columns of samples at most: a wider layer's time follows from theirs
@@ -109,21 +109,21 @@ class _Solving:
         tokens = _random(2 * width, width)
         needs = gathered_needs(self.job.treatment, self.plan.recipe.calibration.held_out)
 
-        def took(rows: int, group: InputGroup) -> float:
+        def took(rows: int, inputs: InputStatistics) -> float:
             layer = replace(self.job.layer, shape=(rows, width))
             weight = HeldWeight(_random(rows, width).mul_(0.02))
             begun = time.perf_counter()
-            solve_layer(replace(self.job, layer=layer), weight, group, self.plan.options)
+            solve_layer(replace(self.job, layer=layer), weight, inputs, self.plan.options)
             return time.perf_counter() - begun
 
-        def group() -> InputGroup:
+        def gathered() -> InputStatistics:
             accumulator = Accumulator(width, needs, torch.device("cpu"))
             accumulator.add(tokens, None, 0.01 * tokens.flip(0) if "cross" in needs else None)
             accumulator.add_held_out(tokens)
-            return InputGroup(accumulator.finish(), 0)
+            return InputStatistics(accumulator.finish(), 0)
 
-        took(8, group())  # warms up
-        shared = group()
+        took(8, gathered())  # warms up
+        shared = gathered()
         first = took(FEW, shared)
         few, many = (min(took(rows, shared) for _ in range(2)) for rows in (FEW, MANY))
         row = max(0.0, many - few) / (MANY - FEW)

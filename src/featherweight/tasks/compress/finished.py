@@ -52,7 +52,7 @@ class FinishedLayers:
         self.run.keep(self._numbers[name], solved.code, record)
         return record
 
-    def tell(self, name: str, record: dict[str, Any], resumed: bool) -> None:
+    def report(self, name: str, record: dict[str, Any], resumed: bool) -> None:
         """Enter a finished layer into the journal. resumed : an earlier command had finished it."""
         self.journal.finish(self._numbers[name], record, resumed)
 

@@ -20,7 +20,6 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
 from featherweight.tasks.compress.account import accounted_anatomy
-from featherweight.tasks.compress.data import text_windows
 
 PARTS_SUFFIX = ".parts"
 PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves where it is stopped
@@ -29,7 +28,7 @@ PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves
 def gather_statistics(
     model: str | Path,
     out: str | Path,
-    source: str | Path | None = None,
+    text: str | Path | None = None,
     needs: Collection[str] = ("gram", "mean_abs", "held_out_gram"),
     settings: Mapping[str, Any] | None = None,
     *,
@@ -48,7 +47,7 @@ def gather_statistics(
     from featherweight.methods.calibrate.runner import Calibration
     from featherweight.methods.calibrate.statistics import known_statistics
     from featherweight.methods.calibrate.statistics_file import save_statistics
-    from featherweight.model.text.windows import windows_digest
+    from featherweight.model.text.windows import calibration_windows, windows_digest
 
     out = Path(out).expanduser()
     _check_out(out, overwrite)
@@ -74,7 +73,7 @@ def gather_statistics(
         if notify is not None:
             for note in notes:
                 notify({"event": "note", "text": note})
-        ids = text_windows(checkpoint, source, chosen, notify)
+        ids = calibration_windows(checkpoint, text, chosen, notify)
         with Calibration.open(
             checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, notify=notify
         ) as calibration:

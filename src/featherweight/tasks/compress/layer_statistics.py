@@ -19,7 +19,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.tasks.compress.guard import compared
 from featherweight.tasks.compress.plan import Plan
-from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, group_seed
+from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, group_seed
 from featherweight.tasks.compress.updates import model_update_range
 
 
@@ -68,24 +68,24 @@ class LayerStatistics:
             for name, statistics in found.items()
         }
 
-    def input_groups(
+    def inputs_of(
         self, session: BlockSession, names: Sequence[str], gathered: Mapping[str, dict[str, Tensor]]
-    ) -> dict[str, InputGroup]:
-        """The input group of each layer; layers with the same input and needs have one together."""
-        shared: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
-        groups = {}
+    ) -> dict[str, InputStatistics]:
+        """What is known of the input of each layer; layers with the same input and needs share it."""
+        shared: dict[tuple[str, tuple[str, ...]], InputStatistics] = {}
+        found = {}
         for name in names:
             place = session.layers[name].input_group
             key = (place, self.needs_of(name))
             if key not in shared:
-                shared[key] = InputGroup(gathered.get(name, {}), group_seed(self.seed, place))
-            groups[name] = shared[key]
-        return groups
+                shared[key] = InputStatistics(gathered.get(name, {}), group_seed(self.seed, place))
+            found[name] = shared[key]
+        return found
 
-    def with_own(self, group: InputGroup, name: str) -> InputGroup:
-        """The group of a layer, with what the layer itself brings for its choices of layer scope."""
+    def with_own(self, inputs: InputStatistics, name: str) -> InputStatistics:
+        """What is known of the input of a layer, with what the layer itself brings for its choices of layer scope."""
         own = self.own(name, tuple(need for choice in self.jobs[name].treatment.of_layer for need in choice.needs))
-        return group.having(own) if own else group
+        return inputs.having(own) if own else inputs
 
     def own(self, name: str, needs: Sequence[str]) -> dict[str, Tensor]:
         """A layer's own statistics beside those of its input: its weight before fine-tuning, its Fisher information."""

@@ -1,4 +1,4 @@
-"""Linear layers and token embedding of a model in memory: what is known of them, and how others take their place."""
+"""Layers and token embedding of a model in memory: what is known of them, and how others take their place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from featherweight.methods.budget.base import LayerCandidates
 from featherweight.methods.quantize.base import SolveOptions
 from featherweight.methods.recipe import Recipe
 from featherweight.model.layers.modules import CodedModule
-from featherweight.model.layers.replace import packed_layer
-from featherweight.model.network.module import describe, is_linear
+from featherweight.model.layers.replace import output_layer, packed_layer, put_codes, put_in_place
+from featherweight.model.layers.tied import tie
+from featherweight.model.network.module import describe, is_convolution, is_linear
+from featherweight.model.network.unfold import Convolution
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
+from featherweight.storage.checkpoint.weights import FLOATING_DTYPES
 from featherweight.storage.codes import Code
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_layers
@@ -26,49 +29,58 @@ from featherweight.tasks.compress.refusals import check_layers
 
 @dataclass
 class LinearLayers:
-    """The linear layers of a model, and what is known of each.
+    """The linear layers of a model, its convolutions among them if they are asked for, and what is known of each.
 
     anatomy : by the model's family where that is known, else by the modules alone
-    modules : name -> linear module; the token embedding, too, where the family says which it is
-    twins : name -> further modules with the very same weight
+    modules : name -> module; the token embedding, too, where the family says which it is
+    twins : name -> names of further modules with the very same weight
     notes : what stays as it is though it multiplies matrices, a sentence each
     """
 
+    model: nn.Module
     anatomy: Anatomy
     modules: dict[str, nn.Module]
-    twins: dict[str, list[nn.Module]]
+    twins: dict[str, list[str]]
     notes: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module) -> LinearLayers:
+    def of(cls, model: nn.Module, convolutions: bool = False) -> LinearLayers:
         """FeatherError where there are none."""
-        every = {name: module for name, module in model.named_modules() if is_linear(module)}
+        every = {
+            name: module
+            for name, module in model.named_modules()
+            if is_linear(module) or (convolutions and is_convolution(module))
+        }
         plain = {name: module for name, module in every.items() if _only_multiplies(module)}
+        ours = set(every.values())
         elsewhere = {
             id(parameter)
             for module in model.modules()
-            if not is_linear(module)
+            if module not in ours
             for parameter in module._parameters.values()
         }
         modules: dict[str, nn.Module] = {}
-        twins: dict[str, list[nn.Module]] = {}
+        twins: dict[str, list[str]] = {}
         first_with: dict[int, str] = {}
         for name, module in plain.items():
             key = id(module.weight)
             if key in elsewhere:  # tied to an embedding
                 continue
             if key in first_with:
-                twins.setdefault(first_with[key], []).append(module)
+                twins.setdefault(first_with[key], []).append(name)
             else:
                 first_with[key] = name
                 modules[name] = module
         if not modules:
             compressed = any(isinstance(module, CodedModule) for module in model.modules())
             why = "they are compressed already" if compressed else "there is nothing to compress"
+            if any(is_convolution(module) for module in model.modules()):
+                why += "; its convolutions are layers if convolutions=True is given"
             raise FeatherError(f"{type(model).__name__} has no linear layers with weights of their own: {why}")
         _check_weights(modules)
         notes = [f"{name} has a forward function of its own and stays as it is" for name in every if name not in plain]
-        stacks = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+        kernels = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Convolution)}
+        stacks = [name for name, found in model.named_parameters() if found.dim() == 3 and name not in kernels]
         if stacks:
             notes.append(
                 f"{len(stacks)} stacks of matrices ({stacks[0]}, ...) stay: featherweight.compress treats them"
@@ -76,7 +88,7 @@ class LinearLayers:
         anatomy = _anatomy(model, modules)
         if anatomy.embedding is not None:
             modules[anatomy.embedding.name] = model.get_submodule(anatomy.embedding.name)
-        return cls(anatomy, modules, twins, notes)
+        return cls(model, anatomy, modules, twins, notes)
 
     def plan(self, recipe: Recipe, options: SolveOptions) -> Plan:
         """RecipeError where the recipe does not fit the model."""
@@ -90,7 +102,7 @@ class LinearLayers:
         sized = {x.name: LayerCandidates.of(x.shape, candidates[x.name]) for x in every if x.name in candidates}
         treatments = recipe.allocation.assign(sized)
         jobs = tuple(Job(layer, treatments[layer.name]) for layer in every if layer.name in treatments)
-        check_layers(recipe, self.anatomy, ((job.layer.name, (job.treatment,)) for job in jobs))
+        check_layers(recipe, self.anatomy, ((job.layer.name, (job.treatment,)) for job in jobs), text=False)
         sizes = [module.weight for module in self.modules.values()]
         weights = [weight for weight in sizes if isinstance(weight, Tensor)]
         total = sum(weight.numel() for weight in weights)
@@ -112,21 +124,28 @@ class LinearLayers:
         weight = module.weight
         assert isinstance(weight, Tensor)
         weight = weight.detach().cpu()
-        return weight.t().contiguous() if type(module).__name__ == "Conv1D" else weight
+        return weight.t().contiguous() if type(module).__name__ == "Conv1D" else weight.flatten(1)
 
-    def packed(self, codes: Mapping[str, Code]) -> dict[nn.Module, nn.Module]:
-        """Old linear module -> compressed layer."""
-        found: dict[nn.Module, nn.Module] = {}
+    def put(self, codes: Mapping[str, Code]) -> nn.Module:
+        """Let the model compute with the codes of its layers; returns what is the model from now on."""
+        linear: dict[nn.Module, nn.Module] = {}
+        others: dict[str, Code] = {}
         for name, code in codes.items():
-            if name == self.embedding:
-                continue
-            for module in (self.modules[name], *self.twins.get(name, ())):
-                found[module] = packed_layer(module, code, name)
-        return found
+            for place in (name, *self.twins.get(name, ())):
+                module = self.modules[name] if place == name else self.model.get_submodule(place)
+                if is_linear(module):
+                    linear[module] = packed_layer(module, code, name)
+                else:
+                    others[place] = code
+        put_in_place(self.model, linear)
+        put_codes(self.model, others)
+        if self.embedding in others:
+            tie(self.model)
+        return linear.get(self.model, self.model)
 
 
 def _only_multiplies(module: nn.Module) -> bool:
-    """Whether a linear layer does nothing but multiply, so that ours can take its place."""
+    """Whether a linear layer does nothing but multiply, so that ours can take its place; convolutions keep theirs."""
     own = "forward" in module.__dict__ or (
         isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     )
@@ -139,7 +158,7 @@ def _check_weights(modules: Mapping[str, nn.Module]) -> None:
         assert isinstance(weight, Tensor)
         if weight.is_meta:
             raise FeatherError(f"the weight of {name} is on the meta device, so it has no values: load the model first")
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if weight.dtype not in FLOATING_DTYPES:
             raise FeatherError(
                 f"the weight of {name} is {weight.dtype}: the model seems to be quantised already, start from its "
                 "original weights"
@@ -159,7 +178,7 @@ def _anatomy(model: nn.Module, modules: Mapping[str, nn.Module]) -> Anatomy:
             head = found.head if found.head and found.head.name in modules else None
             if inside:
                 return replace(found, layers=inside, head=head, embedding=_embedding(model, found.embedding))
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    output = output_layer(model)
     layers = tuple(describe(name, module) for name, module in modules.items() if module is not output)
     head = next((describe(name, module) for name, module in modules.items() if module is output), None)
     return Anatomy("structure", 1, "", "", layers, head, (), (), (), ())

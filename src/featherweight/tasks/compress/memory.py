@@ -1,4 +1,4 @@
-"""`quantize`: a model in memory, whose linear layers are exchanged for compressed ones where they stand.
+"""`quantize`: a model in memory, whose layers are exchanged for compressed ones where they stand.
 
 The codes are those that `compress` makes of the same weights: the choices, their order and the comparison on held-out
 samples are the same, and so is the code that makes them. What differs is where things are: weights and finished layers
@@ -22,19 +22,17 @@ from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.quantize.base import HeldWeight, SolveOptions, WeightSource
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe, load_recipe
-from featherweight.model.layers.replace import put_codes, put_in_place
-from featherweight.model.layers.tied import tie
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
 from featherweight.system.threads import use_threads
 from featherweight.tasks.compress.calibrated import CalibratedRun
-from featherweight.tasks.compress.data import QUIET, calibration_needs, check_source
+from featherweight.tasks.compress.data import QUIET, calibration_needs, check_calibration
 from featherweight.tasks.compress.journal import Journal
 from featherweight.tasks.compress.linear_layers import LinearLayers
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_recipe
-from featherweight.tasks.compress.solve import InputGroup, group_seed, record_of, solve_layer
+from featherweight.tasks.compress.solve import InputStatistics, group_seed, record_of, solve_layer
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -48,6 +46,7 @@ def quantize(
     changes: Sequence[str] = (),
     forward: Forward | None = None,
     blocks: str | None = None,
+    convolutions: bool = False,
     threads: int | None = None,
     seed: int = 0,
     observer: Observer | None = None,
@@ -56,43 +55,66 @@ def quantize(
 
     Parameters
     ----------
-    model : any module with linear layers, on any device; a model of transformers can be saved with `save_pretrained`
-        afterwards, and loaded like a folder that `compress` made
-    recipe : preset name, YAML file, the mapping that such a file holds, or Recipe; choices of layers and blocks
-    calibration : what the network is run on, for recipes that do so. For language models a text as `compress` takes it
-        (a file, a folder or hf:DATASET; None: the shipped text) or token ids int64 [sequences, length]; for every
-        model a list of batches for `forward`. Data-free recipes do not read it
-    tokenizer : of transformers, for calibration with text
-    changes : like "grid.planes=3", applied to the recipe
-    forward : runs the model on one batch of a list; by default `model(**batch)` for a mapping, `model(*batch)` for a
-        tuple or list, else `model(batch)`
-    blocks : path of the model's list of blocks, which are calibrated one after the other; None looks for it; "" takes
-        the whole model as one block
-    threads : of native kernels and PyTorch; default: see `system.threads`
-    seed : for recipes with random choices
-    observer : called with the events that `compress` logs
+    model : torch.nn.Module
+        Any module with linear layers, on any device. A model of transformers can be saved with `save_pretrained`
+        afterwards, and loaded like a folder that `compress` made.
+    recipe : str, Path, mapping or Recipe
+        The name of a preset, a YAML file, what such a file holds, or a Recipe; with choices of layers and blocks.
+    calibration : str, Path, Tensor or sequence, optional
+        What the network is run on, for recipes that do so. For language models a text as `compress` takes it (a file, a
+        folder or hf:DATASET; None: the shipped text) or token ids int64 [sequences, length]; for every model a list of
+        batches for `forward`. Data-free recipes do not read it.
+    tokenizer : PreTrainedTokenizer, optional
+        Of transformers, for calibration with text.
+    changes : sequence of str
+        Like "grid.planes=3", applied to the recipe.
+    forward : callable, optional
+        Runs the model on one batch of a list. Default: `model(**batch)` for a mapping, `model(*batch)` for a tuple or
+        list, else `model(batch)`.
+    blocks : str, optional
+        Path of the model's list of blocks, which are calibrated one after the other; None looks for it, "" takes the
+        whole model as one block.
+    convolutions : bool
+        Convolutions are layers, too, each the matrix [out, in / groups * product of kernel]. Of those in groups no
+        statistics are gathered: they are compressed without data.
+    threads : int, optional
+        Of native kernels and PyTorch. Default: as `featherweight.system.threads` decides.
+    seed : int
+        For recipes with random choices.
+    observer : callable, optional
+        Called with the events that `compress` logs.
 
     Returns
     -------
-    The model itself (a new layer where the model is nothing but one linear layer).
+    torch.nn.Module
+        The model itself (a new layer where the model is nothing but one linear layer).
 
+    Raises
+    ------
+    RecipeError
+        The recipe is wrong, sees the whole model at once, which needs a checkpoint (use `compress`), or cannot treat
+        these layers.
+    CalibrationError
+        There is nothing to calibrate with, or the model cannot be run on it.
+    NonFiniteError
+        A weight is NaN or infinite.
+    FeatherError
+        There is nothing to compress; it is the base of all of these.
+
+    Notes
+    -----
     Token embedding and output layer become what the recipe says of them, tied as they were; of models whose family is
     not known they stay, as do linear layers with a forward function of their own. An embedding is compressed without
     data, and the blocks are calibrated on what its code decodes to. Calibration runs the model in its own dtype, where
     `compress` takes bfloat16 or float32, whichever is faster. If it fails half-way, layers may have been rounded
     already: load the model again.
-
-    Raises
-    ------
-    FeatherError : there is nothing to compress, or nothing to calibrate with
-    RecipeError : the recipe is wrong, or sees the whole model at once, which needs a checkpoint: use `compress`
-    NonFiniteError : a weight is NaN or infinite
     """
     notify = observer or silent
     chosen = load_recipe(recipe, tuple(changes))
-    _check(chosen, calibration)
+    _check(chosen, calibration, convolutions)
+    feed = Feed(calibration, tokenizer, forward, blocks, convolutions)
     with use_threads(threads), torch.no_grad():
-        found = LinearLayers.of(model)
+        found = LinearLayers.of(model, convolutions)
         if chosen.embedding != "keep" and found.embedding is None:
             chosen = chosen.model_copy(update={"embedding": "keep"})
             kind = type(model).__name__
@@ -101,19 +123,26 @@ def quantize(
         notify({"event": "plan", **plan.summary()})
         for note in found.notes:
             notify({"event": "note", "text": note})
-        codes, rest = _embedded(plan, found, seed, notify) if chosen.calibrated else ({}, plan)
         if chosen.calibrated:
+            codes, rest = _embedded(plan, found, seed, notify)
             with torch.enable_grad():
-                codes |= _calibrated(model, rest, found, calibration, tokenizer, forward, blocks, seed, notify)
+                codes |= _calibrated(rest, found, feed, seed, notify)
         else:
             codes = _data_free(plan, found, seed, notify)
-        layers = found.packed(codes)
-    put_in_place(model, layers)
-    if found.embedding in codes:
-        put_codes(model, {found.embedding: codes[found.embedding]})
-        tie(model)
+        compressed = found.put(codes)
     _mark(model, {name: codes[name] for name in plan_names(plan)}, chosen)
-    return layers.get(model, model)
+    return compressed
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How a model in memory is run on samples; see `quantize`."""
+
+    calibration: Any
+    tokenizer: Any
+    forward: Forward | None
+    blocks: str | None
+    convolutions: bool
 
 
 def plan_names(plan: Plan) -> list[str]:
@@ -121,7 +150,7 @@ def plan_names(plan: Plan) -> list[str]:
     return [job.layer.name for job in plan.jobs]
 
 
-def _check(recipe: Recipe, calibration: Any) -> None:
+def _check(recipe: Recipe, calibration: Any, convolutions: bool) -> None:
     check_recipe(recipe)
     wide = [choice.kind for choice in recipe.choices if scope_of(choice) == "model"]
     if wide:
@@ -129,13 +158,19 @@ def _check(recipe: Recipe, calibration: Any) -> None:
             f"recipe {recipe.name} treats the whole model at once ({' and '.join(wide)}), which featherweight.quantize "
             "does not: save the model and use featherweight.compress, or take a recipe of layers or blocks like gptq"
         )
+    wide = [choice.kind for choice in recipe.choices if scope_of(choice) == "block"]
+    if wide and convolutions:
+        raise RecipeError(
+            f"recipe {recipe.name} treats a block at a time ({' and '.join(wide)}), which is not done where "
+            "convolutions are layers: take one that treats layers, like gptq, ptqtp or rtn-4"
+        )
     if "base" in recipe.needs:
         raise RecipeError(
             f"recipe {recipe.name} compares the model with the one it was fine-tuned from: save both and use "
             "featherweight.compress with base_model="
         )
     if recipe.calibrated and isinstance(calibration, str | Path):
-        check_source(recipe, calibration, None)
+        check_calibration(recipe, calibration, None)
 
 
 # Codes ---------------------------------------------------------------------------------------------------------------
@@ -145,8 +180,8 @@ def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> 
     journal, codes = Journal(plan, notify), dict[str, Code]()
     for index, job in enumerate(plan.jobs):
         source = HeldWeight(found.weight(job.layer.name))
-        group = InputGroup({}, group_seed(seed, job.layer.input_group))
-        solved = solve_layer(job, source, group, plan.options)
+        inputs = InputStatistics({}, group_seed(seed, job.layer.input_group))
+        solved = solve_layer(job, source, inputs, plan.options)
         codes[job.layer.name] = solved.code
         journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
     return codes
@@ -168,32 +203,14 @@ def _embedded(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> t
     return codes, replace(plan, jobs=tuple(job for job in plan.jobs if job.layer.name != found.embedding))
 
 
-def _calibrated(
-    model: nn.Module,
-    plan: Plan,
-    found: LinearLayers,
-    source: Any,
-    tokenizer: Any,
-    forward: Forward | None,
-    blocks: str | None,
-    seed: int,
-    notify: Observer,
-) -> dict[str, Code]:
-    needs = calibration_needs(plan.recipe)
-    settings = plan.recipe.calibration
-
+def _calibrated(plan: Plan, found: LinearLayers, feed: Feed, seed: int, notify: Observer) -> dict[str, Code]:
     def told(event: dict[str, Any]) -> None:
         if event["event"] not in QUIET:
             notify(event)
 
-    batches = _batches(model, source, tokenizer, plan.recipe, forward, notify)
-    with _without_cache(model):
-        if isinstance(batches, Tensor):
-            opened = Calibration.of_tokens(model, batches, settings, needs, blocks=blocks, notify=told)
-        else:
-            run = forward or _run
-            opened = Calibration.of_module(model, run, batches, settings, needs, blocks=blocks, notify=told)
-        with opened as calibration:
+    with _without_cache(found.model):
+        batches = _batches(found.model, feed, plan.recipe, notify)
+        with _opened(found.model, feed, batches, plan.recipe, told) as calibration:
             plan = _with_blocks(plan, calibration)
             held = HeldRun()
             work = _InMemoryRun(plan, cast(Any, None), cast(Any, held), calibration, notify, seed)
@@ -202,6 +219,17 @@ def _calibrated(
             }
             work.solve()
     return {job.layer.name: held.code(index) for index, job in enumerate(plan.jobs)}
+
+
+def _opened(model: nn.Module, feed: Feed, batches: Tensor | list[Any], recipe: Recipe, notify: Observer) -> Calibration:
+    settings, needs, blocks = recipe.calibration, calibration_needs(recipe), feed.blocks
+    if isinstance(batches, Tensor):
+        return Calibration.of_tokens(model, batches, settings, needs, blocks=blocks, notify=notify)
+    run = feed.forward or _run
+    convolutions = feed.convolutions
+    return Calibration.of_module(
+        model, run, batches, settings, needs, blocks=blocks, convolutions=convolutions, notify=notify
+    )
 
 
 def _with_blocks(plan: Plan, calibration: Calibration) -> Plan:
@@ -227,10 +255,9 @@ def _merged(layer: LinearLayer, seen: LinearLayer) -> LinearLayer:
     return replace(layer, block=seen.block, input_group=seen.input_group)
 
 
-def _batches(
-    model: Any, source: Any, tokenizer: Any, recipe: Recipe, forward: Forward | None, notify: Observer
-) -> Tensor | list[Any]:
+def _batches(model: Any, feed: Feed, recipe: Recipe, notify: Observer) -> Tensor | list[Any]:
     """Token ids, or batches for `forward`. FeatherError where there is nothing to calibrate with."""
+    source = feed.calibration
     if isinstance(source, Tensor):
         if source.dim() != 2 or source.is_floating_point():
             raise CalibrationError(
@@ -240,7 +267,7 @@ def _batches(
         return source.cpu()
     if source is not None and not isinstance(source, str | Path):
         return list(source)
-    if tokenizer is None or forward is not None or not hasattr(model, "config"):
+    if feed.tokenizer is None or feed.forward is not None or not hasattr(model, "config"):
         raise CalibrationError(
             f"recipe {recipe.name} runs the network: give calibration= a list of batches or token ids [sequences, "
             "length], or, for a language model, a text with tokenizer="
@@ -250,7 +277,7 @@ def _batches(
 
     config = model.config.to_dict()
     text = None if source is None else str(source)
-    ids = windows(Tokenizer.of(tokenizer), text, recipe.calibration, context=context_of(config), notify=notify)
+    ids = windows(Tokenizer.of(feed.tokenizer), text, recipe.calibration, context=context_of(config), notify=notify)
     check_vocabulary(ids, vocabulary_of(config))
     return ids
 

@@ -84,7 +84,7 @@ class ModelSteps:
             self.run.end_training()
         for name, record in known.items():
             if record is not None:
-                self.finished.tell(name, record, resumed=False)
+                self.finished.report(name, record, resumed=False)
 
     def _rounded(self, whole: WholeModel, names: list[str]) -> tuple[dict[str, Code], Verdict]:
         """The codes that stay, those without data where these are better, and what says so."""

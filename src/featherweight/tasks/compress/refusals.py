@@ -62,14 +62,14 @@ def _left_out(treatment: Treatment) -> list[Choice]:
 def check_reads_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """RecipeError for a recipe that runs a network on text, and a family whose layers are convolutions."""
     family = find_family(checkpoint.config)
-    if recipe.calibrated and family is not None and any(group.convolution for group in family.groups):
+    if recipe.calibrated and family is not None and any(group.convolution for group in family.input_groups):
         raise _reads_no_text(recipe, family.name)
 
 
 def _reads_no_text(recipe: Recipe, convolution: str) -> RecipeError:
     return RecipeError(
         f"recipe {recipe.name} is calibrated with text, which a model with convolutions ({convolution}) does not read: "
-        "use a recipe without data, or codes_of_module (tasks/compress/in_memory.py) with batches of images"
+        "use a recipe without data, or featherweight.quantize with convolutions=True and batches of images"
     )
 
 

@@ -45,7 +45,7 @@ class Solved:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class InputGroup:
+class InputStatistics:
     """What layers with the same input share: statistics, and these carried over into transformed spaces.
 
     Carrying a gram over costs as much as a sweep's matrix products, and roundings factorise it once per tensor.
@@ -57,14 +57,14 @@ class InputGroup:
         self._carried: dict[tuple[int, Any], tuple[Statistics, dict[str, Tensor]]] = {}
         self._placed: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
-    def having(self, own: Statistics) -> InputGroup:
-        """The same group with statistics of one layer's own beside; what was carried over is shared."""
-        group = InputGroup({**self.statistics, **own}, self.seed)
-        group._carried, group._placed = self._carried, self._placed
-        return group
+    def having(self, own: Statistics) -> InputStatistics:
+        """The same with statistics of one layer's own beside; what was carried over is shared."""
+        inputs = InputStatistics({**self.statistics, **own}, self.seed)
+        inputs._carried, inputs._placed = self._carried, self._placed
+        return inputs
 
     def placed(self, statistics: Statistics, device: str) -> Statistics:
-        """Statistics on a device; what layers of the group share goes there once, and stays while the group is used."""
+        """Statistics on a device; what layers share goes there once, and stays as long as this is used."""
         if device == "cpu" or not statistics:
             return statistics
         return {
@@ -99,7 +99,7 @@ def group_seed(seed: int, input_group: str) -> int:
 def solve_layer(
     job: Job,
     source: WeightSource,
-    group: InputGroup,
+    inputs: InputStatistics,
     options: SolveOptions,
     fixed: tuple[LayerTransform, ...] = (),
 ) -> Solved:
@@ -109,7 +109,7 @@ def solve_layer(
     ----------
     job : the layer and its treatment, whose choices of layer scope are applied
     source : the weight [out, in]
-    group : what is known of the layer's input; statistics are empty for data-free treatments
+    inputs : what is known of the layer's input; statistics are empty for data-free treatments
     options : threads and windows, which change no result
     fixed : transforms found for the layer at block scope, applied before the treatment's own
 
@@ -119,15 +119,15 @@ def solve_layer(
         Names the layer where its treatment cannot be applied.
     """
     treatment = job.treatment
-    statistics = {name: value for name, value in group.statistics.items() if name != HELD_OUT}
+    statistics = {name: value for name, value in inputs.statistics.items() if name != HELD_OUT}
     try:
         if not treatment.layer_transforms and not treatment.layer_corrections and not fixed and not statistics:
             placed = PlacedWeight.of(source, device_for(job, options))
             return Solved(treatment.rounding.quantize_source(placed, treatment.grid, statistics, options))
         weight = source.rows(0, source.shape[0]).float()
-        steps = _Steps(job, group, options, fixed)
+        steps = _Steps(job, inputs, options, fixed)
         solved = steps.taken(weight, statistics)
-        held_out = group.statistics.get(HELD_OUT)
+        held_out = inputs.statistics.get(HELD_OUT)
         if held_out is None or not statistics:
             return solved
         return _guarded(solved, weight, steps, held_out)
@@ -162,8 +162,8 @@ def device_for(job: Job, options: SolveOptions) -> str:
 
 def code_without_data(job: Job, weight: Tensor, options: SolveOptions, seed: int) -> Code:
     """The code that a layer's treatment gives a weight float32 [out, in] where nothing is known of its input."""
-    group = InputGroup({}, group_seed(seed, job.layer.input_group))
-    return solve_layer(job.without_data(), HeldWeight(weight), group, options).code
+    inputs = InputStatistics({}, group_seed(seed, job.layer.input_group))
+    return solve_layer(job.without_data(), HeldWeight(weight), inputs, options).code
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,20 @@ class _Steps:
     """A layer's way through the axes, for a weight and statistics."""
 
     job: Job
-    group: InputGroup
+    inputs: InputStatistics
     options: SolveOptions
     fixed: tuple[LayerTransform, ...]
 
     def taken(self, weight: Tensor, statistics: Statistics) -> Solved:
         """Transform, split, round, correct, wrap. weight : float32 [out, in]."""
-        treatment, seed, role = self.job.treatment, self.group.seed, self.job.layer.role
+        treatment, seed, role = self.job.treatment, self.inputs.seed, self.job.layer.role
         made: list[LayerTransform] = []
         steps: list[Transform | LayerTransform] = [*self.fixed, *treatment.layer_transforms]
         for step in steps:
             one = step.for_layer(weight, statistics, seed, role) if isinstance(step, Transform) else step
             made.append(one)
             weight = one.apply(weight)
-            statistics = self.group.carried(one, statistics)
+            statistics = self.inputs.carried(one, statistics)
         parts: list[tuple[Correction, Tensor, Code | None]] = []
         rest = weight
         for correction in treatment.layer_corrections:
@@ -192,7 +192,7 @@ class _Steps:
             rest, term = correction.split(whole, statistics)
             parts.append((correction, whole, term))
         device = device_for(self.job, self.options)
-        placed, there = HeldWeight(rest.to(device)), self.group.placed(statistics, device)
+        placed, there = HeldWeight(rest.to(device)), self.inputs.placed(statistics, device)
         code, notes = treatment.rounding.quantize_reported(placed, treatment.grid, there, self.options)
         for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of its whole
             code = code if term is None else Sum.of(code, term)
@@ -213,7 +213,7 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     held_out : second moment [in, in] of inputs that entered nothing else
     """
     device = steps.options.device
-    original, held_out = weight, steps.group.placed({HELD_OUT: held_out}, device)[HELD_OUT]
+    original, held_out = weight, steps.inputs.placed({HELD_OUT: held_out}, device)[HELD_OUT]
     weight = weight.to(device)
     total = output_energy(weight, held_out)
     notes = {**solved.notes, "held_out_error": output_error(weight, solved.code, held_out, total)}
@@ -223,9 +223,9 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out, total)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
     allowed = (MARGIN - 1) * without
-    cross = steps.group.statistics.get("cross")
+    cross = steps.inputs.statistics.get("cross")
     if cross is not None:
-        cross = steps.group.placed({"cross": cross}, device)["cross"]
+        cross = steps.inputs.placed({"cross": cross}, device)["cross"]
         pull = weight @ cross
         found += drift_error(weight, solved.code, held_out, cross, total, pull)
         without += drift_error(weight, plain.code, held_out, cross, total, pull)

@@ -18,7 +18,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.tasks.compress.finished import FinishedLayers
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.refusals import check_stored
-from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, solve_layer
+from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, Solved, group_seed, solve_layer
 
 
 def run_on_stored(
@@ -36,27 +36,27 @@ def run_on_stored(
             journal.note(
                 f"{path.name} holds no {HELD_OUT}: no code is compared with its data-free form; gather it as well"
             )
-        group: tuple[str, InputGroup] | None = None
+        inputs: tuple[str, InputStatistics] | None = None
         for job in plan.jobs:
             name, place = job.layer.name, job.layer.input_group
             record = finished.found(name)
             resumed = record is not None
             if record is None:
-                if group is None or group[0] != place:  # neighbours share an input: one gram in memory
-                    group = (place, InputGroup(file.statistics(name), group_seed(seed, place)))
+                if inputs is None or inputs[0] != place:  # neighbours share an input: one gram in memory
+                    inputs = (place, InputStatistics(file.statistics(name), group_seed(seed, place)))
                 source = LayerWeight(checkpoint, job.layer)
                 source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
-                solved = solve_with(job, source, group[1], plan.options)
-                if job.treatment.needs and not group[1].statistics:
+                solved = solve_with(job, source, inputs[1], plan.options)
+                if job.treatment.needs and not inputs[1].statistics:
                     solved.notes.update(fallback="data-free", reason=f"{path.name} has no statistics of it")
                 journal.note_fallback(name, solved.notes)
                 record = finished.keep(name, source, solved)
-            finished.tell(name, record, resumed)
+            finished.report(name, record, resumed)
     return journal.in_order(), journal.resumed, {}
 
 
-def solve_with(job: Job, source: WeightSource, group: InputGroup, options: SolveOptions) -> Solved:
+def solve_with(job: Job, source: WeightSource, inputs: InputStatistics, options: SolveOptions) -> Solved:
     """The code of a layer with the statistics a file holds of it: without data where it has none, or needs none."""
-    if job.treatment.needs and group.statistics:
-        return solve_layer(job, source, group, options)
-    return solve_layer(job.without_data(), source, InputGroup({}, group.seed), options)
+    if job.treatment.needs and inputs.statistics:
+        return solve_layer(job, source, inputs, options)
+    return solve_layer(job.without_data(), source, InputStatistics({}, inputs.seed), options)

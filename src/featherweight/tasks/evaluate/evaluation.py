@@ -115,6 +115,7 @@ def evaluate(
     model: ModelLike,
     against: ModelLike | None = None,
     text: str | Path | None = None,
+    *,
     protocol: str = "own",
     context: int | None = None,
     dtype: str = "auto",
@@ -215,7 +216,9 @@ def evaluate(
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             text_sha256=hashlib.sha256(content.encode()).hexdigest(),
         )
-        measured = measure(subject, tokens, setting.protocol, original, read.bos, progress=progress, prefix=read.prefix)
+        measured = measure(
+            subject, tokens, setting.protocol, original, bos=read.bos, progress=progress, prefix=read.prefix
+        )
         seconds = time.perf_counter() - begun
     return _evaluation(measured, setting, seconds, model, against)
 

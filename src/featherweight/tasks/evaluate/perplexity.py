@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +152,7 @@ def measure(
     tokens: Tensor,
     protocol: Protocol,
     against: Any = None,
+    *,
     bos: int | None = None,
     batch: int | None = None,
     progress: Progress | None = None,
@@ -189,7 +190,8 @@ def measure(
             positions, other_positions = run
             for row, window in enumerate(group):
                 place = window.first - window.start + len(before)
-                loss, other_loss = _window(positions, other_positions, row, targets[row], window, place, divergence)
+                scored = _Scored(row, targets[row], window, place)
+                loss, other_loss = _losses(positions, other_positions, scored, divergence)
                 sums.append(loss)
                 other_sums.append(other_loss)
             if progress is not None:
@@ -223,20 +225,21 @@ def _smaller(windows: int, device: torch.device) -> int:
     return left
 
 
-def _window(
-    positions: _Positions,
-    other: _Positions | None,
-    row: int,
-    targets: Tensor,
-    window: Window,
-    first: int,
-    divergence: DivergenceSum,
-) -> tuple[float, float]:
-    """Summed losses of both models on one window, a slice of positions at a time; `divergence` is added to.
+class _Scored(NamedTuple):
+    """A window in a batch: its row, the row's tokens int64 [T], and the place of the first scored one among them."""
 
-    `first` is the place of the first scored token in the row.
-    """
+    row: int
+    targets: Tensor
+    window: Window
+    first: int
+
+
+def _losses(
+    positions: _Positions, other: _Positions | None, scored: _Scored, divergence: DivergenceSum
+) -> tuple[float, float]:
+    """Summed losses of both models on one window, a slice of positions at a time; `divergence` is added to."""
     total = other_total = 0.0
+    row, targets, window, first = scored
     stop = first + window.scored
     step = 1
     while first < stop:

@@ -64,8 +64,8 @@ def measure_speed(
     folder: str | Path,
     prompt_tokens: int = 512,
     new_tokens: int = 64,
-    dtype: str = "auto",
     *,
+    dtype: str = "auto",
     context_tokens: int | None = None,
     engine: str = "auto",
     cache: str = "auto",
@@ -166,7 +166,7 @@ def open_runner(
 def _native(folder: str | Path, cache: str, threads: int | None) -> Runner:
     from featherweight.model.decoder.model import NativeModel
 
-    return NativeRunner(NativeModel.open(folder, threads, "float16" if cache == "auto" else cache))
+    return NativeRunner(NativeModel.open(folder, threads=threads, kv_cache="float16" if cache == "auto" else cache))
 
 
 class NativeRunner:

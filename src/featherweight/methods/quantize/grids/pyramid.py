@@ -157,15 +157,14 @@ class PyramidGrid(Grid):
     def join_vectors(self, parts: Fit, fit: Fit, shape: tuple[int, int]) -> Code:
         rows, columns = shape
         return Pyramid.encode(
-            parts["points"].view(rows, -1, self.dimension),
-            parts["amplitudes"],
+            (parts["points"].view(rows, -1, self.dimension), parts["amplitudes"]),
             fit["norms"],
             columns,
             self.group_size,
             self.pulses,
             self.amplitude_bits,
-            self.levels_rule,
-            self.storage,
+            levels=self.levels_rule,
+            storage=self.storage,
         )
 
     def spec(self, shape: tuple[int, int]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
 from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, in_main_memory
 from featherweight.methods.quantize.scales import scale_dtype_for
 from featherweight.methods.quantize.trit_fit import fit_scales
+from featherweight.native.packing import packed_bytes
 from featherweight.native.ptqtp import TritPlaneSettings, TritPlaneStream, assign_trits, solve_trit_planes
 from featherweight.native.ptqtp_settings import split_codes
 from featherweight.registry import register
@@ -28,7 +29,6 @@ from featherweight.storage.codes import Code
 from featherweight.storage.codes.base import groups_of
 from featherweight.storage.codes.trit_planes import (
     LOG8,
-    TRITS_A_BYTE,
     TritPlanes,
     log8_reaches,
     log8_rounded,
@@ -171,8 +171,9 @@ class TritPlaneGrid(Grid):
             wide = torch.float16 if 2.0**-6 <= largest <= 6e4 else torch.float32
             stored = LOG8 if log8_reaches(scales) else wide
         return TritPlanes.encode(
-            trits, fit["scales"], self.group_size, self.stored_tied, self.packing, stored, self.plane_weights
-        )
+            trits, fit["scales"], self.group_size, tied=self.stored_tied, packing=self.packing, scale_dtype=stored,
+            weights=self.plane_weights,
+        )  # fmt: skip
 
     def _combinations(self, fit: Fit) -> Tensor:
         """The value of every joint code 0 .. 3^K - 1: float32 [out, groups, 3^K]."""
@@ -226,7 +227,7 @@ class TritPlaneGrid(Grid):
         if not self._plain:
             return super().working_bytes(shape, options) + 32 * rows * columns
         window = min(rows, options.window_rows(shape, 2, WINDOW_MULTIPLE)) * columns
-        packed = self.planes * -(-rows * columns // TRITS_A_BYTE[self.packing])
+        packed = self.planes * packed_bytes(rows * columns, self.packing)
         groups = rows * groups_of(columns, self.group_size)
         # a window in float32 and as codes, the packed planes, scales in float64, a step count a group
         return 5 * window + packed + groups * (8 * self.planes + 1)

@@ -113,7 +113,7 @@ class UniformGrid(Grid):
                 (1 << self.bits) - 1,
                 self.clip_exponent,
                 counted,
-                torch.get_num_threads(),
+                threads=torch.get_num_threads(),
             ).unsqueeze(0)
             fits.append({name: tensor.gather(0, chosen).squeeze(0) for name, tensor in tried.items()})
         return {name: torch.cat([fit[name] for fit in fits]) for name in fits[0]}
@@ -167,14 +167,14 @@ class UniformGrid(Grid):
             stored = {name: tensor[:: min(self.output_group_size, len(tensor))] for name, tensor in fit.items()}
             scales, zero_points = stored["scales"], None if self.symmetric else stored["zero_points"]
             size, dtype = self.output_group_size, scales.dtype
-            return Uniform.encode(indices, scales, zero_points, self.bits, size, dtype, axis="output")
+            return Uniform.encode(indices, scales, zero_points, self.bits, size, scale_dtype=dtype, axis="output")
         return Uniform.encode(
             indices,
             fit["scales"],
             None if self.symmetric else fit["zero_points"],
             self.bits,
             self.group_size,
-            fit["scales"].dtype,
+            scale_dtype=fit["scales"].dtype,
         )
 
     def quantize_source(

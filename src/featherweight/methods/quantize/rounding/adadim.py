@@ -138,7 +138,7 @@ def in_order(code: Code) -> Code:
     codes, zero_points = (t[:, order] for t in inner.unpack())
     stored = None if inner.zero_points is None else zero_points
     scales = inner.scales[:, order]
-    return Uniform.encode(codes, scales, stored, inner.bits, inner.group_size, scales.dtype, "output")
+    return Uniform.encode(codes, scales, stored, inner.bits, inner.group_size, scale_dtype=scales.dtype, axis="output")
 
 
 def _uniform(grid: Grid, name: str) -> UniformGrid:

@@ -249,8 +249,8 @@ class _Rows:
             group_of = torch.arange(last - first, dtype=torch.int32, device=inside.device) // self.size
             moment = self.gram[first:last, first:last].double()
             _, changes = descend(
-                moment, own, group_of, inside, gradient.contiguous(), BLOCK_ROUNDS, pairs,
-                threads=self.options.threads, backend=self.options.backend,
+                moment, own, group_of, inside, gradient.contiguous(), BLOCK_ROUNDS,
+                pairs=pairs, threads=self.options.threads, backend=self.options.backend,
             )  # fmt: skip
             moved = int(changes.sum())
             if moved:

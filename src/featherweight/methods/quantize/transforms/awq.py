@@ -159,7 +159,7 @@ class ScaleSearch(Transform):
         weights = {name: session.weight(name) for name in unit.names}
         tie = (lambda s: averaged(s, rows, columns // rows, head_dim)) if head_dim else (lambda s: s)
         best = search(weights, grids, importance, self._loss(session, unit, weights, statistics), self.points,
-                      self.centred, tie)  # fmt: skip
+                      self.centred, tie=tie)  # fmt: skip
         notify(
             {"event": "scales", "layers": list(unit.names), "alpha": best.alpha, "loss": best.loss, "rtn": best.start}
         )

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor
 
-from featherweight.methods.calibrate.statistics import Statistics, unchanged
+from featherweight.methods.calibrate.statistics import Statistics
 from featherweight.methods.quantize.base import LayerTransform, Transform
+from featherweight.methods.quantize.transforms.identity import Identity
 from featherweight.model.layers.activations import SENSITIVE, input_bits
 from featherweight.registry import register
 from featherweight.storage.codes import Code
@@ -34,23 +35,11 @@ class QuantizeInputs(Transform):
 
 
 @dataclass(frozen=True)
-class RoundedInput:
+class RoundedInput(Identity):
     """The identity, stored as a `quantized-input` code."""
 
     bits: int
     group_size: int
-
-    def apply(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def invert(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def inputs(self, inputs: Tensor) -> Tensor:
-        return inputs
-
-    def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
-        return unchanged(statistics)
 
     def wrap(self, code: Code) -> Code:
         return QuantizedInput(code, self.bits, self.group_size)

@@ -116,7 +116,7 @@ def hadamard_kernel(
 def hadamard(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """T x of `codes.hadamard`, computed in float32: x [tokens, cols] of any float dtype, signs int8 [cols]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_hadamard(x, signs, block, (out, out, out, out), False, 0, 0)
+    _launch_hadamard(x, signs, block, (out, out, out, out))
     return out
 
 
@@ -133,7 +133,7 @@ def quantize(x: Tensor, group_size: int, signs: Tensor | None = None, block: int
     sums = torch.empty(tokens, groups, dtype=torch.int32, device=x.device)
     if signs is not None:
         if fuses(block, group_size):
-            _launch_hadamard(x, signs, block, (codes, codes, scales, sums), True, group_size, groups)
+            _launch_hadamard(x, signs, block, (codes, codes, scales, sums), group_size)
             return codes, scales, sums
         x = hadamard(x.float(), signs, block)
     size = power_above(group_size)
@@ -156,10 +156,9 @@ def _launch_hadamard(
     signs: Tensor,
     block: int,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    rounded: bool,
-    group: int,
-    groups: int,
+    group: int = 0,
 ) -> None:
+    """group : columns that are rounded together; 0 for none"""
     paley = kernel_order(block)
     if paley is None or x.shape[-1] % block:
         raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {x.shape[-1]}")
@@ -177,12 +176,12 @@ def _launch_hadamard(
             1 / math.sqrt(block),
             x.shape[1],
             x.stride(0),
-            groups,
+            -(-x.shape[1] // group) if group else 0,
             LENGTH=length,
             STAGES=length.bit_length() - 1,
             PALEY=paley,
             RUNS=runs,
             USED=used,
-            ROUND=rounded,
+            ROUND=group > 0,
             GROUP=max(group, 1),
         )

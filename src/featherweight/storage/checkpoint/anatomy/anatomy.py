@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featherweight.errors import CheckpointError
-from featherweight.storage.checkpoint.anatomy.family import Family, Group, find_family
-from featherweight.storage.checkpoint.anatomy.source import Source
-from featherweight.storage.checkpoint.anatomy.structure import FLOATING, NUMBER, infer_family, no_structure
+from featherweight.storage.checkpoint.anatomy.family import Family, InputGroup, find_family
+from featherweight.storage.checkpoint.anatomy.structure import NUMBER, infer_family, no_structure
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 
 NORM_NAME = re.compile(r"(norm|(^|_)ln(_|\d|$))", re.IGNORECASE)
 HEADED = re.compile(r"(CausalLM|LMHead|MaskedLM|PreTraining|ConditionalGeneration)")
@@ -127,7 +127,7 @@ class Anatomy:
         return found
 
 
-def read_anatomy(checkpoint: Source) -> Anatomy:
+def read_anatomy(checkpoint: TensorIndex) -> Anatomy:
     """The anatomy of a checkpoint; a CheckpointError if neither a family file nor its structure explains it."""
     names = frozenset(checkpoint.names)
     family = find_family(checkpoint.config)
@@ -143,7 +143,7 @@ def read_anatomy(checkpoint: Source) -> Anatomy:
     return reader.finish(layers)
 
 
-def own_head(checkpoint: Source) -> bool:
+def own_head(checkpoint: TensorIndex) -> bool:
     """Whether config.json ties the output layer to the embedding, but the checkpoint has another one of its own.
 
     Then it is not tied: transformers 5 decides so, and what we write says so in config.json. A stored copy of the
@@ -155,7 +155,7 @@ def own_head(checkpoint: Source) -> bool:
         return False
 
 
-def own_head_text(checkpoint: Source) -> str:
+def own_head_text(checkpoint: TensorIndex) -> str:
     """The note about a head that is not the embedding."""
     return (
         f"config.json of {checkpoint.folder} ties the output layer to the embedding, but another one is stored: the "
@@ -163,13 +163,13 @@ def own_head_text(checkpoint: Source) -> str:
     )
 
 
-def config_ties(checkpoint: Source) -> bool:
+def config_ties(checkpoint: TensorIndex) -> bool:
     """Whether config.json, or the family where it is silent, ties the output layer to the embedding."""
     family = find_family(checkpoint.config)
     return checkpoint.config.get("tie_word_embeddings", family.tied_by_default if family else False) is True
 
 
-def _other_names(checkpoint: Source, family: Family) -> CheckpointError:
+def _other_names(checkpoint: TensorIndex, family: Family) -> CheckpointError:
     places = " or ".join(f"{base}.{family.blocks[0]}.0" if base else f"{family.blocks[0]}.0" for base in family.base)
     return CheckpointError(
         f"config.json of {checkpoint.folder} describes a model of the family {family.name}, whose blocks begin with "
@@ -181,7 +181,7 @@ def _other_names(checkpoint: Source, family: Family) -> CheckpointError:
 class _Reader:
     """Applies a family's description to the names of one checkpoint."""
 
-    def __init__(self, checkpoint: Source, family: Family, base: str) -> None:
+    def __init__(self, checkpoint: TensorIndex, family: Family, base: str) -> None:
         self.checkpoint, self.family, self.base = checkpoint, family, base
         self.names = frozenset(checkpoint.names)
         self.post_norm = any(checkpoint.config.get(key) == value for key, value in family.post_norm_when.items())
@@ -221,10 +221,12 @@ class _Reader:
 
     def block_linears(self) -> Iterator[LinearLayer]:
         for block, (prefix, tensors) in enumerate(self.block_names):
-            for group in self.family.groups:
+            for group in self.family.input_groups:
                 yield from self._group_linears(block, prefix, tensors, group)
 
-    def _group_linears(self, block: int, prefix: str, tensors: dict[str, str], group: Group) -> Iterator[LinearLayer]:
+    def _group_linears(
+        self, block: int, prefix: str, tensors: dict[str, str], group: InputGroup
+    ) -> Iterator[LinearLayer]:
         norm = None if self.post_norm else _first(tensors, [f"{path}.weight" for path in group.norm])
         producer = _first(tensors, [f"{group.producer}.weight"]) if group.producer else None
         found: list[tuple[int | None, LinearLayer]] = []
@@ -240,13 +242,13 @@ class _Reader:
         for _, layer in found:
             yield from self._slices(layer, prefix, group)
 
-    def _post_norm(self, tensors: dict[str, str], group: Group) -> str | None:
+    def _post_norm(self, tensors: dict[str, str], group: InputGroup) -> str | None:
         """The norm behind a group's layers: the first there is, if it is not the one in front of others."""
-        before = {_first(tensors, [f"{path}.weight" for path in other.norm]) for other in self.family.groups}
+        before = {_first(tensors, [f"{path}.weight" for path in other.norm]) for other in self.family.input_groups}
         found = _first(tensors, [f"{path}.weight" for path in group.post])
         return None if found in before else found
 
-    def _linear(self, tensor: str, role: str, group: Group) -> LinearLayer:
+    def _linear(self, tensor: str, role: str, group: InputGroup) -> LinearLayer:
         entry = self.checkpoint.entry(tensor)
         wanted = (3,) if group.stacked else (2, 3, 4, 5) if group.convolution else (2,)  # 2: the matrix, compressed
         if len(entry.shape) not in wanted or 0 in entry.shape or entry.dtype not in FLOATING:
@@ -277,7 +279,7 @@ class _Reader:
             kernel=tuple(entry.shape[2:]) if group.convolution else (),
         )
 
-    def _slices(self, layer: LinearLayer, prefix: str, group: Group) -> Iterator[LinearLayer]:
+    def _slices(self, layer: LinearLayer, prefix: str, group: InputGroup) -> Iterator[LinearLayer]:
         if not group.stacked:
             yield layer
             return
@@ -319,7 +321,7 @@ class _Reader:
         if len(entry.shape) != 2 or 0 in entry.shape or entry.dtype not in FLOATING:
             return None
         role = embeddings[0].removesuffix(".weight").rpartition(".")[2]
-        layer = self._linear(embeddings[0], role, Group({}, "embedding", "embedding"))
+        layer = self._linear(embeddings[0], role, InputGroup({}, "embedding", "embedding"))
         if embeddings[0] not in dict(tied).values():
             return replace(layer, input_group="embedding", bias=None)
         return replace(layer, input_group="head", norm=self._head_norm(), bias=None)
@@ -339,7 +341,7 @@ class _Reader:
         if family.declared and ties and not embeddings:
             return None, ()  # the embedding is stored as the head, which transformers 5 reads
         if tensor in self.names and (not says_tied or self.checkpoint.differ(tensor, embeddings[0])):
-            head = self._linear(tensor, family.head.rpartition(".")[2], Group({}, "head", "head"))
+            head = self._linear(tensor, family.head.rpartition(".")[2], InputGroup({}, "head", "head"))
             return replace(head, input_group="head", norm=self._head_norm()), ()
         classes = architectures(config)
         headed = any(HEADED.search(name) for name in classes) if classes else says_tied

@@ -9,7 +9,7 @@ embeddings: [embed_tokens]            # under the base, the token embedding firs
 head: lm_head                         # absolute
 head_norm: norm                       # the norm whose output the head reads, under the base
 post_norm_when: {key: value}          # config values with which norms follow their layers and feed none alone
-groups:                               # linear layers that read the same input, in model order
+input_groups:                         # linear layers that read the same input, in model order
   - input: attention                  # id of the input; two groups may share one
     kind: attention                   # attention, mlp, expert, router, other
     norm: input_layernorm             # the norm that feeds it, or several names of which the first present counts
@@ -48,7 +48,7 @@ FOLDER = Path(__file__).parent / "families"
 
 
 @dataclass(frozen=True)
-class Group:
+class InputGroup:
     """Linear layers of a block that read the same input; `linears` maps role to path."""
 
     linears: dict[str, str]
@@ -70,7 +70,7 @@ class Family:
 
     name: str
     blocks: tuple[str, ...]
-    groups: tuple[Group, ...]
+    input_groups: tuple[InputGroup, ...]
     embeddings: tuple[str, ...]
     head: str | None
     head_norm: str | None = None
@@ -115,19 +115,19 @@ def declared_families() -> tuple[Family, ...]:
 def read_family(path: Path) -> Family:
     """Read one family file. A key that is not known raises TypeError: the files are part of the package."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    groups = tuple(_read_group(group) for group in values.pop("groups"))
+    groups = tuple(_read_group(group) for group in values.pop("input_groups"))
     for key in ("base", "blocks", "embeddings", "model_types", "architectures", "readers", "writers"):
         values[key] = _texts(values.pop(key, ()))
-    return Family(name=values.pop("family"), groups=groups, **values)
+    return Family(name=values.pop("family"), input_groups=groups, **values)
 
 
-def _read_group(values: dict[str, Any]) -> Group:
+def _read_group(values: dict[str, Any]) -> InputGroup:
     linears = values.pop("linears")
     if isinstance(linears, list):
         linears = {path.rpartition(".")[2]: path for path in linears}
     fused = {role: tuple(parts) for role, parts in values.pop("fused", {}).items()}
     norm, post = (_texts(values.pop(key, ())) for key in ("norm", "post"))
-    return Group(linears=linears, norm=norm, fused=fused, post=post, **values)
+    return InputGroup(linears=linears, norm=norm, fused=fused, post=post, **values)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.anatomy import Anatomy, LinearLayer, read_anatomy
-from featherweight.storage.checkpoint.anatomy.source import Source
+from featherweight.storage.checkpoint.anatomy.tensor_index import TensorIndex
 from featherweight.storage.checkpoint.anatomy.units import Slice, Unit
 
 QUERY = {"q_proj", "q", "query", "wq", "to_q", "q_lin", "query_proj", "W_q"}
@@ -25,10 +25,10 @@ LAST = {"down_proj", "down", "w2", "wo", "fc2", "c_proj", "dense_4h_to_h", "outp
 """What the last layer of an MLP is called."""
 HEAD_NORM = re.compile(r"(?P<which>[qk])_(layer)?norm\.(weight|bias)")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-GROUPS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 BUFFER = re.compile(r"^(masked_)?bias$|rotary_emb\.|inv_freq$")
 Found = TypeVar("Found", "Attention", "Mlp", Unit)
-ATTENTION_KINDS, MLP_KINDS = ("head", "group", "value", "query-key"), ("neuron", "expert")
+ATTENTION_KINDS, MLP_KINDS = ("head", "kv-group", "value", "query-key"), ("neuron", "expert")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Attention:
     """One attention of a block.
 
     name : path of the module that q (or all three in one) is in
-    heads, groups : query heads; heads of keys and values, each of which serves heads / groups query heads in a row
+    heads, kv_heads : query heads; heads of keys and values, each of which serves heads / kv_heads query heads in a row
     head_size, value_size : channels of a head of q and k; of v
     q, k, v : a unit is a head of each
     o : the layer that reads all heads; head h has its columns h * value_size, `value_size` of them
@@ -62,7 +62,7 @@ class Attention:
     block: int
     name: str
     heads: int
-    groups: int
+    kv_heads: int
     head_size: int
     value_size: int
     q: Rows
@@ -79,14 +79,14 @@ class Attention:
         found += [Slice(name, "entries", head, head + 1, name, 0) for name in (self.sinks,) if name]
         return [*found, *columns_of(self.o, head * self.value_size, (head + 1) * self.value_size)]
 
-    def of_group(self, group: int) -> list[Slice]:
+    def of_kv_head(self, kv_head: int) -> list[Slice]:
         """What only this head of keys and values uses."""
-        return [*self.k.slices(group), *self._own_norm("k", group), *self.v.slices(group)]
+        return [*self.k.slices(kv_head), *self._own_norm("k", kv_head), *self.v.slices(kv_head)]
 
-    def heads_of(self, group: int) -> range:
+    def heads_of(self, kv_head: int) -> range:
         """Numbers of the query heads that a group serves."""
-        each = self.heads // self.groups
-        return range(group * each, (group + 1) * each)
+        each = self.heads // self.kv_heads
+        return range(kv_head * each, (kv_head + 1) * each)
 
     def _own_norm(self, which: str, head: int) -> list[Slice]:
         size = self.head_size
@@ -97,26 +97,26 @@ class Attention:
         """See `Geometry.units`."""
         if kind == "head":
             for head in range(self.heads):
-                own = self.of_group(head) if self.groups == self.heads else []
+                own = self.of_kv_head(head) if self.kv_heads == self.heads else []
                 yield self._unit(kind, head, [*self.of_head(head), *own])
-        elif kind == "group":
-            for group in range(self.groups):
-                heads = [part for head in self.heads_of(group) for part in self.of_head(head)]
-                yield self._unit(kind, group, [*heads, *self.of_group(group)])
+        elif kind == "kv-group":
+            for kv_head in range(self.kv_heads):
+                heads = [part for head in self.heads_of(kv_head) for part in self.of_head(head)]
+                yield self._unit(kind, kv_head, [*heads, *self.of_kv_head(kv_head)])
         elif kind == "value":
-            for group in range(self.groups):
+            for kv_head in range(self.kv_heads):
                 for channel in range(self.value_size):
-                    starts = [head * self.value_size + channel for head in self.heads_of(group)]
+                    starts = [head * self.value_size + channel for head in self.heads_of(kv_head)]
                     columns = [part for start in starts for part in columns_of(self.o, start, start + 1)]
-                    parts = [*self.v.slices(group, channel, 1), *columns]
-                    yield self._unit(kind, group * self.value_size + channel, parts)
+                    parts = [*self.v.slices(kv_head, channel, 1), *columns]
+                    yield self._unit(kind, kv_head * self.value_size + channel, parts)
         elif kind == "query-key":
             for channel in range(self.head_size):
                 yield self._unit(kind, channel, self._query_key(channel))
 
     def _query_key(self, channel: int) -> list[Slice]:
         found = [part for head in range(self.heads) for part in self.q.slices(head, channel, 1)]
-        found += [part for group in range(self.groups) for part in self.k.slices(group, channel, 1)]
+        found += [part for kv_head in range(self.kv_heads) for part in self.k.slices(kv_head, channel, 1)]
         for name, _ in self.norms:
             for start in range(channel, self.norm_sizes[name], self.head_size):
                 found.append(Slice(name, "entries", start, start + 1, name, 0))
@@ -163,7 +163,7 @@ class Geometry:
         """All units of a kind, of one block or of all.
 
         head : a query head: rows of q, columns of o; with as many heads of keys and values, those of k and v too
-        group : a head of keys and values with all query heads that it serves
+        kv-group : a head of keys and values with all query heads that it serves
         value : a channel of a head of v, and the columns of o that read it
         query-key : a channel of q and k in all heads of an attention, with its entries of their norms; where positions
             are rotated into q and k, channels i and i + head_size / 2 (in some models 2i and 2i + 1) are a pair
@@ -187,7 +187,7 @@ class Geometry:
         return tuple(unit for unit in found if block in (None, unit.block))
 
 
-def read_geometry(checkpoint: Source, anatomy: Anatomy | None = None) -> Geometry:
+def read_geometry(checkpoint: TensorIndex, anatomy: Anatomy | None = None) -> Geometry:
     """The geometry of a checkpoint.
 
     Raises
@@ -201,7 +201,7 @@ def read_geometry(checkpoint: Source, anatomy: Anatomy | None = None) -> Geometr
         blocks.setdefault(layer.block, []).append(layer)
 
     def understood(
-        read: Callable[[Source, Anatomy, list[LinearLayer]], list[Found]], kinds: Iterable[str]
+        read: Callable[[TensorIndex, Anatomy, list[LinearLayer]], list[Found]], kinds: Iterable[str]
     ) -> list[Found]:
         found: list[Found] = []
         for layers in blocks.values():
@@ -258,7 +258,7 @@ def columns_of(layer: LinearLayer, start: int, stop: int) -> list[Slice]:
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def _attentions(checkpoint: Source, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Attention]:
+def _attentions(checkpoint: TensorIndex, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Attention]:
     own = [layer for layer in layers if layer.kind == "attention"]
     starts = [layer for layer in own if _part(layer) in ("q", "qkv")]
     found = []
@@ -270,7 +270,7 @@ def _attentions(checkpoint: Source, anatomy: Anatomy, layers: list[LinearLayer])
     return found
 
 
-def _attention(checkpoint: Source, anatomy: Anatomy, start: LinearLayer, members: list[LinearLayer]) -> Attention:
+def _attention(checkpoint: TensorIndex, anatomy: Anatomy, start: LinearLayer, members: list[LinearLayer]) -> Attention:
     by_part: dict[str, list[LinearLayer]] = {}
     for layer in members:
         by_part.setdefault(_part(layer), []).append(layer)
@@ -279,50 +279,50 @@ def _attention(checkpoint: Source, anatomy: Anatomy, start: LinearLayer, members
         names = ", ".join(layer.name for layer in members)
         raise _unknown(checkpoint, f"which of {names} makes queries, keys and values, and which reads the heads")
     parts = {part: found[0] for part, found in by_part.items()}
-    heads, groups = _head_counts(checkpoint)
+    heads, kv_heads = _head_counts(checkpoint)
     q, k, v = (
-        _fused(checkpoint, anatomy, parts["qkv"], heads, groups) if "qkv" in parts else _apart(parts, heads, groups)
+        _fused(checkpoint, anatomy, parts["qkv"], heads, kv_heads) if "qkv" in parts else _apart(parts, heads, kv_heads)
     )
     o, name = parts["o"], _parent(start)
-    norms, sizes = _norms(checkpoint, anatomy, name, q.size, heads, groups)
+    norms, sizes = _norms(checkpoint, anatomy, name, q.size, heads, kv_heads)
     sinks = f"{name}.sinks" if f"{name}.sinks" in anatomy.others else None
     if q.size == 0 or q.size != k.size or o.shape[1] != heads * v.size:
         shapes = ", ".join(f"{layer.role} {list(layer.shape)}" for layer in members)
         raise _unknown(
-            checkpoint, f"the heads of {name} ({shapes}), which are not {heads} of queries and {groups} of keys"
+            checkpoint, f"the heads of {name} ({shapes}), which are not {heads} of queries and {kv_heads} of keys"
         )
-    return Attention(start.block or 0, name, heads, groups, q.size, v.size, q, k, v, o, norms, sizes, sinks)
+    return Attention(start.block or 0, name, heads, kv_heads, q.size, v.size, q, k, v, o, norms, sizes, sinks)
 
 
-def _apart(parts: dict[str, LinearLayer], heads: int, groups: int) -> tuple[Rows, Rows, Rows]:
+def _apart(parts: dict[str, LinearLayer], heads: int, kv_heads: int) -> tuple[Rows, Rows, Rows]:
     """Projections that are layers of their own; size 0 where heads do not divide the rows."""
 
     def rows(part: str, units: int) -> Rows:
         size = parts[part].shape[0] // units if parts[part].shape[0] % units == 0 else 0
         return Rows(parts[part], 0, size, size)
 
-    return rows("q", heads), rows("k", groups), rows("v", groups)
+    return rows("q", heads), rows("k", kv_heads), rows("v", kv_heads)
 
 
 def _fused(
-    checkpoint: Source, anatomy: Anatomy, layer: LinearLayer, heads: int, groups: int
+    checkpoint: TensorIndex, anatomy: Anatomy, layer: LinearLayer, heads: int, kv_heads: int
 ) -> tuple[Rows, Rows, Rows]:
     """Projections in one layer: all of q, then k, then v; or of one head after the other."""
     if anatomy.family == "structure":
         raise _unknown(checkpoint, f"how queries, keys and values lie in {layer.name}, which is all in one")
-    size, rest = divmod(layer.shape[0], heads + 2 * groups)
-    if rest or (layer.interleaved and heads != groups):
+    size, rest = divmod(layer.shape[0], heads + 2 * kv_heads)
+    if rest or (layer.interleaved and heads != kv_heads):
         size = 0
     if layer.interleaved:
         q, k, v = (Rows(layer, part * size, 3 * size, size) for part in range(3))
         return q, k, v
-    firsts = (0, heads * size, (heads + groups) * size)
+    firsts = (0, heads * size, (heads + kv_heads) * size)
     q, k, v = (Rows(layer, first, size, size) for first in firsts)
     return q, k, v
 
 
 def _norms(
-    checkpoint: Source, anatomy: Anatomy, name: str, size: int, heads: int, groups: int
+    checkpoint: TensorIndex, anatomy: Anatomy, name: str, size: int, heads: int, kv_heads: int
 ) -> tuple[tuple[tuple[str, str], ...], dict[str, int]]:
     """Norms of q and k of an attention; a refusal where it has parameters whose use is not known."""
     norms: list[tuple[str, str]] = []
@@ -335,7 +335,7 @@ def _norms(
         if leaf == "sinks" and entry.shape == (heads,):
             continue
         match = HEAD_NORM.fullmatch(leaf)
-        units = heads if match and match["which"] == "q" else groups
+        units = heads if match and match["which"] == "q" else kv_heads
         if match is None or len(entry.shape) != 1 or entry.shape[0] not in (size, units * size):
             if tensor in anatomy.norms and match is None:
                 continue  # a norm of the hidden channels that the attention's module holds
@@ -345,15 +345,15 @@ def _norms(
     return tuple(norms), sizes
 
 
-def _head_counts(checkpoint: Source) -> tuple[int, int]:
+def _head_counts(checkpoint: TensorIndex) -> tuple[int, int]:
     """Query heads, and heads of keys and values, as config.json says."""
     heads = config_number(checkpoint.config, HEADS)
     if heads is None:
         raise _unknown(checkpoint, f"how many heads there are: config.json has none of {', '.join(HEADS)}")
-    groups = config_number(checkpoint.config, GROUPS) or heads
-    if heads % groups:
-        raise _unknown(checkpoint, f"how {heads} heads share {groups} of keys and values")
-    return heads, groups
+    kv_heads = config_number(checkpoint.config, KV_HEADS) or heads
+    if heads % kv_heads:
+        raise _unknown(checkpoint, f"how {heads} heads share {kv_heads} of keys and values")
+    return heads, kv_heads
 
 
 def config_number(config: dict[str, Any], keys: Iterable[str]) -> int | None:
@@ -367,7 +367,7 @@ def config_number(config: dict[str, Any], keys: Iterable[str]) -> int | None:
     return None
 
 
-def _unknown(checkpoint: Source, what: str) -> CheckpointError:
+def _unknown(checkpoint: TensorIndex, what: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.folder} does not say {what}: its parts of this kind cannot be told apart; use a method that "
         "treats whole layers, or add a family file (storage/checkpoint/anatomy/families)"
@@ -377,7 +377,7 @@ def _unknown(checkpoint: Source, what: str) -> CheckpointError:
 # MLPs and experts ----------------------------------------------------------------------------------------------------
 
 
-def _mlps(checkpoint: Source, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Mlp]:
+def _mlps(checkpoint: TensorIndex, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Mlp]:
     own = [layer for layer in layers if layer.kind in ("mlp", "expert")]
     downs = [layer for layer in own if is_last(layer)]
     homes = {(_parent(down), down.expert) for down in downs}
@@ -405,7 +405,7 @@ def _mlps(checkpoint: Source, anatomy: Anatomy, layers: list[LinearLayer]) -> li
     return found
 
 
-def _experts(checkpoint: Source, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Unit]:
+def _experts(checkpoint: TensorIndex, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Unit]:
     routed = [layer for layer in layers if layer.kind == "expert" and layer.expert is not None]
     if not routed:
         return []

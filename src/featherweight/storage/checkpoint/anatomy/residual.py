@@ -17,8 +17,7 @@ from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.anatomy.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.storage.checkpoint.anatomy.family import Family, find_family
 from featherweight.storage.checkpoint.anatomy.geometry import HEAD_NORM, QUERY, config_number, is_last, read_geometry
-from featherweight.storage.checkpoint.anatomy.source import Source
-from featherweight.storage.checkpoint.anatomy.structure import FLOATING
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 from featherweight.storage.checkpoint.anatomy.units import Slice, Unit
 
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
@@ -99,7 +98,7 @@ class Residual:
         return made
 
 
-def read_residual(checkpoint: Source, anatomy: Anatomy | None = None) -> Residual:
+def read_residual(checkpoint: TensorIndex, anatomy: Anatomy | None = None) -> Residual:
     """The residual stream of a checkpoint, from names, shapes and config.json alone.
 
     Raises
@@ -111,7 +110,7 @@ def read_residual(checkpoint: Source, anatomy: Anatomy | None = None) -> Residua
 
 
 class _Reading:
-    def __init__(self, checkpoint: Source, anatomy: Anatomy) -> None:
+    def __init__(self, checkpoint: TensorIndex, anatomy: Anatomy) -> None:
         self.checkpoint, self.anatomy = checkpoint, anatomy
         self.family: Family | None = find_family(checkpoint.config) if anatomy.family != "structure" else None
         found = config_number(checkpoint.config, HIDDEN)

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from featherweight.errors import CheckpointError
-from featherweight.storage.checkpoint.anatomy.family import Family, Group
-from featherweight.storage.checkpoint.anatomy.source import Source
+from featherweight.storage.checkpoint.anatomy.family import Family, InputGroup
+from featherweight.storage.checkpoint.anatomy.tensor_index import FLOATING, TensorIndex
 
-FLOATING = {"F64", "F32", "F16", "BF16"}
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # "01" is no number: it could not be told from "1"
 BLOCK_LIST = re.compile(r"(^|\.)(layers?|h|blocks?|resblocks)$")
 NOT_TEXT = re.compile(r"(vision|visual|image|audio|speech|video)", re.IGNORECASE)
@@ -42,7 +41,7 @@ FUSED = (
 )
 
 
-def infer_family(checkpoint: Source) -> Family:
+def infer_family(checkpoint: TensorIndex) -> Family:
     """Describe the checkpoint as a family of its own; a CheckpointError if it has no repeated blocks with matrices."""
     lists = _block_lists(checkpoint)
     if not lists:
@@ -53,14 +52,14 @@ def infer_family(checkpoint: Source) -> Family:
     return Family(
         name="structure",
         blocks=tuple(lists),
-        groups=_groups(checkpoint, linears, votes),
+        input_groups=_input_groups(checkpoint, linears, votes),
         embeddings=embeddings,
         head=head,
         declared=False,
     )
 
 
-def no_structure(checkpoint: Source) -> CheckpointError:
+def no_structure(checkpoint: TensorIndex) -> CheckpointError:
     """The error for a model that neither a family file nor its structure explains."""
     architecture = checkpoint.config.get("architectures") or checkpoint.config.get("model_type") or "none named"
     return CheckpointError(
@@ -70,7 +69,7 @@ def no_structure(checkpoint: Source) -> CheckpointError:
     )
 
 
-def _block_lists(checkpoint: Source) -> dict[str, int]:
+def _block_lists(checkpoint: TensorIndex) -> dict[str, int]:
     """Prefixes of the numbered lists that hold most matrix elements, with their counts, the largest first."""
     elements: Counter[str] = Counter()
     numbers: dict[str, set[int]] = {}
@@ -90,7 +89,7 @@ def _is_number(part: str) -> bool:
     return NUMBER.fullmatch(part) is not None
 
 
-def _is_matrix(checkpoint: Source, name: str) -> bool:
+def _is_matrix(checkpoint: TensorIndex, name: str) -> bool:
     entry = checkpoint.entry(name)
     if entry.dtype not in FLOATING or EMBEDDING.search(name.removesuffix(".weight")) or min(entry.shape, default=0) < 1:
         return False
@@ -99,7 +98,7 @@ def _is_matrix(checkpoint: Source, name: str) -> bool:
     return len(entry.shape) == 2 and name.endswith(".weight")
 
 
-def _linears(checkpoint: Source, lists: Iterable[str]) -> dict[str, list[str]]:
+def _linears(checkpoint: TensorIndex, lists: Iterable[str]) -> dict[str, list[str]]:
     """Paths within a block, experts' numbers replaced by "{expert}", with their tensors; in the order of the first."""
     found: dict[str, list[str]] = {}
     prefixes = tuple(f"{prefix}." for prefix in lists)
@@ -129,7 +128,7 @@ def _model_order(path: str) -> tuple[int, int]:
     return (0 if ATTENTION.search(path) else 1, rank)
 
 
-def _is_transposed(checkpoint: Source, tensors: list[str]) -> bool | None:
+def _is_transposed(checkpoint: TensorIndex, tensors: list[str]) -> bool | None:
     """Whether the bias, or the model's width for stacked experts, shows weights lie as [in, out]; None if neither."""
     tensor = tensors[0]
     rows, columns = checkpoint.entry(tensor).shape[-2:]
@@ -147,7 +146,9 @@ def _is_transposed(checkpoint: Source, tensors: list[str]) -> bool | None:
     return None
 
 
-def _groups(checkpoint: Source, linears: dict[str, list[str]], votes: dict[str, bool | None]) -> tuple[Group, ...]:
+def _input_groups(
+    checkpoint: TensorIndex, linears: dict[str, list[str]], votes: dict[str, bool | None]
+) -> tuple[InputGroup, ...]:
     stacked = {path: len(checkpoint.entry(tensors[0]).shape) == 3 for path, tensors in linears.items()}
     groups: dict[tuple[str, str, bool, bool], dict[str, str]] = {}
     for path in linears:
@@ -157,7 +158,7 @@ def _groups(checkpoint: Source, linears: dict[str, list[str]], votes: dict[str, 
         kind = _kind(path, stacked[path], linears, checkpoint)
         groups.setdefault((_input(path), kind, transposed, stacked[path]), {})[path] = path
     return tuple(
-        Group(
+        InputGroup(
             linears=_roles(paths),
             input=owner,
             kind=kind,
@@ -190,7 +191,7 @@ def _input(path: str) -> str:
     return path
 
 
-def _kind(path: str, stacked: bool, linears: dict[str, list[str]], checkpoint: Source) -> str:
+def _kind(path: str, stacked: bool, linears: dict[str, list[str]], checkpoint: TensorIndex) -> str:
     has_experts = any("expert" in other for other in linears)
     rows = checkpoint.entry(linears[path][0]).shape[0]
     if has_experts and ROUTER.search(path) and "{expert}" not in path and rows < 1024 and not stacked:
@@ -202,7 +203,7 @@ def _kind(path: str, stacked: bool, linears: dict[str, list[str]], checkpoint: S
     return "mlp" if MLP.search(path) else "other"
 
 
-def _outside(checkpoint: Source, lists: Iterable[str]) -> tuple[tuple[str, ...], str | None]:
+def _outside(checkpoint: TensorIndex, lists: Iterable[str]) -> tuple[tuple[str, ...], str | None]:
     """Embeddings, the token embedding first, and the head, of what lies outside the blocks."""
     prefixes = tuple(f"{prefix}." for prefix in lists)
     vocabulary = _text_value(checkpoint.config, "vocab_size")

@@ -41,7 +41,7 @@ class Slice:
 class Unit:
     """A head, a neuron, an expert, a hidden channel: everything of a model that goes when it goes.
 
-    kind : "head", "group", "value", "query-key", "neuron", "expert" or "channel"; see `Geometry` and `Residual`
+    kind : "head", "kv-group", "value", "query-key", "neuron", "expert" or "channel"; see `Geometry` and `Residual`
     block : number of the block, None for what runs through all of them
     index : number of the unit among those of its owner
     owner : the module it is a part of: an attention, an MLP, a mixture of experts; "" for hidden channels

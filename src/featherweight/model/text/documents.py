@@ -1,8 +1,8 @@
-"""Where calibration text comes from.
+"""Calibration text, read into documents.
 
-A source is a .txt file (also .xz, .gz), .jsonl, .parquet, a folder of text files, `hf:NAME[:config[:split[:column]]]`
-for a data set of the Hugging Face hub, or nothing for the text that comes with the package. Rows hold `text`, or a
-conversation: `messages`, `conversations`, or `prompt` and `completion`.
+What is read is a .txt file (also .xz, .gz), .jsonl, .parquet, a folder of text files, or a data set of the Hugging Face
+hub, `hf:NAME[:config[:split[:column]]]`; with nothing given, the text that comes with the package. Rows hold `text`, or
+a conversation: `messages`, `conversations`, or `prompt` and `completion`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Document:
     messages: tuple[dict[str, str], ...] = ()
 
 
-def source_digest(source: str | Path | None) -> str:
-    """SHA-256 (hex) of a source's files; of its name for a data set of the hub."""
+def text_digest(text: str | Path | None) -> str:
+    """SHA-256 (hex) of a text's files; of its name for a data set of the hub."""
     digest = hashlib.sha256()
-    if source is not None and str(source).startswith("hf:"):
-        return hashlib.sha256(str(source).encode()).hexdigest()
-    path = BUNDLED if source is None else Path(source).expanduser()
+    if text is not None and str(text).startswith("hf:"):
+        return hashlib.sha256(str(text).encode()).hexdigest()
+    path = BUNDLED if text is None else Path(text).expanduser()
     files = _text_files(path) if path.is_dir() else [path]
     for file in files:
         try:
@@ -50,17 +50,17 @@ def source_digest(source: str | Path | None) -> str:
     return digest.hexdigest()
 
 
-def read_documents(source: str | Path | None) -> list[Document]:
-    """All documents of a source. CalibrationError if it cannot be read or is empty."""
-    if source is None:
+def read_documents(text: str | Path | None) -> list[Document]:
+    """All documents of a text. CalibrationError if it cannot be read or is empty."""
+    if text is None:
         documents = [Document(_read_text(BUNDLED))]
-    elif str(source).startswith("hf:"):
-        documents = _read_hub(str(source))
+    elif str(text).startswith("hf:"):
+        documents = _read_hub(str(text))
     else:
-        documents = _read_path(Path(source).expanduser())
+        documents = _read_path(Path(text).expanduser())
     documents = [d for d in documents if d.messages or d.text.strip()]
     if not documents:
-        raise CalibrationError(f"the calibration text {source} is empty")
+        raise CalibrationError(f"the calibration text {text} is empty")
     return documents
 
 
@@ -119,19 +119,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _read_hub(source: str) -> list[Document]:
+def _read_hub(text: str) -> list[Document]:
     """hf:NAME[:config[:split[:column]]]"""
-    name, config, split, column = (source.removeprefix("hf:").split(":") + ["", "", ""])[:4]
+    name, config, split, column = (text.removeprefix("hf:").split(":") + ["", "", ""])[:4]
     try:
         datasets = import_module("datasets")
     except ImportError:
-        raise CalibrationError(f"{source} needs the package datasets: pip install datasets, or give a file") from None
+        raise CalibrationError(f"{text} needs the package datasets: pip install datasets, or give a file") from None
     try:
         rows = list(datasets.load_dataset(name, config or None, split=split or "train"))
     except Exception as error:  # the package raises many kinds
-        raise CalibrationError(f"cannot load the data set {source} ({str(error)[:200]})") from error
+        raise CalibrationError(f"cannot load the data set {text} ({str(error)[:200]})") from error
     numbered = ((f"row {i}", {"text": row.get(column)} if column else row) for i, row in enumerate(rows, 1))
-    return _rows_to_documents(numbered, source)
+    return _rows_to_documents(numbered, text)
 
 
 def _rows_to_documents(rows: Iterable[tuple[str, Any]], name: str) -> list[Document]:

@@ -27,7 +27,7 @@ from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
 from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
-from featherweight.tasks.compress.data import CalibrationData, check_source
+from featherweight.tasks.compress.data import CalibrationData, check_calibration
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
@@ -158,7 +158,7 @@ def compress(
     reset_peak_memory()
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
-    check_source(chosen, calibration, base_model)
+    check_calibration(chosen, calibration, base_model)
     runs_on = device_named(device)
     check_workers(chosen, workers, runs_on)
     if shard_bytes < 1:
@@ -205,7 +205,7 @@ def compress(
                     place = str(model) if Path(model).is_file() else str(checkpoint.folder)
                     order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
                     executor = Shared(run.claims, lambda: Workers(run, order, workers - 1, events))
-                resumed = _make(plan, checkpoint, run, events, identity, data, executor)
+                resumed = _Work(plan, checkpoint, run, events, identity, data).make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, checkpoint, begun, resumed)
@@ -227,47 +227,65 @@ def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events:
         events({"event": "note", "text": loading})
 
 
-def _make(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    run: RunFolder,
-    events: Events,
-    identity: dict[str, Any],
-    data: CalibrationData,
-    executor: Executor,
-) -> int:
-    """All the work there is left to do; returns how many layers were found finished."""
-    resumed = len(plan.jobs)
-    if not run.publishing:
-        assembly, seed, shard_bytes = run.read_assembly(), identity["seed"], identity["shard_bytes"]
-        if assembly is None:
-            _check_disk(plan, run, shard_bytes)
-            for name in plan.copied:
-                scan_tensor(checkpoint, name)
-            config: dict[str, Any] = {}
-            if plan.recipe.calibrated:
-                _scan_layers(plan, checkpoint)
-                records, resumed, config = data.solve(plan, checkpoint, run, events, seed)
+@dataclass(frozen=True)
+class _Work:
+    """What is left to do of a compression, from the plan to the folder in its place."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    run: RunFolder
+    events: Events
+    identity: dict[str, Any]
+    data: CalibrationData
+
+    def make(self, executor: Executor) -> int:
+        """Do it; returns how many layers were found finished."""
+        plan, checkpoint, run = self.plan, self.checkpoint, self.run
+        resumed = len(plan.jobs)
+        if not run.publishing:
+            assembly = run.read_assembly()
+            if assembly is None:
+                assembly, resumed = self._solve(executor)
             else:
-                records, resumed = solve_all(plan, checkpoint, run, events, seed, executor)
-            changed, verdicts = run.changed_tensors(), run.all_verdicts()
-            assembly = lay_out(plan, checkpoint, records, shard_bytes, run.store, changed, config, verdicts)
-            write_text(run.assembly, to_json(assembly))
+                resumed -= self._solve_lost(assembly)
+
+            def told(file: str, number: int, of: int) -> None:
+                self.events({"event": "shard", "file": file, "number": number, "of": of})
+
+            write_shards(run, assembly, checkpoint, plan, told)
+            write_rest(run, assembly, checkpoint, plan, self.identity)
+        run.publish()
+        return resumed
+
+    def _solve(self, executor: Executor) -> tuple[dict[str, Any], int]:
+        """Which tensors go to which shard, once all layers are solved; and how many were found finished."""
+        plan, checkpoint, run = self.plan, self.checkpoint, self.run
+        seed, shard_bytes = self.identity["seed"], self.identity["shard_bytes"]
+        _check_disk(plan, run, shard_bytes)
+        for name in plan.copied:
+            scan_tensor(checkpoint, name)
+        config: dict[str, Any] = {}
+        if plan.recipe.calibrated:
+            _scan_layers(plan, checkpoint)
+            records, resumed, config = self.data.solve(plan, checkpoint, run, self.events, seed)
         else:
-            lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
-            resumed -= len(lost)
-            if lost and plan.recipe.calibrated:
-                data.solve(plan, checkpoint, run, events, seed)
-            for index in lost if not plan.recipe.calibrated else ():
-                solve_alone(plan, checkpoint, run, index, seed)
+            records, resumed = solve_all(plan, checkpoint, run, self.events, seed, executor)
+        changed, verdicts = run.changed_tensors(), run.all_verdicts()
+        assembly = lay_out(
+            plan, checkpoint, records, shard_bytes, run.store, changed=changed, config=config, whole_model=verdicts
+        )
+        write_text(run.assembly, to_json(assembly))
+        return assembly, resumed
 
-        def told(file: str, number: int, of: int) -> None:
-            events({"event": "shard", "file": file, "number": number, "of": of})
-
-        write_shards(run, assembly, checkpoint, plan, told)
-        write_rest(run, assembly, checkpoint, plan, identity)
-    run.publish()
-    return resumed
+    def _solve_lost(self, assembly: dict[str, Any]) -> int:
+        """Layers that are still to be written, but whose files are gone, are solved again; returns how many."""
+        plan, checkpoint, run, seed = self.plan, self.checkpoint, self.run, self.identity["seed"]
+        lost = [i for i in jobs_to_write(run, assembly) if run.record(i, plan.jobs[i].layer.name) is None]
+        if lost and plan.recipe.calibrated:
+            self.data.solve(plan, checkpoint, run, self.events, seed)
+        for index in lost if not plan.recipe.calibrated else ():
+            solve_alone(plan, checkpoint, run, index, seed)
+        return len(lost)
 
 
 def _scan_layers(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+FLOATING = {"F64", "F32", "F16", "BF16"}
+"""Types of weights, as safetensors names them."""
+
 
 class Described(Protocol):
     """One tensor; `dtype` as safetensors names it."""
@@ -24,7 +27,7 @@ class Located(Protocol):
     def path(self) -> Path: ...
 
 
-class Source(Protocol):
+class TensorIndex(Protocol):
     """Tensors by name, and the content of config.json."""
 
     @property

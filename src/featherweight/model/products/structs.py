@@ -29,8 +29,8 @@ MAPPED = 1 << 21  # bytes from which an operand gets a mapping of its own
 _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
-class Source(ctypes.Structure):
-    """fw_source."""
+class CodeStruct(ctypes.Structure):
+    """fw_code."""
 
     _fields_ = [
         *[(name, _i32) for name in ("kind", "planes", "packing", "bits", "tied")],

@@ -1,7 +1,8 @@
-"""The families that the native decoder runs, each as data: names of weights, what a config means where it is silent.
+"""The architectures that the native decoder runs, as data: names of weights, what a config means where it is silent.
 
 All are decoders of the llama kind (Touvron et al., arXiv:2302.13971): RMSNorm before attention and SwiGLU, rotary
-positions, grouped-query attention. A further one is a further `Family` in FAMILIES, as long as its blocks compute this.
+positions, grouped-query attention. A further one is a further `Architecture` in ARCHITECTURES, as long as its blocks
+compute this.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def _qwen3_biases(config: Config) -> frozenset[str]:
 
 
 def _no_window(config: Config, layer: int) -> int:
-    """The family has none; but whoever asks for one gets it from transformers, whose cache keeps no more."""
+    """The architecture has none; but whoever asks for one gets it from transformers, whose cache keeps no more."""
     kinds = config.get("layer_types") or []
     if config["sliding_window"] or not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise UnsupportedModelError("sliding_window or layer_types in config.json asks for windows this family lacks")
+        raise UnsupportedModelError(
+            "sliding_window or layer_types in config.json asks for windows this architecture lacks"
+        )
     return 0
 
 
@@ -66,12 +69,12 @@ def _qwen_window(config: Config, layer: int) -> int:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One family.
+class Architecture:
+    """One architecture.
 
     Attributes
     ----------
-    model_type, architecture : as config.json names them.
+    model_type, name : as config.json names them, its `model_type` and `architectures`.
     defaults : values of settings that config.json may leave out.
     head_norms : whether queries and keys have an RMSNorm for every head.
     biased : config with defaults -> roles of the matrices that have a bias.
@@ -81,7 +84,7 @@ class Family:
     """
 
     model_type: str
-    architecture: str
+    name: str
     defaults: Mapping[str, Any]
     head_norms: bool = False
     biased: Callable[[Config], frozenset[str]] = _no_biases
@@ -118,21 +121,21 @@ COMMON = {
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
-LLAMA = Family("llama", "LlamaForCausalLM", COMMON | {"sliding_window": None}, biased=_llama_biases)
-MISTRAL = Family(
+LLAMA = Architecture("llama", "LlamaForCausalLM", COMMON | {"sliding_window": None}, biased=_llama_biases)
+MISTRAL = Architecture(
     "mistral",
     "MistralForCausalLM",
     COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
     window=_mistral_window,
 )
-QWEN2 = Family(
+QWEN2 = Architecture(
     "qwen2",
     "Qwen2ForCausalLM",
     COMMON | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     biased=_qwen2_biases,
     window=_qwen_window,
 )
-QWEN3 = Family(
+QWEN3 = Architecture(
     "qwen3",
     "Qwen3ForCausalLM",
     COMMON | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
@@ -140,20 +143,18 @@ QWEN3 = Family(
     biased=_qwen3_biases,
     window=_qwen_window,
 )
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+ARCHITECTURES = {one.model_type: one for one in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
-def family_of(config: Config) -> Family:
-    """The family of a config.json; UnsupportedModelError where it is none of these, or not a language model of it."""
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of a config.json; UnsupportedModelError where it is none of these, or no language model."""
     kind = config.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
+    found = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if found is None:
         raise UnsupportedModelError(
-            f"the native decoder does not know the model type {str(kind)[:80]!r}, only {', '.join(FAMILIES)}"
+            f"the native decoder does not know the model type {str(kind)[:80]!r}, only {', '.join(ARCHITECTURES)}"
         )
-    named = config.get("architectures") or [family.architecture]
-    if not isinstance(named, list) or named[0] != family.architecture:
-        raise UnsupportedModelError(
-            f"the native decoder runs {family.architecture}, and this model is {str(named)[:80]}"
-        )
-    return family
+    named = config.get("architectures") or [found.name]
+    if not isinstance(named, list) or named[0] != found.name:
+        raise UnsupportedModelError(f"the native decoder runs {found.name}, and this model is {str(named)[:80]}")
+    return found

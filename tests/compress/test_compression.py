@@ -25,7 +25,7 @@ from featherweight.storage.codes import code_from, code_layout
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress import plan as plan_module
-from featherweight.tasks.compress.engine import Compression, compress
+from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.plan import make_plan, parse_size
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
