@@ -62,10 +62,21 @@ def in_process(target: Callable[..., None], *arguments: Any) -> int:
     return process.exitcode
 
 
+LOADED = (
+    "featherweight.tasks.compress.compression",
+    "featherweight.tasks.compress.calibrated",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "torch._dynamo",  # which optimisers import
+)
+"""What runs import sooner or later: once, for all processes that `start` makes."""
+
+
 def start(target: Callable[..., None], *arguments: Any) -> Any:
-    """Start in a process forked from one that has loaded torch and never computed."""
+    """Start in a process forked from one that has loaded what runs need and never computed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["featherweight.tasks.compress.compression"])
+    context.set_forkserver_preload(list(LOADED))
     process = context.Process(target=_guarded, args=(target, *arguments))
     process.start()
     return process

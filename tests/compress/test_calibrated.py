@@ -31,14 +31,35 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def options(text: Path) -> dict[str, Any]:
+def options_with(text: Path) -> dict[str, Any]:
     return {
         "recipe": "rtn-3",
         "changes": (*SMALL, "grid.group_size=32", "rounding={kind: hessian}"),
         "calibration": text,
         "threads": 1,
     }
+
+
+@pytest.fixture
+def options(text: Path) -> dict[str, Any]:
+    return options_with(text)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The output of a run that nothing disturbs, in this process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compress(llama, out=out, **options_with(text))
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same from a process of its own."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    options = {name: value for name, value in options_with(text).items() if name != "threads"}
+    assert in_process(compress_and_die, str(llama), str(out), options, None) == 0
+    return contents(out)
 
 
 def test_layers_are_solved_on_what_reaches_them(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -60,30 +81,27 @@ def test_layers_are_solved_on_what_reaches_them(llama: Path, tmp_path: Path, opt
 
 @pytest.mark.parametrize("layer", [1, 3, 6, 8, 13])
 def test_an_interrupted_run_resumes_with_the_same_result(
-    llama: Path, tmp_path: Path, options: dict[str, Any], layer: int
+    llama: Path, tmp_path: Path, options: dict[str, Any], uninterrupted: dict[str, bytes], layer: int
 ) -> None:
-    compress(llama, out=tmp_path / "whole" / "out", **options)
-    expected = contents(tmp_path / "whole" / "out")
     out = tmp_path / "cut" / "out"
     with pytest.raises(Stop):
         compress(llama, out=out, observer=stopping("layer", layer), **options)
     result = compress(llama, out=out, **options)
     assert result.resumed == layer
-    assert_only_output(out, expected)
+    assert_only_output(out, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [5, 23, 41, 60, 77])
-def test_killed_at_file_operations(llama: Path, tmp_path: Path, options: dict[str, Any], moment: int) -> None:
+def test_killed_at_file_operations(
+    llama: Path, tmp_path: Path, options: dict[str, Any], undisturbed: dict[str, bytes], moment: int
+) -> None:
     options = {name: value for name, value in options.items() if name != "threads"}
-    (tmp_path / "whole").mkdir()
-    assert in_process(compress_and_die, str(llama), str(tmp_path / "whole" / "out"), options, None) == 0
-    expected = contents(tmp_path / "whole" / "out")
     out = tmp_path / "cut" / "out"
     out.parent.mkdir()
     assert in_process(compress_and_die, str(llama), str(out), options, ("file", moment)) == -9
     assert in_process(compress_and_die, str(llama), str(out), options, None) == 0
-    assert_only_output(out, expected)
+    assert_only_output(out, undisturbed)
 
 
 def test_the_seed_of_the_text_is_part_of_the_run(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from featherweight import load
 from featherweight.methods.recipe import Recipe, load_recipe, presets
@@ -62,10 +63,28 @@ def test_networks_in_bfloat16(preset: str, tiny: Callable[..., Path], text: Path
     assert verify(made.out).whole
 
 
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., Path]) -> Path:
+    return tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32, intermediate_size=256)
+
+
+IDS = torch.arange(48)[None]
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> Tensor:
+    """Logits of the model as it was."""
+    original, _ = load(model, dtype="float32")
+    with torch.no_grad():
+        logits: Tensor = original(IDS).logits
+    return logits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", presets())
-def test_preset(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    model = tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32, intermediate_size=256)
+def test_preset(
+    preset: str, model: Path, expected: Tensor, tiny: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
     recipe = load_recipe(preset)
     made = compress(
         model,
@@ -80,21 +99,16 @@ def test_preset(preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Pa
     assert made.bits_per_weight < 17
     assert verify(tmp_path / "out").whole
     loaded, _ = load(tmp_path / "out", dtype="float32")
-    original, _ = load(model, dtype="float32")
     modules = [module for module in loaded.modules() if isinstance(module, CodedModule)]
     assert len(modules) == len(made.layers)
-    ids = torch.arange(48)[None]
     with torch.no_grad():
-        missed = (loaded(ids).logits - original(ids).logits).norm() / original(ids).logits.norm()
+        missed = (loaded(IDS).logits - expected).norm() / expected.norm()
     assert 0 < missed < 1, f"the compressed model's logits are {missed:.2f} of their norm away"
 
 
 @pytest.mark.parametrize("preset", ["trit-2", "pvq-data-free", "sherry-rtn"])
-def test_loading_is_the_first_thing_a_process_does(
-    preset: str, tiny: Callable[..., Path], text: Path, tmp_path: Path
-) -> None:
+def test_loading_is_the_first_thing_a_process_does(preset: str, model: Path, text: Path, tmp_path: Path) -> None:
     """Modules of codes are then imported while transformers builds the model on the meta device."""
-    model = tiny("llama", tokenizer=True, dtype=torch.float32, hidden_size=128, head_dim=32, intermediate_size=256)
     compress(model, preset, tmp_path / "out", changes=quick(load_recipe(preset)), calibration=text, threads=1)
     script = (
         "import sys, featherweight, torch, transformers;"

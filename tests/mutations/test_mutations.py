@@ -42,8 +42,10 @@ def bases(work: Path) -> Bases:
         torch.set_num_threads(threads)
 
 
-def test_a_slice_of_the_campaign(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "mutate_checkpoints.py"), "--count", "100"]
+def test_a_slice_of_the_campaign(bases: Bases, work: Path, tmp_path: Path) -> None:
+    assert [base.name for base, _ in bases] == list(SLICE)  # they lie where the script finds them
+    script = str(ROOT / "benchmarks" / "mutate_checkpoints.py")
+    command = [sys.executable, script, "--count", "100", "--work", str(work)]
     command += [argument for name in SLICE for argument in ("--base", name)]
     done = subprocess.run(
         [*command, "--report", str(tmp_path / "report.json")], capture_output=True, text=True, check=False

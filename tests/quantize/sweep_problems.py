@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -49,7 +50,7 @@ class Problem:
     inputs: Tensor  # [n, k]
     original_inputs: Tensor
 
-    @property
+    @cached_property
     def statistics(self) -> dict[str, Tensor]:
         x, lost = self.inputs, self.original_inputs - self.inputs
         return {"gram": x @ x.T / x.shape[1], "cross": lost @ x.T / x.shape[1]}
@@ -67,6 +68,7 @@ def damp(gram: Tensor, damping: float = 0.01) -> Tensor:
     return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
 
 
+@lru_cache(maxsize=16)
 def problem(seed: int = 0, rows: int = 24, n: int = 64, samples: int = 4096, lost: float = 0.3) -> Problem:
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 + 0.7 * torch.eye(n, dtype=torch.float64)

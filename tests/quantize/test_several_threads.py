@@ -59,7 +59,6 @@ def test_a_run_s_layers_share_a_factor_as_long_as_its_moment_lives() -> None:
     rounding, on, options = Hessian(), UniformGrid(bits=3, group_size=16), SolveOptions()
     given = problem(rows=8)
     moments = {"gram": given.statistics["gram"].float()}
-    del given.statistics["gram"]  # type: ignore[attr-defined]
     weight = given.weight.float()
     rounding.quantize_source(HeldWeight(weight), on, moments, options)
     kept = options.memo.latest

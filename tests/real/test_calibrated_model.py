@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from remembering import remembering
 
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.evaluate.evaluation import evaluate
@@ -33,13 +34,14 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Divergence from the original and true bits of a recipe's result, each made once."""
     found: dict[str, tuple[float, float]] = {}
+    original = remembering(REFERENCE)
 
     def measure(name: str) -> tuple[float, float]:
         if name not in found:
             recipe, changes = RECIPES[name]
             out = tmp_path_factory.mktemp("made") / name
             made = compress(REFERENCE, recipe, out, changes=changes)
-            result = evaluate(out, REFERENCE, limit=TOKENS)
+            result = evaluate(out, original, limit=TOKENS)
             assert result.divergence is not None
             found[name] = (result.divergence.mean, made.bits_per_weight_linear)
         return found[name]

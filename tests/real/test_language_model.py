@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from remembering import remembering
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,13 +81,14 @@ def original(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A recipe's output folder and its evaluation, each made once."""
     found: dict[str, tuple[Path, Evaluation]] = {}
+    before = remembering(original)
 
     def measure(name: str) -> tuple[Path, Evaluation]:
         if name not in found:
             recipe, changes = RECIPES[name]
             out = tmp_path_factory.mktemp("made") / "out"
             featherweight.compress(original, recipe, out, changes=changes, threads=1)
-            found[name] = out, evaluate(out, original, **PROTOCOL)
+            found[name] = out, evaluate(out, before, **PROTOCOL)
         return found[name]
 
     return measure

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from remembering import remembering
 from transformers import AutoModelForCausalLM
 
 from featherweight import load
@@ -30,7 +31,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def measured(outputs: dict[str, Path]) -> dict[str, Evaluation]:
-    return {name: evaluate(out, reference_model(), context=1024, limit=TOKENS) for name, out in outputs.items()}
+    original = remembering(reference_model())
+    return {name: evaluate(out, original, context=1024, limit=TOKENS) for name, out in outputs.items()}
 
 
 def test_it_is_what_its_card_says() -> None:

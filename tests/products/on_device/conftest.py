@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreting import patched_once
 
 from featherweight.model.products.triton import available
 
@@ -29,6 +31,15 @@ def device() -> torch.device:
     if REASON:
         pytest.skip(REASON)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter() -> Iterator[None]:
+    if REASON or torch.cuda.is_available():
+        yield
+        return
+    with patched_once():
+        yield
 
 
 @pytest.fixture(autouse=True)
