@@ -325,6 +325,9 @@ class Transform(Choice):
     """
 
     scope: ClassVar[Scope] = "layer"
+    portable: ClassVar[bool] = False
+    """Whether `for_layer` takes a weight and statistics on any device. What it makes may say so of itself: see
+    `LayerTransform`."""
 
     def refusal(self, anatomy: Anatomy) -> str | None:
         """Why a model cannot be transformed, as far as its structure says so; None where it can."""
@@ -362,6 +365,8 @@ class LayerTransform(Protocol):
     """A change of basis of one layer's input, fixed. invert(apply(W)) == W to float64 rounding.
 
     An attribute `key` (hashable), if there is one, is equal for equal transforms: what they carry over is then shared.
+    One called `portable`, if it is true, says that tensors may be on any device, where the result is, too; the codes
+    that `wrap` takes and gives are in main memory.
     """
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -393,6 +398,8 @@ class Correction(Choice):
     """
 
     scope: ClassVar[Scope] = "layer"
+    portable: ClassVar[bool] = False
+    """Whether `split` and `correct` take a weight and statistics on any device. Codes are in main memory."""
 
     def split(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Code | None]:
         """Before rounding: what is left for the grid, and a term stored beside it (sparse outliers), or None.

@@ -23,6 +23,7 @@ from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.codes import Code
+from featherweight.system.devices import solving_device
 from featherweight.tasks.compress.plan import Job
 from featherweight.tasks.compress.refusals import check_layers, check_recipe
 from featherweight.tasks.compress.solve import HELD_OUT, InputGroup, Solved, group_seed, solve_layer
@@ -90,7 +91,8 @@ def codes_of_module(
                     group = groups.setdefault((place, own), InputGroup(known, group_seed(seed, place)))
                     if "fisher" in own:
                         group = group.having({"fisher": calibration.fisher(name)})
-                    solved = _solved(jobs[name], session, group, SolveOptions(threads=threads))
+                    options = SolveOptions(threads=threads).on(solving_device(session.device))
+                    solved = _solved(jobs[name], session, group, options)
                     codes[name] = solved.code
                     session.set_weight(name, solved.code.decode())
                     notify({"event": "solved", "layer": name, "code": solved.code.spec, **solved.notes})

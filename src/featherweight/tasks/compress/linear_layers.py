@@ -114,6 +114,12 @@ class LinearLayers:
         weight = weight.detach().cpu()
         return weight.t().contiguous() if type(module).__name__ == "Conv1D" else weight
 
+    def device(self, name: str) -> torch.device:
+        """Where a layer's weight lies."""
+        weight = self.modules[name].weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
     def packed(self, codes: Mapping[str, Code]) -> dict[nn.Module, nn.Module]:
         """Old linear module -> compressed layer."""
         found: dict[nn.Module, nn.Module] = {}

@@ -27,6 +27,7 @@ from featherweight.model.layers.tied import tie
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
+from featherweight.system.devices import solving_device
 from featherweight.system.threads import use_threads
 from featherweight.tasks.compress.calibrated import CalibratedRun
 from featherweight.tasks.compress.data import QUIET, calibration_needs, check_source
@@ -79,8 +80,9 @@ def quantize(
     Token embedding and output layer become what the recipe says of them, tied as they were; of models whose family is
     not known they stay, as do linear layers with a forward function of their own. An embedding is compressed without
     data, and the blocks are calibrated on what its code decodes to. Calibration runs the model in its own dtype, where
-    `compress` takes bfloat16 or float32, whichever is faster. If it fails half-way, layers may have been rounded
-    already: load the model again.
+    `compress` takes bfloat16 or float32, whichever is faster. Layers are solved on the device where they lie, as far as
+    grid and rounding can be (`portable`) and the device has float64; codes are put there. If it fails half-way, layers
+    may have been rounded already: load the model again.
 
     Raises
     ------
@@ -146,7 +148,8 @@ def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> 
     for index, job in enumerate(plan.jobs):
         source = HeldWeight(found.weight(job.layer.name))
         group = InputGroup({}, group_seed(seed, job.layer.input_group))
-        solved = solve_layer(job, source, group, plan.options)
+        options = plan.options.on(solving_device(found.device(job.layer.name)))
+        solved = solve_layer(job, source, group, options)
         codes[job.layer.name] = solved.code
         journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
     return codes
@@ -195,6 +198,7 @@ def _calibrated(
             opened = Calibration.of_module(model, run, batches, settings, needs, blocks=blocks, notify=told)
         with opened as calibration:
             plan = _with_blocks(plan, calibration)
+            plan = replace(plan, options=plan.options.on(solving_device(calibration.host.device)))
             held = HeldRun()
             work = _InMemoryRun(plan, cast(Any, None), cast(Any, held), calibration, notify, seed)
             work.outside = {
