@@ -109,9 +109,7 @@ def test_speed_is_measured_there(small: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(speed, "synchronise", waits.append)
     with second_device() as device:
         report = measure_speed(small, 8, 2, repeats=1, device=device)
-        with pytest.raises(
-            EvaluationError, match="^the native decoder, and its KV caches, are on the CPU"
-        ):
+        with pytest.raises(EvaluationError, match="^the native decoder, and its KV caches, are on the CPU"):
             measure_speed(small, 8, 2, engine="native", device=device)
         with pytest.raises(EvaluationError, match="take --device cpu, or leave --engine and --kv-cache out"):
             measure_speed(small, 8, 2, cache="int8", device=device)

@@ -57,11 +57,11 @@ def give_back(device: torch.device) -> None:
 
 def synchronise(device: torch.device) -> None:
     """Wait until a device has done what it was given; the CPU has, always."""
-    module = getattr(torch, device.type, None)
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif hasattr(module, "synchronize"):  # mps, xpu, ...; torch.cpu has one that does nothing
-        module.synchronize()
+    elif wait is not None:  # mps, xpu, ...; torch.cpu has one that does nothing
+        wait()
 
 
 def peak_bytes(device: torch.device) -> int | None:

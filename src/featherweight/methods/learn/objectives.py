@@ -100,7 +100,7 @@ class BlockObjective:
     def _losses(self, weights: Weights, tensors: Weights, batch: int, precision: Chosen) -> Iterator[Tensor]:
         """What the parts of a batch add to its loss, one after the other."""
         parts = self._parts[batch]
-        power = sum(self._target(i).square().sum() for i in parts) if len(parts) > 1 else None
+        power = torch.stack([self._target(i).square().sum() for i in parts]).sum() if len(parts) > 1 else None
         for index in parts:
             target = self._target(index)
             with self.session.overridden({**weights, **tensors}), autocast(precision, self.device):
@@ -186,7 +186,7 @@ class ModelObjective:
 
     def _in_parts(self, ids: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids and the original's states, as many windows as run at once."""
-        return zip(ids.split(self._at_once), teacher.split(self._at_once), strict=True)
+        return zip(torch.split(ids, self._at_once), torch.split(teacher, self._at_once), strict=True)
 
     def _fitting(self, action: Callable[[], float]) -> float:
         return fitting_by(action, self._make_room if hasattr(self.model, "halve") else None)
@@ -235,7 +235,7 @@ class ModelObjective:
         if known is not None:
             return known
         with torch.no_grad(), self.model.original():
-            parts = [self.model.hidden(part).float() for part in ids.split(self._at_once)]
+            parts = [self.model.hidden(part).float() for part in torch.split(ids, self._at_once)]
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         size = states.numel() * 4
         if self._teacher_bytes + size <= self._teacher_room:

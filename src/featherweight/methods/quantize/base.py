@@ -112,6 +112,8 @@ class Grid(Choice):
     portable: ClassVar[bool] = False
     """Whether `fit`, `levels`, `column_scales` and `round_vectors` take tensors of any device, and `quantize_source` a
     source whose rows are on one. What makes codes (`encode`, `join_vectors`) gets tensors in main memory."""
+    device_weight_bytes: ClassVar[int] = 24
+    """Bytes a weight of a window that PyTorch's form takes on a device."""
     group_size: int = Field(128, ge=1, description="input columns that share scales; the last group may be shorter")
 
     @property
@@ -193,6 +195,11 @@ class Grid(Choice):
     def working_bytes(self, shape: tuple[int, int], options: SolveOptions) -> int:
         """An upper bound of the memory `quantize_source` takes beside the source's pages."""
         return 16 * shape[0] * shape[1]
+
+    def device_bytes(self, shape: tuple[int, int], options: SolveOptions) -> int:
+        """The same on a device, where PyTorch's form is at work, the source's rows included."""
+        rows = min(shape[0], options.window_rows(shape, 4, 1))
+        return max(self.working_bytes(shape, options), self.device_weight_bytes * rows * shape[1])
 
 
 class Memo:

@@ -35,7 +35,7 @@ def placed(
 ) -> tuple[Plan, DeviceShare]:
     """The plan with its layers solved on a device where they can be, and what that takes there.
 
-    data : what it is calibrated with, as far as that is known: a file of statistics, or windows of text
+    data : what it is calibrated with; a file of statistics spares running the network
     """
     plan = replace(plan, options=plan.options.on(solving_device(device)))
     if device.type == "cpu":
@@ -49,13 +49,14 @@ def placed(
     if solved:
         phases.append(_solving(solved, load if runs else None, plan.options, recipe.needs))
     share = _shared(device, phases, load.length, limit)
-    if runs or share.limit is None or not solved:
+    if runs or not solved:
         return plan, share
-    for window in (plan.options.window_bytes, *WINDOWS):  # rows of weights that are solved without data
-        options = plan.options.model_copy(update={"window_bytes": window})
-        share = replace(share, phases=(_solving(solved, None, options, recipe.needs),), window_bytes=window)
-        if share.nbytes <= (share.limit or 0):
+    options = plan.options
+    for window in WINDOWS:  # rows of weights that are solved without data: fewer where these do not fit
+        if share.limit is None or share.nbytes <= share.limit:
             break
+        options = plan.options.model_copy(update={"window_bytes": window})
+        share = _shared(device, [_solving(solved, None, options, recipe.needs)], load.length, limit)
     return replace(plan, options=options), share
 
 
@@ -255,7 +256,7 @@ def _solver_bytes(job: Job, options: SolveOptions, needs: Collection[str]) -> in
     """Of one layer: weights with errors and targets, and moments with their factor in float64; without data windows of
     rows in the solver's numbers."""
     rows, columns = job.layer.shape
-    without_data = job.grid.working_bytes(job.layer.shape, options)
+    without_data = job.grid.device_bytes(job.layer.shape, options)
     if not job.treatment.calibrated:
         return without_data
     moments = sum(name in needs for name in ("gram", "cross")) + 1  # and the held-out one

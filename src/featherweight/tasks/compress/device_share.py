@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from featherweight.errors import FeatherError
-from featherweight.methods.quantize.base import SolveOptions
 from featherweight.tasks.compress.plan import parse_size
 
 SPARE_SHARE = 0.5  # of what the plan leaves free: passes may fill it with what they would compute again
@@ -43,7 +42,6 @@ class DeviceShare:
     said : whether somebody has set that limit, else it is what is free
     length : tokens a window
     windows : the most windows of a batch; None for as many as the recipe wants, 0 where not even one fits
-    window_bytes : of weights that are solved without data in windows of rows
     """
 
     device: str
@@ -52,7 +50,6 @@ class DeviceShare:
     limit: int | None = None
     said: bool = False
     windows: int | None = None
-    window_bytes: int = SolveOptions().window_bytes
 
     @property
     def nbytes(self) -> int:
