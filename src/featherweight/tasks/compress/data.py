@@ -113,7 +113,7 @@ class CalibrationData:
                     head=any(job.layer.input_group == "head" and not job.treatment.by_itself for job in plan.jobs),
                     outside=[job.layer.name for job in plan.jobs if job.layer in plan.anatomy.outside],
                     device=self.device,
-                    windows_a_pass=self.share.windows,
+                    windows_a_pass=self.share.windows_a_pass,
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )
             )

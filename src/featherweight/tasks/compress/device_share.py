@@ -52,10 +52,14 @@ class DeviceShare:
     windows: int | None = None
 
     @property
+    def windows_a_pass(self) -> int | None:
+        """The most windows to run at once; None for as many as the recipe wants."""
+        return None if self.windows is None else max(1, self.windows)
+
+    @property
     def nbytes(self) -> int:
         """The expected peak; with one window a batch where even that is too much."""
-        windows = self.windows if self.windows is None else max(1, self.windows)
-        return max((phase.nbytes(windows) for phase in self.phases), default=0)
+        return max((phase.nbytes(self.windows_a_pass) for phase in self.phases), default=0)
 
     def spare_bytes(self, host: int) -> int:
         """What passes may fill of the device to save time; so much of main memory where the network runs there."""

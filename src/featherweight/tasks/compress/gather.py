@@ -82,7 +82,7 @@ def gather_statistics(
         share = gathering_share(anatomy, checkpoint, chosen, needs, runs_on, limit)
         share.check()
         with Calibration.open(
-            checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, windows_a_pass=share.windows,
+            checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, windows_a_pass=share.windows_a_pass,
             notify=notify,
         ) as calibration:  # fmt: skip
             calibration.spare_bytes = share.spare_bytes(calibration.spare_bytes)
