@@ -7,6 +7,7 @@ CPU, so a run with the second device gives the same bits as one without.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,43 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("lazy", 0)  # a kind of device that torch knows by name alone
 
 
+class Meter:
+    """Bytes of the second device's tensors that are alive, and the most that ever were. What an operation takes within
+    is not seen."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._users: dict[int, int] = {}
+
+    def add(self, tensor: OnDevice) -> None:
+        """Count the memory behind a tensor as long as it, or another one with the same memory, is there."""
+        storage = tensor.inner.untyped_storage()
+        if storage.nbytes():
+            weakref.finalize(tensor, self._drop, storage.data_ptr(), storage.nbytes()).atexit = False
+            self._users[storage.data_ptr()] = users = self._users.get(storage.data_ptr(), 0) + 1
+            self.now += storage.nbytes() if users == 1 else 0
+            self.most = max(self.most, self.now)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            del self._users[place]
+            self.now -= size
+
+
+METERS: list[Meter] = []
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Within, a meter counts."""
+    METERS.append(Meter())
+    try:
+        yield METERS[-1]
+    finally:
+        METERS.pop()
+
+
 class OnDevice(Tensor):
     """A tensor of the second device."""
 
@@ -33,6 +71,8 @@ class OnDevice(Tensor):
             device=DEVICE, requires_grad=inner.requires_grad,
         )  # fmt: skip
         made.inner = inner
+        for meter in METERS:
+            meter.add(made)
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -47,6 +87,8 @@ class OnDevice(Tensor):
         if not isinstance(value, OnDevice) or (value.shape, value.dtype) != (self.shape, self.dtype):
             raise RuntimeError(f"values {value.dtype} {list(value.shape)} of {value.device} do not fit here")
         self.inner = value.inner.detach()
+        for meter in METERS:
+            meter.add(self)
 
     def tolist(self) -> Any:
         """As for a GPU's tensor, which is moved for it."""

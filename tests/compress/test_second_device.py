@@ -12,14 +12,17 @@ import torch
 from outputs import contents
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import networks
 from featherweight.errors import FeatherError
 from featherweight.methods.calibrate import session as sessions
 from featherweight.methods.learn import loop
 from featherweight.methods.quantize import sweep_steps
 from featherweight.native.sweep import Columns, sweep_columns
 from featherweight.system import precision
+from featherweight.tasks.compress import block_steps, memory
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
+from featherweight.tasks.compress.memory import quantize
 from second_device import DEVICE, OnDevice, second_device
 
 MakeModel = Callable[..., Path]
@@ -38,6 +41,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "trit-1-blockwise": (*SMALL, TUNED % "block"),
     "trit-1": (*SMALL, TUNED % "model"),
     "quarot-gptq": SMALL,
+    "pvq": (*SMALL[:2], "grid.dimension=8", "grid.pulses=9"),
+    "zeroquant-v2": SMALL[2:],
 }
 SWEPT = ("gptaq", "rsq", "quarot-gptq", "trit-1", "trit-1-blockwise")
 TRAINED = ("flexround-3", "discquant", "trit-1-blockwise", "trit-1")
@@ -126,6 +131,36 @@ def test_layers_without_data(llama: Path, tmp_path: Path) -> None:
         with pytest.raises(FeatherError, match="^workers share the processors, and layers are solved on lazy:0; leave"):
             compress(llama, "ptqtp", tmp_path / "no", threads=1, device=device, workers=2)
     assert contents(tmp_path / "there") == contents(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("ptqtp", ("grid.group_size=32",)),
+        ("gptq", (*SMALL, "embedding={grid: {kind: uniform, bits: 6, group_size: 32}}")),
+    ],
+)
+def test_a_model_in_memory(recipe: str, changes: tuple[str, ...], llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solved where it is, with the CPU's codes, which are there as well."""
+    solved, before = list[str](), memory.solve_layer
+    windows = networks.ids(8, 24)
+
+    def solve(job: Any, source: Any, group: Any, options: Any, *rest: Any) -> Any:
+        solved.append(options.device)
+        return before(job, source, group, options, *rest)
+
+    monkeypatch.setattr(memory, "solve_layer", solve)
+    monkeypatch.setattr(block_steps, "solve_layer", solve)
+    here = quantize(networks.whole("llama", llama), recipe, windows, changes=changes, threads=1)
+    assert set(solved) == {"cpu"}
+    solved.clear()
+    with second_device() as device:
+        there = quantize(networks.whole("llama", llama).to(device), recipe, windows, changes=changes, threads=1)
+        stored = {name: value.cpu() for name, value in there.state_dict().items() if isinstance(value, OnDevice)}
+    assert set(solved) == {str(DEVICE)}
+    wanted = here.state_dict()
+    assert stored.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in stored.items())
 
 
 def test_a_run_goes_on_on_another_device(llama: Path, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import torch
 from test_folders import llama, text  # noqa: F401  fixtures
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from featherweight.cli.backends import BackendSettings, GenerationSettings, open_backend
 from featherweight.errors import EvaluationError, FeatherError
 from featherweight.model.layers.modules import CodedModule
+from featherweight.system import devices
 from featherweight.tasks.compress.compression import compress
-from featherweight.tasks.evaluate import opening
+from featherweight.tasks.evaluate import opening, speed
 from featherweight.tasks.evaluate.evaluation import evaluate
 from featherweight.tasks.evaluate.opening import keep_decoded, open_model
-from second_device import OnDevice, second_device
+from featherweight.tasks.evaluate.speed import measure_speed
+from second_device import DEVICE, OnDevice, second_device
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +100,55 @@ def test_a_device_that_is_too_small(llama: Path, text: Path, monkeypatch: pytest
     monkeypatch.setattr(opening, "free_bytes", lambda _: 0)
     with second_device() as device, pytest.raises(EvaluationError, match="does not fit into the memory of lazy:0"):
         evaluate(llama, text=text, context=32, device=device)
+
+
+def test_speed_is_measured_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers, waiting for the device each time the clock is looked at."""
+    waits: list[torch.device] = []
+    monkeypatch.setattr(speed, "BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(speed, "synchronise", waits.append)
+    with second_device() as device:
+        report = measure_speed(small, 8, 2, repeats=1, device=device)
+        with pytest.raises(EvaluationError, match="^the native decoder, and its KV caches, are on the CPU"):
+            measure_speed(small, 8, 2, engine="native", device=device)
+        with pytest.raises(EvaluationError, match="take --device cpu, or leave --engine and --kv-cache out"):
+            measure_speed(small, 8, 2, cache="int8", device=device)
+    assert (report["engine"], report["device"], report["peak_device_memory_bytes"]) == ("transformers", "lazy:0", None)
+    assert waits.count(DEVICE) == len(waits) >= 8  # of bandwidth, prompt and generation: before and after, and warm
+
+
+def test_speed_on_a_device_that_is_not_there(small: Path) -> None:
+    with pytest.raises(FeatherError, match="^the device 'cuda:99' cannot be used"):
+        measure_speed(small, 8, 2, device="cuda:99")
+
+
+def test_text_is_written_there(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same text as on the CPU; the native decoder is named as what does not run there."""
+    named: Callable[..., torch.device] = devices.device_named
+    monkeypatch.setattr(devices, "device_named", lambda name: DEVICE if name == "lazy" else named(name))
+    said = []
+    settings = GenerationSettings(6, 0.0, None, None, 0)
+    for device, engine in (("cpu", "transformers"), ("lazy", "auto")):
+        with second_device():
+            backend = open_backend(BackendSettings(str(small), engine, "bfloat16", threads=1, device=device))
+            said.append(backend.write(backend.encode("green bottles"), settings))
+    assert said[0] == said[1]
+    assert isinstance(next(backend.model.parameters()), OnDevice)  # type: ignore[attr-defined]
+    assert capsys.readouterr().err.count("the native decoder is on the CPU; transformers runs the model on lazy:0") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "native"}, "^--engine native is for the native decoder, which is on the CPU, not on lazy:0"),
+        ({"kv_cache": "int8"}, "^--kv-cache is for the native decoder, which is on the CPU, not on lazy:0"),
+        ({"device": "cuda:99"}, "^the device 'cuda:99' cannot be used"),
+    ],
+)
+def test_devices_that_cannot_write(settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: Callable[..., torch.device] = devices.device_named
+    monkeypatch.setattr(devices, "device_named", lambda name: DEVICE if name == "lazy" else named(name))
+    with pytest.raises(FeatherError, match=said):
+        open_backend(BackendSettings("no-such-model", **{"device": "lazy", **settings}))

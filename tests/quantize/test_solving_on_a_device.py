@@ -15,16 +15,30 @@ from sweep_problems import EXACT, ORDERS, SETTINGS, needs_native
 from torch import Tensor
 
 import second_device as fake
-from featherweight.methods.quantize.base import Grid, HeldWeight, Rounding, SolveOptions
+from featherweight.methods.calibrate.statistics import Statistics
+from featherweight.methods.quantize.base import Grid, HeldWeight, LayerTransform, Rounding, SolveOptions, Transform
+from featherweight.methods.quantize.corrections.low_rank import LowRankCorrection
+from featherweight.methods.quantize.corrections.outliers import DenseAndSparse
+from featherweight.methods.quantize.grids.pyramid import PyramidGrid
+from featherweight.methods.quantize.grids.sherry import SherryGrid
 from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
 from featherweight.methods.quantize.grids.uniform import UniformGrid
 from featherweight.methods.quantize.rounding.hessian import Hessian
 from featherweight.methods.quantize.rounding.nearest import Nearest
 from featherweight.methods.quantize.rounding.trit_descent import TritDescent
+from featherweight.methods.quantize.transforms.awq import Clipped
+from featherweight.methods.quantize.transforms.column_scale import ColumnScale
+from featherweight.methods.quantize.transforms.hadamard import HadamardTransform
+from featherweight.methods.quantize.transforms.quantize_inputs import QuantizeInputs
+from featherweight.methods.quantize.transforms.reorder import ReorderTransform
+from featherweight.methods.quantize.treatment import Treatment
 from featherweight.native.choice import may_be_native
 from featherweight.native.ptqtp import solve_trit_planes
 from featherweight.registry import registered
+from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
+from featherweight.tasks.compress.plan import Job
+from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, solve_layer
 from second_device import OnDevice, second_device
 
 OBJECTIVE = 1e-3
@@ -40,10 +54,14 @@ GRIDS: dict[str, Grid] = {
     "trit-planes-tied": TritPlaneGrid(group_size=32, tied=True),
     "trit-planes-weighted": TritPlaneGrid(group_size=32, fitting="weighted"),
     "trit-planes-3:2": TritPlaneGrid(group_size=32, fitting="weighted", tied=True, tied_ratio="3:2"),
+    "sherry-stq1": SherryGrid(group_size=64, lane_stride=16, importance="activations"),
+    "sherry-weighted": SherryGrid(group_size=16, importance="activations"),
+    "pyramid-output": PyramidGrid(gain="output", dimension=8, pulses=9),
+    "pyramid-values": PyramidGrid(gain="norm", storage="pulses", dimension=4, pulses=5, group_size=16),
     "trit-planes-log8": TritPlaneGrid(group_size=32, fitting="weighted", scale_dtype="log8"),
 }
 OTHERS = [name for name, grid in registered("grid").items() if grid.portable and name not in GRIDS]  # type: ignore[attr-defined]
-GRIDS |= {name: registered("grid")[name](group_size=32) for name in OTHERS}
+GRIDS |= {name: registered("grid")[name](**({} if name == "pyramid" else {"group_size": 32})) for name in OTHERS}
 
 
 def given(rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,9 +97,12 @@ def same(one: Code, other: Code) -> bool:
     return one.spec == other.spec and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("rounding", [Nearest(), Hessian(alpha=0.25)], ids=["nearest", "sweep"])
-def test_every_portable_grid(name: str, rounding: Rounding) -> None:
+@pytest.mark.parametrize(
+    ("rounding", "name"),
+    [(Nearest(), name) for name in GRIDS] + [(Hessian(alpha=0.25), name) for name in GRIDS if name != "dense"],
+    ids=str,
+)
+def test_every_portable_grid(rounding: Rounding, name: str) -> None:
     assert rounding.portable
     assert GRIDS[name].portable
     assert same(*codes_here_and_there(rounding, GRIDS[name], 20, 48))  # the last group is short
@@ -170,3 +191,63 @@ def test_who_decides() -> None:
         assert not may_be_native("auto", here, here.to(device))
         with pytest.raises(RuntimeError, match="native library"):
             solve_trit_planes(torch.ones(2, 4, device=device), backend="native")
+
+
+STEPS: dict[str, list[Any]] = {
+    "hadamard": [HadamardTransform(block=16)],
+    "hadamard-12": [HadamardTransform(block=12)],
+    "reorder": [ReorderTransform()],
+    "reorder-similarity": [ReorderTransform(by="similarity", group_size=16)],
+    "quantize-inputs": [QuantizeInputs()],
+    "lorc": [LowRankCorrection(rank=3, factors="int8")],
+    "lorc-weighted": [LowRankCorrection(rank=3, weighted=True)],
+    "dense-and-sparse": [DenseAndSparse(outliers=0.05, sensitive=0.02)],
+    "all": [HadamardTransform(block=16), ReorderTransform(), LowRankCorrection(rank=2), DenseAndSparse(sensitive=0)],
+}
+
+
+def solved(choices: list[Any], fixed: tuple[LayerTransform, ...], device: str, seen: list[bool]) -> Code:
+    """A layer through its whole treatment, told where the first choice found the weight."""
+    weight, statistics = given(20, 48)
+    of = {True: tuple(c for c in choices if isinstance(c, Transform))}
+    of[False] = tuple(c for c in choices if not isinstance(c, Transform))
+    treatment = Treatment(UniformGrid(bits=3, group_size=16), Hessian(alpha=0.25), of[True], of[False])
+    layer = LinearLayer("a", "a.weight", (20, 48), False, None, False, 0, "a", "mlp", "a", None, None, ())
+    group = InputStatistics({**statistics, HELD_OUT: statistics["gram"]}, 7)
+    options = EXACT if device == "cpu" else SolveOptions(device=device)
+    found = solve_layer(Job(layer, treatment), HeldWeight(weight), group, options, fixed)
+    seen.append(any(isinstance(kept[1], OnDevice) for kept in group._placed.values()))
+    return found.code
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_portable_step(name: str) -> None:
+    """Transforms and corrections of layers, and scales and bounds that were found for a block."""
+    assert all(choice.portable for choice in STEPS[name])
+    scales = ColumnScale(torch.linspace(0.5, 2, 48))
+    fixed = (Clipped(torch.full((20, 3), 2.0), 16, scales),) if name == "all" else ()
+    assert all(one.portable for one in fixed)
+    seen: list[bool] = []
+    here = solved(STEPS[name], fixed, "cpu", seen)
+    with second_device() as device:
+        there = solved(STEPS[name], fixed, str(device), seen)
+    assert seen == [False, True]
+    assert same(here, there)
+
+
+def test_choices_that_are_not_portable_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounding goes to the device without them."""
+    found: list[bool] = []
+    before = DenseAndSparse.split
+
+    def split(self: DenseAndSparse, weight: Tensor, statistics: Statistics) -> Any:
+        found.append(isinstance(weight, OnDevice))
+        return before(self, weight, statistics)
+
+    monkeypatch.setattr(DenseAndSparse, "split", split)
+    monkeypatch.setattr(DenseAndSparse, "portable", False)
+    here = solved([DenseAndSparse(sensitive=0)], (), "cpu", [])
+    with second_device() as device:
+        there = solved([DenseAndSparse(sensitive=0)], (), str(device), [])
+    assert not any(found)
+    assert same(here, there)

@@ -13,6 +13,8 @@ from featherweight.errors import CheckpointError, FeatherError
 from featherweight.storage.checkpoint.resolve import Place, resolve
 
 if TYPE_CHECKING:
+    import torch
+
     from featherweight.model.decoder.model import NativeModel
     from featherweight.model.decoder.sampling import GenerationDefaults, Sampling
     from featherweight.model.decoder.text import TextStream
@@ -36,6 +38,7 @@ class BackendSettings:
     dtype : compute type: auto, float32, bfloat16 or float16
     threads : None: as `featherweight.system.threads` decides
     trust_remote_code : run the code that the model's folder brings for its class or tokenizer
+    device : where it runs, by name; None: on the GPU, if there is one and nothing speaks for the native decoder
     """
 
     model: str
@@ -44,6 +47,7 @@ class BackendSettings:
     kv_cache: str = "auto"
     threads: int | None = None
     trust_remote_code: bool = False
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class TextBackend(Protocol):
 
 
 def open_backend(settings: BackendSettings) -> TextBackend:
-    """The native decoder where it runs the model and nothing speaks for transformers: a GPU, or a chosen dtype.
+    """The native decoder where it runs the model and nothing speaks for transformers: a GPU, another device, or a
+    chosen dtype.
 
     A chosen KV cache speaks for the native decoder: transformers has none of ours.
     """
@@ -101,19 +106,37 @@ def open_backend(settings: BackendSettings) -> TextBackend:
             raise FeatherError(f"{what} is {value!r}, expected one of {', '.join(known)}")
     if engine == "transformers" and cache != "auto":
         raise FeatherError(f"--kv-cache {cache} is the native decoder's: leave it out with --engine transformers")
+    device = _device(settings)
     place = resolve(settings.model)
+    if device is not None and device.type != "cpu":
+        if engine == "auto":
+            print(f"note: the native decoder is on the CPU; transformers runs the model on {device}", file=sys.stderr)
+        return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
     if engine == "native" or cache != "auto":
         return NativeBackend.open(place, dtype, threads, cache)
-    if engine == "transformers" or dtype != "auto" or _has_gpu():
-        return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code)
+    if engine == "transformers" or dtype != "auto" or (device is None and _has_gpu()):
+        return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
     from featherweight.model.decoder.architectures import UnsupportedModelError
 
     try:
         return NativeBackend.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
-        backend = TransformersBackend(place.model, dtype, threads, settings.trust_remote_code)
+        backend = TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
         print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
         return backend
+
+
+def _device(settings: BackendSettings) -> torch.device | None:
+    """Of its name. FeatherError where it is not there, or what is on the CPU only was chosen for it."""
+    if settings.device is None:
+        return None
+    from featherweight.system.devices import device_named
+
+    device = device_named(settings.device)
+    for what, chosen in (("--engine native", settings.engine == "native"), ("--kv-cache", settings.kv_cache != "auto")):
+        if chosen and device.type != "cpu":
+            raise FeatherError(f"{what} is for the native decoder, which is on the CPU, not on {device}: leave one out")
+    return device
 
 
 def _has_gpu() -> bool:
@@ -209,11 +232,17 @@ class NativeBackend(_TextSide):
 class TransformersBackend(_TextSide):
     """Any model that transformers loads."""
 
-    def __init__(self, folder: Path, dtype: str, threads: int | None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        threads: int | None,
+        trust_remote_code: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         import torch
 
         from featherweight.cli.commands import quiet_transformers
-        from featherweight.integrations.load import load
         from featherweight.model.decoder.sampling import generation_defaults
         from featherweight.model.text.plain import read_object
         from featherweight.model.text.tokenizer import Tokenizer, refuse_useless
@@ -223,13 +252,7 @@ class TransformersBackend(_TextSide):
 
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))
-        chosen = ("auto" if torch.cuda.is_available() else "float32") if dtype == "auto" else dtype
-        self.model, tokenizer = load(
-            folder,
-            dtype=chosen,
-            device_map="auto" if torch.cuda.is_available() else None,
-            trust_remote_code=trust_remote_code,
-        )
+        self.model, tokenizer = self._loaded(folder, dtype, trust_remote_code, device)
         if tokenizer is None:
             raise _no_tokenizer(folder)
         if not self.model.can_generate():
@@ -241,7 +264,20 @@ class TransformersBackend(_TextSide):
         self.defaults = generation_defaults(path, read_object(path / "config.json"))
         self.context = own_context(self.model)
         self.answers = 0
-        self._cache_if_small()
+        if self.model.device.type == "cpu" or device is None:
+            self._cache_if_small()
+
+    @staticmethod
+    def _loaded(folder: Path, dtype: str, trust_remote_code: bool, device: torch.device | None) -> tuple[Any, Any]:
+        """Model and tokenizer; on all GPUs there are, where no device is named."""
+        import torch
+
+        from featherweight.integrations.load import load
+        from featherweight.tasks.evaluate.opening import open_model
+
+        if device is None and torch.cuda.is_available():
+            return load(folder, dtype=dtype, device_map="auto", trust_remote_code=trust_remote_code)
+        return open_model(folder, dtype, device or torch.device("cpu"), trust_remote_code, needed=False)
 
     def _cache_if_small(self) -> None:
         from featherweight.model.layers.modules import CodedModule, set_cache

@@ -22,6 +22,7 @@ class BenchOptions:
     repeats: int
     threads: int | None
     trust_remote_code: bool
+    device: str | None
 
 
 def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
@@ -41,6 +42,7 @@ def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     bandwidth, read = report["bandwidth_gb_s"], report["bytes_per_token"]
+    place = "this machine" if report["device"] == "cpu" else report["device"]
     rows = [
         ("engine", f"{report['engine']}, {report['threads']} threads, {report['device']}"),
         ("prompt", f"{report['prefill_tokens_per_second']:.1f} tokens/s ({report['prompt_tokens']} tokens)"),
@@ -50,13 +52,15 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"({report['new_tokens']} tokens after {report['context_tokens']})",
         ),
         ("bytes read for a token", size_text(read)),
-        ("read bandwidth of this machine", f"{bandwidth:.1f} GB/s, at most {1e9 * bandwidth / read:.1f} tokens/s"),
+        (f"read bandwidth of {place}", f"{bandwidth:.1f} GB/s, at most {1e9 * bandwidth / read:.1f} tokens/s"),
         ("share of it", f"{100 * report['bandwidth_share']:.1f} %"),
     ]
     if report["outside_kernels_share"] is not None:
         rows.append(("time outside kernels", f"{100 * report['outside_kernels_share']:.1f} %"))
-    return [
-        *rows,
+    rows += [
         ("start-up", f"{report['load_seconds']:.2f} s"),
         ("peak memory", size_text(report["peak_memory_bytes"])),
     ]
+    if report["peak_device_memory_bytes"] is not None:
+        rows.append((f"peak memory of {report['device']}", size_text(report["peak_device_memory_bytes"])))
+    return rows

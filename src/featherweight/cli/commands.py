@@ -115,6 +115,7 @@ class CompressOptions:
     device: str
     seed: int
     max_memory: str | None
+    max_device_memory: str | None
     overwrite: bool
     trust_remote_code: bool
     workers: int
@@ -159,19 +160,26 @@ class PlanOptions:
     changes: list[str]
     threads: int | None
     max_memory: str | None
+    device: str
+    max_device_memory: str | None
     trust_remote_code: bool
 
 
 def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -> None:
     from featherweight.methods.recipe import load_recipe
     from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.system.devices import device_named
     from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
+    from featherweight.tasks.compress.device_memory import placed
+    from featherweight.tasks.compress.device_share import limit_on
     from featherweight.tasks.compress.estimate import estimate_seconds
     from featherweight.tasks.compress.fates import counts_text
     from featherweight.tasks.compress.plan import make_plan, parse_size
 
     claim_json(json, ("recipe", "roles", "seconds"))
     chosen = load_recipe(recipe, options.changes)
+    runs_on = device_named(options.device)
+    device_limit = limit_on(runs_on, options.device, options.max_device_memory)
     with Checkpoint.open(model) as checkpoint:
         limit = parse_size(options.max_memory) if options.max_memory else None
         checkpoint.trust_remote_code = options.trust_remote_code
@@ -181,9 +189,11 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
                 made = allocated(
                     made, checkpoint, Measuring(), lambda e: notify(e["step"], e["of"]) if "step" in e else None
                 )
+        _, share = placed(made, checkpoint, runs_on, device_limit)
+    share.check()
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
-    summary = {**made.summary(), "seconds": estimate_seconds(made)}
+    summary = {**made.summary(), **share.facts(), "device": str(runs_on), "seconds": estimate_seconds(made)}
     write_json(json, summary)
     console = out_console()
     console.print(
@@ -202,6 +212,7 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
                 ("size", _planned_size(summary)),
                 ("disk while working", size_text(summary["disk_bytes"])),
                 ("memory", _memory_text(summary["memory_bytes"], made.recipe.calibrated and not limit)),
+                *_device_memory(share),
                 ("time", f"about {time_text(summary['seconds'])} ({_time_note(made)})"),
                 ("needs", ", ".join(summary["needs"]) or "no data"),
             ]
@@ -237,6 +248,15 @@ def _memory_text(need: int, fills: bool) -> str:
     free = available_bytes()
     more = ", of which up to a quarter is used to save time" if fills else ""
     return f"about {size_text(need)}" + (f" ({size_text(free)} free{more})" if free else "")
+
+
+def _device_memory(share: Any) -> list[tuple[str, str]]:
+    """The row about the device, where the network runs or layers are solved on one."""
+    if not share.phases:
+        return []
+    given = "" if share.limit is None else f" ({size_text(share.limit)} {'given' if share.said else 'free'})"
+    split = "" if share.windows is None else f", with {share.windows} window{'s' * (share.windows != 1)} at once"
+    return [(f"memory of {share.device}", f"about {size_text(share.nbytes)}{split}{given}")]
 
 
 def _time_note(plan: Any) -> str:
@@ -372,57 +392,6 @@ def run_methods(json: Path | None) -> None:
     if added := added_choices():
         out_console().print("\nchoices from other packages")
         out_console().print(facts([(f"{row['axis']} {row['name']}", row["from"]) for row in added]))
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """calibration : text; needs : names of statistics; changes : to the settings, like calibration.length=512"""
-
-    calibration: str | None
-    needs: list[str]
-    changes: list[str]
-    threads: int | None
-    device: str
-    overwrite: bool
-    trust_remote_code: bool
-
-
-def run_calibrate(model: str, out: Path, options: CalibrateOptions, json: Path | None) -> None:
-    import yaml
-
-    from featherweight.errors import RecipeError
-    from featherweight.system.threads import use_threads
-    from featherweight.tasks.compress.data import check_file
-    from featherweight.tasks.compress.gather import gather_statistics
-
-    claim_json(json, ("file", "bytes", "needs"))
-    quiet_transformers()
-    settings = {}
-    for change in options.changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
-        settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
-    check_file(options.calibration)
-    with use_threads(options.threads), steps("blocks") as notify:
-        done = 0
-
-        def watch(event: dict[str, Any]) -> None:
-            nonlocal done
-            if event["event"] == "note":
-                print(f"note: {event['text']}", file=sys.stderr, flush=True)
-            elif event["event"] == "advanced":
-                done += 1
-                notify(done, event["of"])
-
-        chosen = [n.strip() for n in options.needs]
-        written = gather_statistics(
-            model, out, options.calibration, chosen, settings, device=options.device, overwrite=options.overwrite,
-            trust_remote_code=options.trust_remote_code, notify=watch,
-        )  # fmt: skip
-    size = written.stat().st_size
-    write_json(json, {"file": str(written), "bytes": size, "needs": options.needs})
-    out_console().print(facts([("statistics", str(written)), ("size", size_text(size))]))
 
 
 def _outside_bits(bits: float | None) -> list[tuple[str, str]]:

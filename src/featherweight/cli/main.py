@@ -40,6 +40,21 @@ Device = Annotated[
         help="Where the network runs and layers are solved: cpu, cuda, cuda:1, mps, or auto, an accelerator if any.",
     ),
 ]
+RunDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where the model runs: cpu, cuda, cuda:1, mps or auto. The native decoder is on the CPU; elsewhere "
+        "transformers runs the model. Else a GPU, if there is one.",
+    ),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-device-memory", metavar="SIZE", help="Use so much of the device's memory: 8GB. Else what is free there."
+    ),
+]
 Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
@@ -110,6 +125,7 @@ def compress(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", metavar="SIZE", help="Stay below this resident memory: 2GB.")
     ] = None,
+    max_device_memory: DeviceMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
     trust_remote_code: Trust = False,
     workers: Annotated[
@@ -122,8 +138,9 @@ def compress(
     from featherweight.cli.commands import CompressOptions, run_compress
 
     options = CompressOptions(
-        changes or [], calibration, base_model, threads, device, seed, max_memory, overwrite, trust_remote_code, workers
-    )
+        changes or [], calibration, base_model, threads, device, seed, max_memory, max_device_memory, overwrite,
+        trust_remote_code, workers,
+    )  # fmt: skip
     run_compress(model, recipe, out, options, json)
 
 
@@ -138,15 +155,16 @@ def calibrate(
     changes: Changes = None,
     threads: Threads = None,
     device: Device = "cpu",
+    max_device_memory: DeviceMemory = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing statistics.")] = False,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
-    from featherweight.cli.commands import CalibrateOptions, run_calibrate
+    from featherweight.cli.calibrate import CalibrateOptions, run_calibrate
 
     options = CalibrateOptions(
-        calibration, needs.split(","), changes or [], threads, device, overwrite, trust_remote_code
+        calibration, needs.split(","), changes or [], threads, device, max_device_memory, overwrite, trust_remote_code
     )
     run_calibrate(model, out, options, json)
 
@@ -158,13 +176,16 @@ def plan(
     changes: Changes = None,
     threads: Threads = None,
     max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
+    device: Device = "cpu",
+    max_device_memory: DeviceMemory = None,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Say what compressing a model would do and need, without doing it."""
     from featherweight.cli.commands import PlanOptions, run_plan
 
-    run_plan(model, recipe, PlanOptions(changes or [], threads, max_memory, trust_remote_code), json)
+    options = PlanOptions(changes or [], threads, max_memory, device, max_device_memory, trust_remote_code)
+    run_plan(model, recipe, options, json)
 
 
 @app.command("eval")
@@ -208,13 +229,14 @@ def generate(
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
     threads: Threads = None,
+    device: RunDevice = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import run_generate
 
-    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code)
+    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
     run_generate(chosen, prompt, settings)
 
@@ -234,6 +256,7 @@ def chat(
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
     threads: Threads = None,
+    device: RunDevice = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk to a model, with its chat template if it has one.
@@ -244,7 +267,7 @@ def chat(
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import run_chat
 
-    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code)
+    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
     run_chat(chosen, system, settings)
 
@@ -285,13 +308,14 @@ def bench(
     engine: Annotated[str, typer.Option("--engine", help="auto, native or transformers.")] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs of each, of which the best counts.")] = 3,
     threads: Threads = None,
+    device: RunDevice = None,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
 ) -> None:
     """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
     from featherweight.cli.bench import BenchOptions, run_bench
 
-    options = BenchOptions(prompt, generate, context, cache, engine, repeats, threads, trust_remote_code)
+    options = BenchOptions(prompt, generate, context, cache, engine, repeats, threads, trust_remote_code, device)
     run_bench(model, options, json)
 
 
@@ -334,7 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
             raise
-        _stop("error: the device is out of memory; free some of it, lower calibration.length, or take --device cpu", 1)
+        remedy = "free some of it, set --max-device-memory, lower calibration.length, or take --device cpu"
+        _stop(f"error: the device is out of memory; {remedy}", 1)
 
 
 def _one_set_each(arguments: list[str]) -> list[str]:

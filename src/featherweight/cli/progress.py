@@ -80,7 +80,7 @@ class Watcher:
         if event["event"] in show:
             show[event["event"]](event)
         elif "step" in event and "of" in event:
-            facts = {name: event[name] for name in ("of", "seconds_left") if name in event}
+            facts: dict[str, Any] = {name: event[name] for name in ("of", "seconds_left") if name in event}
             self._step({"stage": event["event"], "number": event["step"], **facts})
         if self.live is not None:
             self.live.update(self._view())

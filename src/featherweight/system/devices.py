@@ -49,6 +49,26 @@ def solving_device(device: torch.device) -> str:
     return "cpu" if device.type == "mps" else str(device)
 
 
+def give_back(device: torch.device) -> None:
+    """Let others have the memory that PyTorch keeps of a device for later."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given; the CPU has, always."""
+    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif wait is not None:  # mps, xpu, ...; torch.cpu has one that does nothing
+        wait()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most bytes of a device's own memory that tensors of this process have taken; None where that is not known."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes of a device's own memory that are free now; 0 where that is not known, as it is not for the CPU."""
     if device.type == "cuda":

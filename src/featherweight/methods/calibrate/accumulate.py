@@ -9,6 +9,7 @@ from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import known_statistics
 from featherweight.methods.calibrate.statistics.base import Running, Tokens
+from featherweight.model.network.observe import Seen
 
 
 class Accumulator:
@@ -67,3 +68,16 @@ def _add(
     tokens = Tokens(inputs, weights, difference, 1 - total / of_all, 1 / of_all)
     for running in to.values():
         running.add(tokens)
+
+
+def difference_of(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
+    """Full-precision input minus present input, row by row; zero for tokens that went elsewhere in the other stream."""
+    if one.tokens is None or partner.tokens is None:
+        return partner.rows - one.rows if partner.rows.shape == one.rows.shape else None
+    place = torch.full((batch_tokens,), -1, dtype=torch.long, device=one.rows.device)
+    place[partner.tokens] = torch.arange(len(partner.rows), device=one.rows.device)
+    at = place[one.tokens]
+    paired = at >= 0
+    difference = torch.zeros_like(one.rows, dtype=torch.float32)  # of values close together: not rounded again
+    difference[paired] = partner.rows[at[paired]].float() - one.rows[paired].float()
+    return difference

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,15 @@ def batch_bounds(count: int, held_out: int, size: int) -> list[tuple[int, int]]:
     seen = count - held_out
     parts = ((0, seen), (seen, count))
     return [(a, min(a + size, stop)) for start, stop in parts for a in range(start, stop, size)]
+
+
+def split_bounds(bounds: Sequence[tuple[int, int]], most: int | None) -> tuple[list[tuple[int, int]], list[int]]:
+    """Batches of at most so many sequences, as even as can be, and the number of the batch that each is a part of."""
+    found: list[tuple[int, int]] = []
+    numbers: list[int] = []
+    for number, (first, last) in enumerate(bounds):
+        pieces = 1 if most is None else -(-(last - first) // most)
+        edges = [first + (last - first) * i // pieces for i in range(pieces + 1)]
+        found += zip(edges[:-1], edges[1:], strict=True)
+        numbers += [number] * pieces
+    return found, numbers

@@ -38,6 +38,8 @@ class Feed(Protocol):
     settings: CalibrationSettings
     batches: list[Any]
     batches_seen: int
+    planned: list[int]
+    windows_a_pass: int | None
     hidden: list[Any]
     original_hidden: list[Any]
     capture: Capture | None

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
 from featherweight.events import Observer, silent
-from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded
-from featherweight.methods.calibrate.fitting import fitting
+from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded, split_bounds
+from featherweight.methods.calibrate.fitting import fitting, move_through
 from featherweight.methods.calibrate.groups import EXPERT_NUMBER
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
@@ -53,7 +53,9 @@ class Calibration:
     hidden : hidden states in front of the present block, one [B, T, hidden] a batch, of the measured stream
     original_hidden : the same of the full-precision stream; the same list as `hidden` while they do not differ
     batches_seen : the batches before this number are for methods, the others are held out
-    spare_bytes : memory that passes over a block may fill with what they would compute again
+    planned : of every batch, the number of the settings' batch that it is, or is a part of
+    windows_a_pass : windows that a training of the whole model runs at once; None for as many as it wants
+    spare_bytes : memory that passes over a block may fill with what they would compute again, where the network runs
     embeddings : what embeddings decode to, by layer, with which the measured stream begins; set it before `blocks`
     """
 
@@ -66,6 +68,7 @@ class Calibration:
         needs: Collection[str],
         *,
         batches_seen: int | None = None,
+        planned: Sequence[int] | None = None,
         masks: Sequence[Tensor] | None = None,
         ids: Tensor | None = None,
         length: int | None = None,
@@ -77,6 +80,8 @@ class Calibration:
         self.host, self.forward, self.batches, self.settings = host, forward, list(batches), settings
         self.needs = frozenset(needs)
         self.batches_seen = len(self.batches) if batches_seen is None else batches_seen
+        self.planned = list(range(len(self.batches)) if planned is None else planned)
+        self.windows_a_pass: int | None = None
         self.masks, self.ids, self.length, self.head = masks, ids, length, head
         self.whole, self.traced = whole, traced
         self.notify = notify or silent
@@ -106,6 +111,7 @@ class Calibration:
         head: bool = False,
         outside: Collection[str] = (),
         device: torch.device | str = "cpu",
+        windows_a_pass: int | None = None,
         notify: Observer | None = None,
     ) -> Calibration:
         """Calibrate a checkpoint that transformers has a class for.
@@ -118,6 +124,8 @@ class Calibration:
         head : a last session holds the output layer; where that is tied, the embedding as the layer that it is there.
         outside : names of matrices outside the blocks that are going to be changed.
         device : where blocks run; the streams stay in main memory.
+        windows_a_pass : the most windows that run at once; batches of more are run in parts, and trainings add up
+            the gradients of these.
         """
         settings = settings or CalibrationSettings()
         windows, attention_mask = expanded(windows, attention_mask, settings)
@@ -132,7 +140,7 @@ class Calibration:
         times = settings.expansion
         held_out = times * settings.held_out_of(len(windows) // times) if "held_out_gram" in needs else 0
         size = batch_size(windows, settings, host if plain else None)
-        bounds = batch_bounds(len(windows), held_out, size)
+        bounds, planned = split_bounds(batch_bounds(len(windows), held_out, size), windows_a_pass)
         masks = None if attention_mask is None else [attention_mask[a:b].bool() for a, b in bounds]
         batches = [
             {"input_ids": windows[a:b]} | ({} if attention_mask is None else {"attention_mask": attention_mask[a:b]})
@@ -142,13 +150,14 @@ class Calibration:
         def forward(batch: dict[str, Tensor]) -> Any:
             return host.model(**{name: value.to(host.device) for name, value in batch.items()})
 
-        return cls(
+        opened = cls(
             host,
             forward,
             batches,
             settings,
             needs,
             batches_seen=sum(b <= len(windows) - held_out for _, b in bounds),
+            planned=planned,
             masks=masks,
             ids=windows,
             length=windows.shape[1],
@@ -156,6 +165,8 @@ class Calibration:
             traced=anatomy.family != "structure",
             notify=notify,
         )
+        opened.windows_a_pass = windows_a_pass
+        return opened
 
     @classmethod
     def of_module(
@@ -352,29 +363,13 @@ class Calibration:
         with torch.no_grad():
             if self.two_streams and (apart or session.differs):
                 originals = session.original_outputs()
-                self._replace(session, self.hidden)
+                move_through(self, session, self.hidden)
                 self.original_hidden = originals
             elif self.settings.stream == "original":
                 with session.original():
-                    self._replace(session, self.hidden)
+                    move_through(self, session, self.hidden)
             else:
-                self._replace(session, self.hidden)
-
-    def _replace(self, session: BlockSession, hidden: list[Any]) -> None:
-        done = 0
-
-        def halved(parts: list[list[int]]) -> None:
-            nonlocal done
-            done = sum(map(len, parts[:done]))
-            session.halved(parts)
-
-        def move() -> None:
-            nonlocal done
-            while done < len(hidden):
-                hidden[done] = to_host(session.run(hidden[done], done).detach())
-                done += 1
-
-        fitting(self, move, halved)
+                move_through(self, session, self.hidden)
 
     def whole_model(self) -> WholeModel:
         """All blocks in memory; a context manager. Use it before `blocks`, or instead."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.methods.calibrate.accumulate import Accumulator
+from featherweight.methods.calibrate.accumulate import Accumulator, difference_of
 from featherweight.methods.calibrate.feed import Feed
-from featherweight.methods.calibrate.fitting import fitting, split
+from featherweight.methods.calibrate.fitting import fitting, halve, split
 from featherweight.methods.calibrate.groups import groups_of, stages_of
 from featherweight.methods.calibrate.statistics import gathered_names, known_statistics
 from featherweight.model.network.host import parameter_of
@@ -262,6 +262,24 @@ class BlockSession:
         with torch.no_grad(), self.original():
             return [to_host(self.run(hidden, i).detach()) for i, hidden in enumerate(self.calibration.original_hidden)]
 
+    @property
+    def whole_batches(self) -> list[list[int]]:
+        """Numbers of the batches that make up each batch of the settings; a device may run one in parts."""
+        found: dict[int, list[int]] = {}
+        for number, planned in enumerate(self.calibration.planned):
+            found.setdefault(planned, []).append(number)
+        return list(found.values())
+
+    def halve(self) -> None:
+        """Split all batches, as passes do for which the device's memory does not suffice; a word goes to the log.
+
+        Raises
+        ------
+        CalibrationError
+            They are of one window.
+        """
+        self.halved(halve(self.calibration))
+
     def halved(self, parts: list[list[int]]) -> None:
         """The batches were split into parts of these sizes: do so with what is known of them."""
         self._forget()
@@ -337,7 +355,7 @@ class BlockSession:
         for call, one in enumerate(seen):
             rows, tokens = one.rows, one.tokens
             partner = other[call] if call < len(other) else None
-            difference = None if partner is None else _difference(one, partner, self.calibration.batch_tokens(batch))
+            difference = None if partner is None else difference_of(one, partner, self.calibration.batch_tokens(batch))
             weights = self._row_weights(batch, rows, tokens)
             keep = self._kept(name, batch, rows, tokens, difference)
             if keep is not None:
@@ -423,16 +441,3 @@ class BlockSession:
                     parameter_of(self.host, path).copy_(value)
             self._forget()
             self._originals, self._loaded, self._targets, self._weights = {}, {}, None, None
-
-
-def _difference(one: Seen, partner: Seen, batch_tokens: int) -> Tensor | None:
-    """Full-precision input minus present input, row by row; zero for tokens that went elsewhere in the other stream."""
-    if one.tokens is None or partner.tokens is None:
-        return partner.rows - one.rows if partner.rows.shape == one.rows.shape else None
-    place = torch.full((batch_tokens,), -1, dtype=torch.long, device=one.rows.device)
-    place[partner.tokens] = torch.arange(len(partner.rows), device=one.rows.device)
-    at = place[one.tokens]
-    paired = at >= 0
-    difference = torch.zeros_like(one.rows, dtype=torch.float32)  # of values close together: not rounded again
-    difference[paired] = partner.rows[at[paired]].float() - one.rows[paired].float()
-    return difference

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.feed import Feed
+from featherweight.methods.calibrate.fitting import halve_training
 from featherweight.model.network.host import parameter_of
 from featherweight.model.network.overrides import override_values
 from featherweight.model.network.placement import Slot
@@ -84,6 +85,15 @@ class WholeModel:
     def predicts(self) -> bool:
         """Whether outputs are logits over a vocabulary; those of an encoder are hidden states."""
         return self._has_logits()
+
+    @property
+    def windows_a_pass(self) -> int | None:
+        """Windows that fit into the device's memory at once, if that is known."""
+        return self.calibration.windows_a_pass
+
+    def halve(self, windows: int) -> int:
+        """How many to run at once where so many are too much; CalibrationError after one."""
+        return halve_training(self.calibration, windows)
 
     @property
     def windows(self) -> list[Tensor]:

@@ -1,12 +1,14 @@
 """What learned choices minimise: a block's output error, or the divergence of the model's predictions.
 
 Both take weights as leaf tensors, run the network with them in place, and accumulate gradients into them. Part of the
-samples is held out: `held_out_loss` decides which step is kept, so that nothing learned ends worse than it began.
+samples is held out: `held_out_loss` decides which step is kept, so that nothing learned ends worse than it began. A
+batch that a device's memory does not hold is run in parts, whose gradients add up to the batch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,43 +53,73 @@ class BlockObjective:
     """||block(x; W) - y||^2 / ||y||^2: x the stream quantised so far, y the float block's output on the float stream.
 
     Weights and tensors may be on any device; `device` is where the block runs, and where they are best.
-    A batch is one of the session's. Held out are the session's own held-out batches; where it has none,
+    A batch is one of the calibration's settings; where the device's memory does not hold it, it is run in parts. Held
+    out are the session's own held-out batches; where it has none,
     held_out_share : part of the batches, at least one where there are two, taken evenly from the whole
     """
 
     def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
         self.session, self.device = session, session.device
         self.precision = precision
-        self._targets = list(session.targets)  # first: making them may halve the batches
-        self._inputs = list(session.inputs)
-        count = len(self._inputs)
-        apart = list(getattr(session, "held_out_inputs", ()))
-        if apart:
-            self._inputs += apart
-            self._targets += list(session.held_out_targets)  # type: ignore[attr-defined]
-            self._held_out = list(range(count, len(self._inputs)))
-        else:
-            self._held_out = evenly(count, held_out_share)
+        self._take_samples()
+        seen = len(self.session.inputs)
+        count = sum(parts[0] < seen for parts in self._parts)
+        apart = list(range(count, len(self._parts)))
+        self._held_out = apart or evenly(count, held_out_share)
         self._training = [i for i in range(count) if i not in set(self._held_out)]
         self.batches = len(self._training)
 
+    def _take_samples(self) -> None:
+        """Inputs and targets as the session has them now, and which of them make up a batch of the settings."""
+        self._targets = list(self.session.targets)  # first: making them may halve the batches
+        self._inputs = list(self.session.inputs)
+        apart = list(getattr(self.session, "held_out_inputs", ()))
+        if apart:
+            self._inputs += apart
+            self._targets += list(self.session.held_out_targets)  # type: ignore[attr-defined]
+        self._parts = getattr(self.session, "whole_batches", None) or [[i] for i in range(len(self._inputs))]
+
+    def _halve(self) -> None:
+        self.session.halve()  # type: ignore[attr-defined]
+        self._take_samples()
+
     def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
-        loss = self._loss(weights, tensors, self._training[batch], self.precision)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        def step() -> float:
+            total = 0.0
+            with all_or_no_gradients([*weights.values(), *tensors.values()]):
+                for loss in self._losses(weights, tensors, self._training[batch], self.precision):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    total += float(loss.detach())
+            return total
+
+        return self._fitting(step)
 
     def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
         if not self._held_out:
             return None
-        with torch.no_grad():
-            losses = [float(self._loss(weights, tensors, i, "float32")) for i in self._held_out]
-        return sum(losses) / len(losses)
 
-    def _loss(self, weights: Weights, tensors: Weights, index: int, precision: Chosen) -> Tensor:
-        target = self._targets[index].to(self.device).float()
-        with self.session.overridden({**weights, **tensors}), autocast(precision, self.device):
-            output = self.session.run(self._inputs[index], index).float()
-        return _relative(output, target)
+        def measured() -> float:
+            with torch.no_grad():
+                losses = [sum(map(float, self._losses(weights, tensors, i, "float32"))) for i in self._held_out]
+            return sum(losses) / len(losses)
+
+        return self._fitting(measured)
+
+    def _fitting(self, action: Callable[[], float]) -> float:
+        return fitting_by(action, self._halve if hasattr(self.session, "halve") else None)
+
+    def _losses(self, weights: Weights, tensors: Weights, batch: int, precision: Chosen) -> Iterator[Tensor]:
+        """What the parts of a batch add to its loss, one after the other."""
+        parts = self._parts[batch]
+        power = torch.stack([self._target(i).square().sum() for i in parts]).sum() if len(parts) > 1 else None
+        for index in parts:
+            target = self._target(index)
+            with self.session.overridden({**weights, **tensors}), autocast(precision, self.device):
+                output = self.session.run(self._inputs[index], index).float()
+            yield _relative(output, target, power)
+
+    def _target(self, index: int) -> Tensor:
+        return self._targets[index].to(self.device).float()
 
 
 class ModelObjective:
@@ -97,7 +129,7 @@ class ModelObjective:
     the relative squared error of its last hidden states plus that of their mean over the window, which is what
     sentence embeddings are made of.
 
-    batch_size : windows a batch
+    batch_size : windows a batch; where the device's memory does not hold so many, they are run in parts
     held_out_share : part of the windows, taken evenly, where the model has none apart
     token_share : part of a window's tokens, always the same ones, whose predictions are compared; the output layer of a
         small model with a large vocabulary costs as much as all its blocks
@@ -124,17 +156,30 @@ class ModelObjective:
         self._training = _stacked(windows, batch_size)
         self._held_out = _stacked(held_out, batch_size)
         self.batches = len(self._training)
+        self._at_once = min(batch_size, getattr(model, "windows_a_pass", None) or batch_size)
         self._teacher: dict[tuple[bool, int], Tensor] = {}
-        self._teacher_bytes = 0
+        self._teacher_bytes, self._teacher_room = 0, CACHE_BYTES
 
     def backward(self, weights: Weights, tensors: Weights, batch: int) -> float:
         ids = self._training[batch]
-        teacher = self._original(False, batch, ids)
+
+        def step() -> float:
+            teacher = self._original(False, batch, ids)
+            with all_or_no_gradients([*weights.values(), *tensors.values()]):
+                parts = self._in_parts(ids, teacher)
+                return sum(self._backward(weights, tensors, batch, *part, teacher) for part in parts)
+
+        return self._fitting(step)
+
+    def _backward(
+        self, weights: Weights, tensors: Weights, batch: int, ids: Tensor, original: Tensor, whole: Tensor
+    ) -> float:
+        """What a part of a batch adds to its loss. whole : the original's states for all of the batch"""
         with self.model.overridden(weights, tensors):
             with autocast(self.precision, self.device):
                 states = self._compared(self.model.hidden(ids), False, batch)
             leaf = states.detach().float().requires_grad_()
-            loss = self._divergence(leaf, teacher, backward=True)
+            loss = self._divergence(leaf, original, whole, backward=True)
         assert leaf.grad is not None
         states.backward(leaf.grad.to(states.dtype))  # type: ignore[no-untyped-call]
         return loss
@@ -142,26 +187,50 @@ class ModelObjective:
     def held_out_loss(self, weights: Weights, tensors: Weights) -> float | None:
         if not self._held_out:
             return None
+
+        def of_batch(batch: int, ids: Tensor) -> float:
+            teacher = self._original(True, batch, ids)
+            loss = 0.0
+            for part, original in self._in_parts(ids, teacher):
+                with self.model.overridden(weights, tensors):
+                    states = self._compared(self.model.hidden(part), True, batch).float()
+                    loss += self._divergence(states, original, teacher, backward=False)
+            return loss
+
         total, tokens = 0.0, 0
         with torch.no_grad():
             for batch, ids in enumerate(self._held_out):
-                teacher = self._original(True, batch, ids)
-                with self.model.overridden(weights, tensors):
-                    states = self._compared(self.model.hidden(ids), True, batch).float()
-                    total += states[..., 0].numel() * self._divergence(states, teacher, backward=False)
-                tokens += states[..., 0].numel()
+                total += ids.numel() * self._fitting(lambda b=batch, i=ids: of_batch(b, i))  # type: ignore[misc]
+                tokens += ids.numel()
         return total / tokens
 
-    def _of_states(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
+    def _in_parts(self, ids: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids and the original's states, as many windows as run at once."""
+        return zip(torch.split(ids, self._at_once), torch.split(teacher, self._at_once), strict=True)
+
+    def _fitting(self, action: Callable[[], float]) -> float:
+        return fitting_by(action, self._make_room if hasattr(self.model, "halve") else None)
+
+    def _make_room(self) -> None:
+        """Keep no more of the original's states; where none are kept, run fewer windows at once."""
+        if self._teacher:
+            self._teacher.clear()
+            self._teacher_bytes = self._teacher_room = 0
+        else:
+            self._at_once = self.model.halve(self._at_once)  # type: ignore[attr-defined]
+
+    def _of_states(self, states: Tensor, teacher: Tensor, whole: Tensor, backward: bool) -> float:
         """Relative squared errors of hidden states [batch, tokens, hidden] and of their means over the tokens."""
-        loss = _relative(states, teacher) + _relative(states.mean(1), teacher.mean(1))
+        powers = whole.square().sum(), whole.mean(1).square().sum()
+        loss = _relative(states, teacher, powers[0]) + _relative(states.mean(1), teacher.mean(1), powers[1])
         if backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def _of_predictions(self, states: Tensor, teacher: Tensor, backward: bool) -> float:
-        """Mean over tokens; backward into `states` chunk by chunk, so that never all logits are held."""
-        flat, original = states.flatten(0, -2), teacher.flatten(0, -2)
+    def _of_predictions(self, states: Tensor, teacher: Tensor, whole: Tensor, backward: bool) -> float:
+        """Mean over tokens of the whole batch; backward into `states` chunk by chunk, so that never all logits are
+        held."""
+        flat, original, tokens = states.flatten(0, -2), teacher.flatten(0, -2), whole[..., 0].numel()
         with torch.no_grad():
             vocabulary = self._teacher_logits(original[:1]).shape[-1]
         step = max(1, CHUNK_ELEMENTS // vocabulary)
@@ -170,7 +239,7 @@ class ModelObjective:
             with torch.no_grad():
                 log_p = self._teacher_logits(original[first : first + step]).log_softmax(-1)
             log_q = self.model.head(flat[first : first + step]).log_softmax(-1)
-            loss = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(flat)
+            loss = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / tokens
             if backward:
                 loss.backward(retain_graph=first + step < len(flat))  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -196,17 +265,48 @@ class ModelObjective:
         if known is not None:
             return known
         with torch.no_grad(), self.model.original():
-            states = self._compared(self.model.hidden(ids), held_out, batch).float()
+            whole = (self.model.hidden(part) for part in torch.split(ids, self._at_once))
+            parts = [self._compared(states, held_out, batch).float() for states in whole]
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
         size = states.numel() * 4
-        if self._teacher_bytes + size <= CACHE_BYTES:
+        if self._teacher_bytes + size <= self._teacher_room:
             self._teacher[held_out, batch] = states
             self._teacher_bytes += size
         return states
 
 
-def _relative(found: Tensor, wanted: Tensor) -> Tensor:
-    """||found - wanted||^2 / ||wanted||^2."""
-    return (found - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+def fitting_by(action: Callable[[], float], smaller: Callable[[], None] | None) -> float:
+    """What `action` gives, begun again after `smaller` as often as a device runs out of memory."""
+    while True:
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            if smaller is None:
+                raise
+        smaller()  # out here what the frames of `action` held is free
+
+
+@contextlib.contextmanager
+def all_or_no_gradients(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """What is within adds to the `.grad` of tensors; if it fails, they are as they were before."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    except BaseException:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
+        raise
+    for leaf, gradient in zip(leaves, before, strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else gradient + leaf.grad
+
+
+def _relative(found: Tensor, wanted: Tensor, power: Tensor | None = None) -> Tensor:
+    """||found - wanted||^2 / power, where that is None ||wanted||^2."""
+    power = wanted.square().sum() if power is None else power
+    return (found - wanted).square().sum() / power.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def evenly(count: int, share: float) -> list[int]:

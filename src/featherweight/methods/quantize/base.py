@@ -112,6 +112,8 @@ class Grid(Choice):
     portable: ClassVar[bool] = False
     """Whether `fit`, `levels`, `column_scales` and `round_vectors` take tensors of any device, and `quantize_source` a
     source whose rows are on one. What makes codes (`encode`, `join_vectors`) gets tensors in main memory."""
+    device_weight_bytes: ClassVar[int] = 24
+    """Bytes a weight of a window that PyTorch's form takes on a device."""
     group_size: int = Field(128, ge=1, description="input columns that share scales; the last group may be shorter")
 
     @property
@@ -193,6 +195,11 @@ class Grid(Choice):
     def working_bytes(self, shape: tuple[int, int], options: SolveOptions) -> int:
         """An upper bound of the memory `quantize_source` takes beside the source's pages."""
         return 16 * shape[0] * shape[1]
+
+    def device_bytes(self, shape: tuple[int, int], options: SolveOptions) -> int:
+        """The same on a device, where PyTorch's form is at work, the source's rows included."""
+        rows = min(shape[0], options.window_rows(shape, 4, 1))
+        return max(self.working_bytes(shape, options), self.device_weight_bytes * rows * shape[1])
 
 
 class Memo:
@@ -325,6 +332,9 @@ class Transform(Choice):
     """
 
     scope: ClassVar[Scope] = "layer"
+    portable: ClassVar[bool] = False
+    """Whether `for_layer` takes a weight and statistics on any device. What it makes may say so of itself: see
+    `LayerTransform`."""
 
     def refusal(self, anatomy: Anatomy) -> str | None:
         """Why a model cannot be transformed, as far as its structure says so; None where it can."""
@@ -362,6 +372,8 @@ class LayerTransform(Protocol):
     """A change of basis of one layer's input, fixed. invert(apply(W)) == W to float64 rounding.
 
     An attribute `key` (hashable), if there is one, is equal for equal transforms: what they carry over is then shared.
+    One called `portable`, if it is true, says that tensors may be on any device, where the result is, too; the codes
+    that `wrap` takes and gives are in main memory.
     """
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -393,6 +405,8 @@ class Correction(Choice):
     """
 
     scope: ClassVar[Scope] = "layer"
+    portable: ClassVar[bool] = False
+    """Whether `split` and `correct` take a weight and statistics on any device. Codes are in main memory."""
 
     def split(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Code | None]:
         """Before rounding: what is left for the grid, and a term stored beside it (sparse outliers), or None.

@@ -115,7 +115,7 @@ class _Transform(torch.autograd.Function):
 def _transformed(x: Tensor, block: int, transposed: bool) -> Tensor:
     runs = x.reshape(-1, block)
     result = torch.empty_like(runs, memory_format=torch.contiguous_format)
-    step = max(16, CACHED // block)
+    step = max(16, CACHED // block) if x.device.type == "cpu" else max(1, len(runs))
     for first in range(0, len(runs), step):
         # one column a run: the butterflies then work on whole contiguous rows
         part = runs[first : first + step].t().clone(memory_format=torch.contiguous_format)
@@ -125,7 +125,7 @@ def _transformed(x: Tensor, block: int, transposed: bool) -> Tensor:
 
 def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
     """Columns [block, n] times the Hadamard matrix, not yet divided by its root; overwrites `runs`."""
-    kernel = paley_matrix(kernel_order(block) or 1)
+    kernel = paley_matrix(kernel_order(block) or 1).to(runs.device)
     spare, half = torch.empty_like(runs), 1
     while half * len(kernel) < block:
         pairs, sums = (t.view(block // (2 * half), 2, half, runs.shape[1]) for t in (runs, spare))
@@ -135,7 +135,8 @@ def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
     if len(kernel) == 1:
         return runs
     signs = (kernel.T if transposed else kernel).to(runs.dtype)
-    parts, total = runs.view(len(kernel), -1), torch.zeros(len(kernel), runs.numel() // len(kernel), dtype=runs.dtype)
+    parts = runs.view(len(kernel), -1)
+    total = torch.zeros_like(parts)
     for j in range(len(kernel)):  # in this order, so that sums round alike everywhere
         total += signs[:, j : j + 1] * parts[j]
     return total.view(block, -1)
@@ -143,12 +144,12 @@ def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
 
 def rotate(x: Tensor, block: int, seed: int) -> Tensor:
     """T x for inputs [..., in]; for a matrix [out, in], its rows being such vectors, W T^-1."""
-    return hadamard_transform(x * random_signs(seed, x.shape[-1]).to(x.dtype), block)
+    return hadamard_transform(x * _signs(seed, x.shape[-1]).to(x.device, x.dtype), block)
 
 
 def rotate_back(x: Tensor, block: int, seed: int) -> Tensor:
     """T^-1 x for [..., in]; for a matrix, W T."""
-    return hadamard_transform(x, block, transposed=True) * random_signs(seed, x.shape[-1]).to(x.dtype)
+    return hadamard_transform(x, block, transposed=True) * _signs(seed, x.shape[-1]).to(x.device, x.dtype)
 
 
 @register("code", "hadamard")

@@ -189,7 +189,7 @@ def pyramid_values(points: Tensor, amplitudes: Tensor, norms: Tensor, levels: Te
     [out, vectors]
     """
     lengths = points.square().sum(-1).clamp(min=1).float().sqrt()
-    chosen = levels[torch.arange(len(levels)), amplitudes.long()]
+    chosen = levels[torch.arange(len(levels), device=levels.device), amplitudes.long()]
     scales = norms.float() * chosen / lengths
     return points.float() * scales.unsqueeze(-1)
 

@@ -54,7 +54,7 @@ def quartet_codes(trits: Tensor) -> Tensor:
     if bool(((values == 0).sum(-1) != 1).any()) or bool((values.abs() > 1).any()):
         raise ValueError("every quartet must hold exactly one 0 and three of -1 and 1")
     zero = (values == 0).to(torch.uint8).argmax(-1, keepdim=True)
-    lanes = torch.arange(3)
+    lanes = torch.arange(3, device=trits.device)
     kept = values.gather(-1, lanes + (lanes >= zero))
     differs = (kept != kept[..., :1]).long()
     code = 4 * zero.squeeze(-1) + differs[..., 1] + 2 * differs[..., 2] + 16 * (kept[..., 0] < 0)
@@ -73,6 +73,12 @@ def from_quartets(quartets: Tensor, columns: int, lane_stride: int) -> Tensor:
     rows = len(quartets)
     spans = quartets.reshape(rows, -1, lane_stride, 4).transpose(2, 3)
     return spans.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def trits_of(codes: Tensor, columns: int, lane_stride: int) -> Tensor:
+    """Trits int8 [rows, columns] of joint codes [rows, quartets], where these are."""
+    quartets = QUARTETS.to(codes.device)[codes.int()]
+    return from_quartets(quartets.view(len(codes), -1, 4), columns, lane_stride)
 
 
 @register("code", "sherry")
@@ -113,7 +119,7 @@ class Sherry(Code):
         rows, columns = self.shape
         count = rows * quartets_of(columns, self.lane_stride)
         codes = unpack_bits(self.patterns, count, 4) | unpack_bits(self.signs, count, 1) << 4
-        return from_quartets(QUARTETS[codes.int()].view(rows, -1, 4), columns, self.lane_stride)
+        return trits_of(codes.view(rows, -1), columns, self.lane_stride)
 
     def decode(self) -> Tensor:
         scales = self.scales.float().repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]

@@ -21,7 +21,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
 from featherweight.storage.run.ownership import first_foreign, within
 from featherweight.storage.run.publishing import occupants
-from featherweight.system.devices import device_named, solving_device
+from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
@@ -29,6 +29,8 @@ from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.tasks.compress.data import CalibrationData, check_calibration
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
+from featherweight.tasks.compress.device_memory import placed
+from featherweight.tasks.compress.device_share import limit_on
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
@@ -82,6 +84,7 @@ def compress(
     device: str | torch.device = "cpu",
     seed: int = 0,
     max_memory: int | str | None = None,
+    max_device_memory: int | str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
@@ -120,6 +123,9 @@ def compress(
     max_memory : int or str, optional
         Bytes or "2GB": a limit on resident memory that is planned for, with an error if it cannot be met. Without it,
         recipes that run the network are refused where the memory that is free now is too little.
+    max_device_memory : int or str, optional
+        The same for the memory of `device`: so many windows of text go together as fit. Default: what is free there,
+        if the device can tell.
     overwrite : bool
         Replace an existing output of featherweight's, or another unfinished run. What else stands in OUT is never
         replaced.
@@ -160,6 +166,7 @@ def compress(
     chosen = load_recipe(recipe, tuple(changes))
     check_calibration(chosen, calibration, base_model)
     runs_on = device_named(device)
+    device_limit = limit_on(runs_on, device, max_device_memory)
     check_workers(chosen, workers, runs_on)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
@@ -185,18 +192,21 @@ def compress(
             RunFolder(out, same=same_identity).remove_leftover(identity)
             return _result(out, done, checkpoint, begun, already_complete=True)
         plan = make_plan(checkpoint, chosen, threads, limit)
-        plan = replace(plan, options=plan.options.on(solving_device(runs_on)))
+        plan, share = placed(plan, checkpoint, runs_on, device_limit, data)
+        data = replace(data, share=share)
         data.check(plan, checkpoint)
         with RunFolder.opened(out, identity, overwrite, beside, same_identity, str(runs_on)) as run:
             # once more: another process may have been at work until now
             done = _finished(out, identity, overwrite, beside)
             if done is not None:
                 return _result(out, done, checkpoint, begun, already_complete=True)
-            if limit is None and not run.publishing and run.read_assembly() is None:
-                check_memory(plan)
+            if not run.publishing and run.read_assembly() is None:
+                share.check()
+                if limit is None:
+                    check_memory(plan)
             with Events(out, observer) as events:
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
-                told |= {"device": str(runs_on), "solved_on": plan.options.device}
+                told |= {"device": str(runs_on), "solved_on": plan.options.device, **share.facts()}
                 _say_what_is_odd(plan, checkpoint, run, events)
                 plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
                 events({"event": "plan", **plan.summary(), **told})

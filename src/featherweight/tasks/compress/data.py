@@ -18,6 +18,7 @@ from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
 from featherweight.system.precision import Chosen, choose_precision
+from featherweight.tasks.compress.device_share import NOWHERE, DeviceShare
 from featherweight.tasks.compress.refusals import check_base, check_reads_text, check_recipe, check_stored
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class CalibrationData:
     windows : token ids int64 [sequences, length]; None for data-free recipes and stored statistics
     stored : a statistics file instead of text
     device : where the network runs
+    share : what it takes there
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class CalibrationData:
     stored: Path | None = None
     base_model: str | Path | None = None
     device: torch.device = torch.device("cpu")
+    share: DeviceShare = NOWHERE
 
     @classmethod
     def of(
@@ -111,10 +114,12 @@ class CalibrationData:
                     head=any(job.layer.input_group == "head" and not job.treatment.by_itself for job in plan.jobs),
                     outside=[job.layer.name for job in plan.jobs if job.layer in plan.anatomy.outside],
                     device=self.device,
+                    windows_a_pass=self.share.windows_a_pass,
                     notify=lambda event: None if event["event"] in QUIET else notify(event),
                 )
             )
-            calibration.spare_bytes = plan.spare_bytes(calibration.spare_bytes)
+            spare = plan.spare_bytes(calibration.spare_bytes)
+            calibration.spare_bytes = self.share.spare_bytes(spare)
             work = CalibratedRun(plan, checkpoint, run, calibration, notify, seed, base)
             records = work.solve()
             return records, work.journal.resumed, work.config

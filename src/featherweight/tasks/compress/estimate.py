@@ -213,7 +213,7 @@ class _Tuning:
         once = 3 * trained + learning  # backwards is twice forwards
         decoding = tuning.steps * self._decoding
         tokens = work.learned * once + work.measured * (exact + measuring) + work.original * exact
-        return decoding + settings.length * tokens
+        return float(decoding + settings.length * tokens)
 
     def _head_token(self, learns: bool) -> float:
         """Seconds of the output layer's divergence for one token; 0 for models without predictions."""

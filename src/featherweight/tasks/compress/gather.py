@@ -20,6 +20,8 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
 from featherweight.tasks.compress.account import accounted_anatomy
+from featherweight.tasks.compress.device_memory import gathering_share
+from featherweight.tasks.compress.device_share import limit_on
 
 PARTS_SUFFIX = ".parts"
 PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves where it is stopped
@@ -33,6 +35,7 @@ def gather_statistics(
     settings: Mapping[str, Any] | None = None,
     *,
     device: str | torch.device = "cpu",
+    max_device_memory: int | str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     notify: Observer | None = None,
@@ -40,7 +43,7 @@ def gather_statistics(
     """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
 
     settings : fields of `CalibrationSettings`
-    device : where the network runs, see `compress`
+    device, max_device_memory : where the network runs, and what it may take there, see `compress`
     overwrite : replace a file of statistics; no other file is ever replaced
     Raises OutputError if OUT is there already, RecipeError for an unknown statistic or setting.
     """
@@ -62,6 +65,7 @@ def gather_statistics(
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
     runs_on = device_named(device)
+    limit = limit_on(runs_on, device, max_device_memory)
     with Checkpoint.open(model) as checkpoint:
         if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
             raise OutputError(
@@ -74,9 +78,13 @@ def gather_statistics(
             for note in notes:
                 notify({"event": "note", "text": note})
         ids = calibration_windows(checkpoint, text, chosen, notify)
+        share = gathering_share(anatomy, checkpoint, chosen, needs, runs_on, limit)
+        share.check()
         with Calibration.open(
-            checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, notify=notify
-        ) as calibration:
+            checkpoint, anatomy, ids, chosen, needs, head=True, device=runs_on, windows_a_pass=share.windows_a_pass,
+            notify=notify,
+        ) as calibration:  # fmt: skip
+            calibration.spare_bytes = share.spare_bytes(calibration.spare_bytes)
             save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))
     return out
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.methods.calibrate.fitting import fitting
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.whole import WholeModel
 from featherweight.methods.learn.objectives import ModelObjective
@@ -91,13 +92,13 @@ class BlockGuard:
         if session.calibration.two_streams:
             self._targets = list(session.held_out_targets)
         else:
-            self._targets = self._outputs()
+            self._targets = fitting(session.calibration, self._outputs, session.halved)
         with session.overridden({name: code.decode() for name, code in plain.items()}):
-            self.without = self._error()
+            self.without = fitting(session.calibration, self._error, session.halved)
 
     def verdict(self) -> Verdict:
         """On the block as it is now."""
-        found = self._error()
+        found = fitting(self.session.calibration, self._error, self.session.halved)
         kept = self.without is None or found is None or found <= MARGIN * self.without
         windows = sum(len(batch) for batch in self.session.held_out_inputs)
         step = f"what was done to block {self.session.index}"

@@ -126,6 +126,12 @@ class LinearLayers:
         weight = weight.detach().cpu()
         return weight.t().contiguous() if type(module).__name__ == "Conv1D" else weight.flatten(1)
 
+    def device(self, name: str) -> torch.device:
+        """Where a layer's weight lies."""
+        weight = self.modules[name].weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
     def put(self, codes: Mapping[str, Code]) -> nn.Module:
         """Let the model compute with the codes of its layers; returns what is the model from now on."""
         linear: dict[nn.Module, nn.Module] = {}

@@ -25,6 +25,7 @@ from featherweight.methods.recipe import Recipe, load_recipe
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
+from featherweight.system.devices import solving_device
 from featherweight.system.threads import use_threads
 from featherweight.tasks.compress.calibrated import CalibratedRun
 from featherweight.tasks.compress.data import QUIET, calibration_needs, check_calibration
@@ -106,8 +107,9 @@ def quantize(
     Token embedding and output layer become what the recipe says of them, tied as they were; of models whose family is
     not known they stay, as do linear layers with a forward function of their own. An embedding is compressed without
     data, and the blocks are calibrated on what its code decodes to. Calibration runs the model in its own dtype, where
-    `compress` takes bfloat16 or float32, whichever is faster. If it fails half-way, layers may have been rounded
-    already: load the model again.
+    `compress` takes bfloat16 or float32, whichever is faster. Layers are solved on the device where they lie, as far as
+    grid and rounding can be (`portable`) and the device has float64; codes are put there. If it fails half-way, layers
+    may have been rounded already: load the model again.
     """
     notify = observer or silent
     chosen = load_recipe(recipe, tuple(changes))
@@ -181,7 +183,8 @@ def _data_free(plan: Plan, found: LinearLayers, seed: int, notify: Observer) -> 
     for index, job in enumerate(plan.jobs):
         source = HeldWeight(found.weight(job.layer.name))
         inputs = InputStatistics({}, group_seed(seed, job.layer.input_group))
-        solved = solve_layer(job, source, inputs, plan.options)
+        options = plan.options.on(solving_device(found.device(job.layer.name)))
+        solved = solve_layer(job, source, inputs, options)
         codes[job.layer.name] = solved.code
         journal.finish(index, record_of(job, source, solved, plan.options.threads), resumed=False)
     return codes
@@ -212,6 +215,7 @@ def _calibrated(plan: Plan, found: LinearLayers, feed: Feed, seed: int, notify: 
         batches = _batches(found.model, feed, plan.recipe, notify)
         with _opened(found.model, feed, batches, plan.recipe, told) as calibration:
             plan = _with_blocks(plan, calibration)
+            plan = replace(plan, options=plan.options.on(solving_device(calibration.host.device)))
             held = HeldRun()
             work = _InMemoryRun(plan, cast(Any, None), cast(Any, held), calibration, notify, seed)
             work.outside = {

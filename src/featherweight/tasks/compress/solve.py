@@ -73,6 +73,8 @@ class InputStatistics:
 
     def _shared(self, value: Tensor, device: str) -> Tensor:
         place = (id(value), device)
+        if str(value.device) == device:
+            return value
         if place not in self._placed:
             self._placed[place] = (value, value.to(device))  # kept alive: its id is the key
         return self._placed[place][1]
@@ -180,6 +182,9 @@ class _Steps:
         treatment, seed, role = self.job.treatment, self.inputs.seed, self.job.layer.role
         made: list[LayerTransform] = []
         steps: list[Transform | LayerTransform] = [*self.fixed, *treatment.layer_transforms]
+        device = device_for(self.job, self.options)
+        if all(getattr(one, "portable", False) for one in (*steps, *treatment.layer_corrections)):
+            weight, statistics = weight.to(device), self.inputs.placed(statistics, device)
         for step in steps:
             one = step.for_layer(weight, statistics, seed, role) if isinstance(step, Transform) else step
             made.append(one)
@@ -191,7 +196,6 @@ class _Steps:
             whole = rest
             rest, term = correction.split(whole, statistics)
             parts.append((correction, whole, term))
-        device = device_for(self.job, self.options)
         placed, there = HeldWeight(rest.to(device)), self.inputs.placed(statistics, device)
         code, notes = treatment.rounding.quantize_reported(placed, treatment.grid, there, self.options)
         for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of its whole

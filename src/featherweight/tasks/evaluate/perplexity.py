@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import EvaluationError, FeatherWarning
+from featherweight.system.devices import give_back
 from featherweight.system.transformers_calls import asking_transformers
 from featherweight.tasks.evaluate.divergence import Divergence, DivergenceSum
 from featherweight.tasks.evaluate.protocols import Protocol, Window
@@ -217,8 +218,7 @@ def _smaller(windows: int, device: torch.device) -> int:
             f"the memory of {device} does not suffice for one window: use a shorter --context, free memory of the "
             "device, or take --device cpu"
         )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_back(device)
     left = windows // 2
     text = f"{device} ran out of memory: batches are of {left} window{'s' * (left != 1)} from here on"
     warnings.warn(text, FeatherWarning, stacklevel=2)

@@ -20,6 +20,7 @@ from featherweight.errors import EvaluationError, FeatherError
 from featherweight.native.measure import READ_BYTES
 from featherweight.native.measure import read_bandwidth as native_read_bandwidth
 from featherweight.storage.checkpoint.size import bytes_per_token
+from featherweight.system.devices import device_named, give_back, peak_bytes, synchronise
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.transformers_calls import asking_transformers, cache_name
 from featherweight.tasks.evaluate.evaluation import own_context
@@ -33,10 +34,12 @@ REPEATS = 3
 """Each figure is the best of so many runs; interference only ever makes a run slower."""
 ENGINES = ("auto", "native", "transformers")
 CACHES = ("auto", "float16", "int8")
+CPU = torch.device("cpu")
+CPU_ONLY = "the native decoder, and its KV caches, are on the CPU"
 
 
 class Runner(Protocol):
-    """A loaded model as the measurement uses it. Its `device` matters for waiting only."""
+    """A loaded model as the measurement uses it. Its `device` is waited for, and its memory's bandwidth the limit."""
 
     name: str
     device: torch.device
@@ -72,22 +75,27 @@ def measure_speed(
     threads: int | None = None,
     repeats: int = REPEATS,
     trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
 ) -> dict[str, Any]:
     """Prompt processing, greedy generation (tokens a second), and the read bandwidth (1e9 bytes/s).
 
     context_tokens : tokens before the generated ones; the prompt if None
     engine : "native" decodes in C++, "transformers" takes any family; "auto" is the first that can
     cache : "float16" or "int8" keys and values (native only)
+    device : where the model runs, see `featherweight.compress`; off the CPU transformers runs it. None: on the GPU, if
+        there is one and `engine` does not say otherwise, else on the CPU
 
     `bytes_per_token` counts what is read for a token: all weights but the input embedding (of which one row is read,
     unless the output layer shares it) and the experts a token is not sent to, in the form they have in memory, and the
     cache in the middle of the generation. `stored_bytes_per_token` counts the weights as they are in the folder.
     """
     _check(prompt_tokens, new_tokens, context_tokens, engine, cache)
-    bandwidth = read_bandwidth(threads=threads)
+    runs_on = None if device is None else device_named(device)
+    bandwidth = read_bandwidth(runs_on, threads=threads)
+    give_back(runs_on or CPU)
     reset_peak_memory()
     begun = time.perf_counter()
-    runner = open_runner(folder, dtype, engine, cache, threads, trust_remote_code)
+    runner = open_runner(folder, dtype, engine, cache, threads, trust_remote_code, device=runs_on)
     load_seconds = time.perf_counter() - begun
     prompt_tokens, new_tokens = _fitting(runner.context, prompt_tokens, new_tokens)
     before = prompt_tokens if context_tokens is None else min(context_tokens, prompt_tokens)
@@ -112,7 +120,8 @@ def measure_speed(
         "context_tokens": before,
         "new_tokens": new_tokens,
         "engine": runner.name,
-        "device": runner.device.type,
+        "device": str(runner.device),
+        "peak_device_memory_bytes": peak_bytes(runner.device),
         "threads": torch.get_num_threads(),
         **runner.facts,
     }
@@ -150,9 +159,17 @@ def open_runner(
     cache: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    *,
+    device: torch.device | None = None,
 ) -> Runner:
     """Load a model for measurements; the arguments are those of `measure_speed`."""
-    if engine != "transformers" and not (engine == "auto" and torch.cuda.is_available()):
+    elsewhere = device is not None and device.type != "cpu"
+    if elsewhere and (engine == "native" or cache != "auto"):
+        raise EvaluationError(
+            f"{CPU_ONLY}, not on {device}: take --device cpu, or --engine transformers without a cache"
+        )
+    gpu = elsewhere or (device is None and torch.cuda.is_available())
+    if engine != "transformers" and not (engine == "auto" and gpu):
         try:
             return _native(folder, cache, threads)
         except FeatherError:
@@ -160,7 +177,7 @@ def open_runner(
                 raise
     if cache != "auto":
         raise EvaluationError(f"only the native engine has a KV cache of {cache}, and it does not run this model")
-    return TransformersRunner(folder, dtype, trust_remote_code)
+    return TransformersRunner(folder, dtype, trust_remote_code, device)
 
 
 def _native(folder: str | Path, cache: str, threads: int | None) -> Runner:
@@ -214,8 +231,10 @@ class TransformersRunner:
 
     name = "transformers"
 
-    def __init__(self, folder: str | Path, dtype: str, trust_remote_code: bool = False) -> None:
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, folder: str | Path, dtype: str, trust_remote_code: bool = False, device: torch.device | None = None
+    ) -> None:
+        place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, _ = open_model(folder, dtype, place, trust_remote_code)
         if not self.model.can_generate() or getattr(self.model.config, "is_encoder_decoder", False):
             raise EvaluationError(f"{folder} does not continue a text (it is a {type(self.model).__name__})")
@@ -264,11 +283,11 @@ def _decode(runner: Runner, context: Tensor, count: int, repeats: int) -> tuple[
     best: tuple[float, float | None] = (float("inf"), None)
     for _ in range(repeats):
         runner.prefill(context)
-        _wait(runner.device)
+        synchronise(runner.device)
         kernels = runner.kernel_seconds()
         begun = time.perf_counter()
         runner.generate(count)
-        _wait(runner.device)
+        synchronise(runner.device)
         seconds = time.perf_counter() - begun
         after = runner.kernel_seconds()
         within = None if kernels is None or after is None else after - kernels
@@ -302,16 +321,11 @@ def read_bandwidth(device: torch.device | None = None, size: int | None = None, 
 def _best(action: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
     """Least seconds of `repeats` runs after a first that is not counted."""
     action()
-    _wait(device)
+    synchronise(device)
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
         action()
-        _wait(device)
+        synchronise(device)
         times.append(time.perf_counter() - begun)
     return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ input, from the singular values of E L; right is then S_m^(1/2) V_m L^-1.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -73,6 +73,7 @@ def _krylov_basis(matrix: Tensor, rank: int) -> Tensor:
 class LowRankCorrection(Correction):
     """Add the leading singular triplets of the rounding error as two factors (see the module)."""
 
+    portable: ClassVar[bool] = True
     rank: int = Field(8, ge=1, description="singular triplets m; at most the smaller side of the matrix")
     factors: Literal["float16", "int8", "float32"] = Field("float16", description="how the factors are stored")
     weighted: bool = Field(False, description="least error of the output (needs the gram matrix); not LoRC")
@@ -86,7 +87,7 @@ class LowRankCorrection(Correction):
         return sum(entry.nbytes for entry in code_layout(spec).values())
 
     def correct(self, weight: Tensor, code: Code, statistics: Statistics) -> Code:
-        error = weight.float() - code.decode()
+        error = weight.float() - code.decode().to(weight.device)
         gram = statistics.get("gram") if self.weighted else None
         left, right = self._factors(error, gram)
         return Sum.of(code, self._encode(left, right))
@@ -105,7 +106,7 @@ class LowRankCorrection(Correction):
         dtypes = {scale_dtype_for("auto", value) for value in largest}
         scale_dtype = torch.float32 if torch.float32 in dtypes else torch.float16
         stored = {"float16": scale_dtype, "int8": torch.int8, "float32": torch.float32}[self.factors]
-        return LowRank.encode(left.float(), right.float(), stored, scale_dtype)
+        return LowRank.encode(left.float().cpu(), right.float().cpu(), stored, scale_dtype)
 
 
 def _root(gram: Tensor) -> Tensor:

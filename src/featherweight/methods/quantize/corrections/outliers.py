@@ -13,7 +13,7 @@ position, so that counts are exact (the reference takes what lies strictly above
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -53,6 +53,7 @@ def quartile_threshold(weight: Tensor, range_multiplier: float) -> float:
 class DenseAndSparse(Correction):
     """Keep sensitive weights and outliers in a sparse matrix beside the codes (see the module)."""
 
+    portable: ClassVar[bool] = True
     sensitive: float = Field(0.0005, ge=0, lt=1, description="share of weights with the largest Fisher information")
     outliers: float = Field(0.004, ge=0, lt=1, description="share of weights largest in magnitude, of those left")
     rule: Literal["share", "quartiles"] = Field("share", description="outliers by their share or by range_multiplier")
@@ -90,9 +91,9 @@ class DenseAndSparse(Correction):
         mask = self.removed(weight, statistics)
         if not bool(mask.any()):
             return code
-        decoded = code.decode()
+        decoded = code.decode().to(weight.device)
         missing = torch.zeros_like(decoded)
         missing[mask] = weight[mask] - decoded[mask]
         missing[mask] += weight[mask] - (decoded[mask] + missing[mask])  # what float32 lost in the difference
         dtype = scale_dtype_for(self.value_dtype, float(missing.abs().amax()))
-        return Sum.of(code, Sparse.encode(missing, mask, dtype))
+        return Sum.of(code, Sparse.encode(missing.cpu(), mask.cpu(), dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from featherweight.storage.codes.dense import Dense
 class DenseGrid(Grid):
     """Every value of a floating-point type."""
 
+    portable: ClassVar[bool] = True
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="stored type")
 
     def fit(self, weight: Tensor, statistics: Statistics = NO_STATISTICS) -> Fit:
@@ -29,7 +30,7 @@ class DenseGrid(Grid):
         stored = weight.to(DTYPES[self.dtype])
         if not torch.isfinite(stored).all():
             raise ValueError(f"the weight does not fit in {self.dtype}; use dtype: bfloat16 or float32")
-        return Dense(stored)
+        return Dense(stored.cpu())
 
     def spec(self, shape: tuple[int, int]) -> dict[str, Any]:
         return {"kind": "dense", "shape": list(shape), "dtype": self.dtype}

@@ -10,14 +10,14 @@ vectors as the columns of a Hessian sweep. Defaults follow that reconstruction a
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, in_main_memory
 from featherweight.methods.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.methods.quantize.windows import WINDOW_MULTIPLE, quantize_windows
 from featherweight.registry import register
@@ -42,6 +42,7 @@ PAIRS_AT_ONCE = 1 << 18  # pulse moves looked at together, in the cache
 class PyramidGrid(Grid):
     """Amplitude times a normalised point of the integer pyramid, for vectors of weights (see the module)."""
 
+    portable: ClassVar[bool] = True
     group_size: int = Field(WHOLE_ROW, ge=1, le=WHOLE_ROW, description="columns that share a norm; 2^30: whole rows")
     dimension: int = Field(16, ge=1, le=LARGEST_DIMENSION, description="neighbouring weights a vector, D")
     pulses: int = Field(27, ge=1, le=LARGEST_PULSES, description="sum of the absolute integers of a vector, K")
@@ -100,7 +101,7 @@ class PyramidGrid(Grid):
         limits = [amplitude_levels(self.dimension, n, self.amplitude_bits, self.levels_rule).limits for n in widths]
         bounds = torch.tensor(limits, dtype=torch.float64, device=shares.device)
         amplitudes = torch.searchsorted(bounds, shares).to(torch.uint8).T.contiguous()
-        levels = level_values(self.dimension, widths, self.amplitude_bits, self.levels_rule)
+        levels = level_values(self.dimension, widths, self.amplitude_bits, self.levels_rule).to(weight.device)
         decoded = pyramid_values(points.view(rows, count, -1), amplitudes, norms, levels)
         return decoded.view(rows, -1), {"points": points.view(rows, -1).to(torch.int16), "amplitudes": amplitudes}
 
@@ -152,7 +153,8 @@ class PyramidGrid(Grid):
     def _quantize(self, weight: Tensor, dtype: torch.dtype, statistics: Statistics) -> Code:
         fit = self._fit(weight, dtype)
         padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % self.dimension))
-        return self.join_vectors(self.round_vectors(padded, 0, fit, statistics)[1], fit, (len(weight), weight.shape[1]))
+        parts = in_main_memory(self.round_vectors(padded, 0, fit, statistics)[1])
+        return self.join_vectors(parts, in_main_memory(fit), (len(weight), weight.shape[1]))
 
     def join_vectors(self, parts: Fit, fit: Fit, shape: tuple[int, int]) -> Code:
         rows, columns = shape

@@ -8,26 +8,27 @@ least-squares scale and the lane whose zeroing costs least.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics
-from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource
+from featherweight.methods.quantize.base import Fit, Grid, HeldWeight, SolveOptions, WeightSource, in_main_memory
 from featherweight.methods.quantize.scales import ScaleDtype, scale_dtype_for
 from featherweight.methods.quantize.windows import WINDOW_MULTIPLE, quantize_windows
 from featherweight.registry import register
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.base import dtype_name, groups_of
-from featherweight.storage.codes.sherry import Sherry, quartet_codes, to_quartets
+from featherweight.storage.codes.sherry import Sherry, quartet_codes, to_quartets, trits_of
 
 
 @register("grid", "sherry")
 class SherryGrid(Grid):
     """One zero and three of +-scale in every four weights (see the module)."""
 
+    portable: ClassVar[bool] = True
     lane_stride: Literal[1, 16] = Field(1, description="columns between the four weights: 1 as published, 16 as STQ1_0")
     importance: Literal["none", "activations"] = Field("none", description="weight errors by the mean squared input")
     rounds: int = Field(3, ge=1, le=50, description="alternations of scale and zero lane")
@@ -102,9 +103,8 @@ class SherryGrid(Grid):
     ) -> tuple[Tensor, Fit]:
         scales = fit["scales"][:, first // self.group_size, None]
         codes = self._codes(weight, scales, statistics)
-        shape = (weight.shape[0], weight.shape[1])
-        part = Sherry.encode(codes, scales, shape, self.columns_jointly, self.lane_stride)
-        return part.decode(), {"codes": codes}
+        trits = trits_of(codes, weight.shape[1], self.lane_stride)
+        return trits.float() * scales.float(), {"codes": codes}
 
     def _codes(self, weight: Tensor, scales: Tensor, statistics: Statistics) -> Tensor:
         """Joint codes uint8 [out, quartets] for stored scales [out, groups] that cover the columns."""
@@ -134,7 +134,8 @@ class SherryGrid(Grid):
         def one(window: Tensor) -> Code:
             fit = self._fit(window, statistics, dtype)
             codes = self._codes(window, fit["scales"], statistics)
-            return self.join_vectors({"codes": codes}, fit, (window.shape[0], window.shape[1]))
+            shape = (window.shape[0], window.shape[1])
+            return self.join_vectors({"codes": codes.cpu()}, in_main_memory(fit), shape)
 
         return quantize_windows(source, options, one)
 

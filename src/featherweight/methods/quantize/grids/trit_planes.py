@@ -43,6 +43,7 @@ class TritPlaneGrid(Grid):
     """K ternary planes with free or tied scales, fitted by alternating least squares (see the module)."""
 
     portable: ClassVar[bool] = True
+    device_weight_bytes: ClassVar[int] = 80  # the loop works in float64, on sorted groups and their prefix sums
     planes: int = Field(2, ge=1, le=3, description="ternary planes K; a weight takes one of 3^K values")
     tied: bool = Field(False, description="one scale s a group, plane scales 3^(K-1) s ... s, found by a sweep")
     tied_ratio: Literal["3:1", "3:2"] = Field("3:1", description="of two tied planes: nine even levels, or 0 1 2 3 5")

@@ -55,8 +55,13 @@ class Clipped:
     group_size: int
     inner: LayerTransform | None = None
 
+    @property
+    def portable(self) -> bool:
+        return self.inner is None or bool(getattr(self.inner, "portable", False))
+
     def apply(self, weight: Tensor) -> Tensor:
-        return clamped(self.inner.apply(weight) if self.inner else weight, self.bounds, self.group_size)
+        bounds = self.bounds.to(weight.device)
+        return clamped(self.inner.apply(weight) if self.inner else weight, bounds, self.group_size)
 
     def invert(self, weight: Tensor) -> Tensor:
         return self.inner.invert(weight) if self.inner else weight

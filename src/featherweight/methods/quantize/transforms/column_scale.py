@@ -19,12 +19,16 @@ SMALLEST, LARGEST = 2.0**-14, 65504.0  # normal numbers of float16
 class ColumnScale:
     """A `LayerTransform` that multiplies the columns of the weight by `scales` [in], positive and finite.
 
+    `inverse` and `scales` are in main memory.
+
     dtype : of the stored 1 / scales; None: float16, or float32 where these are not normal numbers of float16
     ValueError for other scales.
     """
 
+    portable = True
+
     def __init__(self, scales: Tensor, dtype: torch.dtype | None = None) -> None:
-        inverse = 1 / scales.detach().double()
+        inverse = 1 / scales.detach().cpu().double()
         if not bool((torch.isfinite(inverse) & (inverse > 0) & (inverse < torch.inf)).all()):
             raise ValueError("column scales must be positive and finite")
         if dtype is None:
@@ -46,13 +50,13 @@ class ColumnScale:
         return "column-scale", self.inverse.contiguous().view(torch.uint8).numpy().tobytes()
 
     def apply(self, weight: Tensor) -> Tensor:
-        return weight * self.scales.to(weight.dtype)
+        return weight * self.scales.to(weight.device, weight.dtype)
 
     def invert(self, weight: Tensor) -> Tensor:
-        return weight * self.inverse.to(weight.dtype)
+        return weight * self.inverse.to(weight.device, weight.dtype)
 
     def inputs(self, inputs: Tensor) -> Tensor:
-        return inputs * self.inverse.to(inputs.dtype)
+        return inputs * self.inverse.to(inputs.device, inputs.dtype)
 
     def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
         """All of them: gradients with respect to the scaled weights are those of the weights divided by the scales."""
@@ -61,7 +65,7 @@ class ColumnScale:
             self.inputs,
             self.apply,
             mean_abs=self.inputs,
-            fisher=lambda fisher: fisher * self.inverse.to(fisher.dtype).square(),
+            fisher=lambda fisher: fisher * self.inverse.to(fisher.device, fisher.dtype).square(),
         )
 
     def wrap(self, code: Code) -> Code:

@@ -9,7 +9,7 @@ whole width, as in QuaRot) keep an online transform cheap; `block: whole` takes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -41,6 +41,7 @@ class Rotation:
 
     block: int
     seed: int
+    portable: ClassVar[bool] = True
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -70,6 +71,7 @@ class HadamardTransform(Transform):
     A width that no power of two but 1 divides is left as it is, and its code is not wrapped.
     """
 
+    portable: ClassVar[bool] = True
     block: Annotated[int, Field(ge=1)] | Literal["whole"] = Field(
         128,
         description="columns rotated together; where it does not divide, the largest power of two that does; or whole",

@@ -12,6 +12,7 @@ class Identity:
     """The transform that changes nothing and wraps nothing."""
 
     key = "identity"
+    portable = True
 
     def apply(self, weight: Tensor) -> Tensor:
         return weight

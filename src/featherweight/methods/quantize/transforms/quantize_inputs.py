@@ -8,6 +8,7 @@ transforms (outermost); calibration sees inputs that are not rounded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -25,6 +26,7 @@ from featherweight.storage.codes.quantized_input import QuantizedInput
 class QuantizeInputs(Transform):
     """Round a layer's input to integers, dynamically per token and group (see the module)."""
 
+    portable: ClassVar[bool] = True
     bits: int = Field(6, ge=2, le=16, description="bits of inputs")
     group_size: int = Field(128, ge=1, description="input columns of a token that share a scale")
     wide: tuple[str, ...] = Field(SENSITIVE, description="patterns of layers, by last name, with a sensitive input")

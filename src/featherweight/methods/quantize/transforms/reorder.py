@@ -12,7 +12,7 @@ on the weights as they are, before any rounding, which is cheaper and serves rou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -48,22 +48,23 @@ def similarity_order(weight: Tensor, group_size: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Reordering:
-    """T x = x[order]: a `LayerTransform`. `order` int64 [in]."""
+    """T x = x[order]: a `LayerTransform`. `order` int64 [in], in main memory."""
 
     order: Tensor
+    portable: ClassVar[bool] = True
 
     @property
     def key(self) -> tuple[str, bytes]:
         return "reorder", self.order.numpy().tobytes()
 
     def apply(self, weight: Tensor) -> Tensor:
-        return weight[:, self.order]
+        return weight[:, self.order.to(weight.device)]
 
     def invert(self, weight: Tensor) -> Tensor:
-        return weight[:, inverse_order(self.order)]
+        return weight[:, inverse_order(self.order).to(weight.device)]
 
     def inputs(self, inputs: Tensor) -> Tensor:
-        return inputs[..., self.order]
+        return inputs[..., self.order.to(inputs.device)]
 
     def statistics(self, statistics: Statistics) -> dict[str, Tensor]:
         return carried(statistics, self.inputs, self.apply, mean_abs=self.inputs, fisher=self.apply)
@@ -79,6 +80,7 @@ class ReorderTransform(Transform):
     An order that changes nothing, and `activation` without statistics, leave the code as it is.
     """
 
+    portable: ClassVar[bool] = True
     by: Literal["activation", "similarity"] = Field("activation", description="what columns of a group have in common")
     group_size: int = Field(128, ge=1, description="columns that similarity puts together; those of the grid's groups")
 
@@ -97,4 +99,4 @@ class ReorderTransform(Transform):
         else:
             return Identity()
         unchanged = torch.equal(order, torch.arange(weight.shape[1], device=order.device))
-        return Identity() if unchanged else Reordering(order)
+        return Identity() if unchanged else Reordering(order.cpu())
