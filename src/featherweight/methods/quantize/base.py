@@ -20,6 +20,7 @@ from torch import Tensor
 
 from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.statistics import NO_STATISTICS, Statistics, restricted
+from featherweight.methods.quantize.memo import Memo
 from featherweight.model.network.access import BlockAccess, ModelAccess
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.codes import Code
@@ -200,18 +201,6 @@ class Grid(Choice):
         """The same on a device, where PyTorch's form is at work, the source's rows included."""
         rows = min(shape[0], options.window_rows(shape, 4, 1))
         return max(self.working_bytes(shape, options), self.device_weight_bytes * rows * shape[1])
-
-
-class Memo:
-    """What a run's last layer leaves for the next, replaced as a whole. Every run has one of its own."""
-
-    def __init__(self) -> None:
-        self.latest: object = None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Memo)  # says nothing about options
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 DEVICE_WINDOW = 128 << 20

@@ -210,11 +210,9 @@ def compress(
                 _say_what_is_odd(plan, checkpoint, run, events)
                 plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
                 events({"event": "plan", **plan.summary(), **told})
-                executor: Executor = Local()
-                if workers > 1:
-                    place = str(model) if Path(model).is_file() else str(checkpoint.folder)
-                    order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
-                    executor = Shared(run.claims, lambda: Workers(run, order, workers - 1, events))
+                place = str(model) if Path(model).is_file() else str(checkpoint.folder)
+                order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
+                executor = _executor(workers, order, run, events)
                 resumed = _Work(plan, checkpoint, run, events, identity, data).make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
@@ -222,6 +220,11 @@ def compress(
                 short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
                 events({"event": "done", **short})
     return result
+
+
+def _executor(workers: int, order: Order, run: RunFolder, events: Events) -> Executor:
+    """This process, or this one and others with the same order."""
+    return Local() if workers == 1 else Shared(run.claims, lambda: Workers(run, order, workers - 1, events))
 
 
 def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events) -> None:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import Statistics
-from featherweight.methods.quantize.base import Grid, Memo, Rounding, SolveOptions, WeightSource
+from featherweight.methods.quantize.base import Grid, Rounding, SolveOptions, WeightSource
+from featherweight.methods.quantize.memo import Memo
 from featherweight.methods.quantize.sweep import Sweeper, SweepResult, SweepSettings
 from featherweight.methods.quantize.sweep_factor import Factor
 from featherweight.registry import register
