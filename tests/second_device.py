@@ -120,6 +120,9 @@ class Making(TorchFunctionMode):
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if func is torch.ops.aten.to.device:  # which inference mode leaves whole
+        func = torch.ops.aten._to_copy.default
+        args, kwargs = args[:1], {"dtype": args[0].dtype, **dict(zip(("device", "dtype"), args[1:], strict=False))}
     leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     there = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
     here = [leaf for leaf in leaves if not isinstance(leaf, OnDevice)]

@@ -102,17 +102,17 @@ def test_a_device_that_is_too_small(llama: Path, text: Path, monkeypatch: pytest
         evaluate(llama, text=text, context=32, device=device)
 
 
-def test_speed_is_measured_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_measured_there(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """By transformers, waiting for the device each time the clock is looked at."""
     waits: list[torch.device] = []
     monkeypatch.setattr(speed, "BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr(speed, "synchronise", waits.append)
     with second_device() as device:
-        report = measure_speed(small, 8, 2, repeats=1, device=device)
+        report = measure_speed(llama, 8, 2, repeats=1, device=device)
         with pytest.raises(EvaluationError, match="^the native decoder, and its KV caches, are on the CPU"):
-            measure_speed(small, 8, 2, engine="native", device=device)
-        with pytest.raises(EvaluationError, match="take --device cpu, or leave --engine and --kv-cache out"):
-            measure_speed(small, 8, 2, cache="int8", device=device)
+            measure_speed(llama, 8, 2, engine="native", device=device)
+        with pytest.raises(EvaluationError, match="take --device cpu, or --engine transformers without a cache"):
+            measure_speed(llama, 8, 2, cache="int8", device=device)
     assert (report["engine"], report["device"], report["peak_device_memory_bytes"]) == ("transformers", "lazy:0", None)
     assert waits.count(DEVICE) == len(waits) >= 8  # of bandwidth, prompt and generation: before and after, and warm
 
