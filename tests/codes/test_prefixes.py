@@ -34,7 +34,7 @@ def planes_of(
 ) -> TritPlanes:
     trits = whole(-1, 2, 3, ROWS, COLUMNS).to(torch.int8)
     scales = numbers(ROWS, 3).abs() if tied else numbers(ROWS, 3, 3).abs()
-    return TritPlanes.encode(trits, scales, 8, tied, scale_dtype=scale_dtype, weights=weights)
+    return TritPlanes.encode(trits, scales, 8, tied=tied, scale_dtype=scale_dtype, weights=weights)
 
 
 def spread(scales: Tensor) -> Tensor:

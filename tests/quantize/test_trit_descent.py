@@ -210,8 +210,8 @@ def test_windows_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         levels = torch.tensor([-1.0, 0.0, 1.0]).repeat(50, 3, 1)
         indices = torch.randint(0, 3, (50, 24), generator=generator).to(torch.uint8)
         gradient = (weight - (indices.double() - 1)) @ gram
-        arguments = (gram, levels, torch.arange(24, dtype=torch.int32) // 8, indices, gradient, 3, True, 1)
-        return [*kernel._descend_native(counted, *arguments), indices, gradient]
+        block = kernel._Block(gram, levels, torch.arange(24, dtype=torch.int32) // 8, indices, gradient)
+        return [*kernel._descend_native(counted, block, 3, True, 1), indices, gradient]
 
     whole = run(1 << 40)
     assert calls == 1

@@ -256,7 +256,7 @@ class ModelObjective:
         if count == length:
             return states
         random = torch.Generator().manual_seed(2 * batch + held_out)
-        chosen = torch.randperm(length, generator=random)[:count].sort().values
+        chosen = torch.randperm(length, generator=random, device="cpu")[:count].sort().values
         return states[:, chosen.to(states.device)]
 
     def _original(self, held_out: bool, batch: int, ids: Tensor) -> Tensor:
