@@ -278,7 +278,7 @@ def test_methods(tmp_path: Path) -> None:
     assert rows["ptqtp"]["bits"] == pytest.approx(2 * 8 / 5 + 2 * 16 / 128, abs=1e-3)
     assert rows["ptqtp"]["memory"] == "tensor"
     assert rows["gptq"]["seen_tokens"] == 128 * 512
-    assert rows["trit-2"]["trained_tokens"] == 80 * 2048
+    assert rows["trit-2"]["trained_tokens"] == 120 * 2048
     assert rows["rtn-4"]["bits"] == pytest.approx(4 + (16 + 4) / 128, abs=1e-3)
     for name in rows:
         assert name in done.output

@@ -78,6 +78,25 @@ def test_steps_are_told_where_checks_are_far_apart(monkeypatch: pytest.MonkeyPat
     assert steps[-1]["seconds_left"] == 0
 
 
+def test_a_hopeless_check_ends_it() -> None:
+    """The start is kept, and what is told says why; a check that is worse by less does not end it."""
+    for losses, steps in (([1.0, 1.2, 1.4, 0.5], 2), ([1.0, 1.2, 1.29, 0.5], 3)):
+        theta, left = [torch.zeros(1)], iter(losses)
+        told: list[dict[str, Any]] = []
+
+        def gradients(_: int, theta: list[torch.Tensor] = theta) -> float:
+            theta[0].grad = torch.ones(1)
+            return 0.0
+
+        training = Training("test", Schedule(3, 0.1, checks=3), hopeless=1.3)
+        minimise(theta, gradients, training, ShuffledRounds(2), check=lambda left=left: next(left), notify=told.append)  # type: ignore[misc]
+        assert max(event.get("step", 0) for event in told) == steps
+        stopped = [event["stopped"] for event in told if "stopped" in event]
+        assert stopped == (["held out, the loss is 1.4 after 1 at the start"] if steps == 2 else [])
+        assert (float(theta[0]) == 0) is (steps == 2)
+        assert told[-1]["held_out_after"] == min(losses[: steps + 1])
+
+
 def test_batches_come_in_turn_and_values_are_projected() -> None:
     theta, batches = [torch.zeros(1)], []
 

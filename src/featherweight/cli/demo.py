@@ -23,7 +23,7 @@ def tuning(rate: float) -> str:
 
 RECIPES = ("rtn-4", "gptq", "rtn-3", "gptq-3", "ptqtp-3", "ptqtp", "trit-2", "ptqtp-1", "trit-1")
 TEXT = ("calibration.sequences=32", "calibration.length=512")
-# an eighth to a quarter of the presets' text and half of the steps of their tuning, so that the demo takes minutes
+# an eighth to a quarter of the presets' text and a third of their tuning, so that the demo takes minutes
 SHORTENED: dict[str, tuple[str, ...]] = {
     "gptq": TEXT,
     "gptq-3": TEXT,

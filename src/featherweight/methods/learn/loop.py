@@ -51,11 +51,14 @@ class Training:
     label : of its events, and of its saved state
     schedule : how long, and how fast
     optimiser : see `featherweight.methods.learn.optimisers`
+    hopeless : a check that is so many times the start's ends it: a rate too high for this model, which what is left of
+        the steps does not make up for
     """
 
     label: str
     schedule: Schedule
     optimiser: Optimiser = adam()
+    hopeless: float = math.inf
 
 
 def minimise(
@@ -85,7 +88,7 @@ def minimise(
     Returns
     -------
     `theta`, with the values of the least `check`, or, where nothing is checked, those of the last step. A loss that is
-    not finite ends it.
+    not finite ends it, and a check that is `hopeless`.
     """
     schedule, label = training.schedule, training.label
     trainer = _Trainer(theta, training, sampler, check is not None)
@@ -109,6 +112,10 @@ def minimise(
             measured = check()
             trainer.offer(measured)
             notify(progress.event(trainer.step + 1, loss) | {"held_out": measured})
+            if trainer.start and measured is not None and measured > training.hopeless * trainer.start:
+                reason = f"held out, the loss is {measured:.4g} after {trainer.start:.4g} at the start"
+                notify({"event": label, "step": trainer.step + 1, "stopped": reason})
+                break
         elif progress.due():
             notify(progress.event(trainer.step + 1, loss))
         trainer.step += 1

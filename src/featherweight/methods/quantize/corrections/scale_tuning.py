@@ -7,7 +7,8 @@ EfficientQAT (arXiv 2407.11062) and the norm tuning of several low-bit methods; 
 
 Adam on relative changes: a value v is v0 + u theta, with u = max(|v0|, a tenth of the root mean square of its row).
 The loss over held-out samples, measured with the values as they are stored, chooses the step that is kept; the start
-is among the candidates, so the result is never worse on them.
+is among the candidates, so the result is never worse on them. A check far above the
+start's ends it at once: on SmolLM2-135M two planes' loss went to 1.64 times, and after all steps was 1.3 times.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from featherweight.registry import register
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
 from featherweight.system.precision import Precision, choose_precision
+
+HOPELESS = 1.3  # times the loss at the start, where trainings that end better do not come
 
 
 @register("correction", "scale-tuning")
@@ -130,7 +133,7 @@ class ScaleTuning(Correction):
         minimise(
             state.theta,
             lambda batch: state.backward(objective, batch),
-            Training("scale-tuning", schedule, adam(betas=(0.9, 0.99))),
+            Training("scale-tuning", schedule, adam(betas=(0.9, 0.99)), HOPELESS),
             ShuffledRounds(objective.batches, seed),
             check=lambda: objective.held_out_loss(*state.stored()),
             notify=notify,
