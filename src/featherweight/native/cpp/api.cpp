@@ -190,7 +190,7 @@ void run_tile(const Problem& problem, const Kind& kind, Worker& worker, bool ass
     }
     worker.codes[i] = problem.codes + place.row * problem.weight.cols + place.col;
     worker.scales[i] = problem.scales + place.index * problem.scales_per_group();
-    worker.steps[i] = problem.steps + place.index;
+    worker.steps[i] = problem.steps ? problem.steps + place.index : nullptr;
   }
   const TritTile tile = {&problem.job,         kind.length,         groups,
                          worker.w.data(),      worker.codes.data(), worker.scales.data(),
