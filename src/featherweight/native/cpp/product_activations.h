@@ -12,13 +12,12 @@
 
 namespace {  // compiled for several instruction sets
 
+// Lie anywhere. Not to be passed by reference: Clang then takes them to be aligned.
 typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));  // of any row of floats
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef int8_t B16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 constexpr int32_t kMagic = 0x4b400000;  // the bits of 1.5 2^23: adding it rounds to the nearest integer, halves to even
-
-FW_INLINE void copy_bits(I16& to, const F16& from) { memcpy(&to, &from, sizeof to); }
 
 void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum) {
   const int64_t whole = count / 16 * 16;
@@ -26,7 +25,7 @@ void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_
   I16 lanes = {};
   for (int64_t i = 0; i < whole; i += 16) {
     I16 size;
-    copy_bits(size, *reinterpret_cast<const F16*>(x + i));
+    memcpy(&size, x + i, sizeof size);
     size &= INT32_MAX;
     lanes = size > lanes ? size : lanes;
   }
@@ -52,7 +51,8 @@ void quantize(const float* x, int64_t count, int8_t* codes, float* scale, int32_
   for (int64_t i = 0; i < whole; i += 16) {
     // The sum's bits are those of the constant plus the integer. Products exceed 127 by no more than their last bit.
     I16 code;
-    copy_bits(code, *reinterpret_cast<const F16*>(x + i) * inverse + 12582912.0F);
+    const F16 shifted = *reinterpret_cast<const F16*>(x + i) * inverse + 12582912.0F;
+    memcpy(&code, &shifted, sizeof code);
     code -= kMagic;
     sums += code;
     *reinterpret_cast<B16*>(codes + i) = __builtin_convertvector(code, B16);
