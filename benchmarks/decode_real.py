@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 from decode_vs_llamacpp import BANDWIDTH_BYTES, llama_version, quartiles, row, say, table, wait_until_idle
+from peer_original import write_original
 from peer_tools import PEERS, peer_environment
-from quality_vs_peers import ROOT, write_original
 from safetensors.torch import save_file
 from turns import Contestant, Server, clean_environment, ratios, run_heat
 
 from featherweight.native.measure import int8_peak
 from featherweight.storage.checkpoint.size import measure_size
 from featherweight.tasks.evaluate.speed import read_bandwidth
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(options: argparse.Namespace, script: str, python: Path, variant: str, file: Path) -> Path:

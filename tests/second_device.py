@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from featherweight.system import precision
 
 DEVICE = torch.device("lazy", 0)  # a kind of device that torch knows by name alone
 
@@ -151,6 +155,14 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return OnDevice(value) if onto else value
 
     return tree_map(wrapped, found)
+
+
+@contextmanager
+def comparable_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU does as the second device, which knows no fused attention, and no bfloat16 of its own."""
+    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: float("inf"))
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

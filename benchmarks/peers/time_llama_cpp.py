@@ -21,6 +21,7 @@ from typing import Any
 
 import gguf
 import llama_cpp
+from turn_by_turn import Timed, answer
 
 
 @llama_cpp.llama_log_callback
@@ -40,7 +41,7 @@ def weight_bytes(path: Path) -> tuple[int, int, float, dict[str, int]]:
     return read, sum(sizes.values()), bits, dict(types)
 
 
-class Model:
+class Model(Timed):
     def __init__(self, job: dict[str, Any]) -> None:
         self.model = llama_cpp.llama_model_load_from_file(job["file"].encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
@@ -58,18 +59,8 @@ class Model:
             raise SystemExit("llama_decode failed")
         llama_cpp.llama_synchronize(self.context)
 
-    def prefill(self, count: int) -> float:
+    def clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
-        begun = time.perf_counter()
-        self.process(0, count)
-        return time.perf_counter() - begun
-
-    def generate(self, context: int, count: int) -> float:
-        self.prefill(context)
-        begun = time.perf_counter()
-        for i in range(count):
-            self.process(i, 1)
-        return time.perf_counter() - begun
 
 
 def main() -> None:
@@ -88,12 +79,7 @@ def main() -> None:
         "types": types,
         "load_seconds": load,
     }
-    print(json.dumps(report), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "prompt":
-            print(model.prefill(job["prompt"]), flush=True)
-        else:
-            print(model.generate(job["context"], job["generate"]), flush=True)
+    answer(model, job, report)
 
 
 if __name__ == "__main__":

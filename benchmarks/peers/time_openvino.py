@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import opset8 as operations
+from turn_by_turn import Timed, answer
 
 LATENCY = {"PERFORMANCE_HINT": "LATENCY"}
 
@@ -34,7 +35,7 @@ def last_token_only(model: ov.Model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-class Model:
+class Model(Timed):
     def __init__(self, job: dict[str, Any]) -> None:
         model = ov.Core().read_model(job["file"])
         last_token_only(model)
@@ -54,19 +55,9 @@ class Model:
         self.request.infer({name: values[name] for name in self.names})
         self.past += count
 
-    def prefill(self, count: int) -> float:
+    def clear(self) -> None:
         self.request.reset_state()
         self.past = 0
-        begun = time.perf_counter()
-        self.process(0, count)
-        return time.perf_counter() - begun
-
-    def generate(self, context: int, count: int) -> float:
-        self.prefill(context)
-        begun = time.perf_counter()
-        for i in range(count):
-            self.process(i, 1)
-        return time.perf_counter() - begun
 
 
 def main() -> None:
@@ -76,12 +67,7 @@ def main() -> None:
     load = time.perf_counter() - begun
     model.generate(job["context"], 1)
     stored = Path(job["file"]).with_suffix(".bin").stat().st_size
-    print(json.dumps({"bytes_per_token": stored, "stored_bytes": stored, "load_seconds": load}), flush=True)
-    for line in sys.stdin:
-        if line.strip() == "prompt":
-            print(model.prefill(job["prompt"]), flush=True)
-        else:
-            print(model.generate(job["context"], job["generate"]), flush=True)
+    answer(model, job, {"bytes_per_token": stored, "stored_bytes": stored, "load_seconds": load})
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from featherweight.cli.main import main
 from featherweight.errors import FeatherError
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.system import precision
 from featherweight.tasks.compress import device_memory
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.compression import compress
@@ -26,7 +24,7 @@ from featherweight.tasks.compress.device_share import DeviceShare, limit_on
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import make_plan
 from models import make_tiny
-from second_device import DEVICE, metered, second_device
+from second_device import DEVICE, comparable_cpu, metered, second_device
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(600))
 SMALL = ("calibration.sequences=5", "calibration.length=64", "calibration.batch_tokens=256", "grid.group_size=32")
@@ -57,9 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The second device knows no fused attention, and no bfloat16 of its own."""
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: float("inf"))
-    with sdpa_kernel(SDPBackend.MATH):
+    with comparable_cpu(monkeypatch):
         yield
 
 

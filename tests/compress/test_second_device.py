@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from outputs import contents
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import networks
 from featherweight.errors import FeatherError
@@ -19,12 +18,11 @@ from featherweight.methods.learn import loop
 from featherweight.methods.quantize import sweep_steps
 from featherweight.model.network import module
 from featherweight.native.sweep import Columns, sweep_columns
-from featherweight.system import precision
 from featherweight.tasks.compress import block_steps, memory
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.memory import quantize
-from second_device import DEVICE, OnDevice, second_device
+from second_device import DEVICE, OnDevice, comparable_cpu, second_device
 
 MakeModel = Callable[..., Path]
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
@@ -57,16 +55,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_kernel() -> Iterator[None]:
-    """Attention by the same operations on both devices: the second one knows no fused kernels."""
-    with sdpa_kernel(SDPBackend.MATH):
+def as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with comparable_cpu(monkeypatch):
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings in float32 on both devices: the second one has no bfloat16 of its own, this processor may."""
-    monkeypatch.setattr(precision, "bfloat16_time_ratio", lambda *_: float("inf"))
 
 
 @pytest.fixture

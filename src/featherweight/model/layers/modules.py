@@ -167,7 +167,7 @@ class CodedModule(nn.Module):
         from a file, and read again when something asks for them. CheckpointError if they are damaged.
         """
         parameters, held = self._parameters, self._packed
-        if next(iter(parameters.values())).device.type not in ("cpu", "cuda"):  # type: ignore[union-attr]
+        if parameters[next(iter(self.layout))].device.type not in ("cpu", "cuda"):  # type: ignore[union-attr]
             return None
         key = tuple([parameters[name].data_ptr() for name in self.layout])  # type: ignore[union-attr]
         if held is not None and held[0] == key:

@@ -7,17 +7,16 @@ a conversation: `messages`, `conversations`, or `prompt` and `completion`.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from featherweight.errors import CalibrationError
+from featherweight.model.text.files import read_text
 from featherweight.system.places import ASSETS
 
 BUNDLED = ASSETS / "calibration.txt"
@@ -84,15 +83,7 @@ def _text_files(folder: Path) -> list[Path]:
 def _read_text(path: Path) -> str:
     if path.suffix == ".safetensors":
         raise CalibrationError(f"{path} is no text but a file of tensors: give .txt, .jsonl, .parquet or a folder")
-    unpack: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
-    try:
-        return unpack.get(path.suffix, bytes)(path.read_bytes()).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"the text {path} is not UTF-8 (byte {error.start}): convert it first") from None
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-        raise CalibrationError(f"the text {path} is not a whole {path.suffix} file ({error})") from None
-    except OSError as error:
-        raise CalibrationError(f"cannot read the calibration text {path}: {error.strerror or error}") from None
+    return read_text(path, CalibrationError, "calibration text")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
-import lzma
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from featherweight.errors import EvaluationError
 from featherweight.model.layers.modules import CodedModule
+from featherweight.model.text.files import read_text
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.storage.checkpoint.size import Size, measure_size
 from featherweight.system.devices import device_named
@@ -185,7 +184,7 @@ def evaluate(
         raise EvaluationError("the device mps has no float64: use --dtype float32, or --device cpu")
     if limit is not None and limit < 2:
         raise EvaluationError(f"the limit is {limit} tokens, and at least 2 are needed to score one")
-    content = read_text(text) if text is not None else bundled_text()
+    content = read_text(Path(text), EvaluationError) if text is not None else bundled_text()
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
     # A number of threads that nobody has decided on stays as PyTorch has it.
@@ -246,21 +245,6 @@ def _evaluation(
         divergence=measured.divergence,
         window_losses=tuple(s / c for s, c in zip(loss.sums, loss.counts, strict=True)),
     )
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 text file, plain or compressed with xz or gzip (by suffix)."""
-    path = Path(path)
-    unpack: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
-    try:
-        raw = path.read_bytes()
-        return unpack.get(path.suffix, bytes)(raw).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"the text {path} is not UTF-8 (byte {error.start}): convert it first") from None
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-        raise EvaluationError(f"the text {path} is not a whole {path.suffix} file ({error})") from None
-    except OSError as error:
-        raise EvaluationError(f"cannot read the text {path}: {error.strerror or error}") from None
 
 
 def bundled_text(name: str = BUNDLED_TEXT) -> str:
