@@ -8,7 +8,7 @@ EfficientQAT (arXiv 2407.11062) and the norm tuning of several low-bit methods; 
 Adam on relative changes: a value v is v0 + u theta, with u = max(|v0|, a tenth of the root mean square of its row).
 The loss over held-out samples, measured with the values as they are stored, chooses the step that is kept; the start
 is among the candidates, so the result is never worse on them. A check far above the
-start's ends it at once: on SmolLM2-135M two planes' loss went to 1.64 times, and after all steps was 1.3 times.
+start's ends it at once: on SmolLM2-135M two planes' loss rose to 1.6 times, and was 1.3 times after all steps.
 """
 
 from __future__ import annotations
