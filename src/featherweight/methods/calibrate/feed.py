@@ -45,6 +45,7 @@ class Feed(Protocol):
     capture: Capture | None
     ids: Tensor | None
     length: int | None
+    head: str | None
     masks: Sequence[Tensor] | None
     whole: bool
     two_streams: bool
@@ -71,6 +72,14 @@ class Feed(Protocol):
 
     def token_weights(self, session: Any) -> Sequence[Tensor] | None:
         """Weights [B, T] of every batch for a block; None where tokens are equal."""
+        ...
+
+    def guidance(self, layer: str) -> tuple[Tensor, float] | None:
+        """Weights float32 [g, windows, T] of the tokens for a layer, and their effective number; None without."""
+        ...
+
+    def first_window(self, batch: int) -> int:
+        """The number of a batch's first window."""
         ...
 
     def mask_of(self, batch: int) -> Tensor | None:

@@ -25,6 +25,7 @@ from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded, split_bounds
 from featherweight.methods.calibrate.fitting import fitting, move_through
 from featherweight.methods.calibrate.groups import EXPERT_NUMBER
+from featherweight.methods.calibrate.guidance import Guidance, GuidanceStore, HeldGuidance, guide
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
@@ -95,6 +96,7 @@ class Calibration:
         self.capture: Capture | None = None
         self._scores: Tensor | None = None
         self._fisher: dict[str, Tensor] = {}
+        self._guidance: Guidance | None = None
 
     # Opening --------------------------------------------------------------------------------------------------------
 
@@ -201,6 +203,10 @@ class Calibration:
             raise CalibrationError("calibration needs at least one batch")
         if settings.token_weights != "none":
             raise CalibrationError("calibration.token_weights can be used with language models only; set it to none")
+        if settings.guidance:
+            raise CalibrationError(
+                "calibration.guidance can be used with token ids of language models only; set it to 0"
+            )
         held_out = settings.held_out_of(len(batches)) if "held_out_gram" in needs else 0
         host = ModuleHost(module, forward, batches[0], blocks, convolutions)
         for name, reason in host.unmeasured.items():
@@ -291,6 +297,8 @@ class Calibration:
 
         Blocks before `first` stay as they are. A session that was not advanced is advanced when the next is asked for.
         """
+        if self._guidance is None:
+            self.guide()
         fitting(self, self._start)
         for number, module in enumerate(self.host.blocks):
             self.host.load_block(number)
@@ -371,6 +379,41 @@ class Calibration:
             else:
                 move_through(self, session, self.hidden)
 
+    def guide(self, layers: Collection[str] | None = None, store: GuidanceStore | None = None) -> None:
+        """Run the network backward over all windows, for `calibration.guidance` and the Fisher factors, if these are
+        wanted and were not found yet. Transforms of the whole model come before, `blocks` after it.
+
+        Parameters
+        ----------
+        layers : those whose statistics will be gathered; None for all
+        store : what has been found is kept there, and not computed again
+        """
+        factors = "output_gram" in self.needs
+        if self._guidance is not None or not (self.settings.guidance or factors):
+            return
+        coded, self.embeddings = self.embeddings, {}  # the original's gradients
+        fitting(self, self._start)
+        self.embeddings = coded
+        within = [name for name, layer in self.host.layers.items() if layer.block is not None or name == self.head]
+        wanted = [name for name in within if layers is None or name in layers]
+        held: GuidanceStore = HeldGuidance() if store is None else store
+        self._guidance = guide(self, wanted, self.settings.guidance, factors, held)
+
+    def guidance(self, layer: str) -> tuple[Tensor, float] | None:
+        """Weights float32 [g, windows, T] of the tokens for a layer, and their effective number; see `Guidance`."""
+        if self._guidance is None or not self.settings.guidance:
+            return None
+        return self._guidance.weights(layer, self.host.layers[layer].shape[1])
+
+    def fisher_factors(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """H_I float32 [in, in] and H_O [out, out] of a layer; "output_gram" must be among the needs."""
+        block = self.host.layers[layer].block
+        if self._guidance is None or not self._guidance.factors:
+            raise ValueError(
+                f"there are no Fisher factors of {layer}: declare 'output_gram' in the calibration's needs"
+            )
+        return self._guidance.fisher_factors(layer, len(self.host.blocks) if block is None else block)
+
     def whole_model(self) -> WholeModel:
         """All blocks in memory; a context manager. Use it before `blocks`, or instead."""
         return WholeModel(self)
@@ -406,12 +449,15 @@ class Calibration:
         hidden = self.hidden[batch]
         return 0 if self.whole else hidden.numel() // hidden.shape[-1]
 
+    def first_window(self, batch: int) -> int:
+        """The number of a batch's first window."""
+        return sum(len(b["input_ids"]) for b in self.batches[:batch])
+
     def place_of(self, batch: int, token: int) -> dict[str, int]:
         """Sequence and token in it, of a token of a batch."""
         if self.length is None:
             return {"token": token}
-        before = sum(len(b["input_ids"]) for b in self.batches[:batch])
-        return {"sequence": before + token // self.length, "token": token % self.length}
+        return {"sequence": self.first_window(batch) + token // self.length, "token": token % self.length}
 
     def token_weights(self, session: BlockSession) -> list[Tensor] | None:
         """Weights [B, T] of every batch for a block, mean one in each sequence; None where tokens are equal."""

@@ -42,6 +42,7 @@ class BlockSession:
     changed : tensors given to `set_tensor`, by name
     starved : layers whose last gathered statistics are of too few tokens -> tokens
     non_finite : layers into which NaN or infinity went -> where that began
+    effective : of guided layers, the effective number of tokens behind their statistics
     remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it. It is
         for the head, which nobody loads again: advancing gives it back what it had
     """
@@ -57,6 +58,8 @@ class BlockSession:
         self.starved: dict[str, int] = {}
         self.non_finite: dict[str, dict[str, Any]] = {}
         self.effective_tokens: float | None = None
+        self.effective: dict[str, float] = {}
+        self._guidance: dict[str, Tensor | None] = {}
         self.remembers = index >= len(self.host.blocks)
         self._originals: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
@@ -300,7 +303,7 @@ class BlockSession:
             raise ValueError(f"no statistics are called {', '.join(unknown)}")
         known = gathered_names()
         wanted = [need for need in needs if need in known]
-        groups = {group[0]: [n for n in group if n in names] for group in self.groups if any(n in names for n in group)}
+        groups = self._gathered_together(names)
         found: dict[str, dict[str, Tensor]] = {}
         self._before_change()
         accumulators = fitting(self.calibration, lambda: self._accumulate(list(groups), wanted), self.halved)
@@ -318,9 +321,19 @@ class BlockSession:
                     self.non_finite[name] = self.non_finite[first]
         return found
 
+    def _gathered_together(self, names: Collection[str]) -> dict[str, list[str]]:
+        """The layers that have the same statistics, by one of them: those that share an input, unless the loss's
+        gradients weigh the tokens of each layer on its own."""
+        if self.calibration.settings.guidance:
+            return {name: [name] for group in self.groups for name in group if name in names}
+        return {group[0]: [n for n in group if n in names] for group in self.groups if any(n in names for n in group)}
+
     def _accumulate(self, firsts: list[str], needs: list[str]) -> dict[str, Accumulator]:
         calibration = self.calibration
-        kept = {name: Accumulator(self.layers[name].shape[1], needs, self.host.device) for name in firsts}
+        kept = {
+            name: Accumulator(self.layers[name].shape[1], needs, self.host.device, self._guiding(name))
+            for name in firsts
+        }
         observer, probed = self._observer(firsts), [self._probe(name).module for name in firsts]
         stream = calibration.hidden
         for index in range(calibration.batches_seen if needs == ["held_out_gram"] else 0, len(stream)):
@@ -342,7 +355,7 @@ class BlockSession:
     def _observer(self, firsts: list[str]) -> InputRecorder:
         probes = {name: self._probe(name) for name in firsts}
         experts = {(p.mixture, p.expert) for p in probes.values() if p.expert is not None}
-        others = [self._probe(group[0]) for group in self.groups if group[0] not in probes]
+        others = [self._probe(group[0]) for group in self.groups if not probes.keys() & set(group)]
         helpers = [probe for probe in others if probe.expert is not None and (probe.mixture, probe.expert) in experts]
         return InputRecorder(self.host.model, probes, helpers, stop=self.calibration.stoppable)
 
@@ -356,23 +369,49 @@ class BlockSession:
             rows, tokens = one.rows, one.tokens
             partner = other[call] if call < len(other) else None
             difference = None if partner is None else difference_of(one, partner, self.calibration.batch_tokens(batch))
-            weights = self._row_weights(batch, rows, tokens)
+            weights = self._row_weights(name, batch, rows, tokens)
             keep = self._kept(name, batch, rows, tokens, difference)
             if keep is not None:
                 rows = rows[keep]
-                weights = None if weights is None else weights[keep]
+                weights = None if weights is None else weights[..., keep]
                 difference = None if difference is None else difference[keep]
             if held_out:
                 accumulator.add_held_out(rows, weights)
             else:
                 accumulator.add(rows, weights, difference)
 
-    def _row_weights(self, batch: int, rows: Tensor, tokens: Tensor | None) -> Tensor | None:
-        if self._weights is None:
+    def _row_weights(self, name: str, batch: int, rows: Tensor, tokens: Tensor | None) -> Tensor | None:
+        """Weights [n] of the tokens in `rows`, or [g, n] where the loss's gradients give them; None: all alike."""
+        weights = None if self._weights is None else self._weights[batch].reshape(-1)
+        guided = self._guided(name)
+        if guided is not None:
+            first = self.calibration.first_window(batch)
+            count = len(self.calibration.batches[batch]["input_ids"])
+            own = guided[:, first : first + count].reshape(len(guided), -1).to(rows.device)
+            weights = own if weights is None else own * weights
+        if weights is None:
             return None
-        weights = self._weights[batch].reshape(-1)
-        weights = weights if tokens is None else weights[tokens]
-        return weights if len(weights) == len(rows) else None  # not one row a token: all count the same
+        weights = weights if tokens is None else weights[..., tokens]
+        return weights if weights.shape[-1] == len(rows) else None  # not one row a token: all count the same
+
+    def _guided(self, name: str) -> Tensor | None:
+        """float32 [g, windows, T] of a layer; a word goes to the log where there are none though they are wanted."""
+        if not self.calibration.settings.guidance:
+            return None
+        if name not in self._guidance:
+            found = self.calibration.guidance(name)
+            self._guidance[name] = None if found is None else found[0]
+            if found is None:
+                text = f"no gradient of the loss reached {name}: its tokens count alike"
+                self.calibration.notify({"event": "note", "layer": name, "text": text})
+            else:
+                self.effective[name] = found[1]
+        return self._guidance[name]
+
+    def _guiding(self, name: str) -> int:
+        """How many runs of output rows have weights of their own, 0 where tokens count alike."""
+        guided = self._guided(name)
+        return 0 if guided is None else len(guided)
 
     def _kept(
         self, name: str, batch: int, rows: Tensor, tokens: Tensor | None, difference: Tensor | None

@@ -34,6 +34,13 @@ class CalibrationSettings(BaseModel):
         "none",
         description="importance of tokens: attention they receive (RSQ), only the first eighth of a window, or rarity",
     )
+    guidance: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="runs of a layer's output rows whose statistics weigh tokens by the loss's gradients at them "
+        "(GuidedQuant); 1 is nearly as good as more; 0: tokens count alike",
+    )
     minimum_weight: float = Field(0.005, ge=0, le=1, description="least token weight before normalisation, of 1")
     exponent: float = Field(1.0, ge=0, description="power to which token weights are raised before normalisation")
     expansion: int = Field(1, ge=1, description="cyclic rolls of every window (RSQ's dataset expansion); 1 for none")

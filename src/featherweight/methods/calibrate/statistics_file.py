@@ -51,12 +51,15 @@ def save_statistics(
         with disk_errors(parts):
             shutil.rmtree(parts, ignore_errors=True)
             parts.mkdir(parents=True)
+        held: set[str] = set()
         for session in calibration.blocks():
             found = session.gather(session.names, needs)
             left_out.update({name: f"saw {tokens} tokens" for name, tokens in session.starved.items()})
             left_out.update({name: f"not finite: {place}" for name, place in session.non_finite.items()})
-            kept = [[name for name in group if name not in left_out] for group in session.groups]
+            groups = session.groups if not calibration.settings.guidance else [[name] for name in session.names]
+            kept = [[name for name in group if name not in left_out] for group in groups]
             tensors = {f"{g[0]}.{stat}": value for g in kept if g for stat, value in found[g[0]].items()}
+            held |= {statistic for group in kept if group for statistic in found[group[0]]}
             places.update({name: group[0] for group in kept for name in group})
             if tensors:
                 blobs = [blob_of(name, value) for name, value in tensors.items()]
@@ -67,7 +70,7 @@ def save_statistics(
             "model": sample_digest(checkpoint),
             "text": text_digest,
             "settings": calibration.settings.model_dump(mode="json"),
-            "names": sorted({*needs, "tokens"} & set(gathered_names())),
+            "names": sorted(({*needs, "tokens"} & set(gathered_names())) | held),
             "layers": places,
             "left_out": left_out,
         }
@@ -156,6 +159,10 @@ class StatisticsFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def place(self, layer: str) -> str | None:
+        """What layers with the same statistics have in common; None for a layer without any."""
+        return self._places.get(layer)
 
     def statistics(self, layer: str) -> dict[str, Tensor]:
         """The statistics of a layer's input, empty if there are none. Copies."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from featherweight.errors import CalibrationError
 from featherweight.methods.calibrate.feed import Feed
 from featherweight.methods.calibrate.fitting import halve_training
+from featherweight.methods.calibrate.loss import EndLoss, has_logits
 from featherweight.model.network.host import parameter_of
 from featherweight.model.network.overrides import override_values
 from featherweight.model.network.placement import Slot
@@ -84,7 +85,7 @@ class WholeModel:
     @property
     def predicts(self) -> bool:
         """Whether outputs are logits over a vocabulary; those of an encoder are hidden states."""
-        return self._has_logits()
+        return has_logits(self.model)
 
     @property
     def windows_a_pass(self) -> int | None:
@@ -266,10 +267,11 @@ class WholeModel:
             parameters[path] = found
         squares = {path: torch.zeros_like(p, dtype=torch.float32) for path, p in parameters.items()}
         generator = torch.Generator("cpu").manual_seed(seed)
+        loss = EndLoss(self.model, self.calibration.ids is not None, generator)
         samples = 0
         try:
             for number, sample in enumerate(self._samples()):
-                self._loss(sample, generator).backward()  # type: ignore[no-untyped-call]
+                loss(self.run(sample), sample).backward()  # type: ignore[no-untyped-call]
                 samples += 1
                 for path, parameter in parameters.items():
                     if parameter.grad is not None:
@@ -292,24 +294,3 @@ class WholeModel:
                 continue
             for row in range(len(batch["input_ids"])):
                 yield {name: value[row : row + 1] for name, value in batch.items()}
-
-    def _loss(self, sample: Any, generator: torch.Generator) -> Tensor:
-        output = self.run(sample).float()
-        if self.calibration.ids is None or not self._has_logits():
-            noise = torch.randn(output.shape, generator=generator, device="cpu").to(output.device)
-            return (output * noise).sum() / max(1, output.numel() // output.shape[-1])
-        ids = sample["input_ids"].to(output.device)
-        real = sample.get("attention_mask", torch.ones_like(ids)).to(output.device).bool()
-        if self._is_causal():
-            logits, labels, real = output[:, :-1], ids[:, 1:], real[:, 1:]
-        else:
-            chances = output.detach().softmax(-1).flatten(0, 1).cpu()
-            labels = torch.multinomial(chances, 1, generator=generator).view(ids.shape).to(output.device)
-            logits = output
-        return nn.functional.cross_entropy(logits[real], labels[real])
-
-    def _has_logits(self) -> bool:
-        return getattr(self.model, "get_output_embeddings", lambda: None)() is not None
-
-    def _is_causal(self) -> bool:
-        return type(self.model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))

@@ -100,10 +100,7 @@ class InputRecorder:
                     entry = stacks.setdefault(parameter.untyped_storage().data_ptr(), _Stack(parameter.data, {}))
                     entry.names.setdefault(probe.slot.expert, []).append((name, probe))
                 else:
-                    hook = self.model.get_submodule(probe.module).register_forward_pre_hook(
-                        self._layer_hook(name, probe), with_kwargs=True
-                    )
-                    stack.callback(hook.remove)
+                    stack.callback(self._watch(self.model.get_submodule(probe.module), name, probe).remove)
             if stacks:
                 stack.enter_context(_Products(stacks, self._record))
             yield
@@ -115,28 +112,41 @@ class InputRecorder:
 
         return hook
 
-    def _layer_hook(self, name: str, probe: Probe) -> Callable[..., None]:
+    def _watch(self, module: nn.Module, name: str, probe: Probe) -> Any:
+        """Let `_record` know of each call of a layer; the hook that does so."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if found is not None and isinstance(module, Convolution):
-                if module.groups == 1:  # groups have inputs of their own
-                    self._record(name, probe, unfolded(module, found))
-            elif found is not None:
+            found = input_of(module, args, kwargs)
+            if found is not None:
                 self._record(name, probe, found)
 
-        return hook
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _record(self, name: str, probe: Probe, inputs: Tensor) -> None:
+    def _seen(self, probe: Probe, inputs: Tensor) -> Seen:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        if probe.expert is None:
-            seen = Seen(rows, None)
-        else:
-            mixture = self._mixtures.get(probe.mixture)
-            seen = Seen(rows, None) if mixture is None else mixture.identify(probe.expert, rows)
+        mixture = None if probe.expert is None else self._mixtures.get(probe.mixture)
+        if probe.expert is None or mixture is None:
+            return Seen(rows, None)
+        return mixture.identify(probe.expert, rows)
+
+    def _record(self, name: str, probe: Probe, inputs: Tensor, output: Tensor | None = None) -> None:
+        """A layer was given `inputs` [..., in]. output : what it makes of them, if that is known by now"""
+        seen = self._seen(probe, inputs)
         if name:
             self.seen.setdefault(name, []).append(seen)
             if self.stop and len(self.seen) == len(self.probes):
                 raise EnoughSeen
+
+
+def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer multiplies [..., in]: the first tensor that it is called with, unfolded for a convolution.
+
+    None where there is none, or where groups of a convolution have inputs of their own.
+    """
+    found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if found is None or not isinstance(module, Convolution):
+        return found
+    return unfolded(module, found) if module.groups == 1 else None
 
 
 @contextlib.contextmanager
@@ -209,27 +219,28 @@ class _Stack:
 class _Products(TorchFunctionMode):
     """Reports products with slices of 3-D parameters [experts, rows, columns]."""
 
-    def __init__(self, stacks: dict[int, _Stack], record: Callable[[str, Probe, Tensor], None]) -> None:
+    def __init__(self, stacks: dict[int, _Stack], record: Callable[[str, Probe, Tensor, Tensor], None]) -> None:
         super().__init__()
         self.stacks, self.record = stacks, record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         places = PRODUCTS.get(getattr(func, "__name__", ""))
         if places is not None and len(args) > places[1]:
             inputs, matrix = args[places[0]], args[places[1]]
             if isinstance(inputs, Tensor) and isinstance(matrix, Tensor):
-                self._report(inputs, matrix)
-        return func(*args, **(kwargs or {}))
+                self._report(inputs, matrix, result)
+        return result
 
-    def _report(self, inputs: Tensor, matrix: Tensor) -> None:
+    def _report(self, inputs: Tensor, matrix: Tensor, result: Tensor) -> None:
         stack = self.stacks.get(matrix.untyped_storage().data_ptr())
         if stack is None:
             return
         if matrix.dim() == 3 and len(matrix) == len(stack.parameter) and inputs.dim() == 3:
             for expert in range(len(matrix)):
                 for name, probe in stack.names.get(expert, ()):
-                    self.record(name, probe, inputs[expert])
+                    self.record(name, probe, inputs[expert], result[expert])
         elif matrix.dim() == 2:
             expert = (matrix.storage_offset() - stack.parameter.storage_offset()) // stack.parameter.stride(0)
             for name, probe in stack.names.get(expert, ()):
-                self.record(name, probe, inputs)
+                self.record(name, probe, inputs, result)

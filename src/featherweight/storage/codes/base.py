@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -207,6 +208,15 @@ class Code(abc.ABC):
         size = self.grouping().size
         values: list[float] = np.unique(self.decode()[row, group * size : (group + 1) * size].numpy()).tolist()
         return values
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Code]) -> Code:
+        """The code of a matrix whose rows are those of `parts`, codes of this kind with equal settings, one below the
+        other. ValueError for kinds of which that cannot be made."""
+        raise ValueError(
+            f"codes of the kind {parts[0].kind} cannot be made row by row, which calibration.guidance above 1 needs: "
+            "set it to 1"
+        )
 
     def row_fields(self) -> tuple[str, ...]:
         """Names of floating-point fields whose first dimension is the rows of the matrix and which, all multiplied by

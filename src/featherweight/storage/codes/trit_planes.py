@@ -14,6 +14,7 @@ byte (base3, 1.6 bits) or four (2bit); `scales` [out, groups, K], tied [out, gro
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -263,6 +264,16 @@ class TritPlanes(Code):
             for trits in itertools.product((-1, 0, 1), repeat=len(scales))
         )
         return sorted(set(sums))
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Code]) -> TritPlanes:
+        own = [part for part in parts if isinstance(part, TritPlanes)]
+        first, trits, scales = own[0], torch.cat([p.unpack() for p in own], 1), torch.cat([p.scales for p in own])
+        dtype = LOG8 if first.scale_format == LOG8 else scales.dtype
+        return cls.encode(
+            trits, scales, first.group_size, tied=first.tied, packing=first.packing, scale_dtype=dtype,
+            weights=first.weights,
+        )  # fmt: skip
 
     def row_fields(self) -> tuple[str, ...]:
         return ("scales",)

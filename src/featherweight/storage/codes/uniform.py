@@ -8,6 +8,7 @@ and scales and zero points are [output groups, in].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -158,6 +159,16 @@ class Uniform(Code):
             row, group = group, row
         scale, zero_point = float(self.scales[row, group]), int(self.unpack()[1][row, group])
         return sorted({scale * (q - zero_point) for q in range(1 << self.bits)})
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Code]) -> Uniform:
+        own = [part for part in parts if isinstance(part, Uniform) and part.axis == "input"]
+        if len(own) != len(parts):
+            raise ValueError("groups of outputs cannot be made row by row: set calibration.guidance to 1")
+        codes, zeros = (torch.cat(values) for values in zip(*(part.unpack() for part in own), strict=True))
+        scales, first = torch.cat([part.scales for part in own]), own[0]
+        zero_points = None if first.symmetric else zeros
+        return cls.encode(codes, scales, zero_points, first.bits, first.group_size, scale_dtype=scales.dtype)
 
     def row_fields(self) -> tuple[str, ...]:
         return ("scales",) if self.axis == "input" else ()

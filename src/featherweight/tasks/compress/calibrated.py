@@ -70,6 +70,10 @@ class CalibratedRun:
             self.run.drop_tuned()  # some of them may be left, and must not be taken for layers as they were solved
         self.model.transform()
         self._embed()
+        guided = [name for name, job in self.finished.jobs.items() if job.treatment.needs]
+        store = getattr(self.run, "store", None)
+        if guided:
+            self.calibration.guide(guided, store)
         if self.model.rounds:
             self.model.round()
         else:

@@ -56,7 +56,7 @@ def gather_statistics(
     _check_out(out, overwrite)
     if out.suffix != ".safetensors":
         raise OutputError(f"--out {out} must end with .safetensors")
-    known = [name for name, one in known_statistics().items() if one.stored and name != "tokens"]
+    known = [name for name, one in known_statistics().items() if one.stored and one.gathered and name != "tokens"]
     for name in needs:
         if name not in known:
             raise RecipeError(f"there is no statistic {name!r} to gather beforehand; known: {', '.join(known)}")

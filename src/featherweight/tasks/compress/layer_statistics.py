@@ -76,7 +76,8 @@ class LayerStatistics:
         found = {}
         for name in names:
             place = session.layers[name].input_group
-            key = (place, self.needs_of(name))
+            guided = name if self.plan.recipe.calibration.guidance else place
+            key = (guided, self.needs_of(name))
             if key not in shared:
                 shared[key] = InputStatistics(gathered.get(name, {}), group_seed(self.seed, place))
             found[name] = shared[key]
@@ -96,6 +97,10 @@ class LayerStatistics:
             own["update_range"] = self._update_range
         if "fisher" in needs:
             own["fisher"] = self.calibration.fisher(name)
+        if "output_gram" in needs:
+            factors = self.calibration.fisher_factors(name)
+            if factors is not None:
+                own["gram"], own["output_gram"] = factors
         return own
 
     def unusable(self, session: BlockSession, name: str) -> str | None:
@@ -108,6 +113,8 @@ class LayerStatistics:
             return f"its inputs are not finite from {place} on"
         if name in session.starved:
             return f"only {session.starved[name]} calibration tokens reached it"
+        if "output_gram" in treatment.needs and self.calibration.fisher_factors(name) is None:
+            return "no gradient of the loss reached it"
         if "fisher" in treatment.needs:
             fisher = self.calibration.fisher(name)
             if not bool(torch.isfinite(fisher).all()):
@@ -141,6 +148,6 @@ def gathered_needs(treatment: Treatment, held_out: float) -> tuple[str, ...]:
 
     held_out : share of the windows that only judge
     """
-    needs = tuple(name for name in treatment.needs if name not in ("base", "fisher"))
+    needs = tuple(name for name in treatment.needs if name not in ("base", "fisher", "output_gram"))
     judged = held_out > 0 and "gram" in needs and scope_of(treatment.rounding) == "layer"
     return (*needs, HELD_OUT) if judged or "layer" in compared(treatment, held_out) else needs

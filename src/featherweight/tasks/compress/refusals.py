@@ -26,6 +26,15 @@ def check_recipe(recipe: Recipe) -> None:
                 statistic_named(name)
             except ValueError as error:
                 raise RecipeError(f"recipe {recipe.name} needs the statistic {name!r}: {error}") from None
+    weighed = {
+        n for n in recipe.needs if n != TARGETS and statistic_named(n).gathered and "in" in statistic_named(n).axes
+    }
+    if recipe.calibration.guidance and not weighed:
+        what = "makes the codes of a whole model" if recipe.calibrated else "needs no text"
+        raise RecipeError(
+            f"recipe {recipe.name} has calibration.guidance {recipe.calibration.guidance}, but {what} and gathers no "
+            "statistics that gradients could weigh: set it to 0, or take a rounding like hessian"
+        )
     _check_rounding(recipe, recipe.treatment)
     later = [c for c in recipe.corrections if scope_of(c) == "model"]
     before = [c for c in recipe.choices if c.alters]
@@ -153,6 +162,12 @@ def check_stored(recipe: Recipe, path: Path, checkpoint: Checkpoint) -> None:
     if wide:
         raise RecipeError(f"recipe {recipe.name} runs the network ({', '.join(wide)}): give it a text, not {path.name}")
     with StatisticsFile.open(path, checkpoint) as file:
+        held, wanted = int(file.settings.get("guidance", 0)), recipe.calibration.guidance
+        if held != wanted:
+            raise RecipeError(
+                f"{path} was gathered with calibration.guidance {held}, recipe {recipe.name} has {wanted}: gather it "
+                f"again with `feather calibrate --set calibration.guidance={wanted}`, or set it to {held}"
+            )
         lacking = [name for name in recipe.needs if name not in file.names]
         if lacking:
             known = known_statistics()

@@ -33,7 +33,10 @@ from featherweight.tasks.compress.plan import Job
 ERROR_ROWS = 40  # whole bytes of every packing
 ERROR_WINDOW = 4 << 20  # bytes
 HELD_OUT = "held_out_gram"
-OWN = ("base", "fisher")  # statistics of a layer, not of its input
+PLAIN = "held_out_plain"
+JUDGING = (HELD_OUT, PLAIN)  # statistics that only judge
+OF_ROWS = "gram_of_rows"
+OWN = ("base", "fisher", "output_gram", OF_ROWS)  # statistics of a layer, not of its input
 MARGIN = 1.02  # a calibrated code may miss held-out data by this much more than a data-free one before it is dropped
 
 
@@ -121,7 +124,7 @@ def solve_layer(
         Names the layer where its treatment cannot be applied.
     """
     treatment = job.treatment
-    statistics = {name: value for name, value in inputs.statistics.items() if name != HELD_OUT}
+    statistics = {name: value for name, value in inputs.statistics.items() if name not in JUDGING}
     try:
         if not treatment.layer_transforms and not treatment.layer_corrections and not fixed and not statistics:
             placed = PlacedWeight.of(source, device_for(job, options))
@@ -197,13 +200,28 @@ class _Steps:
             rest, term = correction.split(whole, statistics)
             parts.append((correction, whole, term))
         placed, there = HeldWeight(rest.to(device)), self.inputs.placed(statistics, device)
-        code, notes = treatment.rounding.quantize_reported(placed, treatment.grid, there, self.options)
+        code, notes = self._rounded(placed, there)
         for correction, whole, term in reversed(parts):  # inside out: each makes of its rest's code that of its whole
             code = code if term is None else Sum.of(code, term)
             code = correction.correct(whole, code, statistics)
         for one in reversed(made):
             code = one.wrap(code)
         return Solved(code, notes)
+
+    def _rounded(self, source: HeldWeight, statistics: Statistics) -> tuple[Code, dict[str, Any]]:
+        """Run after run of rows, where each has a second moment of its own (GuidedQuant with several groups)."""
+        rounding, grid, options = self.job.treatment.rounding, self.job.treatment.grid, self.options
+        runs = statistics.get(OF_ROWS)
+        shared = {name: value for name, value in statistics.items() if name != OF_ROWS}
+        if runs is None or len(runs) > source.shape[0]:
+            return rounding.quantize_reported(source, grid, shared, options)
+        found = [
+            rounding.quantize_reported(
+                HeldWeight(rows.contiguous()), grid, {**shared, "gram": gram.contiguous()}, options
+            )
+            for rows, gram in zip(source.weight.tensor_split(len(runs)), runs, strict=True)
+        ]
+        return type(found[0][0]).of_rows([code for code, _ in found]), {"runs": [notes for _, notes in found]}
 
 
 def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) -> Solved:
@@ -226,6 +244,10 @@ def _guarded(solved: Solved, weight: Tensor, steps: _Steps, held_out: Tensor) ->
     plain = replace(steps, job=steps.job.without_data()).taken(original, NO_STATISTICS)
     notes["held_out_error_data_free"] = output_error(weight, plain.code, held_out, total)
     found, without = notes["held_out_error"], notes["held_out_error_data_free"]
+    alike = steps.inputs.statistics.get(PLAIN)
+    if alike is not None:  # beside what the gradients say, what it is with all tokens alike
+        alike = steps.inputs.placed({PLAIN: alike}, device)[PLAIN]
+        notes["held_out_error_alike"] = output_error(weight, solved.code, alike)
     allowed = (MARGIN - 1) * without
     cross = steps.inputs.statistics.get("cross")
     if cross is not None:

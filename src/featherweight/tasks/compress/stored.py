@@ -38,12 +38,13 @@ def run_on_stored(
             )
         inputs: tuple[str, InputStatistics] | None = None
         for job in plan.jobs:
-            name, place = job.layer.name, job.layer.input_group
+            name, group = job.layer.name, job.layer.input_group
+            place = file.place(name) or group
             record = finished.found(name)
             resumed = record is not None
             if record is None:
                 if inputs is None or inputs[0] != place:  # neighbours share an input: one gram in memory
-                    inputs = (place, InputStatistics(file.statistics(name), group_seed(seed, place)))
+                    inputs = (place, InputStatistics(file.statistics(name), group_seed(seed, group)))
                 source = LayerWeight(checkpoint, job.layer)
                 source.scan(plan.options.window_rows(source.shape, source.dtype.itemsize, 1))
                 solved = solve_with(job, source, inputs[1], plan.options)

@@ -2,10 +2,14 @@
 
 gram            sum w x x' / sum w          (GPTQ's Hessian, arXiv 2210.17323, without its factor 2)
 held_out_gram   the same of windows that enter no other statistics
+held_out_plain  held_out_gram with all tokens alike, where the loss's gradients weigh them elsewhere
+gram_of_rows    [g, in, in], gram with the weights that each run of output rows has of its own (GuidedQuant)
 cross           sum w (x~ - x) x' / sum w   (GPTAQ, arXiv 2504.02692), x~ the input in the full-precision stream
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,7 +86,7 @@ class _RunningCross(Running):
 
 @register("statistic", "gram")
 class Gram(Statistic):
-    axes = ("in", "in")
+    axes: ClassVar[tuple[str, ...]] = ("in", "in")
 
     def start(self, in_features: int, device: torch.device) -> Running:
         return _RunningGram(in_features, device)
@@ -97,6 +101,18 @@ class Gram(Statistic):
 @register("statistic", "held_out_gram")
 class HeldOutGram(Gram):
     held_out = True
+
+
+@register("statistic", "held_out_plain")
+class HeldOutPlain(HeldOutGram):
+    gathered = False
+
+
+@register("statistic", "gram_of_rows")
+class GramOfRows(Gram):
+    axes = ("groups", "in", "in")
+    gathered = False
+    of_layer = True
 
 
 @register("statistic", "cross")
