@@ -77,8 +77,19 @@ def test_tuning_the_whole_models_scales_is_counted(plan_of: Any, ticking: None) 
     tuned = "corrections=[{kind: scale-tuning, steps: 12, batch_size: 1, checks: 4, token_share: 0.5, precision: auto}]"
     plan = plan_of("trit-2", *settings, tuned)
     passes, tuning = estimate._Passes(plan), estimate._Tuning(plan)
-    run, loss = passes.forward_token(torch.float32), tuning._head_token(True)
+    run, loss = passes.forward_token(torch.float32), estimate._head_token(plan, True)
     windows = 12 * (3 * run + loss / 2) + 5 * 2 * (run + loss / 2) + (12 + 2) * run
     assert tuning.seconds == pytest.approx(32 * windows + 12 * tuning._decoding)
     assert left_out(plan) == []
     assert estimate_seconds(plan) > estimate_seconds(plan_of("trit-2", *settings, "corrections=[]"))
+
+
+def test_the_gradients_that_guide_statistics_are_counted(plan_of: Any, ticking: None) -> None:
+    """Once forwards, once more and once back to the inputs, with the output layer's loss; statistics of every layer."""
+    settings = ("grid.group_size=32", "calibration.sequences=16", "calibration.length=32")
+    plain, plan = plan_of("gptq", *settings), plan_of("gptq", *settings, "calibration.guidance=1")
+    run = estimate._Passes(plan).forward_token(estimate._Passes(plan)._dtype)
+    assert estimate._Guiding(plain).seconds == 0
+    assert estimate._Guiding(plan).seconds == pytest.approx(16 * 32 * (3 * run + estimate._head_token(plan, True)))
+    assert estimate._Passes(plan)._statistics_token > estimate._Passes(plain)._statistics_token
+    assert plan.calibration_bytes() > plain.calibration_bytes()

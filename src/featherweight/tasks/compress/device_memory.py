@@ -69,7 +69,8 @@ def gathering_share(
         return NOWHERE
     load = Load.of(anatomy, checkpoint, settings, needs, device)
     load = replace(load, itemsize=settings.torch_dtype(None, device).itemsize)
-    return _shared(device, [load.gathering(1)], load.length, limit)
+    phases = [load.gathering(1), *([load.gradients()] if settings.guidance else [])]
+    return _shared(device, phases, load.length, limit)
 
 
 def _shared(device: torch.device, phases: Sequence[Phase], length: int, limit: int | None) -> DeviceShare:
@@ -163,12 +164,24 @@ class Load:
         fixed = {**self.fixed(copies), "statistics": moments}
         return Phase("gathering statistics", fixed, self.length * a_token, self.batch)
 
+    def gradients(self) -> Phase:
+        """A block's pass with its way back, for guided statistics, after the logits of one window."""
+        hidden = max(1, min((layer.shape[1] for layer in self.layers), default=1))
+        logits = 16 * self.length * (self.outside // self.itemsize // hidden)
+        factors = max((4 * (sum(layer.shape) ** 2) for layer in self.layers), default=0) * ("output_gram" in self.needs)
+        fixed = {**self.fixed(0), "logits": logits, "factors of the Fisher information": factors * len(self.layers)}
+        return Phase("the loss's gradients (guidance)", fixed, self.length * self.backwards(), self.batch)
+
     def _stages(self) -> list[list[int]]:
-        """Widths of the inputs whose statistics are gathered in one pass."""
+        """Widths of the inputs whose statistics are gathered in one pass; a layer with guided ones has its own."""
         known = {layer.name: layer for layer in self.layers}
-        groups = groups_of(self.layers)
+        groups, runs = groups_of(self.layers), self.settings.guidance
         stages = stages_of(groups, known) if self.settings.sequential else [list(known)]
-        return [[known[g[0]].shape[1] for g in groups if g[0] in set(stage)] for stage in stages]
+        each = 0 if not runs else 1 + (runs if runs > 1 else 0)
+        return [
+            [known[g[0]].shape[1] for g in groups if g[0] in set(stage) for _ in range(each * len(g) or 1)]
+            for stage in stages
+        ]
 
     def _passing(self) -> int:
         """Bytes of a token that are alive at the fullest moment of a pass without gradients."""
@@ -207,6 +220,8 @@ def _network_phases(plan: Plan, load: Load) -> list[Phase]:
             phases.append(_whole(plan, load, choice))
     if "fisher" in load.needs:
         phases.append(_fisher(plan, load))
+    if load.settings.guidance or "output_gram" in load.needs:
+        phases.append(load.gradients())
     return list({phase.name: phase for phase in phases}.values())
 
 

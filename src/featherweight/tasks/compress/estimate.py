@@ -2,8 +2,8 @@
 
 A layer's time is that of `solve_layer` on a few rows, with statistics of random tokens; a pass's that of a product, an
 attention and what is done element by element, in the type that the network will run in. The tuning of a whole model's
-scales is its passes, with the output layer's loss on a few tokens. Disk, and other trainings of blocks or models, are
-not counted.
+scales, and the gradients that guide statistics, are their passes, with the output layer's loss on a few tokens. Disk,
+and other trainings of blocks or models, are not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ SAMPLED_TOKENS = 64  # of the output layer, whose rows are all taken
 def estimate_seconds(plan: Plan) -> float:
     """Seconds of computing for a plan on this machine, of its threads."""
     solving = sum(_Solving(plan, job).seconds for job in _distinct(plan))
-    return solving + (_Passes(plan).seconds + _Tuning(plan).seconds if plan.recipe.calibrated else 0.0)
+    if not plan.recipe.calibrated:
+        return solving
+    return solving + _Passes(plan).seconds + _Guiding(plan).seconds + _Tuning(plan).seconds
 
 
 def _timed(work: Callable[[], object], tries: int = 2) -> float:
@@ -179,18 +181,56 @@ class _Passes:
         for job in self.plan.jobs:
             needs = gathered_needs(job.treatment, self.plan.recipe.calibration.held_out)
             if needs:
-                wanted[job.layer.input_group] = job.layer.shape[1], needs
+                guided = self.plan.recipe.calibration.guidance  # every layer has statistics of its own then
+                wanted[job.layer.name if guided else job.layer.input_group] = job.layer.shape[1], needs
         costs: dict[tuple[int, tuple[str, ...]], float] = {}
         seconds = 0.0
         for columns, needs in wanted.values():
             width, key = min(columns, WIDEST), (min(columns, WIDEST), needs)
             if key not in costs:
-                accumulator = Accumulator(width, needs, torch.device("cpu"))
+                guided = self.plan.recipe.calibration.guidance
+                accumulator = Accumulator(width, needs, torch.device("cpu"), guided)
                 tokens = _random(TOKENS, width).to(dtype)
+                weights = torch.rand(guided, TOKENS, device="cpu") if guided else None
                 difference = 0.01 * tokens.float() if "cross" in needs else None
-                costs[key] = _timed(lambda a=accumulator, t=tokens, d=difference: a.add(t, None, d)) / TOKENS  # type: ignore[misc]
+                costs[key] = _timed(lambda a=accumulator, t=tokens, w=weights, d=difference: a.add(t, w, d)) / TOKENS  # type: ignore[misc]
             seconds += costs[key] * (columns / width) ** 2
         return seconds
+
+
+def _head_token(plan: Plan, learns: bool) -> float:
+    """Seconds of the output layer's divergence for one token; 0 for models without predictions."""
+    anatomy = plan.anatomy
+    layer = anatomy.embedding if anatomy.tied_head else anatomy.head
+    if layer is None:
+        return 0.0
+    head, wanted = _random(*layer.shape).mul_(0.02), _random(SAMPLED_TOKENS, layer.shape[1])
+    own = (wanted + 0.1).requires_grad_(learns)
+
+    def work() -> None:
+        with torch.set_grad_enabled(learns):
+            ours = linear(own, head.requires_grad_(learns)).log_softmax(-1)
+            loss = kl_div(ours, linear(wanted, head.detach()).log_softmax(-1), reduction="sum", log_target=True)
+        if learns:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    return _timed(work) / SAMPLED_TOKENS
+
+
+@dataclass(frozen=True)
+class _Guiding:
+    """What the backward pass takes that weighs tokens, or gives factors of the loss's Fisher information."""
+
+    plan: Plan
+
+    @property
+    def seconds(self) -> float:
+        settings, passes = self.plan.recipe.calibration, _Passes(self.plan)
+        if not settings.guidance and "output_gram" not in self.plan.needs:
+            return 0.0
+        tokens = settings.sequences * settings.length * settings.expansion
+        once = passes.forward_token(getattr(torch, pass_precision(self.plan.recipe)))
+        return tokens * (3 * once + _head_token(self.plan, True))  # forwards, again, and back to the inputs alone
 
 
 @dataclass(frozen=True)
@@ -209,29 +249,11 @@ class _Tuning:
         work = tuning.model_work(settings.sequences - held_out, held_out)
         exact = passes.forward_token(torch.float32)
         trained = passes.forward_token(getattr(torch, choose_precision(tuning.precision)))
-        learning, measuring = (tuning.token_share * self._head_token(learns) for learns in (True, False))
+        learning, measuring = (tuning.token_share * _head_token(self.plan, learns) for learns in (True, False))
         once = 3 * trained + learning  # backwards is twice forwards
         decoding = tuning.steps * self._decoding
         tokens = work.learned * once + work.measured * (exact + measuring) + work.original * exact
         return float(decoding + settings.length * tokens)
-
-    def _head_token(self, learns: bool) -> float:
-        """Seconds of the output layer's divergence for one token; 0 for models without predictions."""
-        anatomy = self.plan.anatomy
-        layer = anatomy.embedding if anatomy.tied_head else anatomy.head
-        if layer is None:
-            return 0.0
-        head, wanted = _random(*layer.shape).mul_(0.02), _random(SAMPLED_TOKENS, layer.shape[1])
-        own = (wanted + 0.1).requires_grad_(learns)
-
-        def work() -> None:
-            with torch.set_grad_enabled(learns):
-                ours = linear(own, head.requires_grad_(learns)).log_softmax(-1)
-                loss = kl_div(ours, linear(wanted, head.detach()).log_softmax(-1), reduction="sum", log_target=True)
-            if learns:
-                loss.backward()  # type: ignore[no-untyped-call]
-
-        return _timed(work) / SAMPLED_TOKENS
 
     @property
     def _decoding(self) -> float:

@@ -75,7 +75,8 @@ def _needs(recipe: Recipe) -> str:
     if not recipe.calibrated:
         return "no data"
     wide = {getattr(choice, "scope", "layer") for choice in recipe.choices} - {"layer"}
-    return ", ".join(["text", *(name for name in recipe.needs), *(f"whole {scope}" for scope in sorted(wide))])
+    guided = ["gradients"] * bool(recipe.calibration.guidance)
+    return ", ".join(["text", *recipe.needs, *guided, *(f"whole {scope}" for scope in sorted(wide))])
 
 
 def _cost(recipe: Recipe) -> dict[str, Any]:

@@ -210,6 +210,12 @@ class Plan:
         stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
         moments = sum(name in ("gram", "cross") for name in needs) + (settings.held_out > 0)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
+        if (
+            settings.guidance or "output_gram" in needs
+        ):  # hidden states before all blocks of a round, one block's way back
+            tokens = settings.sequences * settings.length * settings.expansion
+            held += stream + self._passing_bytes(max(settings.batch_tokens, settings.length), False)
+            held += 4 * settings.guidance * tokens * len(self.jobs)
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
 
     def _training_bytes(self, choice: Choice, block: int) -> int:
