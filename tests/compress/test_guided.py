@@ -20,7 +20,13 @@ from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 
-GUIDED = (*SMALL, "calibration.batch_tokens=128", "grid.group_size=32", "rounding={kind: hessian}", "calibration.guidance=1")
+GUIDED = (
+    *SMALL,
+    "calibration.batch_tokens=128",
+    "grid.group_size=32",
+    "rounding={kind: hessian}",
+    "calibration.guidance=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,9 @@ def test_other_methods_take_guided_statistics(
 ) -> None:
     changes = (*SMALL, "calibration.guidance=1")
     made = compress(llama, out=tmp_path / "out", **options | {"recipe": recipe, "changes": changes})
-    assert all("effective_tokens" in layer or "fallback" in layer for layer in made.layers if layer["block"] is not None)
+    assert all(
+        "effective_tokens" in layer or "fallback" in layer for layer in made.layers if layer["block"] is not None
+    )
 
 
 def test_runs_of_rows_are_solved_with_moments_of_their_own(
@@ -109,9 +117,7 @@ def test_statistics_of_other_guidance_are_refused(llama: Path, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("recipe", ["rtn-4", "discquant"])
-def test_a_recipe_without_statistics_has_nothing_to_guide(
-    llama: Path, tmp_path: Path, text: Path, recipe: str
-) -> None:
+def test_a_recipe_without_statistics_has_nothing_to_guide(llama: Path, tmp_path: Path, text: Path, recipe: str) -> None:
     with pytest.raises(RecipeError, match=r"calibration\.guidance 1, but .* gathers no statistics .* set it to 0"):
         compress(llama, recipe, tmp_path / "out", calibration=text, changes=(*SMALL, "calibration.guidance=1"))
 

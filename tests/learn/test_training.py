@@ -78,23 +78,54 @@ def test_steps_are_told_where_checks_are_far_apart(monkeypatch: pytest.MonkeyPat
     assert steps[-1]["seconds_left"] == 0
 
 
-def test_a_hopeless_check_ends_it() -> None:
-    """The start is kept, and what is told says why; a check that is worse by less does not end it."""
-    for losses, steps in (([1.0, 1.2, 1.4, 0.5], 2), ([1.0, 1.2, 1.29, 0.5], 3)):
-        theta, left = [torch.zeros(1)], iter(losses)
-        told: list[dict[str, Any]] = []
+def test_a_rate_too_high_for_a_model_is_lowered() -> None:
+    """f = (x - 1)^2 by plain descent: at the rates 10 and 2 a step is worse than the start, at .4 it converges."""
+    theta, told = [torch.zeros(1)], list[dict[str, Any]]()
 
-        def gradients(_: int, theta: list[torch.Tensor] = theta) -> float:
-            theta[0].grad = torch.ones(1)
-            return 0.0
+    def gradients(_: int) -> float:
+        theta[0].grad = 2 * (theta[0] - 1)
+        return float((theta[0] - 1) ** 2)
 
-        training = Training("test", Schedule(3, 0.1, checks=3), hopeless=1.3)
-        minimise(theta, gradients, training, ShuffledRounds(2), check=lambda left=left: next(left), notify=told.append)  # type: ignore[misc]
-        assert max(event.get("step", 0) for event in told) == steps
-        stopped = [event["stopped"] for event in told if "stopped" in event]
-        assert stopped == (["held out, the loss is 1.4 after 1 at the start"] if steps == 2 else [])
-        assert (float(theta[0]) == 0) is (steps == 2)
-        assert told[-1]["held_out_after"] == min(losses[: steps + 1])
+    training = Training("test", Schedule(8, 10.0, checks=8), sgd(), retreats=2)
+    minimise(theta, gradients, training, ShuffledRounds(2), check=lambda: gradients(0), notify=told.append)
+    assert [event["text"].rpartition(" ")[2] for event in told if event["event"] == "note"] == ["2", "0.4"]
+    held_out = [event["held_out"] for event in told if "held_out" in event]
+    assert held_out[0] > 1
+    assert held_out[1] > 1
+    assert held_out[2] < 1  # from the start again: nothing is left of the steps before
+    assert float(theta[0]) == pytest.approx(1, abs=0.1)
+    assert told[-1]["held_out_after"] == min(held_out)
+
+
+@pytest.mark.parametrize(("retreats", "steps"), [(0, 1), (1, 2), (None, 3)])
+def test_after_the_last_retreat_it_ends_where_it_began(retreats: int | None, steps: int) -> None:
+    theta, left, told = [torch.zeros(1)], iter([1.0, 1.2, 1.4, 0.5]), list[dict[str, Any]]()
+
+    def gradients(_: int) -> float:
+        theta[0].grad = torch.ones(1)
+        return 0.0
+
+    training = Training("test", Schedule(3, 0.1, checks=3), retreats=retreats)
+    minimise(theta, gradients, training, ShuffledRounds(2), check=lambda: next(left), notify=told.append)
+    assert max(event.get("step", 0) for event in told) == steps
+    stopped = [event["stopped"] for event in told if "stopped" in event]
+    assert (stopped != []) is (retreats is not None)
+    assert (float(theta[0]) == 0) is (retreats is not None)
+    if stopped:
+        assert stopped == [f"held out, the loss is {(1.2, 1.4)[retreats or 0]} after 1 at the start"]
+
+
+def test_checks_that_rise_after_one_that_fell_change_nothing() -> None:
+    theta, left, told = [torch.zeros(1)], iter([1.0, 0.9, 1.4, 1.5]), list[dict[str, Any]]()
+
+    def gradients(_: int) -> float:
+        theta[0].grad = torch.ones(1)
+        return 0.0
+
+    training = Training("test", Schedule(3, 0.1, checks=3), retreats=0)
+    minimise(theta, gradients, training, ShuffledRounds(2), check=lambda: next(left), notify=told.append)
+    assert not [event for event in told if "stopped" in event or event["event"] == "note"]
+    assert told[-1]["held_out_after"] == 0.9
 
 
 def test_batches_come_in_turn_and_values_are_projected() -> None:
@@ -166,6 +197,27 @@ def test_a_saved_state_goes_on_to_the_same_bits(at: int, checked: bool, optimise
     rest, later = train(store)
     assert later == batches[at:]
     assert all(torch.equal(one, other) for one, other in zip(whole, rest, strict=True))
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8])
+def test_a_saved_state_goes_on_at_the_rate_it_has_come_to(at: int) -> None:
+    def train(store: TrainingStore) -> torch.Tensor:
+        theta = [torch.zeros(3)]
+
+        def gradients(_: int) -> float:
+            theta[0].grad = 2 * (theta[0] - 1)
+            return 1.0
+
+        training = Training("test", Schedule(10, 30.0, checks=5), adam(), retreats=3)
+        minimise(
+            theta, gradients, training, ShuffledRounds(4, 5), check=lambda: float((theta[0] - 1).square().sum()), store=store
+        )  # fmt: skip
+        return theta[0]
+
+    store = Held(at)
+    whole = train(store)
+    assert torch.equal(train(store), whole)
+    assert float((whole - 1).abs().max()) < 1
 
 
 def one_step(optimiser: Optimiser, value: float, gradient: float) -> float:

@@ -21,6 +21,7 @@ from featherweight.methods.learn.optimisers import Optimiser, adam, remembered, 
 from featherweight.storage.run.training_store import NO_STORE, TrainingState, TrainingStore
 
 TELL_SECONDS = 10.0  # between two words about a training whose checks are further apart
+RETREAT = 0.2  # of the learning rate, where it was too high for a model
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Training:
     label : of its events, and of its saved state
     schedule : how long, and how fast
     optimiser : see `featherweight.methods.learn.optimisers`
-    hopeless : a check that is so many times the start's ends it: a rate too high for this model, which what is left of
-        the steps does not make up for
+    retreats : how often a check above the start's, where none was below it so far, takes the values back to the start
+        and the rate to a fifth of what it was; the next such check ends it. None: such checks change nothing
     """
 
     label: str
     schedule: Schedule
     optimiser: Optimiser = adam()
-    hopeless: float = math.inf
+    retreats: int | None = None
 
 
 def minimise(
@@ -88,7 +89,7 @@ def minimise(
     Returns
     -------
     `theta`, with the values of the least `check`, or, where nothing is checked, those of the last step. A loss that is
-    not finite ends it, and a check that is `hopeless`.
+    not finite ends it, and a check after which there is no more retreat.
     """
     schedule, label = training.schedule, training.label
     trainer = _Trainer(theta, training, sampler, check is not None)
@@ -100,7 +101,7 @@ def minimise(
     progress = _Progress(label, trainer.step, schedule.steps)
     while trainer.step < schedule.steps:
         for group in trainer.optimiser.param_groups:
-            group["lr"] = schedule.rate(trainer.step)
+            group["lr"] = trainer.share * schedule.rate(trainer.step)
         loss = gradients(sampler.next())
         if not math.isfinite(loss):
             notify({"event": label, "step": trainer.step, "stopped": "the loss is not finite"})
@@ -112,10 +113,16 @@ def minimise(
             measured = check()
             trainer.offer(measured)
             notify(progress.event(trainer.step + 1, loss) | {"held_out": measured})
-            if trainer.start and measured is not None and measured > training.hopeless * trainer.start:
+            if training.retreats is not None and trainer.is_lost(measured):
                 reason = f"held out, the loss is {measured:.4g} after {trainer.start:.4g} at the start"
-                notify({"event": label, "step": trainer.step + 1, "stopped": reason})
-                break
+                if trainer.retreats >= training.retreats:
+                    notify({"event": label, "step": trainer.step + 1, "stopped": reason})
+                    break
+                trainer.retreat()
+                rate = trainer.share * schedule.learning_rate
+                notify(
+                    {"event": "note", "text": f"{label}: {reason}; it begins again from there, at the rate {rate:.2g}"}
+                )
         elif progress.due():
             notify(progress.event(trainer.step + 1, loss))
         trainer.step += 1
@@ -159,6 +166,7 @@ class _Trainer:
         self.step = 0
         self.start: float | None = None
         self.best: float | None = None
+        self.retreats, self.share = 0, 1.0
         self.kept = [value.detach().clone() for value in theta] if checked else []
         self.task: dict[str, Any] = {
             "label": training.label,
@@ -173,18 +181,34 @@ class _Trainer:
         if measured is not None and math.isfinite(measured) and (self.best is None or measured < self.best):
             self.best, self.kept = measured, [value.detach().clone() for value in self.theta]
 
+    def is_lost(self, measured: float | None) -> bool:
+        """Whether a check is above the start's, and none was below it so far."""
+        if measured is None or self.start is None or self.best is None:
+            return False
+        return self.best >= self.start and not measured <= self.start
+
+    def retreat(self) -> None:
+        """Back to the start, at a lower rate; the optimiser forgets what it has seen."""
+        self.retreats, self.share = self.retreats + 1, RETREAT ** (self.retreats + 1)
+        self.optimiser.state.clear()
+        with torch.no_grad():
+            for value, kept in zip(self.theta, self.kept, strict=True):
+                value.copy_(kept)
+
     def state(self) -> TrainingState:
         tensors = {"generator": self.sampler.generator_state()}
         tensors |= {f"moment.{name}": kept for name, kept in remembered(self.optimiser, self.theta).items()}
         tensors |= {f"value.{i}": value.detach() for i, value in enumerate(self.theta)}
         tensors |= {f"kept.{i}": value for i, value in enumerate(self.kept)}
-        facts = {"order": self.sampler.left(), "start": self.start, "best": self.best}
+        facts = {"order": self.sampler.left(), "start": self.start, "best": self.best, "retreats": self.retreats}
         return TrainingState(self.task, self.step, facts, tensors)
 
     def take(self, state: TrainingState) -> None:
         """Go on from `state`."""
         tensors, facts = state.tensors, state.facts
         self.step, self.start, self.best = state.step, facts["start"], facts["best"]
+        self.retreats = facts["retreats"]
+        self.share = RETREAT**self.retreats
         self.sampler.resume(list(facts["order"]), tensors["generator"])
         with torch.no_grad():
             for i, value in enumerate(self.theta):
