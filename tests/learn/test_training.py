@@ -208,10 +208,11 @@ def test_a_saved_state_goes_on_at_the_rate_it_has_come_to(at: int) -> None:
             theta[0].grad = 2 * (theta[0] - 1)
             return 1.0
 
+        def check() -> float:
+            return float((theta[0] - 1).square().sum())
+
         training = Training("test", Schedule(10, 30.0, checks=5), adam(), retreats=3)
-        minimise(
-            theta, gradients, training, ShuffledRounds(4, 5), check=lambda: float((theta[0] - 1).square().sum()), store=store
-        )  # fmt: skip
+        minimise(theta, gradients, training, ShuffledRounds(4, 5), check=check, store=store)
         return theta[0]
 
     store = Held(at)
