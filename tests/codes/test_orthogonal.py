@@ -1,4 +1,4 @@
-"""The matrices of block rotations: orthogonal, even, the same everywhere, and those of files that were written before."""
+"""The matrices of block rotations: orthogonal, even, the same everywhere, and those of older files."""
 
 from __future__ import annotations
 

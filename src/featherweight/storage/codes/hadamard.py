@@ -6,8 +6,8 @@ and 28 times 2^p, and for every other order of odd part up to 63 the Kronecker p
 a Sylvester matrix (see `featherweight.storage.codes.orthogonal`). So a block may be as wide as most layers are.
 
 Sign j is that of the j-th output (from 0) of the generator SplitMix64 (Steele, Lea, Flood 2014) started with the seed:
--1 where the top bit is set. `decode` adds, subtracts and multiplies by fixed float32 numbers in a fixed order, and every
-result is rounded before it is used, so it gives the same bits on every machine whose arithmetic is that of IEEE 754.
+-1 where the top bit is set. `decode` adds, subtracts and multiplies by fixed float32 numbers in a fixed order, and
+every result is rounded before it is used, so it gives the same bits on every machine with arithmetic of IEEE 754.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class HadamardTransform(Transform):
     portable: ClassVar[bool] = True
     block: Annotated[int, Field(ge=1)] | Literal["whole"] = Field(
         128,
-        description="columns rotated together, of odd part up to 63; of a power of two that does not divide, the largest "
-        "that does; whole: the width, or its largest divisor of odd part up to 63",
+        description="columns rotated together, odd part up to 63; where a power of two does not divide, the largest "
+        "that does; whole: the width, or its largest divisor of such an odd part",
     )
     roles: tuple[str, ...] = Field((), description="only layers of these roles, such as o_proj; none named: all")
 

@@ -44,8 +44,8 @@ class ResidualRotation(Transform):
 
     block: Annotated[int, Field(ge=1)] | Literal["whole"] = Field(
         "whole",
-        description="channels rotated together, of odd part up to 63; of a power of two that does not divide, the largest "
-        "that does; whole: the width, or its largest divisor of odd part up to 63",
+        description="channels rotated together, odd part up to 63; where a power of two does not divide, the largest "
+        "that does; whole: the width, or its largest divisor of such an odd part",
     )
     heads: bool = Field(True, description="also rotate v_proj's outputs within each head")
 
