@@ -105,6 +105,13 @@ def test_rotations_are_those_of_the_code(block: int) -> None:
             assert torch.equal(apply_step(Step("hadamard", signs, block=block), x), found)
 
 
+@pytest.mark.parametrize("block", [*range(1, 64, 2), 12, 20, 28, 72, 96, 576, 688])
+def test_rotations_have_the_bits_of_pytorch(block: int) -> None:
+    """The dense factors are two programs' tables of the same floats, and both add in the order of the format."""
+    x = numbers(5, 2 * block)
+    assert torch.equal(apply_step(Step("hadamard", block=block), x), reference.hadamard(x, block, None))
+
+
 FUSED = [(64, 64), (128, 32), (16, 128), (20, 20), (56, 16), (35, 70), (2240, 64)]
 
 
