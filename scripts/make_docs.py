@@ -26,6 +26,10 @@ def methods_page() -> str:
         "`--set embedding=6bit head=6bit` any recipe compresses them (or `same`, or a grid of their own), with `keep`",
         "ours keep them. Where the two are tied, they stay one matrix, and either field counts for it.",
         "",
+        "Widths need be multiples of nothing: the last group of a row may be short, in trit-planes and uniform codes",
+        "alike, and rotations (`hadamard`, `rotation`) take any width with `block: whole`, up to an odd part of 63 in",
+        "one block (576 = 64 x 9, 4864 = 256 x 19, 11008 = 256 x 43), beyond it in blocks of the largest such divisor.",
+        "",
         "| preset | transform | grid | rounding | correction | allocation | embedding, head | needs | bits | cost "
         "| paper |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

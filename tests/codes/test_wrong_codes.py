@@ -22,7 +22,7 @@ DENSE = {"kind": "dense", "dtype": "float32"}
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "hadamard", "block": 3, "seed": 0, "inner": DENSE}, "block is 3"),
+        ({"kind": "hadamard", "block": 7, "seed": 0, "inner": DENSE}, "block is 7.*nearest is"),
         ({"kind": "hadamard", "block": 16, "seed": 0, "inner": DENSE}, "block is 16"),
         ({"kind": "hadamard", "block": 4, "seed": -1, "inner": DENSE}, "seed"),
         ({"kind": "hadamard", "block": 4, "seed": 0}, "inner is None"),

@@ -90,6 +90,19 @@ def test_presets_go_together(llama: Path, name: str) -> None:
         make_plan(checkpoint, load_recipe(name))
 
 
+def test_an_order_that_does_not_divide_a_layer_is_refused_with_the_nearest(llama: Path, tmp_path: Path) -> None:
+    """By the plan, of the layers that are rotated; a power of two gives way to a smaller one."""
+    words = "transform hadamard cannot treat .*q_proj: block is 100, expected .* that divides 64; nearest is 64"
+    with Checkpoint.open(llama) as checkpoint:
+        with pytest.raises(RecipeError, match=words):
+            make_plan(checkpoint, recipe(transforms=[{"kind": "hadamard", "block": 100}]))
+        for fields in ({"block": 100, "roles": ["nowhere"]}, {"block": 128}, {"block": "whole"}):
+            make_plan(checkpoint, recipe(transforms=[{"kind": "hadamard", **fields}]))
+    with pytest.raises(RecipeError, match=words):
+        compress(llama, recipe(transforms=[{"kind": "hadamard", "block": 100}]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_rotation_that_the_structure_forbids(tiny: Callable[..., Path]) -> None:
     chosen = recipe(transforms=[{"kind": "rotation"}])
     with (

@@ -55,14 +55,56 @@ void test_quantize() {
   }
 }
 
+// Entry of the matrix of an order, times the root of the order, where there is a formula; NaN elsewhere.
+double entry_by_formula(int64_t order, int64_t i, int64_t j) {
+  const int64_t power = order & -order, odd = order / power;
+  const double sign = __builtin_parityll(static_cast<uint64_t>((i % power) & (j % power))) ? -1.0 : 1.0;
+  if (odd == 1) return sign;
+  if (odd % 4 == 3 && odd != 51) return std::nan("");
+  if (odd == 5 && power > 2) return std::nan("");
+  const double angle = 2 * std::acos(-1.0) * static_cast<double>((i / power) * (j / power) % odd) / static_cast<double>(odd);
+  return sign * (std::cos(angle) + std::sin(angle));
+}
+
+// What a step makes of the unit vectors: `matrix`[j][i] is entry (i, j) of the order's matrix.
+std::vector<float> matrix_of(int32_t block) {
+  const size_t n = static_cast<size_t>(block);
+  std::vector<float> unit(n * n), matrix(n * n);
+  for (size_t i = 0; i < n; ++i) unit[i * n + i] = 1.0F;
+  const fw_step step = {FW_HADAMARD, block, 0, 0, 0, nullptr, nullptr};
+  check(fw_apply_step(&step, unit.data(), block, block, matrix.data(), 1) == FW_OK, "unit vectors are rotated");
+  return matrix;
+}
+
+void test_matrix(int32_t block) {
+  const std::vector<float> matrix = matrix_of(block);
+  const size_t n = static_cast<size_t>(block);
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < n; ++i)
+    for (size_t j = 0; j < n; ++j) {
+      double product = i == j ? -1.0 : 0.0;
+      for (size_t k = 0; k < n; ++k) product += double{matrix[i * n + k]} * matrix[j * n + k];
+      worst = std::max(worst, std::fabs(product));
+      const double expected = entry_by_formula(block, static_cast<int64_t>(j), static_cast<int64_t>(i));
+      const double entry = matrix[i * n + j] * std::sqrt(static_cast<double>(block));
+      if (!std::isnan(expected)) worst = std::max(worst, std::fabs(entry - expected));
+      largest = std::max(largest, std::fabs(entry));
+    }
+  check(worst < 2e-6, "the matrix of order " + std::to_string(block));
+  check(largest < (rotation_kernel(block) % 4 == 3 && rotation_kernel(block) != 51 ? 1.2 : 1.4143), "entries of one size");
+}
+
 void test_hadamard() {
   Random random;
-  for (const int32_t block : {1, 2, 8, 16, 64, 256, 12, 24, 192, 20, 40, 320, 28, 56, 448}) {
+  for (int32_t block = 1; block < 128; ++block)
+    if (hadamard_order(block)) test_matrix(block);
+  for (const int32_t block : {1, 2, 8, 16, 64, 256, 12, 24, 192, 20, 40, 320, 28, 56, 448, 3, 6, 14, 9, 72, 576, 63, 50, 800, 1008}) {
     const int64_t tokens = 3, cols = 2 * block;
     std::vector<float> x(static_cast<size_t>(tokens * cols)), signs(static_cast<size_t>(cols));
     for (float& v : x) v = random.symmetric();
     for (float& s : signs) s = random.below(2) ? 1.0F : -1.0F;
     const fw_step step = {FW_HADAMARD, block, 0, 0, cols, nullptr, signs.data()};
+    const std::vector<float> matrix = matrix_of(block);
     std::vector<float> first;
     for (const char* isa : kIsas) {
       fw_select_isa(isa);
@@ -73,21 +115,16 @@ void test_hadamard() {
       check(same_bits(out, first), "Hadamard, the same bits everywhere");
     }
     add_to_hash(first);
-    const bool sylvester = (block & (block - 1)) == 0;
     double worst = 0;
-    for (int64_t begin = 0; begin < tokens * cols; begin += block) {
-      double before = 0, after = 0;
-      for (int64_t i = begin; i < begin + block; ++i) {
-        before += double{x[static_cast<size_t>(i)]} * x[static_cast<size_t>(i)];
-        after += double{first[static_cast<size_t>(i)]} * first[static_cast<size_t>(i)];
+    for (int64_t begin = 0; begin < tokens * cols; begin += block)
+      for (int64_t i = 0; i < block; ++i) {
         double sum = 0;
-        for (int64_t j = begin; sylvester && j < begin + block; ++j)
-          sum += (__builtin_parityll(static_cast<uint64_t>((i - begin) & (j - begin))) ? -1.0 : 1.0) *
-                 x[static_cast<size_t>(j)] * signs[static_cast<size_t>(j % cols)];
-        if (sylvester) worst = std::max(worst, std::fabs(sum / std::sqrt(block) - first[static_cast<size_t>(i)]));
+        for (int64_t j = 0; j < block; ++j) {
+          const size_t at = static_cast<size_t>(begin + j);
+          sum += double{matrix[static_cast<size_t>(j * block + i)]} * x[at] * signs[at % static_cast<size_t>(cols)];
+        }
+        worst = std::max(worst, std::fabs(sum - first[static_cast<size_t>(begin + i)]));
       }
-      worst = std::max(worst, std::fabs(before - after));
-    }
     check(worst < 2e-5, "Hadamard of order " + std::to_string(block));
   }
 }

@@ -130,11 +130,13 @@ void test_refused_layers() {
   refused("another kind", [](fw_term& t, Ints&, Ints&, fw_step&) { t.kind = 3; });
   refused("no operand", [](fw_term& t, Ints&, Ints&, fw_step&) { t.kind = FW_TERM_OPERAND; });
   refused("a number of steps below 0", [](fw_term& t, Ints&, Ints&, fw_step&) { t.steps = -1; });
-  for (const int32_t block : {0, -4, 3, 5, 6, 15, 30, 60, 36, 100, 8, INT32_MIN})
-    refused("an order that no Hadamard matrix has or the columns do not", [block](fw_term& t, Ints&, Ints&, fw_step& s) {
+  for (const int32_t block : {0, -4, 7, 9, 36, 45, 100, 120, 8, INT32_MAX, INT32_MIN})
+    refused("an order that the columns do not have", [block](fw_term& t, Ints&, Ints&, fw_step& s) {
       t.steps = 1;
       s.block = block;
     });
+  check(!hadamard_order(65) && !hadamard_order(67 * 4) && !hadamard_order(INT64_MAX) && !hadamard_order(INT64_MIN),
+        "orders of a large odd part");
   refused("a permutation that leaves the input", [](fw_term& t, Ints&, Ints& c, fw_step& s) {
     t.steps = 1;
     s = {FW_PERMUTE, 0, 0, 0, 60, c.data(), nullptr};

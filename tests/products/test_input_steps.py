@@ -88,7 +88,8 @@ def test_quantised_inputs_do_not_depend_on_threads_or_instruction_sets() -> None
                 assert all(same(a, b) for a, b in zip(quantize(x, 100, None, threads), expected, strict=True))
 
 
-BLOCKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 12, 24, 48, 20, 40, 160, 28, 56, 448]
+HADAMARD = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 12, 24, 48, 20, 40, 160, 28, 56, 448]
+BLOCKS = [*HADAMARD, 3, 7, 10, 14, 9, 72, 576, 63, 816]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -104,7 +105,17 @@ def test_rotations_are_those_of_the_code(block: int) -> None:
             assert torch.equal(apply_step(Step("hadamard", signs, block=block), x), found)
 
 
-@pytest.mark.parametrize(("block", "segment"), [(64, 64), (128, 32), (16, 128), (20, 20), (56, 16)])
+@pytest.mark.parametrize("block", [*range(1, 64, 2), 12, 20, 28, 72, 96, 576, 688])
+def test_rotations_have_the_bits_of_pytorch(block: int) -> None:
+    """The dense factors are two programs' tables of the same floats, and both add in the order of the format."""
+    x = numbers(5, 2 * block)
+    assert torch.equal(apply_step(Step("hadamard", block=block), x), reference.hadamard(x, block, None))
+
+
+FUSED = [(64, 64), (128, 32), (16, 128), (20, 20), (56, 16), (35, 70), (2240, 64)]
+
+
+@pytest.mark.parametrize(("block", "segment"), FUSED)
 def test_rotation_and_rounding_in_one_pass(block: int, segment: int) -> None:
     columns = 4480
     x, step = numbers(6, columns), Step("hadamard", random_signs(3, columns).float(), block=block)

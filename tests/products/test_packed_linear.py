@@ -79,6 +79,8 @@ CODES: dict[str, Code] = {
     "column-scaled": column_scaled(uniform(ROWS, COLUMNS, 3, 80, symmetric=False)),
     "hadamard": Hadamard(trits(ROWS, COLUMNS, 2, 32, tied=True, weights=(3, 2), scale_dtype="log8"), 16, 9),
     "hadamard-20": Hadamard(uniform(ROWS, COLUMNS), 240 // 12, 9),
+    "hadamard-3": Hadamard(uniform(ROWS, COLUMNS, 3, 48), 3, 9),
+    "hadamard-whole": Hadamard(trits(ROWS, COLUMNS, 2, 40), COLUMNS, 9),
     "sum": Sum.of(trits(ROWS, COLUMNS), low_rank(torch.int8), sparse()),
     "nested": permuted(column_scaled(Sum.of(permuted(Hadamard(dense(ROWS, COLUMNS), 48, 1)), codebook(ROWS, COLUMNS)))),
     "product": Product(uniform(ROWS, 70, 4, 32), trits(70, COLUMNS, 3, 64)),

@@ -44,7 +44,7 @@ def logits(session: ModelSession) -> torch.Tensor:
         return session.module(torch.stack(session.windows)).logits
 
 
-@pytest.mark.parametrize(("block", "heads"), [("whole", True), (16, False), (48, True)])
+@pytest.mark.parametrize(("block", "heads"), [("whole", True), (16, False), (128, True)])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)])
 def test_the_function_stays(family: str, tied: bool, block: Any, heads: bool, tmp_path: Path) -> None:
     session = session_of(tmp_path, family, tie_word_embeddings=tied)
@@ -57,6 +57,25 @@ def test_the_function_stays(family: str, tied: bool, block: Any, heads: bool, tm
     norms = [value for name, value in session.changed.items() if name.endswith("norm.weight")]
     assert len(norms) == 5
     assert all(bool((value == 1).all()) for value in norms)
+
+
+NARROW = {"hidden_size": 72, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 36}
+
+
+def test_the_whole_of_any_width_is_rotated(tmp_path: Path) -> None:
+    """A width of 72 and heads of 36, for which there are no Hadamard matrices here."""
+    session = session_of(tmp_path, **NARROW)
+    before, events = logits(session), list[dict[str, Any]]()
+    ResidualRotation().transform_model(session, events.append, seed=5)
+    assert torch.allclose(logits(session), before, rtol=1e-9, atol=1e-9)
+    assert [event["block"] for event in events if event["event"] == "rotation"] == [72]
+
+
+def test_an_order_that_does_not_divide_the_stream_is_refused(tmp_path: Path) -> None:
+    session = session_of(tmp_path, **NARROW)
+    with pytest.raises(RecipeError, match=r"transform rotation: block is 48, expected .* divides 72; nearest is 36$"):
+        ResidualRotation(block=48).transform_model(session, seed=5)
+    assert not session.changed
 
 
 EXPERTS: list[tuple[str, dict[str, Any]]] = [

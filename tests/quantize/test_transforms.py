@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from featherweight.methods.quantize.transforms.reorder import ReorderTransform, 
 from featherweight.registry import registered
 from featherweight.storage.codes import code_from
 from featherweight.storage.codes.dense import Dense
-from featherweight.storage.codes.hadamard import kernel_order
+from featherweight.storage.codes.orthogonal import kernel_order, largest_order
 
 Maker = Callable[[Tensor, dict[str, Tensor]], LayerTransform]
 
@@ -56,7 +57,7 @@ def registered_transforms() -> dict[str, Maker]:
     for name, cls in registered("transform").items():
         if cls.scope == "layer" and cls.for_layer is not Transform.for_layer:  # type: ignore[attr-defined]
             found[name] = functools.partial(made_by, cls())
-    found["hadamard-12"] = lambda w, s: HadamardTransform(block=12).for_layer(w, s, seed=1)
+    found["hadamard-4"] = lambda w, s: HadamardTransform(block=4).for_layer(w, s, seed=1)
     found["hadamard-whole"] = lambda w, s: HadamardTransform(block="whole").for_layer(w, s, seed=1)
     found["reorder-similarity"] = lambda w, s: ReorderTransform(by="similarity", group_size=8).for_layer(w, s, seed=1)
     found["column-scale"] = lambda w, s: ColumnScale(numbers(w.shape[1], seed=9).exp())
@@ -153,7 +154,7 @@ def test_equal_transforms_have_equal_keys(maker: Maker) -> None:
     """Layers that share an input then share what is carried over; different transforms must not."""
     weight, _, statistics = setting(96)
     keys = {name: getattr(make(weight, statistics), "key", name) for name, make in TRANSFORMS.items()}
-    assert len(set(keys.values())) >= len(keys) - 1  # of which one may be met twice: 96 = 12 x 8 is whole
+    assert len(set(keys.values())) == len(keys)
     assert getattr(maker(weight, statistics), "key", 0) == getattr(maker(weight, statistics), "key", 0)
 
 
@@ -182,13 +183,19 @@ def test_gradients_follow_the_change_of_weights() -> None:
         (96, 128, 32),
         (200, 128, 8),
         (7, 128, 1),
-        (4096, 100, 64),
+        (4096, 64, 64),
+        (576, 128, 64),
+        (576, 192, 192),
+        (576, 576, 576),
+        (63, 9, 9),
         (96, 24, 24),
         (768, "whole", 768),
-        (200, "whole", 40),
-        (11008, "whole", 256),
+        (200, "whole", 200),
+        (11008, "whole", 11008),
         (28672, "whole", 28672),
-        (9, "whole", 1),
+        (29568, "whole", 4224),
+        (9, "whole", 9),
+        (67, "whole", 1),
     ],
 )
 def test_blocks_for_widths(columns: int, block: int, expected: int) -> None:
@@ -197,11 +204,29 @@ def test_blocks_for_widths(columns: int, block: int, expected: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 3000), st.one_of(st.integers(1, 300), st.just("whole")))
-def test_the_block_always_divides(columns: int, block: int) -> None:
-    found = block_for(columns, block)
+def test_the_block_always_divides(columns: int, block: int | Literal["whole"]) -> None:
+    try:
+        found = block_for(columns, block)
+    except ValueError as error:
+        assert block != "whole"
+        assert columns % block or kernel_order(block) is None
+        found = int(str(error).rsplit(maxsplit=1)[1])
+        orders = [n for n in range(1, columns + 1) if columns % n == 0 and kernel_order(n) is not None]
+        assert abs(found - block) == min(abs(n - block) for n in orders)
     assert columns % found == 0
     assert kernel_order(found) is not None
-    assert block == "whole" or found <= block
+    if block == "whole":
+        assert found == max(n for n in range(1, columns + 1) if columns % n == 0 and kernel_order(n) is not None)
+    elif block & (block - 1) == 0:
+        assert found == max(n for n in range(1, block + 1) if columns % n == 0 and n & (n - 1) == 0)
+
+
+def test_an_order_that_does_not_divide_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"block is 100, expected .* that divides 4096; nearest is 128$"):
+        HadamardTransform(block=100).for_layer(numbers(2, 4096), {}, 0)
+    assert HadamardTransform(block=96).layer_refusal(576, "q_proj") is None
+    assert "nearest is 192" in str(HadamardTransform(block=200).layer_refusal(576, "q_proj"))
+    assert HadamardTransform(block=200, roles=("o_proj",)).layer_refusal(576, "q_proj") is None
 
 
 def test_an_odd_width_is_left_alone() -> None:
@@ -222,6 +247,28 @@ def test_rotation_spreads_an_outlier_column() -> None:
     error = grid.quantize(weight.float()).decode().double() - weight
     turned_error = grid.quantize(turned.float()).decode().double() - turned
     assert float(turned_error[:, :128].norm()) < 0.8 * float(error[:, :128].norm())
+
+
+@pytest.mark.parametrize("columns", [72, 96, 288, 576, 1376, 63])
+def test_one_column_is_spread_over_the_whole_width(columns: int) -> None:
+    """A column of 100 times the size of others: afterwards none is far above the root mean square of all."""
+    weight = numbers(32, columns)
+    weight[:, columns // 3] *= 100
+    turned = HadamardTransform(block="whole").for_layer(weight, {}, seed=3).apply(weight).square().mean(0).sqrt()
+    assert float(weight.square().mean(0).sqrt().max() / weight.square().mean().sqrt()) > 0.8 * math.sqrt(columns)
+    assert float(turned.max() / turned.square().mean().sqrt()) < 1.7
+    halves = turned[: columns // 2].square().sum() / turned.square().sum()
+    assert 0.35 < float(halves) < 0.65
+
+
+@pytest.mark.parametrize("columns", [7, 9, 63, 99])
+def test_odd_widths_are_rotated_when_asked_for(columns: int) -> None:
+    weight = numbers(4, columns)
+    transform = HadamardTransform(block="whole").for_layer(weight, {}, seed=3)
+    assert isinstance(transform, Rotation)
+    assert transform.block == largest_order(columns)
+    assert torch.allclose(transform.invert(transform.apply(weight)), weight, atol=1e-12)
+    assert torch.allclose(transform.apply(weight).norm(), weight.norm())
 
 
 def test_seeds_of_layers_differ_and_repeat() -> None:

@@ -38,7 +38,7 @@ class Recorder:
         return self.compile
 
     def compile(self, *args: Any, **named: Any) -> None:
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in named}
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | named
         signature, constants, hints = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
@@ -57,7 +57,7 @@ class Recorder:
                 if value % 16 == 0:
                     hints[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, hints)
-        options["enable_fp_fusion"] = True
+        options.setdefault("enable_fp_fusion", True)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         self.seen(self.kernel.__name__, compiled)
 

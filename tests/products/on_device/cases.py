@@ -107,4 +107,5 @@ def for_compilation() -> Iterator[tuple[Code, int, torch.dtype, str, str]]:
     yield uniform(shape, 4, 32), 1, brain, "2bit", "int8"
     yield Hadamard(uniform((256, 48), 4, 32), 12, 3), 16, half, "2bit", "int8"
     yield Hadamard(uniform((256, 48), 4, 32), 12, 3), 16, half, "2bit", "float"
+    yield Hadamard(uniform((256, 72), 4, 8), 72, 3), 16, half, "2bit", "int8"
     yield Sum((two_tied, low_rank(shape, 8), sparse(shape))), 1, half, "base3", "float"

@@ -69,6 +69,11 @@ def test_rounding_of_ties_zeros_and_what_is_no_number(device: torch.device) -> N
         (60, 20, 15),
         (24, 24, 24),
         (8, 1, 4),
+        (6, 3, 4),
+        (20, 10, 4),
+        (144, 72, 8),
+        (288, 144, 32),
+        (126, 63, 16),
     ],
 )
 def test_rotation_and_rounding(device: torch.device, columns: int, block: int, size: int) -> None:
@@ -86,6 +91,6 @@ def test_rotation_refuses_blocks_that_do_not_fit(device: torch.device) -> None:
     from featherweight.model.products.triton import hadamard
 
     x, signs = torch.ones(1, 48, device=device), torch.ones(48, dtype=torch.int8, device=device)
-    for block in (32, 36, 0):
+    for block in (32, 36, 0, 130):
         with pytest.raises(ValueError, match=f"block is {block}"):
             hadamard(x, signs, block)

@@ -118,6 +118,8 @@ def test_terms_and_steps(device: torch.device, tokens: int) -> None:
     check(Sum((cases.low_rank(shape, 3, torch.int8), cases.sparse(shape, 0.0))), device, tokens)
     order = torch.randperm(72, generator=cases.generator())
     check(Permuted.encode(Hadamard(cases.uniform(shape, 4, 24), 24, 7), order), device, tokens)
+    check(Hadamard(cases.trit_planes(shape, 2, 24), 72, 7), device, tokens)
+    check(Hadamard(cases.uniform(shape, 4, 8), 36, 7), device, tokens)
     check(ColumnScaled(cases.uniform(shape, 4, 24), cases.scales(72)), device, tokens)
 
 

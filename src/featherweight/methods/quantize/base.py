@@ -329,6 +329,10 @@ class Transform(Choice):
         """Why a model cannot be transformed, as far as its structure says so; None where it can."""
         return None
 
+    def layer_refusal(self, columns: int, role: str) -> str | None:
+        """Why a layer of that many inputs, and of that `role` as in `for_layer`, cannot be transformed; or None."""
+        return None
+
     def for_layer(self, weight: Tensor, statistics: Statistics, seed: int, role: str = "") -> LayerTransform:
         """The transform of one layer: float32 weight [out, in]; layers that share an input share the `seed`.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from featherweight.model.products.structs import PRECISIONS
-from featherweight.storage.codes.hadamard import kernel_order
+from featherweight.storage.codes.orthogonal import EXPECTED, kernel_order
 
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 
@@ -67,7 +67,7 @@ def check_hadamard(x: Tensor, block: int, signs: Tensor | None) -> None:
     columns = x.shape[-1]
     require(
         kernel_order(block) is not None and columns % block == 0,
-        f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {columns}",
+        f"block is {block}, expected {EXPECTED}, that divides {columns}",
     )
     if signs is None:
         return

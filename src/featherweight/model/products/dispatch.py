@@ -154,6 +154,7 @@ def _samples() -> Iterator[Code]:
     yield Hadamard(
         ColumnScaled(Permuted.encode(_sum(g), torch.randperm(COLUMNS, generator=g)), scales.new_ones(COLUMNS) / 2), 8, 3
     )
+    yield Hadamard(Dense(torch.randn(shape, generator=g)), COLUMNS, 3)  # a rotation with a dense factor
 
 
 def _sum(g: torch.Generator) -> Code:

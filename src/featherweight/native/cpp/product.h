@@ -87,7 +87,7 @@ FW_API int32_t fw_operand_rows(const void* operand, int64_t bytes, int64_t first
 enum fw_step_kind { FW_PERMUTE = 1, FW_SCALE = 2, FW_HADAMARD = 3, FW_ROUND = 4 };
 typedef struct fw_step {
   int32_t kind;
-  int32_t block;          // Hadamard: its order, a power of two times 1, 12, 20 or 28; round: columns with one step
+  int32_t block;          // Hadamard: its order, of odd part 63 or less; round: columns with one step
   int32_t bits;           // round
   int32_t reserved;
   int64_t count;          // elements of `order` or `values`

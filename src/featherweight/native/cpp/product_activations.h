@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "product_lanes.h"
+#include "product_layout.h"
 
 namespace {  // compiled for several instruction sets
 
@@ -130,45 +131,47 @@ void sylvester(float* x, int64_t order, int64_t count) {
       }
 }
 
-// Signs of the Paley matrices of order 12, 20 and 28 (storage/codes/hadamard.py).
-int paley_sign(int order, int i, int j) {
-  const int prime = order == 28 ? 13 : order - 1;
-  const auto character = [prime](int a) {
-    a = (a % prime + prime) % prime;
-    if (a == 0) return 0;
-    for (int s = 1; s < prime; ++s)
-      if (s * s % prime == a) return 1;
-    return -1;
-  };
-  const auto core = [&](int r, int c) {
-    if (r == 0) return c == 0 ? 0 : 1;
-    if (c == 0) return order == 28 ? 1 : -1;
-    return character(r - c);
-  };
-  if (order != 28) return (i == j) + core(i, j);
-  static constexpr int kCore[2][2] = {{1, 1}, {1, -1}}, kUnit[2][2] = {{1, -1}, {-1, -1}};
-  return core(i / 2, j / 2) * kCore[i % 2][j % 2] + (i / 2 == j / 2) * kUnit[i % 2][j % 2];
+// Kernel times the rows of 16 columns of x [kernel][order]: sums in the order of the kernel's columns.
+template <int Rows>
+FW_INLINE void dense_rows(const float* table, int kernel, int row, const F16* in, float* to, int64_t order) {
+  F16 sums[Rows] = {};
+  for (int k = 0; k < kernel; ++k)
+    for (int r = 0; r < Rows; ++r) sums[r] += in[k] * table[k * kernel + row + r];
+  for (int r = 0; r < Rows; ++r) *reinterpret_cast<F16*>(to + (row + r) * order) = sums[r];
 }
 
+// The dense factor of a rotation on one run [kernel][order], in place.
+void dense_factor(float* x, const float* table, int kernel, int64_t order) {
+  if (order % 16 == 0) {
+    F16 in[kMostOdd];
+    for (int64_t i = 0; i < order; i += 16) {
+      for (int k = 0; k < kernel; ++k) in[k] = *reinterpret_cast<const F16*>(x + k * order + i);
+      int row = 0;
+      for (; row + 4 <= kernel; row += 4) dense_rows<4>(table, kernel, row, in, x + i, order);
+      for (; row < kernel; ++row) dense_rows<1>(table, kernel, row, in, x + i, order);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < order; ++i) {
+    float sums[kMostOdd] = {};
+    for (int k = 0; k < kernel; ++k) {
+      const float value = x[k * order + i];
+      for (int r = 0; r < kernel; ++r) sums[r] += table[k * kernel + r] * value;
+    }
+    for (int r = 0; r < kernel; ++r) x[r * order + i] = sums[r];
+  }
+}
+
+// A block is one rotation_kernel() times the matrix of Sylvester; any that hadamard_order() allows.
 void hadamard(float* x, const float* signs, int64_t block, int64_t count) {
   if (signs)
     for (int64_t i = 0; i < count; ++i) x[i] *= signs[i];
-  int64_t odd = block;
-  while (odd % 2 == 0) odd /= 2;
-  const int kernel = odd == 1 ? 1 : static_cast<int>(4 * odd);
+  const int kernel = rotation_kernel(block);
   const int64_t order = block / kernel;
   sylvester(x, order, count);
   if (kernel > 1) {
-    for (int64_t first = 0; first < count; first += block)
-      for (int64_t i = 0; i < order; ++i) {
-        float in[28], out[28];
-        for (int k = 0; k < kernel; ++k) in[k] = x[first + k * order + i];
-        for (int r = 0; r < kernel; ++r) {
-          out[r] = 0.0F;
-          for (int k = 0; k < kernel; ++k) out[r] += static_cast<float>(paley_sign(kernel, r, k)) * in[k];
-        }
-        for (int k = 0; k < kernel; ++k) x[first + k * order + i] = out[k];
-      }
+    const float* table = rotation_factor(kernel);
+    for (int64_t first = 0; first < count; first += block) dense_factor(x + first, table, kernel, order);
   }
   const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
   for (int64_t i = 0; i < count; ++i) x[i] *= factor;

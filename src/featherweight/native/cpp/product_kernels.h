@@ -54,7 +54,7 @@ struct ProductKernels {
   void (*float_rows)(const fw_operand* operand, const FloatInput& x, int64_t first, int64_t last, const Output& out, void* work);
   // One token's segment: codes, their sum, and the scale.
   void (*quantize)(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sum);
-  // Orthonormal block-Hadamard of `count` values (a power of two times 1, 12, 20, 28), in place; signs are applied first.
+  // Orthonormal rotation of each `block` of `count` values (hadamard_order), in place; signs are applied first.
   void (*hadamard)(float* x, const float* signs, int64_t block, int64_t count);
   // All codes of a tile and plane as bytes [segments * steps][64]; tied planes become one, of joint codes.
   void (*unpack)(const fw_operand* operand, int64_t tile, int plane, uint8_t* to);

@@ -119,13 +119,20 @@ inline int64_t trit_vectors(const fw_operand* operand) {
   return divide_up(operand->segments * operand->steps, 5);
 }
 
-// Whether runs of `block` columns, one behind the other, are what a Hadamard step can do here: its order is a power of two
-// times 1, 12, 20 or 28.
-constexpr bool hadamard_order(int64_t block) {
-  if (block < 1) return false;
+// The order of the dense factor of a block rotation, which is that factor times Sylvester's matrix: 1, 12, 20, 28 (Hadamard
+// matrices), or else the odd part of `block`; 0 where there is none.
+constexpr int kMostOdd = 63;
+constexpr int rotation_kernel(int64_t block) {
+  if (block < 1) return 0;
   const int64_t odd = block / (block & -block);
-  return odd == 1 || ((odd == 3 || odd == 5 || odd == 7) && block % 4 == 0);
+  if (odd > kMostOdd) return 0;
+  return static_cast<int>((odd == 3 || odd == 5 || odd == 7) && block % 4 == 0 ? 4 * odd : odd);
 }
+// Dense factors of order rotation_kernel(block) > 0, times the root of the order, as [column][row]. Made once.
+const float* rotation_factor(int kernel);
+
+// Whether runs of `block` columns, one behind the other, are what a Hadamard step can do here.
+constexpr bool hadamard_order(int64_t block) { return rotation_kernel(block) > 0; }
 constexpr bool hadamard_fits(int64_t block, int64_t cols) { return hadamard_order(block) && cols % block == 0; }
 
 // 2^(exponent - code / 32), 0 for 255: the values of storage/codes/trit_planes.py, with its 32 fractions rounded to float.

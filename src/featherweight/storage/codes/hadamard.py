@@ -1,12 +1,13 @@
-"""A code of a matrix whose input was rotated by a randomised block-Hadamard transform T: inner = W T^-1.
+"""A code of a matrix whose input was rotated by a randomised orthogonal block transform T: inner = W T^-1.
 
-T x = blockdiag(H, ..., H) (s * x), H a Hadamard matrix of order `block` divided by the root of its order, s signs that
-follow from a seed and therefore cost nothing. Orders are 2^p (Sylvester, entries (-1)^popcount(i & j)) and, as the
-Kronecker product of a Paley matrix of order 12, 20 or 28 with a Sylvester matrix, 12, 20 and 28 times 2^p (R. Paley,
-On Orthogonal Matrices, 1933; constructions I for 12 and 20, II for 28).
+T x = blockdiag(H, ..., H) (s * x), s signs that follow from a seed and therefore cost nothing, H orthogonal of order
+`block`: a Hadamard matrix over the root of its order for 2^p (Sylvester, entries (-1)^popcount(i & j)) and for 12, 20
+and 28 times 2^p, and for every other order of odd part up to 63 the Kronecker product of a dense orthogonal matrix and
+a Sylvester matrix (see `featherweight.storage.codes.orthogonal`). So a block may be as wide as most layers are.
 
 Sign j is that of the j-th output (from 0) of the generator SplitMix64 (Steele, Lea, Flood 2014) started with the seed:
--1 where the top bit is set. `decode` adds and subtracts in a fixed order, so it gives the same bits on every machine.
+-1 where the top bit is set. `decode` adds, subtracts and multiplies by fixed float32 numbers in a fixed order, and
+every result is rounded before it is used, so it gives the same bits on every machine with arithmetic of IEEE 754.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from torch import Tensor
 from featherweight.registry import register
 from featherweight.storage.codes.base import Code, TensorLayout, describe_part, matrix_shape, whole_number
 from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.orthogonal import dense_factor, divides, kernel_order, refusal
 
 SEEDS = 1 << 53
 """Seeds are below this: integers that every JSON reader keeps exactly."""
 
 CACHED = 1 << 17  # elements that are transformed together: with their copy they fit a second-level cache
-
-PALEY = {12: (11, 1), 20: (19, 1), 28: (13, 2)}  # order: (prime, construction)
 
 
 def _signed(value: int) -> int:
@@ -59,42 +59,13 @@ def random_signs(seed: int, columns: int) -> Tensor:
     return _signs(seed, columns).clone()
 
 
-def kernel_order(order: int) -> int | None:
-    """m with order = m 2^p for which a Hadamard matrix is built here: 1, 12, 20 or 28; None if there is none."""
-    odd = order // (order & -order) if order > 0 else 0
-    kernel = {1: 1, 3: 12, 5: 20, 7: 28}.get(odd)
-    return kernel if kernel is not None and order % kernel == 0 else None
-
-
-@functools.lru_cache(maxsize=8)
-def paley_matrix(order: int) -> Tensor:
-    """The Hadamard matrix int8 [order, order] of order 12, 20 or 28; order 1 is [[1]]."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.int8, device="cpu")
-    prime, construction = PALEY[order]
-    squares = {x * x % prime for x in range(1, prime)}
-    character = [0] + [1 if x in squares else -1 for x in range(1, prime)]
-    core = torch.zeros(prime + 1, prime + 1, dtype=torch.int8, device="cpu")
-    core[0, 1:] = 1
-    core[1:, 0] = -1 if construction == 1 else 1  # skew for primes 3 mod 4, symmetric for primes 1 mod 4
-    for i in range(prime):
-        for j in range(prime):
-            core[i + 1, j + 1] = character[(i - j) % prime]
-    unit = torch.eye(prime + 1, dtype=torch.int8, device="cpu")
-    if construction == 1:
-        return unit + core
-    return torch.kron(core, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)) + torch.kron(
-        unit, torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
-    )
-
-
 def hadamard_transform(x: Tensor, block: int, transposed: bool = False) -> Tensor:
     """H v (or H^T v) for each run v of `block` neighbours along the last dimension of a floating-point tensor.
 
-    Differentiable. ValueError if `block` does not divide the dimension or no Hadamard matrix of this order is known.
+    Differentiable. ValueError if `block` does not divide the dimension or no matrix of this order is known.
     """
-    if kernel_order(block) is None or x.shape[-1] % block:
-        raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {x.shape[-1]}")
+    if not divides(block, x.shape[-1]):
+        raise ValueError(refusal(block, x.shape[-1]))
     value: Tensor = _Transform.apply(x, block, transposed)  # type: ignore[no-untyped-call]
     return value
 
@@ -124,8 +95,8 @@ def _transformed(x: Tensor, block: int, transposed: bool) -> Tensor:
 
 
 def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
-    """Columns [block, n] times the Hadamard matrix, not yet divided by its root; overwrites `runs`."""
-    kernel = paley_matrix(kernel_order(block) or 1).to(runs.device)
+    """Columns [block, n] times H, not yet divided by the root of `block`; overwrites `runs`."""
+    kernel = dense_factor(kernel_order(block) or 1)
     spare, half = torch.empty_like(runs), 1
     while half * len(kernel) < block:
         pairs, sums = (t.view(block // (2 * half), 2, half, runs.shape[1]) for t in (runs, spare))
@@ -134,11 +105,11 @@ def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
         runs, spare, half = spare, runs, 2 * half
     if len(kernel) == 1:
         return runs
-    signs = (kernel.T if transposed else kernel).to(runs.dtype)
+    factor = (kernel.T if transposed else kernel).to(runs.device, runs.dtype)
     parts = runs.view(len(kernel), -1)
     total = torch.zeros_like(parts)
-    for j in range(len(kernel)):  # in this order, so that sums round alike everywhere
-        total += signs[:, j : j + 1] * parts[j]
+    for j in range(len(kernel)):  # in this order, the product rounded before it is added: the same bits everywhere
+        total += factor[:, j : j + 1] * parts[j]
     return total.view(block, -1)
 
 
@@ -185,8 +156,8 @@ class Hadamard(Wrapper):
         _, columns = matrix_shape(spec)
         block = whole_number(spec, "block", 1, columns)
         whole_number(spec, "seed", 0, SEEDS - 1)
-        if kernel_order(block) is None or columns % block:
-            raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {columns}")
+        if not divides(block, columns):
+            raise ValueError(refusal(block, columns))
         return part_layout(spec, spec.get("inner"), "inner_")
 
     @classmethod

@@ -120,9 +120,14 @@ def check_layers(
                 "embedding and output layer of this model, so it cannot be compressed as one: set embedding "
                 "and head to keep"
             )
+    known = {layer.name: layer for layer in (*anatomy.layers, *anatomy.outside)}
     for name, treatments in layers:
         for treatment in treatments:
             _check_rounding(recipe, treatment, name)
+            for one in treatment.layer_transforms if name in known else ():
+                reason = one.layer_refusal(known[name].shape[1], known[name].role)
+                if reason is not None:
+                    raise RecipeError(f"recipe {recipe.name}: transform {one.kind} cannot treat {name}: {reason}")
             reason = treatment.rounding.refusal(treatment.grid)
             if reason is not None:
                 raise RecipeError(

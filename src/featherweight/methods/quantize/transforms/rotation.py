@@ -43,7 +43,9 @@ class ResidualRotation(Transform):
     scope: ClassVar[Scope] = "model"
 
     block: Annotated[int, Field(ge=1)] | Literal["whole"] = Field(
-        "whole", description="channels rotated together; where it does not divide, the largest power of two that does"
+        "whole",
+        description="channels rotated together, odd part up to 63; where a power of two does not divide, the largest "
+        "that does; whole: the width, or its largest divisor of such an odd part",
     )
     heads: bool = Field(True, description="also rotate v_proj's outputs within each head")
 
@@ -64,9 +66,12 @@ class ResidualRotation(Transform):
         width = _width(model, anatomy, final_norm)
         ids = model.windows[0] if len(model.windows) else torch.arange(TOKENS, device="cpu")
         ids = ids[:TOKENS].unsqueeze(0)
+        try:
+            block = block_for(width, self.block)
+        except ValueError as error:
+            raise RecipeError(f"transform rotation: {error}") from None
         before = _logits(model, ids)
         _fold_norms(model, anatomy, final_norm)
-        block = block_for(width, self.block)
         turn = _Turn(block, seed % SEEDS)
         for layer in anatomy.layers:
             _turn_layer(model, layer, turn)

@@ -1,11 +1,11 @@
-"""Inputs before the product: block-Hadamard rotation and rounding to 8 bits, fused.
+"""Inputs before the product: block rotation and rounding to 8 bits, fused.
 
 Rounding, per token and `group_size` columns: scale = max |x| / 127, code = x / scale to the nearest integer, halves to
 even; the sums of the codes serve operands with zero points. A group of zeros has scale 0; one with a NaN or infinity
 has scale NaN and codes 0. The CPU's fw_quantize multiplies with 127 / max |x| instead: codes may differ by one at ties.
 
-Rotation: butterflies at distances 1, 2, 4, ... in float32, then, for orders of 12, 20 or 28 times a power of two, the
-Paley matrix in the order of its columns, then the rounded 1 / sqrt(block): the order of sums of `codes.hadamard`.
+Rotation: butterflies at distances 1, 2, 4, ... in float32, then, for orders that are no power of two, the dense factor
+in the order of its columns, then the rounded 1 / sqrt(block): the order of sums of `codes.hadamard`. Nothing is fused.
 """
 
 # mypy: disable-error-code="import-untyped, import-not-found, no-untyped-def, untyped-decorator, no-untyped-call"
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from featherweight.model.products.triton.launch import on_device, power_above
-from featherweight.storage.codes.hadamard import kernel_order, paley_matrix
+from featherweight.storage.codes.orthogonal import dense_factor, divides, kernel_order, refusal
 
 SPAN = 1024
 """Columns a program rounds at least, where groups allow it."""
@@ -63,7 +63,7 @@ def quantize_kernel(
 def hadamard_kernel(
     x,
     signs,  # int8 [cols]
-    paley,  # int8 [PALEY, PALEY], or anything for 1
+    factors,  # float32 [DENSE, DENSE], or anything for 1
     rotated,  # [tokens, cols], or anything where rounded
     codes,
     scales,
@@ -74,7 +74,7 @@ def hadamard_kernel(
     groups,
     LENGTH: tl.constexpr,  # of a Sylvester matrix, 2^STAGES
     STAGES: tl.constexpr,
-    PALEY: tl.constexpr,  # 1, 12, 20 or 28
+    DENSE: tl.constexpr,  # the order of the dense factor, or 1
     RUNS: tl.constexpr,  # a power of two: runs of LENGTH columns that a program has, some of them padding
     USED: tl.constexpr,  # runs of them that are columns
     ROUND: tl.constexpr,
@@ -90,11 +90,11 @@ def hadamard_kernel(
         pairs = tl.reshape(v, (RUNS * LENGTH // (2 << stage), 2, 1 << stage))
         a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
         v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (RUNS, LENGTH))
-    if PALEY > 1:
+    if DENSE > 1:
         mixed = tl.zeros((RUNS, LENGTH), tl.float32)
-        for j in range(PALEY):
+        for j in range(DENSE):
             source = tl.sum(tl.where((run == j)[:, None], v, 0.0), 0)
-            factor = tl.load(paley + run * PALEY + j, mask=run < PALEY, other=0).to(tl.float32)
+            factor = tl.load(factors + run * DENSE + j, mask=run < DENSE, other=0.0)
             mixed += factor[:, None] * source[None, :]
         v = mixed
     v = v * root
@@ -146,9 +146,8 @@ def quantize(x: Tensor, group_size: int, signs: Tensor | None = None, block: int
 
 def fuses(block: int, group_size: int) -> bool:
     """Whether rotation and rounding are one kernel: groups of 2^p columns that divide, or are made of, blocks' runs."""
-    paley = kernel_order(block) or 1
-    length = block // paley
-    return group_size & (group_size - 1) == 0 and (group_size <= length or paley == 1)
+    dense = kernel_order(block) or 1
+    return group_size & (group_size - 1) == 0 and (group_size <= block // dense or dense == 1)
 
 
 def _launch_hadamard(
@@ -159,13 +158,13 @@ def _launch_hadamard(
     group: int = 0,
 ) -> None:
     """group : columns that are rounded together; 0 for none"""
-    paley = kernel_order(block)
-    if paley is None or x.shape[-1] % block:
-        raise ValueError(f"block is {block}, expected 2^p, or 12, 20 or 28 times 2^p, that divides {x.shape[-1]}")
-    length = block // paley
-    runs = power_above(paley) if paley > 1 else max(1, power_above(max(group, SPAN)) // length)
-    used = paley if paley > 1 else runs
-    matrix = paley_matrix(paley).contiguous().to(x.device)
+    dense = kernel_order(block)
+    if dense is None or not divides(block, x.shape[-1]):
+        raise ValueError(refusal(block, x.shape[-1]))
+    length = block // dense
+    runs = power_above(dense) if dense > 1 else max(1, power_above(max(group, SPAN)) // length)
+    used = dense if dense > 1 else runs
+    matrix = dense_factor(dense).float().contiguous().to(x.device)
     grid = (-(-x.shape[1] // (used * length)), x.shape[0])
     with on_device(x):
         hadamard_kernel[grid](
@@ -179,9 +178,10 @@ def _launch_hadamard(
             -(-x.shape[1] // group) if group else 0,
             LENGTH=length,
             STAGES=length.bit_length() - 1,
-            PALEY=paley,
+            DENSE=dense,
             RUNS=runs,
             USED=used,
             ROUND=group > 0,
             GROUP=max(group, 1),
+            enable_fp_fusion=False,
         )
