@@ -33,7 +33,7 @@ from featherweight.tasks.compress.plan import Job
 ERROR_ROWS = 40  # whole bytes of every packing
 ERROR_WINDOW = 4 << 20  # bytes
 HELD_OUT = "held_out_gram"
-OWN = ("base", "fisher")  # statistics of a layer, not of its input
+OWN = ("base", "fisher", "output_gram")  # statistics of a layer, not of its input
 MARGIN = 1.02  # a calibrated code may miss held-out data by this much more than a data-free one before it is dropped
 
 
