@@ -193,7 +193,9 @@ def test_the_loss_of_a_planted_kronecker_product_falls(kind: str, name: str) -> 
 
 def test_tiles_lose_what_neighbours_know_of_each_other() -> None:
     weight, statistics = case(96, 64, "neighbours")
-    losses = [loss(weight, solved(weight, statistics, grid(group_size=16), tile=tile), statistics) for tile in (1, 4, 32)]
+    losses = [
+        loss(weight, solved(weight, statistics, grid(group_size=16), tile=tile), statistics) for tile in (1, 4, 32)
+    ]
     assert losses[0] < 0.7 * losses[1]
     assert losses[1] < 0.8 * losses[2]
 
@@ -232,7 +234,9 @@ def test_the_native_form_has_the_bits_of_the_definition(levels: int) -> None:
 
 def test_a_rule_and_a_cross_moment_are_refused() -> None:
     part = torch.zeros(2, 2)
-    columns = Columns(part, part.clone(), torch.eye(2), None, torch.zeros(2, 1, 2), torch.zeros(2).int(), FeedbackRule(0.5))
+    columns = Columns(
+        part, part.clone(), torch.eye(2), None, torch.zeros(2, 1, 2), torch.zeros(2).int(), FeedbackRule(0.5)
+    )
     with pytest.raises(ValueError, match="no rule of its own and no cross moment"):
         sweep_rows(columns, torch.eye(2))
 

@@ -72,7 +72,9 @@ def taken(levels: Tensor, group_of: Tensor, indices: Tensor) -> Tensor:
 
 def _can(columns: Columns, between: Tensor) -> bool:
     matrices = (columns.weight, columns.original, columns.upper, between)
-    return all(t.dtype == torch.float32 and t.stride(1) == 1 for t in matrices) and columns.levels.shape[2] <= MOST_LEVELS
+    return (
+        all(t.dtype == torch.float32 and t.stride(1) == 1 for t in matrices) and columns.levels.shape[2] <= MOST_LEVELS
+    )
 
 
 class _Job(ctypes.Structure):
