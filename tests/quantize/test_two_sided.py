@@ -57,8 +57,11 @@ def case(rows: int, columns: int, kind: str, seed: int = 0) -> tuple[Tensor, dic
     }
 
 
+ONE = SolveOptions(threads=1)
+
+
 def solved(
-    weight: Tensor, statistics: dict[str, Tensor], on: Grid | None = None, options: SolveOptions = EXACT, **how: Any
+    weight: Tensor, statistics: dict[str, Tensor], on: Grid | None = None, options: SolveOptions = ONE, **how: Any
 ) -> Code:
     code, _ = TwoSided(**how).quantize_reported(HeldWeight(weight), on or grid(), statistics, options)
     return code
@@ -132,7 +135,7 @@ def test_rows_between_which_nothing_is_handed_on_are_those_of_a_tile() -> None:
     weight, statistics = case(12, 24, "few")
     blocks = torch.block_diag(*[spd(4, "few", seed=seed).float() for seed in range(3)])
     tiled = solved(weight, statistics | {"output_gram": blocks}, tile=4)
-    assert same_codes(tiled, Hessian().quantize_source(HeldWeight(weight), grid(), statistics, EXACT))
+    assert same_codes(tiled, Hessian().quantize_source(HeldWeight(weight), grid(), statistics, ONE))
     exact = solved(weight, statistics | {"output_gram": blocks})
     assert not same_codes(exact, tiled)
 
@@ -154,9 +157,8 @@ GRIDS: dict[str, Grid] = {
 @pytest.mark.parametrize("tile", [1, 7])
 def test_a_diagonal_output_moment_gives_the_codes_of_the_one_sided_sweep(name: str, kind: str, tile: int) -> None:
     weight, statistics = case(24, 50, kind)
-    options = SolveOptions(threads=1)
-    one = Hessian().quantize_source(HeldWeight(weight), GRIDS[name], statistics, options)
-    assert same_codes(solved(weight, statistics, GRIDS[name], options, tile=tile), one)
+    one = Hessian().quantize_source(HeldWeight(weight), GRIDS[name], statistics, ONE)
+    assert same_codes(solved(weight, statistics, GRIDS[name], tile=tile), one)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_a_diagonal_output_moment_gives_the_codes_of_the_one_sided_sweep(name: s
 def test_orders_of_columns_are_those_of_the_one_sided_sweep(how: dict[str, Any]) -> None:
     weight, statistics = case(20, 160, "diagonal")
     on = grid(group_size=16)
-    one = Hessian(**how).quantize_source(HeldWeight(weight), on, statistics, EXACT)
+    one = Hessian(**how).quantize_source(HeldWeight(weight), on, statistics, ONE)
     assert same_codes(solved(weight, statistics, on, output_order="activation", **how), one)
     assert TwoSided(**how).extra_bytes((20, 160)) == Hessian(**how).extra_bytes((20, 160))
 
@@ -185,10 +187,9 @@ def test_orders_of_columns_are_those_of_the_one_sided_sweep(how: dict[str, Any])
 @pytest.mark.parametrize("name", ["uniform", "uniform-mse", "trit-planes"])
 def test_the_loss_of_a_planted_kronecker_product_falls(kind: str, name: str) -> None:
     weight, statistics = case(96, 64, kind)
-    options = SolveOptions(threads=1)
-    one = Hessian().quantize_source(HeldWeight(weight), GRIDS[name], statistics, options)
+    one = Hessian().quantize_source(HeldWeight(weight), GRIDS[name], statistics, ONE)
     before = loss(weight, one, statistics)
-    assert loss(weight, solved(weight, statistics, GRIDS[name], options), statistics) < 0.5 * before
+    assert loss(weight, solved(weight, statistics, GRIDS[name]), statistics) < 0.5 * before
 
 
 def test_tiles_lose_what_neighbours_know_of_each_other() -> None:
@@ -287,7 +288,7 @@ def test_where_nothing_is_known_it_does_what_the_one_sided_sweep_does() -> None:
 def test_rows_that_no_gradient_reached_stand_alone() -> None:
     weight, statistics = case(8, 16, "few")
     statistics["output_gram"][3] = statistics["output_gram"][:, 3] = 0
-    one = Hessian().quantize_source(HeldWeight(weight), grid(), statistics, EXACT)
+    one = Hessian().quantize_source(HeldWeight(weight), grid(), statistics, ONE)
     assert torch.equal(solved(weight, statistics).decode()[3], one.decode()[3])
 
 
