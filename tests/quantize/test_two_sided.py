@@ -1,4 +1,4 @@
-"""Two-sided rounding: its formula by brute force, the one-sided sweep as a special case, what it gains, what it refuses."""
+"""Two-sided rounding: its formula by brute force, the one-sided sweep as a special case, its gain, its refusals."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def loss(weight: Tensor, code: Code, statistics: dict[str, Tensor]) -> float:
 
 
 def lower_strict(moment: Tensor) -> Tensor:
-    """L of moment = (I + L) D (I + L)', unit lower triangular, without its diagonal; by elimination, column by column."""
+    """L of moment = (I + L) D (I + L)', unit lower triangular, without its diagonal; by elimination."""
     rest, found = moment.clone(), torch.zeros_like(moment)
     for j in range(len(moment)):
         found[j:, j] = rest[j:, j] / rest[j, j]

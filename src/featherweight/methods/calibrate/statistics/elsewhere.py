@@ -1,7 +1,7 @@
 """Statistics of a layer that no pass over a block gives.
 
 fisher         [out, in]   mean squared gradients of the loss (`WholeModel.fisher`)
-output_gram    [out, out]  H_O of YAQA: sum over sequences of G G', G = sum_t g_t x_t', over d_in (a guided backward pass)
+output_gram    [out, out]  H_O of YAQA: mean over sequences of G G' / in, G = sum_t g_t x_t' (a guided backward pass)
 base           [out, in]   the weight that the model was fine-tuned from
 update_range   [3]         how far all weights of the model are from those
 """
