@@ -10,6 +10,7 @@
 #include "parallel.h"
 #include "product_cases.h"
 #include "sweep.h"
+#include "sweep_rows.h"
 #include "trit_descent.h"
 
 namespace {
@@ -105,6 +106,24 @@ void test_jobs() {
   swept("feedback without residuals", [&](fw_sweep_job& j) { j.feedback = upper.data(); });
   swept("tails without a place", [](fw_sweep_job& j) { j.tail = 1; });
   swept("a share that is no number", [](fw_sweep_job& j) { j.alpha = kNan; });
+  std::vector<float> row_errors(16), target(16);
+  const fw_sweep_rows_job by_rows = {w.data(), target.data(), upper.data(), upper.data(), row_levels.data(), group_of.data(),
+                                     indices.data(), errors.data(), row_errors.data(), loss.data(), counts.data(), drift.data(),
+                                     4, 4, 1, 2, 4, 4, 4, 4};
+  accepted(fw_sweep_rows(&by_rows, 1), "a sweep by rows");
+  const auto by_row = [&](const char* what, const auto& change) {
+    fw_sweep_rows_job job = by_rows;
+    change(job);
+    refused(fw_sweep_rows(&job, 1), what);
+  };
+  refused(fw_sweep_rows(nullptr, 1), "no sweep by rows");
+  by_row("rows past all counting", [](fw_sweep_rows_job& j) { j.rows = kHuge; });
+  by_row("a target's stride below the width", [](fw_sweep_rows_job& j) { j.target_stride = 3; });
+  by_row("a stride between rows below their number", [](fw_sweep_rows_job& j) { j.between_stride = 3; });
+  by_row("no place for what rows hand on", [](fw_sweep_rows_job& j) { j.row_errors = nullptr; });
+  by_row("more levels than indices count", [](fw_sweep_rows_job& j) { j.level_count = 257; });
+  std::vector<int32_t> elsewhere = {0, 0, 1, 0};
+  by_row("a group that is not there", [&](fw_sweep_rows_job& j) { j.group_of = elsewhere.data(); });
   const fw_clip_job clip = {w.data(), nullptr, w.data(), w.data(), chosen.data(), 4, 4, 1, 1, 15.0F, 2.0F};
   accepted(fw_clip_search(&clip, 1), "a search");
   fw_clip_job other = clip;

@@ -9,6 +9,7 @@
 #include "clip_search.h"
 #include "featherweight.h"
 #include "sweep.h"
+#include "sweep_rows.h"
 #include "trit_descent.h"
 
 namespace {
@@ -326,6 +327,45 @@ void test_sweep() {
   }
 }
 
+void test_sweep_rows() {
+  Random random;
+  const int64_t shapes[][4] = {{1, 1, 1, 1}, {37, 50, 16, 8}, {64, 33, 128, 3}, {30, 20, 7, 256}};
+  for (const auto& shape : shapes) {
+    const int64_t rows = shape[0], columns = shape[1], count = shape[3], stride = columns + 3;
+    const std::vector<int32_t> group_of = groups_of(columns, shape[2]);
+    const int64_t groups = group_of.back() + 1;
+    const std::vector<float> levels = random_levels(random, rows, groups, count), upper = random_gram<float>(random, columns),
+                             between = random_gram<float>(random, rows);
+    std::vector<float> weight(static_cast<size_t>(rows * stride)), target(static_cast<size_t>(rows * columns));
+    for (float& w : weight) w = static_cast<float>(random.bell());
+    for (float& w : target) w = static_cast<float>(random.bell());
+    const auto run = [&]() {
+      Swept result;
+      const auto size = target.size(), per_row = static_cast<size_t>(rows);
+      result.weight = weight;
+      result.residuals = target;
+      result.errors.resize(size);
+      result.tail_errors.resize(size);
+      result.indices.resize(size);
+      result.loss.resize(per_row);
+      result.clipped.resize(per_row);
+      result.drift.resize(per_row);
+      const fw_sweep_rows_job job = {result.weight.data(), result.residuals.data(), upper.data(), between.data(), levels.data(),
+                                     group_of.data(), result.indices.data(), result.errors.data(), result.tail_errors.data(),
+                                     result.loss.data(), result.clipped.data(), result.drift.data(), rows, columns, groups,
+                                     count, stride, columns, columns, rows};
+      result.status = fw_sweep_rows(&job, 1);
+      return result;
+    };
+    fw_select_isa("baseline");
+    const Swept expected = run();
+    expect(expected.status == FW_OK, "sweep by rows succeeds");
+    for (uint8_t index : expected.indices) expect(index < count, "levels exist");
+    for (const char* isa : {"avx2", "avx512"})
+      if (fw_select_isa(isa) == FW_OK) expect(run() == expected, "same sweep by rows for all instructions");
+  }
+}
+
 void test_clip_search() {
   Random random;
   const int64_t shapes[][3] = {{1, 1, 1}, {37, 2, 16}, {5, 3, 17}, {300, 1, 128}, {9, 4, 100}, {2, 1, 1000}};
@@ -423,6 +463,7 @@ int main() {
   test_decode();
   test_squared_errors();
   test_sweep();
+  test_sweep_rows();
   test_clip_search();
   test_descent();
   if (failures == 0) std::printf("all native tests passed\n");

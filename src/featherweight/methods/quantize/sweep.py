@@ -40,6 +40,7 @@ from featherweight.methods.quantize.sweep_factor import (
     factorise,
     order_of_columns,
 )
+from featherweight.methods.quantize.sweep_rows import RowFeedback
 from featherweight.methods.quantize.sweep_steps import (
     SweepState,
     blocks,
@@ -151,10 +152,13 @@ class Sweeper:
         grid: Grid,
         options: SolveOptions | None = None,
         statistics: Statistics | None = None,
+        rows: RowFeedback | None = None,
     ) -> SweepResult:
         """Sweep weight [out, in], which is not changed.
 
         `statistics`: for the grid's fit, where a layer has its own beside the shared ones (default: the shared ones).
+        `rows`: feedback between rows, for plain settings and grids of single weights; the loss is then that of both
+        sides.
         Raises ValueError if the weight and the statistics do not fit together.
         """
         options = options or SolveOptions()
@@ -176,6 +180,7 @@ class Sweeper:
             return data_free(weight, grid, own, options, factor.failure)
         with torch.no_grad():
             state = self._begin(weight, grid, own, factor, options)
+            state.rows = rows
             for piece in factor.pieces:
                 if self.settings.order == "similarity":
                     self._sweep_by_similarity(state, piece)

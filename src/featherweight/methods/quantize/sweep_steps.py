@@ -11,6 +11,7 @@ from torch import Tensor
 from featherweight.methods.calibrate.statistics import Statistics, of_columns, restricted
 from featherweight.methods.quantize.base import Fit, Grid, SolveOptions
 from featherweight.methods.quantize.sweep_factor import Factor, Piece
+from featherweight.methods.quantize.sweep_rows import RowFeedback
 from featherweight.native.sweep import Columns, FeedbackRule, SweptColumns, sweep_columns, totals_of
 
 
@@ -31,6 +32,7 @@ class SweepState:
     fits: list[Fit]
     parts: list[Fit]
     totals: list[Tensor]  # of every segment, see `SweptColumns.totals`; left on the device until the end
+    rows: RowFeedback | None = None
 
 
 def ordered(statistics: Statistics, order: Tensor | None) -> Statistics:
@@ -94,7 +96,10 @@ def sweep_segment(state: SweepState, first: int, last: int, upper: Tensor, feedb
         options = state.options
         weight, original = state.weight[:, first:last], state.original[:, first:last]
         columns = Columns(weight, original, upper, feedback, levels, group_of, state.rule)
-        swept = sweep_columns(columns, options.threads, "auto" if options.backend == "native" else options.backend)
+        if state.rows is not None:
+            swept = state.rows.sweep(columns, options)
+        else:
+            swept = sweep_columns(columns, options.threads, "auto" if options.backend == "native" else options.backend)
         state.indices[:, first:last] = swept.indices
     state.totals.append(swept.totals)
     return swept

@@ -19,7 +19,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.tasks.compress.guard import compared
 from featherweight.tasks.compress.plan import Plan
-from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, group_seed
+from featherweight.tasks.compress.solve import HELD_OUT, OWN, InputStatistics, group_seed
 from featherweight.tasks.compress.updates import model_update_range
 
 
@@ -148,6 +148,6 @@ def gathered_needs(treatment: Treatment, held_out: float) -> tuple[str, ...]:
 
     held_out : share of the windows that only judge
     """
-    needs = tuple(name for name in treatment.needs if name not in ("base", "fisher", "output_gram"))
+    needs = tuple(name for name in treatment.needs if name not in OWN)
     judged = held_out > 0 and "gram" in needs and scope_of(treatment.rounding) == "layer"
     return (*needs, HELD_OUT) if judged or "layer" in compared(treatment, held_out) else needs

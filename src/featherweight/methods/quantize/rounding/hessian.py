@@ -13,6 +13,7 @@ from featherweight.methods.quantize.base import Grid, Rounding, SolveOptions, We
 from featherweight.methods.quantize.memo import Memo
 from featherweight.methods.quantize.sweep import Sweeper, SweepResult, SweepSettings
 from featherweight.methods.quantize.sweep_factor import Factor
+from featherweight.methods.quantize.sweep_rows import RowFeedback
 from featherweight.registry import register
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.nested import index_dtype
@@ -44,12 +45,18 @@ class Hessian(Rounding, SweepSettings):
         result = self.solve(source, grid, statistics, options)
         return result.code, result.report()
 
-    def solve(self, source: WeightSource, grid: Grid, statistics: Statistics, options: SolveOptions) -> SweepResult:
+    def solve(
+        self,
+        source: WeightSource,
+        grid: Grid,
+        statistics: Statistics,
+        options: SolveOptions,
+        rows: RowFeedback | None = None,
+    ) -> SweepResult:
         """The sweep of a whole source, reusing the factorisation if the last layer had the same second moment."""
-        rows = source.shape[0]
-        weight = source.rows(0, rows).float()
-        result = _sweeper(statistics, self, options.memo).run(weight, grid, options, statistics)
-        source.release(0, rows)
+        weight = source.rows(0, source.shape[0]).float()
+        result = _sweeper(statistics, self, options.memo).run(weight, grid, options, statistics, rows)
+        source.release(0, source.shape[0])
         return result
 
 
