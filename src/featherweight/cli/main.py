@@ -64,7 +64,8 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, or a statistics file.",
+        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, self (conversations that "
+        "the model writes), a mixture of these by weight (self=0.1,FILE=0.9), or a statistics file.",
     ),
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
@@ -167,6 +168,34 @@ def calibrate(
         calibration, needs.split(","), changes or [], threads, device, max_device_memory, overwrite, trust_remote_code
     )
     run_calibrate(model, out, options, json)
+
+
+@app.command()
+def converse(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Conversations to make or write on (.jsonl).")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Conversations in the end.")] = 64,
+    turns: Annotated[int, typer.Option("--turns", min=1, max=16, help="Questions of each, with their answers.")] = 2,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of prompts and the sampling.")] = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    json: JsonFile = None,
+) -> None:
+    """Have a model write conversations through its chat template, to calibrate with or for `eval --conversations`.
+
+    Prompts come with the package. Interrupted, the same command goes on where it stopped. `compress --calibration self`
+    makes such a file by itself.
+    """
+    from featherweight.cli.converse import ConverseOptions, run_converse
+
+    settings = {"turns": turns, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = ConverseOptions(count, {**settings, "seed": seed}, threads, device, trust_remote_code)
+    run_converse(model, out, options, json)
 
 
 @app.command()
@@ -412,7 +441,7 @@ def _main_of_process(arguments: list[str]) -> None:
 
 
 def _last_words(arguments: list[str]) -> str:
-    resumes = arguments[:1] == ["compress"]
+    resumes = arguments[:1] in (["compress"], ["converse"])
     return "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
 
 
