@@ -357,11 +357,9 @@ def recipe_from(mapping: Any, origin: str) -> Recipe:
 
 
 def _model_at(error: ValidationError) -> Any:
-    inner = {"layers": Selection, "overrides": Override, "calibration": CalibrationSettings}
-    location = error.errors()[0]["loc"]
-    if location[:2] == ("calibration", "conversations") and len(location) > 2:
-        return ConversationSettings
-    return inner.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    models = {"layers": Selection, "overrides": Override, "calibration": CalibrationSettings}
+    outer, *inner = [part for part in error.errors()[0]["loc"][:-1] if isinstance(part, str)] or [""]
+    return ConversationSettings if inner == ["conversations"] else models.get(outer, Recipe)
 
 
 def presets() -> dict[str, Path]:

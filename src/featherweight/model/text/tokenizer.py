@@ -103,7 +103,7 @@ class Tokenizer:
         """The tokens beside those that text is cut into, special or not, by what they are written as."""
         if self.direct:
             return {token.content: number for number, token in self.source.get_added_tokens_decoder().items()}
-        found = getattr(self.source, "get_added_vocab", dict)()
+        found: dict[Any, Any] = getattr(self.source, "get_added_vocab", dict)()
         return {str(text): int(number) for text, number in found.items()}
 
     def around(self) -> tuple[list[int], list[int]]:

@@ -54,7 +54,9 @@ def opening(number: int, seed: int, turns: int) -> Opening:
     It depends on nothing but the arguments and the shipped prompts.
     """
     shipped = _shipped()
-    firsts = [(prompt, ()) for prompts in shipped["prompts"].values() for prompt in prompts]
+    firsts: list[tuple[str, tuple[str, ...]]] = [
+        (prompt, ()) for prompts in shipped["prompts"].values() for prompt in prompts
+    ]
     firsts += [(call["prompt"], tuple(call["tools"])) for call in shipped["calls"]]
     order = list(range(len(firsts)))
     random.Random(f"order {seed} {number // len(firsts)}").shuffle(order)
