@@ -95,7 +95,7 @@ def test_a_file_that_is_there_needs_no_model(chat: Path, tmp_path: Path, monkeyp
 class Scripted:
     """Answers of as many letters as the script says, in the order of the questions; the last one for ever."""
 
-    together = 16
+    together = 1
 
     def __init__(self, *lengths: int) -> None:
         self.lengths, self.seen = list(lengths), []
@@ -114,7 +114,7 @@ def test_turns_and_limits(chat: Path, tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
     with Checkpoint.open(chat) as checkpoint:
         settings = ConversationSettings(turns=3, max_tokens=10, top_p=0.9)
-        writer = Scripted(3, 99, 9, 10, 4)
+        writer = Scripted(3, 99, 10, 9, 4)
         converse(Conversations(checkpoint, settings, writer=writer), path, 3)
         tokenizer = Conversations(checkpoint, settings).tokenizer
     header, *rows = rows_of(path)

@@ -97,8 +97,7 @@ class Conversations:
         with ConversationFile(path, self.header()) as file:
             found = len(file.rows)
             while not enough(file.rows):
-                count = 1 if self.writer is None else self.writer.together
-                numbers = range(len(file.rows), len(file.rows) + count)
+                numbers = range(len(file.rows), len(file.rows) + self._opened().together)
                 for row in self.write(numbers):
                     file.add(row)
                     if enough(file.rows):
@@ -151,21 +150,25 @@ class Conversations:
         self, rows: list[dict[str, Any]], prompts: dict[int, list[int]], turn: int, numbers: Sequence[int]
     ) -> None:
         """The next message of each conversation that has a prompt, as many at a time as the writer takes."""
-        stops = tuple(dict.fromkeys([*self._defaults.stops, *([] if (e := self.tokenizer.eos) is None else [e])]))
-        if self.writer is None:
-            self.writer = open_writer(self.checkpoint, self.sampling, stops, self.device, self.notify)
-        places, most = list(prompts), self.settings.max_tokens
+        writer, places, most = self._opened(), list(prompts), self.settings.max_tokens
         context = context_of(self.checkpoint.config)
-        for first in range(0, len(places), self.writer.together):
-            group = places[first : first + self.writer.together]
+        for first in range(0, len(places), writer.together):
+            group = places[first : first + writer.together]
             seeds = [derived_seed(self.settings.seed, 1 + MOST_TURNS * numbers[place] + turn) for place in group]
-            answers = self.writer.write([prompts[place] for place in group], most, seeds)
+            answers = writer.write([prompts[place] for place in group], most, seeds)
             for place, answer in zip(group, answers, strict=True):
                 room = most if context is None else min(most, context - len(prompts[place]))
                 rows[place]["messages"].append(
                     {"role": "assistant", "content": self.tokenizer.decode(answer, special=True)}
                 )
                 rows[place]["finished"] = len(answer) < room
+
+    def _opened(self) -> Writer:
+        if self.writer is None:
+            ends = [] if self.tokenizer.eos is None else [self.tokenizer.eos]
+            stops = tuple(dict.fromkeys([*self._defaults.stops, *ends]))
+            self.writer = open_writer(self.checkpoint, self.sampling, stops, self.device, self.notify)
+        return self.writer
 
     def _accepts_system(self) -> bool:
         """Some templates refuse a system message, and say so when they are asked."""
