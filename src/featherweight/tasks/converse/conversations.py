@@ -97,7 +97,8 @@ class Conversations:
         with ConversationFile(path, self.header()) as file:
             found = len(file.rows)
             while not enough(file.rows):
-                numbers = range(len(file.rows), len(file.rows) + self._opened().together)
+                count, missing = self._opened().together, about - len(file.rows)
+                numbers = range(len(file.rows), len(file.rows) + (min(count, missing) if missing > 0 else count))
                 for row in self.write(numbers):
                     file.add(row)
                     if enough(file.rows):
