@@ -87,10 +87,11 @@ def steps(what: str) -> Iterator[Callable[[int, int], None]]:
     """Progress of something that reports (done, total): a bar on a terminal, a line for each tenth elsewhere."""
     console = error_console()
     if not console.is_terminal:
-        spoken = -1
+        spoken, before = -1, 0
 
         def notify(done: int, total: int) -> None:
-            nonlocal spoken
+            nonlocal spoken, before
+            spoken, before = -1 if done < before else spoken, done  # a second part begins anew
             tenth = 10 * done // max(1, total)
             if tenth > spoken:
                 spoken = tenth

@@ -95,7 +95,6 @@ class Conversations:
     def until(self, path: Path, enough: Callable[[list[dict[str, Any]]], bool], about: int) -> list[dict[str, Any]]:
         """The rows of the file, written on until they are `enough`; `about` how many that takes is for progress."""
         with ConversationFile(path, self.header()) as file:
-            found = len(file.rows)
             while not enough(file.rows):
                 count, missing = self._opened().together, about - len(file.rows)
                 numbers = range(len(file.rows), len(file.rows) + (min(count, missing) if missing > 0 else count))
@@ -103,8 +102,7 @@ class Conversations:
                     file.add(row)
                     if enough(file.rows):
                         break
-                event = {"event": "conversations", "step": len(file.rows), "of": max(about, len(file.rows))}
-                self.notify({**event, "found": found})
+                self.notify({"event": "conversations", "step": len(file.rows), "of": max(about, len(file.rows))})
             return list(file.rows)
 
     def write(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
