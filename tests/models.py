@@ -109,3 +109,33 @@ def byte_tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+START, END = VOCABULARY, VOCABULARY + 1
+"""Of a turn, in the chat tokenizer."""
+
+
+def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
+    """The byte tokenizer with two special tokens and a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_chat(
+    folder: str | Path, family: str = "llama", template: str | None = CHAT_TEMPLATE, **overrides: Any
+) -> Path:
+    """A tiny model with the chat tokenizer, whose context is long enough for the shipped prompts."""
+    context = {"n_positions": 2048} if family == "gpt2" else {"max_position_embeddings": 2048}
+    folder = make_tiny(family, folder, vocab_size=VOCABULARY + 4, eos_token_id=END, **context, **overrides)
+    chat_tokenizer(template).save_pretrained(folder)
+    return folder

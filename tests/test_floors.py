@@ -31,6 +31,7 @@ FLOORS = (
     "methods.budget",
     "methods.recipe",
     "integrations",
+    "tasks.converse",
     "tasks.compress",
     "tasks.evaluate",
     "tasks.analyse",

@@ -35,12 +35,16 @@ def run_calibrate(model: str, out: Path, options: CalibrateOptions, json: Path |
 
     claim_json(json, ("file", "bytes", "needs"))
     quiet_transformers()
-    settings = {}
+    settings: dict[str, Any] = {}
     for change in options.changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise RecipeError(f"a change is written FIELD=VALUE, like calibration.length=512, but is {change!r}")
-        settings[name.removeprefix("calibration.")] = yaml.safe_load(value)
+        place, value = settings, yaml.safe_load(value)
+        *outer, last = name.removeprefix("calibration.").split(".")
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = value
     check_file(options.calibration)
     with use_threads(options.threads), steps("blocks") as notify:
         done = 0

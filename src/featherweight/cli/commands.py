@@ -87,10 +87,11 @@ def steps(what: str) -> Iterator[Callable[[int, int], None]]:
     """Progress of something that reports (done, total): a bar on a terminal, a line for each tenth elsewhere."""
     console = error_console()
     if not console.is_terminal:
-        spoken = -1
+        spoken, before = -1, 0
 
         def notify(done: int, total: int) -> None:
-            nonlocal spoken
+            nonlocal spoken, before
+            spoken, before = -1 if done < before else spoken, done  # a second part begins anew
             tenth = 10 * done // max(1, total)
             if tenth > spoken:
                 spoken = tenth
@@ -274,6 +275,7 @@ class EvalOptions:
 
     against: str | None
     text: Path | None
+    conversations: Path | None
     protocol: str
     context: int | None
     dtype: str
@@ -304,6 +306,7 @@ def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
             ("KL divergence from the original", f"{report['kl']:.5f} nats a token"),
             ("top-1 agreement", f"{100 * report['top1_agreement']:.2f} %"),
         ]
+    rows += _control_rows(report["control_tokens"])
     known = [value for value in bits.values() if value is not None]
     if known:
         rows.append(("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in bits.items() if v is not None)))
@@ -313,6 +316,36 @@ def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
     console = out_console()
     console.print(facts(rows))
     console.print(f"protocol: {result.description}", soft_wrap=True)
+
+
+def _control_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What was measured at the control tokens of the chat template."""
+    if found is None:
+        return []
+
+    def number(value: float, error: float | None, digits: int = 5, times: int = 1) -> str:
+        return f"{times * value:.{digits}f}" + ("" if error is None else f" ± {times * error:.{digits}f}")
+
+    kl = number(found["kl"], found["kl_standard_error"])
+    rest = number(found["kl_elsewhere"], found["kl_elsewhere_standard_error"])
+    agreement = number(found["top1_agreement"], found["top1_agreement_standard_error"], 2, 100)
+    rows = [
+        (
+            "control tokens",
+            f"{found['positions']} in {found['conversations']} conversations: {', '.join(found['tokens'])}",
+        ),
+        ("KL divergence at control tokens", f"{kl} nats a token (elsewhere {rest})"),
+        ("top-1 agreement there", f"{agreement} % (elsewhere {100 * found['top1_agreement_elsewhere']:.2f} %)"),
+    ]
+    if found["probability"] is not None:
+        given = number(found["probability"], found["probability_standard_error"], 4)
+        rows.append(
+            (
+                "probability of those the original expects",
+                f"{given} (the original's {found['probability_against']:.4f}, {found['predicted']} positions)",
+            )
+        )
+    return rows
 
 
 def run_inspect(model: str, json: Path | None) -> None:

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from featherweight.cli.sampling import MinP, RepetitionPenalty, SamplingSeed, Temperature, TopK, TopP
+
 app = typer.Typer(
     name="feather",
     help=(
@@ -64,35 +66,13 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, or a statistics file.",
+        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, self (conversations that "
+        "the model writes), a mixture of these by weight (self=0.1,FILE=0.9), or a statistics file.",
     ),
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", min=0.0, help="0 takes the likeliest token; else the model's, else 0.8."),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option("--top-k", min=0, help="Sample among the K likeliest, 0: all; else the model's, else 50."),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", min=0.0, max=1.0, help="Sample among this probability; else the model's, else 1."),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option("--min-p", min=0.0, max=1.0, help="Least share of the likeliest one's probability; else the model's."),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty", min=1e-6, help="Above 1, tokens that occurred are less likely; else the model's."
-    ),
-]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
@@ -170,6 +150,34 @@ def calibrate(
 
 
 @app.command()
+def converse(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Conversations to make or write on (.jsonl).")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Conversations in the end.")] = 64,
+    turns: Annotated[int, typer.Option("--turns", min=1, max=16, help="Questions of each, with their answers.")] = 2,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer at most.")] = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of prompts and the sampling.")] = 0,
+    threads: Threads = None,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+    json: JsonFile = None,
+) -> None:
+    """Have a model write conversations through its chat template, to calibrate with or for `eval --conversations`.
+
+    Prompts come with the package. Interrupted, the same command goes on where it stopped. `compress --calibration self`
+    makes such a file by itself.
+    """
+    from featherweight.cli.converse import ConverseOptions, run_converse
+
+    settings = {"turns": turns, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = ConverseOptions(count, {**settings, "seed": seed}, threads, device, trust_remote_code)
+    run_converse(model, out, options, json)
+
+
+@app.command()
 def plan(
     model: ModelArgument,
     recipe: Recipe,
@@ -198,6 +206,15 @@ def evaluate(
         Path | None,
         typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none."),
     ] = None,
+    conversations: Annotated[
+        Path | None,
+        typer.Option(
+            "--conversations",
+            metavar="FILE",
+            help="JSON lines (see `converse`): adds KL and agreement at the chat template's control tokens; needs "
+            "--against.",
+        ),
+    ] = None,
     protocol: Annotated[str, typer.Option("--protocol", help="own, 2048, 4096, strided or llama.cpp.")] = "own",
     context: Annotated[int | None, typer.Option("--context", min=2, help="Window length in tokens.")] = None,
     dtype: Dtype = "auto",
@@ -210,7 +227,9 @@ def evaluate(
     """Measure perplexity by a named protocol, true size, and the distance from the original."""
     from featherweight.cli.commands import EvalOptions, run_eval
 
-    options = EvalOptions(against, text, protocol, context, dtype, limit, threads, device, trust_remote_code)
+    options = EvalOptions(
+        against, text, conversations, protocol, context, dtype, limit, threads, device, trust_remote_code
+    )
     run_eval(model, options, json)
 
 
@@ -412,7 +431,7 @@ def _main_of_process(arguments: list[str]) -> None:
 
 
 def _last_words(arguments: list[str]) -> str:
-    resumes = arguments[:1] == ["compress"]
+    resumes = arguments[:1] in (["compress"], ["converse"])
     return "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
 
 

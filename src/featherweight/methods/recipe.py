@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from featherweight.errors import RecipeError
 from featherweight.methods.budget.base import Allocator
-from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.calibrate.settings import CalibrationSettings, ConversationSettings
 from featherweight.methods.quantize.base import Choice, Correction, Grid, Rounding, Transform
 from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, with_settings
 from featherweight.methods.quantize.ends import FIELDS as ENDS
@@ -357,9 +357,9 @@ def recipe_from(mapping: Any, origin: str) -> Recipe:
 
 
 def _model_at(error: ValidationError) -> Any:
-    inner = {"layers": Selection, "overrides": Override}
-    location = error.errors()[0]["loc"]
-    return inner.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    models = {"layers": Selection, "overrides": Override, "calibration": CalibrationSettings}
+    outer, *inner = [part for part in error.errors()[0]["loc"][:-1] if isinstance(part, str)] or [""]
+    return ConversationSettings if inner == ["conversations"] else models.get(outer, Recipe)
 
 
 def presets() -> dict[str, Path]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from featherweight.errors import CalibrationError
 from featherweight.events import Observer
+from featherweight.model.text.mixture import Mixture
 from featherweight.system.precision import Precision, choose_precision
+
+
+class ConversationSettings(BaseModel):
+    """How a model writes conversations for the text `self`. Of the sampling, None is what the model's folder says, or
+    else what `feather chat` takes: temperature 0.8 among the 50 likeliest tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    turns: int = Field(2, ge=1, le=16, description="questions of a conversation, each with the model's answer")
+    max_tokens: int = Field(512, ge=1, description="tokens of an answer at most")
+    temperature: float | None = Field(None, ge=0, description="logits are divided by it; 0 takes the likeliest token")
+    top_k: int | None = Field(None, ge=0, description="sample among the k likeliest tokens, 0: all")
+    top_p: float | None = Field(None, ge=0, le=1, description="sample among the likeliest tokens of this probability")
+    seed: int = Field(0, ge=0, description="seed of the choice of prompts and of the sampling")
+    file: str | None = Field(None, description="where they are kept; else beside the output, OUT.conversations.jsonl")
 
 
 class CalibrationSettings(BaseModel):
@@ -17,6 +33,11 @@ class CalibrationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    text: tuple[dict[str, float], ...] | None = Field(
+        None,
+        description="sources with their shares of the windows, like [{self: 0.1}, {corpus.txt: 0.9}]; else shipped",
+    )
+    conversations: ConversationSettings = ConversationSettings()
     sequences: int = Field(128, ge=1, description="number of windows of text")
     length: int = Field(512, ge=2, description="tokens a window; cut to the model's context")
     seed: int = Field(0, ge=0, description="seed of the choice of windows")
@@ -53,6 +74,14 @@ class CalibrationSettings(BaseModel):
         "auto",
         description="of weights and activations in forward passes; auto: the faster here; statistics are float32",
     )
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _mixture(cls, value: Any) -> Any:
+        try:
+            return None if value is None else Mixture.of(value).dump()
+        except CalibrationError as error:
+            raise ValueError(str(error)) from None
 
     def torch_dtype(self, notify: Observer | None = None, device: torch.device | str = "cpu") -> torch.dtype:
         """What the network runs in on a device of this machine; `notify` is told where that was chosen here."""

@@ -8,8 +8,9 @@ offers: `tojson`, `raise_exception`, `strftime_now`, loop controls, the block `g
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,8 +57,18 @@ class ChatTemplate:
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
 
-    def render(self, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it says anything of the tools that a model may call."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], answer: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
         """The text of a conversation; with `answer`, as the prompt for the next one.
+
+        messages : role and content of each, and what else it has (`tool_calls`, `reasoning_content`, ...), as it is
+        tools : descriptions of the tools that the model may call, as JSON schemas
 
         Raises
         ------
@@ -72,8 +83,9 @@ class ChatTemplate:
         try:
             template = _environment(_Budget()).from_string(self.source)
             pieces = template.generate(
-                messages=plain, tools=None, documents=None, add_generation_prompt=answer, **self.tokens
-            )
+                messages=plain, tools=list(tools) if tools else None, documents=None, add_generation_prompt=answer,
+                **self.tokens,
+            )  # fmt: skip
             return "".join(_bounded(pieces))
         except Exception as error:  # programs fail in every way there is: TypeError, RecursionError, OverflowError, ...
             raise FeatherError(f"the model's chat template refuses this conversation: {one_line(error)}") from None

@@ -2,7 +2,8 @@
 
 What is read is a .txt file (also .xz, .gz), .jsonl, .parquet, a folder of text files, or a data set of the Hugging Face
 hub, `hf:NAME[:config[:split[:column]]]`; with nothing given, the text that comes with the package. Rows hold `text`, or
-a conversation: `messages`, `conversations`, or `prompt` and `completion`.
+a conversation: `messages`, `conversations`, or `prompt` and `completion`, and with it the `tools` that it may call.
+Files of conversations that a model wrote itself begin with a row that says how (docs/format.md).
 """
 
 from __future__ import annotations
@@ -23,14 +24,27 @@ BUNDLED = ASSETS / "calibration.txt"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations")
+MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
+"""Of messages, beside role and content: they go to the chat template as they are."""
+HEADER = "featherweight_conversations"
+"""The field by which the first row of a file of conversations is known; its value is the version of the form."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation: role and content of every message."""
+    """A text, or a conversation.
+
+    messages : role and content of each, and what else chat templates read: see MESSAGE_FIELDS
+    tools : JSON schemas of the tools that may be called
+    finished : False for a conversation whose last message was cut, so that no end of its turn is written
+    place : where it comes from, for errors
+    """
 
     text: str = ""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[Any, ...] = ()
+    finished: bool = True
+    place: str = ""
 
 
 def text_digest(text: str | Path | None) -> str:
@@ -126,18 +140,24 @@ def _read_hub(text: str) -> list[Document]:
 
 
 def _rows_to_documents(rows: Iterable[tuple[str, Any]], name: str) -> list[Document]:
-    return [_row_to_document(row, f"{place} of {name}") for place, row in rows]
+    return [
+        row_to_document(row, f"{place} of {name}")
+        for place, row in rows
+        if not (isinstance(row, dict) and HEADER in row)
+    ]
 
 
-def _row_to_document(row: Any, place: str) -> Document:
+def row_to_document(row: Any, place: str) -> Document:
+    """A row of a file or data set; CalibrationError, naming the place, where it is neither text nor a conversation."""
     if isinstance(row, str):
         return Document(row)
     if isinstance(row, dict):
         for column in CHAT_COLUMNS:
             if row.get(column) is not None:
-                return Document(messages=_messages(row[column], f"{column} in {place}"))
+                messages = _messages(row[column], f"{column} in {place}")
+                return Document("", messages, _tools(row, place), row.get("finished") is not False, place)
         if row.get("prompt") is not None and row.get("completion") is not None:
-            return Document(messages=_prompted(row["prompt"], row["completion"], place))
+            return Document("", _prompted(row["prompt"], row["completion"], place), _tools(row, place), place=place)
         for column in TEXT_COLUMNS:
             if isinstance(row.get(column), str):
                 return Document(row[column])
@@ -147,7 +167,22 @@ def _row_to_document(row: Any, place: str) -> Document:
     )
 
 
-def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
+def _tools(row: dict[str, Any], place: str) -> tuple[Any, ...]:
+    """The tools of a conversation: a list, or one written as JSON, as data sets with columns of one type have it."""
+    found = row.get("tools")
+    if isinstance(found, str) and found.strip():
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):
+            found = 0
+    if not found and found != 0:
+        return ()
+    if not isinstance(found, list | tuple):
+        raise CalibrationError(f"tools in {place} is not a list of JSON schemas: correct the row or take it out")
+    return tuple(found)
+
+
+def _messages(value: Any, place: str) -> tuple[dict[str, Any], ...]:
     names = {"human": "user", "gpt": "assistant", "bot": "assistant"}
     found = []
     for message in value if isinstance(value, list | tuple) else ():
@@ -157,17 +192,20 @@ def _messages(value: Any, place: str) -> tuple[dict[str, str], ...]:
         content = message.get("content", message.get("value"))
         if isinstance(content, list):  # parts, of which only texts count
             content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+        more = {name: message[name] for name in MESSAGE_FIELDS if message.get(name)}
+        if content is None and more:  # calls of tools may stand alone
+            content = ""
         if not isinstance(role, str) or not isinstance(content, str):
             break
-        found.append({"role": names.get(role, role), "content": content})
+        found.append({"role": names.get(role, role), "content": content, **more})
     else:
         if found:
             return tuple(found)
     raise CalibrationError(f"{place} is not a list of messages, each with a role and a content")
 
 
-def _prompted(prompt: Any, completion: Any, place: str) -> tuple[dict[str, str], ...]:
-    parts: list[dict[str, str]] = []
+def _prompted(prompt: Any, completion: Any, place: str) -> tuple[dict[str, Any], ...]:
+    parts: list[dict[str, Any]] = []
     for role, value in (("user", prompt), ("assistant", completion)):
         parts += [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, place)
     return tuple(parts)

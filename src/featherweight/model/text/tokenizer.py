@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,8 +29,14 @@ SOME_TEXT = "The quick brown fox, 12 é"
 class Template(Protocol):
     """A conversation as text."""
 
-    def render(self, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
-        """With `answer`, as the prompt for the next one."""
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it says anything of the tools that a model may call."""
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], answer: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
+        """With `answer`, as the prompt for the next one; `tools` as JSON schemas."""
 
 
 class Tokenizer:
@@ -88,10 +94,17 @@ class Tokenizer:
     def _ask(self, texts: str | list[str], special: bool) -> Any:
         return self.source(texts, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones."""
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text of tokens; that of special ones is left out unless they are asked for."""
         with asking_transformers("turn tokens into text", "the tokenizer may not belong to this model"):
-            return str(self.source.decode([int(token) for token in tokens], skip_special_tokens=True))
+            return str(self.source.decode([int(token) for token in tokens], skip_special_tokens=not special))
+
+    def added(self) -> dict[str, int]:
+        """The tokens beside those that text is cut into, special or not, by what they are written as."""
+        if self.direct:
+            return {token.content: number for number, token in self.source.get_added_tokens_decoder().items()}
+        found: dict[Any, Any] = getattr(self.source, "get_added_vocab", dict)()
+        return {str(text): int(number) for text, number in found.items()}
 
     def around(self) -> tuple[list[int], list[int]]:
         """The tokens that are put before and after every text."""
@@ -179,11 +192,16 @@ class ForeignTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def render(self, messages: Sequence[dict[str, str]], answer: bool = True) -> str:
+    takes_tools = True  # it is for the class to say
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], answer: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
+        given = {"tools": list(tools)} if tools else {}
         with asking_transformers("write this conversation as the tokenizer's class wants it"):
             return str(
                 self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer, **given
                 )
             )
 

@@ -78,7 +78,7 @@ def compress(
     out: str | Path,
     *,
     changes: Sequence[str] = (),
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[Mapping[str, float]] | None = None,
     base_model: str | Path | None = None,
     threads: int | None = None,
     device: str | torch.device = "cpu",
@@ -106,9 +106,11 @@ def compress(
         Folder to make.
     changes : sequence of str
         Like "grid.planes=3", applied to the recipe.
-    calibration : str or Path, optional
-        Text (.txt, .jsonl, .parquet, a folder of text files or hf:DATASET) or a file of statistics, for recipes that
-        run the network. Default: the shipped text. Data-free recipes do not read it.
+    calibration : str, Path or list of mappings, optional
+        Text (.txt, .jsonl, .parquet, a folder of text files, hf:DATASET, shipped, or self: conversations that the model
+        writes, kept in OUT.conversations.jsonl), a mixture of such by shares of windows ("self=0.1,corpus.txt=0.9" or
+        [{"self": 0.1}, {"corpus.txt": 0.9}]), or a file of statistics, for recipes that run the network. Default: the
+        recipe's `calibration.text`, else the shipped text. Data-free recipes do not read it.
     base_model : str or Path, optional
         The model that this one was fine-tuned from, for recipes that compare the two.
     threads : int, optional
@@ -177,7 +179,7 @@ def compress(
         checkpoint.trust_remote_code = trust_remote_code
         _check_out(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
-        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on)
+        data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on, out=out)
         identity = {
             "source": checkpoint.identity(),
             "weights": sample_digest(checkpoint),

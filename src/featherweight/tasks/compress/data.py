@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from featherweight.errors import FeatherError, RecipeError
-from featherweight.events import Observer
+from featherweight.errors import CalibrationError, RecipeError
+from featherweight.events import Observer, silent
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe
+from featherweight.model.text.mixture import SELF, STATISTICS_SUFFIX, Mixture
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
 from featherweight.system.precision import Chosen, choose_precision
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from featherweight.storage.run.folder import RunFolder
     from featherweight.tasks.compress.plan import Plan
 
+CONVERSATIONS_SUFFIX = ".conversations.jsonl"
+"""Of the file beside an output in which the model's own conversations are kept."""
 QUIET = {"embedded", "gathered", "advanced"}  # what a run of the network tells of every batch
 
 
@@ -51,23 +54,25 @@ class CalibrationData:
         cls,
         recipe: Recipe,
         checkpoint: Checkpoint,
-        calibration: str | Path | None,
+        calibration: Any,
         base_model: str | Path | None,
         notify: Observer | None = None,
         device: torch.device | None = None,
+        *,
+        out: Path | None = None,
     ) -> CalibrationData:
-        """FeatherError where something is missing or there is too little text."""
+        """`out` is what conversations are kept beside. FeatherError where something is missing or too little text."""
         check_calibration(recipe, calibration, base_model)
         if not recipe.calibrated:
             return cls(recipe)
-        if str(calibration).endswith(".safetensors"):
-            check_stored(recipe, Path(str(calibration)), checkpoint)
-            return cls(recipe, None, Path(str(calibration)), base_model)
+        mixture = chosen_text(calibration, recipe.calibration)
+        if (stored := stored_in(mixture)) is not None:
+            check_stored(recipe, stored, checkpoint)
+            return cls(recipe, None, stored, base_model)
         check_reads_text(recipe, checkpoint)
-        from featherweight.model.text.windows import calibration_windows
-
-        windows = calibration_windows(checkpoint, calibration, recipe.calibration, notify)
-        return cls(recipe, windows, None, base_model, device or torch.device("cpu"))
+        device = device or torch.device("cpu")
+        windows = text_windows(checkpoint, mixture, recipe.calibration, out, device, notify)
+        return cls(recipe, windows, None, base_model, device)
 
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
         """RecipeError where the base model does not fit, before weights are read."""
@@ -146,11 +151,51 @@ def pass_precision(recipe: Recipe, notify: Observer | None = None, device: torch
     return choose_precision(settings.dtype, notify, device)
 
 
-def check_calibration(recipe: Recipe, calibration: str | Path | None, base_model: str | Path | None) -> None:
+def chosen_text(calibration: Any, settings: CalibrationSettings) -> Mixture:
+    """What is given, else what the recipe says, else the shipped text."""
+    return Mixture.of(settings.text if calibration is None else calibration)
+
+
+def stored_in(mixture: Mixture) -> Path | None:
+    """The file of statistics that takes the place of text."""
+    single = mixture.single
+    return Path(single).expanduser() if single is not None and single.endswith(STATISTICS_SUFFIX) else None
+
+
+def text_windows(
+    checkpoint: Checkpoint,
+    mixture: Mixture,
+    settings: CalibrationSettings,
+    out: Path | None,
+    device: torch.device,
+    notify: Observer | None,
+) -> Tensor:
+    """Windows int64 [sequences, length] of a mixture; conversations of `self` are kept beside `out`, or where the
+    settings say, and are written by the model where they are not there yet."""
+    from featherweight.model.text.windows import calibration_windows
+
+    talks = None
+    if SELF in mixture.used:
+        from featherweight.tasks.converse.conversations import Conversations, conversations_for
+
+        file = settings.conversations.file
+        if file is None and out is None:
+            raise CalibrationError(
+                "there is no output to keep conversations beside: set calibration.conversations.file"
+            )
+        place = Path(file).expanduser() if file else Path(f"{out}{CONVERSATIONS_SUFFIX}")
+        count = mixture.counts(settings.sequences)[SELF]
+        writing = Conversations(checkpoint, settings.conversations, device, notify or silent)
+        talks = conversations_for(writing, place, count, settings.length)
+    return calibration_windows(checkpoint, mixture, settings, notify, talks)
+
+
+def check_calibration(recipe: Recipe, calibration: Any, base_model: str | Path | None) -> None:
     """What can be said without opening anything."""
-    check_file(calibration)
+    if calibration is not None or recipe.calibrated:
+        check_file(chosen_text(calibration, recipe.calibration))
     check_recipe(recipe)
-    if recipe.allocation.needs and not str(calibration).endswith(".safetensors"):
+    if recipe.allocation.needs and stored_in(chosen_text(calibration, recipe.calibration)) is None:
         raise RecipeError(
             f"recipe {recipe.name}: the allocation {recipe.allocation.kind} chooses by errors of outputs, for which it "
             "needs a file of statistics: gather one with `feather calibrate` and give it as the calibration, or set "
@@ -163,10 +208,9 @@ def check_calibration(recipe: Recipe, calibration: str | Path | None, base_model
         )
 
 
-def check_file(calibration: str | Path | None) -> None:
-    """FeatherError if the calibration text is to come from a file that is not there."""
-    if calibration is not None and not str(calibration).startswith("hf:") and not Path(calibration).exists():
-        raise FeatherError(f"there is no calibration file {calibration}")
+def check_file(calibration: Any) -> None:
+    """CalibrationError if calibration text is to come from a file that is not there."""
+    Mixture.of(calibration).check()
 
 
 def calibration_needs(recipe: Recipe) -> set[str]:

@@ -20,6 +20,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
 from featherweight.tasks.compress.account import accounted_anatomy
+from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.device_memory import gathering_share
 from featherweight.tasks.compress.device_share import limit_on
 
@@ -30,7 +31,7 @@ PART = re.compile(r"\d+\.safetensors(\.part)?")  # what `save_statistics` leaves
 def gather_statistics(
     model: str | Path,
     out: str | Path,
-    text: str | Path | None = None,
+    text: Any = None,
     needs: Collection[str] = ("gram", "mean_abs", "held_out_gram"),
     settings: Mapping[str, Any] | None = None,
     *,
@@ -42,6 +43,7 @@ def gather_statistics(
 ) -> Path:
     """Run the original network over calibration text and write the statistics of all its layers to OUT (.safetensors).
 
+    text : see `compress`; conversations of `self` are kept beside OUT
     settings : fields of `CalibrationSettings`
     device, max_device_memory : where the network runs, and what it may take there, see `compress`
     overwrite : replace a file of statistics; no other file is ever replaced
@@ -50,7 +52,7 @@ def gather_statistics(
     from featherweight.methods.calibrate.runner import Calibration
     from featherweight.methods.calibrate.statistics import known_statistics
     from featherweight.methods.calibrate.statistics_file import save_statistics
-    from featherweight.model.text.windows import calibration_windows, windows_digest
+    from featherweight.model.text.windows import windows_digest
 
     out = Path(out).expanduser()
     _check_out(out, overwrite)
@@ -64,6 +66,8 @@ def gather_statistics(
         chosen = CalibrationSettings(**dict(settings or {}))
     except ValidationError as error:
         raise RecipeError(explain(error, CalibrationSettings, "calibration.")) from None
+    mixture = chosen_text(text, chosen)
+    mixture.check()
     runs_on = device_named(device)
     limit = limit_on(runs_on, device, max_device_memory)
     with Checkpoint.open(model) as checkpoint:
@@ -77,7 +81,7 @@ def gather_statistics(
         if notify is not None:
             for note in notes:
                 notify({"event": "note", "text": note})
-        ids = calibration_windows(checkpoint, text, chosen, notify)
+        ids = text_windows(checkpoint, mixture, chosen, out, runs_on, notify)
         share = gathering_share(anatomy, checkpoint, chosen, needs, runs_on, limit)
         share.check()
         with Calibration.open(

@@ -280,7 +280,7 @@ def _batches(model: Any, feed: Feed, recipe: Recipe, notify: Observer) -> Tensor
     from featherweight.model.text.windows import check_vocabulary, context_of, vocabulary_of, windows
 
     config = model.config.to_dict()
-    text = None if source is None else str(source)
+    text = recipe.calibration.text if source is None else str(source)
     ids = windows(Tokenizer.of(feed.tokenizer), text, recipe.calibration, context=context_of(config), notify=notify)
     check_vocabulary(ids, vocabulary_of(config))
     return ids

@@ -7,15 +7,16 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from featherweight.errors import EvaluationError
+from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.text.files import read_text
 from featherweight.model.text.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.places import ASSETS
 from featherweight.system.threads import chosen_threads, use_threads
 from featherweight.system.transformers_calls import one_line
+from featherweight.tasks.evaluate.control_tokens import ControlTokens, compare, control_tokens, read_conversations
 from featherweight.tasks.evaluate.divergence import Divergence
 from featherweight.tasks.evaluate.opening import ModelLike, evaluating, open_model
 from featherweight.tasks.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
@@ -40,7 +42,8 @@ CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_le
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers of one evaluation. Losses in nats a token, KL in nats; `size` None for a model given as an object.
+    """The numbers of one evaluation. Losses in nats a token, KL in nats; `size` None for a model given as an object;
+    `control` what was measured on conversations.
 
     `log_ratio` is log(perplexity / perplexity of the original), paired over windows, with its standard error.
     """
@@ -60,6 +63,7 @@ class Evaluation:
     log_ratio_standard_error: float | None = None
     divergence: Divergence | None = None
     window_losses: tuple[float, ...] = ()
+    control: ControlTokens | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; numbers that are not finite become null, as are `kl` and `top1_agreement` without an original."""
@@ -97,6 +101,7 @@ class Evaluation:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "window_losses": list(self.window_losses),
+            "control_tokens": None if self.control is None else self.control.to_json(),
         }
         finite: dict[str, Any] = _finite(report)
         return finite
@@ -115,6 +120,7 @@ def evaluate(
     against: ModelLike | None = None,
     text: str | Path | None = None,
     *,
+    conversations: str | Path | None = None,
     protocol: str = "own",
     context: int | None = None,
     dtype: str = "auto",
@@ -135,6 +141,10 @@ def evaluate(
         The original, to compare with token by token. Both must have the same tokenizer.
     text : str or Path, optional
         A UTF-8 file, plain, .xz or .gz. Default: the evaluation text that comes with the package.
+    conversations : str or Path, optional
+        JSON lines with `messages`, such as `feather converse` writes. In the form of the chat template they are what
+        the divergence at its control tokens (ends of turns, marks of thinking and of tool calls) is measured on, which
+        needs `against`; see `featherweight.tasks.evaluate.control_tokens`.
     protocol : str
         How the text is cut into windows: "own" (the model's context), "2048", "4096", "strided" or "llama.cpp".
     context : int, optional
@@ -160,7 +170,8 @@ def evaluate(
         `perplexity` with its standard error, both over all scored tokens; `setting`, which says protocol, tokens,
         dtype and the hashes of text and tokenizer; `size` in bytes and bits a weight (None for a model given as an
         object). With `against` also `divergence` (KL in nats a token, share of equal top-1 predictions) and
-        `log_ratio` of the perplexities, paired over windows.
+        `log_ratio` of the perplexities, paired over windows. With `conversations` also `control`: divergence at control
+        tokens and elsewhere; a FeatherWarning where it is much larger there.
 
     Raises
     ------
@@ -184,6 +195,8 @@ def evaluate(
         raise EvaluationError("the device mps has no float64: use --dtype float32, or --device cpu")
     if limit is not None and limit < 2:
         raise EvaluationError(f"the limit is {limit} tokens, and at least 2 are needed to score one")
+    if conversations is not None and against is None:
+        raise EvaluationError("conversations are for comparing with the original: name it with --against")
     content = read_text(Path(text), EvaluationError) if text is not None else bundled_text()
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
@@ -218,8 +231,29 @@ def evaluate(
         measured = measure(
             subject, tokens, setting.protocol, original, bos=read.bos, progress=progress, prefix=read.prefix
         )
+        control = None
+        if conversations is not None:
+            control = _control((subject, original), tokenizer, conversations, context, progress)
         seconds = time.perf_counter() - begun
-    return _evaluation(measured, setting, seconds, model, against)
+    return replace(_evaluation(measured, setting, seconds, model, against), control=control)
+
+
+def _control(
+    models: tuple[Any, Any], tokenizer: Any, path: str | Path, context: int | None, progress: Progress | None
+) -> ControlTokens:
+    """What is measured on conversations, with a warning where control tokens are much worse than the rest."""
+    reader, own = Tokenizer.of(tokenizer), own_context(models[0])
+    most = min((length for length in (context, own) if length is not None), default=None)
+    marks = control_tokens(reader)
+    talks = read_conversations(path, reader, most)
+    if not talks:
+        raise EvaluationError(f"the conversations {path} are empty: there is nothing to compare")
+    for model in models:
+        _check_rows(model, torch.tensor([token for ids in talks for token in ids]))
+    found = compare(*models, talks, marks, progress)
+    if found.warning is not None:
+        warnings.warn(found.warning, FeatherWarning, stacklevel=3)
+    return found
 
 
 def _evaluation(

@@ -52,7 +52,7 @@ class Loss:
     @property
     def standard_error(self) -> float | None:
         """Of `mean`, from the spread between windows; None for a single window."""
-        return _ratio_error(self.sums, self.counts)
+        return ratio_error(self.sums, self.counts)
 
     def log_ratio(self, other: Loss) -> tuple[float, float | None]:
         """log(perplexity / perplexity of `other`) on the same windows, and its standard error.
@@ -63,10 +63,10 @@ class Loss:
         if self.counts != other.counts:
             raise ValueError("the two losses are of different windows")
         differences = tuple(a - b for a, b in zip(self.sums, other.sums, strict=True))
-        return math.fsum(differences) / self.tokens, _ratio_error(differences, self.counts)
+        return math.fsum(differences) / self.tokens, ratio_error(differences, self.counts)
 
 
-def _ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
+def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """Standard error of sum(sums) / sum(counts) over windows, the linearised ratio estimator."""
     n, total = len(sums), sum(counts)
     if n < 2:

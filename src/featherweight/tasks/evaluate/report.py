@@ -220,6 +220,13 @@ def _columns(page: _Page) -> list[_Column]:
         ratio, error = variant.number("log_ratio"), variant.number("log_ratio_standard_error")
         return f"± {100 * error * math.exp(min(ratio, 50.0)):,.2f}" if ratio is not None and error else ""
 
+    def control_error(variant: Variant) -> str:
+        error = variant.number("control_tokens", "kl_standard_error")
+        count, rest = (variant.number("control_tokens", name) for name in ("positions", "kl_elsewhere"))
+        if error is None or count is None or rest is None:
+            return ""
+        return f"± {error:.4f}; elsewhere {rest:.4f}; {count:,.0f} positions"
+
     return [
         _Column("Bits, linear", lambda v: v.linear_bits, plain(2)),
         _Column("Bits, model", lambda v: v.number("bits_per_weight", "model"), plain(2)),
@@ -228,6 +235,11 @@ def _columns(page: _Page) -> list[_Column]:
         _Column("Excess, %", page.excess, lambda e: f"{e:+,.2f}", min, error_of),
         _Column("KL, nats", lambda v: v.number("kl"), lambda x: f"{x:.4f}"),
         _Column("Top-1, %", lambda v: v.number("top1_agreement"), lambda x: f"{100 * x:.1f}", max),
+        _Column("KL, control", lambda v: v.number("control_tokens", "kl"), lambda x: f"{x:.4f}", min, control_error),
+        _Column(
+            "Top-1, control, %", lambda v: v.number("control_tokens", "top1_agreement"), lambda x: f"{100 * x:.1f}", max
+        ),
+        _Column("P(control)", lambda v: v.number("control_tokens", "probability"), lambda x: f"{x:.3f}", max),
         _Column("Time, s", lambda v: v.number("compression", "seconds"), plain(1)),
         _Column("Peak memory", lambda v: v.number("compression", "peak_memory_bytes"), _bytes),
     ]
@@ -249,9 +261,24 @@ def _table(page: _Page) -> str:
         "standard error paired over windows. KL divergence and top-1 agreement compare every prediction with the "
         "original's. Time and peak memory are those of the compression."
     )
+    if any(v.number("control_tokens", "kl") is not None for v in rows):
+        note += (
+            " Control: positions of conversations whose next token is one that the chat template writes as a mark; "
+            "P(control) is the variant's mean probability of such a token where it is the original's top-1."
+        )
+    warned = "".join(
+        f'<p class="note"><b>{escape(v.name)}.</b> {escape(text)}</p>\n' for v in rows if (text := _warning_of(v))
+    )
     head = f'<thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
     table = f'<div class="scroll"><table>\n{head}\n<tbody>\n{body}</tbody>\n</table></div>'
-    return _section("All numbers", note, table)
+    return _section("All numbers", note, table + warned)
+
+
+def _warning_of(variant: Variant) -> str:
+    """What was said of its control tokens."""
+    found = variant.evaluation.get("control_tokens")
+    text = found.get("warning") if isinstance(found, Mapping) else None
+    return text if isinstance(text, str) else ""
 
 
 def _best(column: _Column, variants: Sequence[Variant]) -> str | None:
