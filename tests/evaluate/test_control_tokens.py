@@ -116,6 +116,17 @@ def test_undamaged_copies_are_not_warned_about(talks: Path, noise: float) -> Non
         assert found.top1_agreement == found.top1_agreement_elsewhere == 1
 
 
+def test_a_model_that_is_bad_everywhere_may_still_end_no_turn(talks: Path) -> None:
+    """Divergence at control tokens is not above twice that elsewhere, but they have lost most of their probability."""
+    with pytest.warns(FeatherWarning, match=r"original predicts a control token .* has a probability of 0\.\d+ there"):
+        found = compared(copy(noise=2.5, end=3.0), talks).control
+    assert found is not None
+    assert found.excess < 0
+    assert found.probability is not None
+    assert found.probability_against is not None
+    assert found.probability < found.probability_against / 2
+
+
 def test_few_conversations_are_no_reason_for_a_warning(talks: Path) -> None:
     lines = talks.read_text().splitlines()
     for count, warned in ((9, False), (10, True)):

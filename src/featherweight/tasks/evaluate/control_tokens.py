@@ -28,6 +28,8 @@ from featherweight.tasks.evaluate.perplexity import CHUNK_ELEMENTS, LogitsReader
 
 SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 TIMES_WORSE = 2.0
+SHARE_LEFT = 0.5
+"""Of the probability that the original gives a control token where it is its top-1."""
 LEAST_POSITIONS, LEAST_CONVERSATIONS = 30, 10
 """For a warning; below them the standard error is none to rely on."""
 
@@ -64,17 +66,29 @@ class ControlTokens:
 
     @property
     def warning(self) -> str | None:
-        """Said where KL at control tokens is above twice that elsewhere by more than two standard errors, over at
-        least 30 positions in 10 conversations."""
-        error = self.excess_standard_error
-        if error is None or self.positions < LEAST_POSITIONS or self.conversations < LEAST_CONVERSATIONS:
+        """Said where, over at least 30 positions in 10 conversations and by more than two standard errors, KL at
+        control tokens is above twice that elsewhere, or control tokens that are the original's top-1 keep less than
+        half of their probability: a model bad everywhere may still be worse at ending its turns."""
+        if self.conversations < LEAST_CONVERSATIONS:
             return None
-        if self.excess <= 2 * error:
+        consequence = (
+            "answers may not end, or call tools, as the original's do; calibrate with conversations "
+            "(`--calibration self=0.1,...`), or compress less"
+        )
+        error = self.excess_standard_error
+        if error is not None and self.positions >= LEAST_POSITIONS and self.excess > 2 * error:
+            return (
+                f"KL divergence at the chat template's control tokens is {self.kl:.4f} nats a token, more than twice "
+                f"the {self.kl_elsewhere:.4f} elsewhere ({self.positions} positions): {consequence}"
+            )
+        given, against, error = self.probability, self.probability_against, self.probability_standard_error
+        if given is None or against is None or error is None or self.predicted < LEAST_POSITIONS:
+            return None
+        if given + 2 * error >= SHARE_LEFT * against:
             return None
         return (
-            f"KL divergence at the chat template's control tokens is {self.kl:.4f} nats a token, more than twice the "
-            f"{self.kl_elsewhere:.4f} elsewhere ({self.positions} positions): answers may not end, or call tools, as "
-            "the original's do; calibrate with conversations (`--calibration self=0.1,...`), or compress less"
+            f"where the original predicts a control token of the chat template ({self.predicted} positions), it has a "
+            f"probability of {against:.2f} there and {given:.2f} here: {consequence}"
         )
 
     def to_json(self) -> dict[str, Any]:
