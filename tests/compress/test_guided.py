@@ -140,3 +140,17 @@ def test_kinds_that_cannot_be_joined_say_so(llama: Path, tmp_path: Path, options
     changes = (*SMALL, "calibration.guidance=2")
     with pytest.raises(RecipeError, match=r"codes of the kind offset-trits cannot be made row by row"):
         compress(llama, out=tmp_path / "out", **options | {"recipe": "pt2-llm", "changes": changes})
+
+
+def test_two_sided_rounding_gets_both_factors(llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Against one-sided rounding under H_I, which a diagonal H_O would give: other codes of the same size."""
+    changes = (*SMALL, "grid.group_size=32")
+    made = compress(llama, out=tmp_path / "out", **options | {"recipe": "yaqa-3", "changes": changes})
+    assert len(made.layers) == 14
+    assert all(layer["output_damping"] >= 0.1 for layer in made.layers if "fallback" not in layer)
+    assert sum("fallback" in layer for layer in made.layers) <= 2
+    plain = compress(llama, out=tmp_path / "plain", **options | {"recipe": "gptq-3", "changes": changes})
+    both = zip(made.layers, plain.layers, strict=True)
+    assert all(one["relative_error"] != other["relative_error"] for one, other in both)
+    model, _ = load(tmp_path / "out", dtype="float32")
+    assert torch.isfinite(model(torch.arange(40)[None]).logits).all()

@@ -46,13 +46,15 @@ def run_calibrate(model: str, out: Path, options: CalibrateOptions, json: Path |
             place = place.setdefault(key, {})
         place[last] = value
     check_file(options.calibration)
-    with use_threads(options.threads), steps("blocks") as notify:
+    with use_threads(options.threads), steps("gathering") as notify:
         done = 0
 
         def watch(event: dict[str, Any]) -> None:
             nonlocal done
             if event["event"] == "note":
                 print(f"note: {event['text']}", file=sys.stderr, flush=True)
+            elif event["event"] == "gradients":  # windows run backward, before all blocks
+                notify(event["step"], event["of"])
             elif event["event"] == "advanced":
                 done += 1
                 notify(done, event["of"])

@@ -46,8 +46,14 @@ class Tokens:
 
     @property
     def pairs(self) -> bool:
-        """Whether they are numbers in bfloat16 in main memory that all count alike: see native/moments.py."""
-        return self.weights is None and self.given.dtype == torch.bfloat16 and self.given.device.type == "cpu"
+        """Whether they are numbers in bfloat16 in main memory: see native/moments.py."""
+        return self.given.dtype == torch.bfloat16 and self.given.device.type == "cpu"
+
+    @cached_property
+    def rooted(self) -> Tensor:
+        """bfloat16 inputs times the roots of their weights, whose products with each other are weighted; rounded again
+        where there are weights."""
+        return self.given if self.weights is None else (self.inputs * self.weights.sqrt()[:, None]).bfloat16()
 
     @cached_property
     def weighted(self) -> Tensor:

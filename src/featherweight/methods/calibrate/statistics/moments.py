@@ -49,7 +49,7 @@ class _RunningGram(Running):
     def add(self, tokens: Tokens) -> None:
         if tokens.pairs and pairs_available():
             self._pairs = self._pairs or PairMoment(self.mean, above=True)
-            self._pairs.add(tokens.given, tokens.given, tokens.old, tokens.new)
+            self._pairs.add(tokens.rooted, tokens.rooted, tokens.old, tokens.new)
             return
         scaled = tokens.inputs if tokens.weights is None else tokens.inputs * tokens.weights.sqrt()[:, None]
         for first in range(0, scaled.shape[1], self._stripe):
@@ -76,7 +76,8 @@ class _RunningCross(Running):
             self.mean.mul_(tokens.old)
         elif tokens.pairs and pairs_available():
             self._pairs = self._pairs or PairMoment(self.mean)
-            self._pairs.add(tokens.difference.bfloat16(), tokens.given, tokens.old, tokens.new)
+            root = 1 if tokens.weights is None else tokens.weights.sqrt()[:, None]
+            self._pairs.add((tokens.difference * root).bfloat16(), tokens.rooted, tokens.old, tokens.new)
         else:
             self.mean.addmm_(tokens.difference.float().t(), tokens.weighted, beta=tokens.old, alpha=tokens.new)
 
