@@ -1,7 +1,7 @@
 """What each lever is worth: recipes with and without it on one model, the same texts, the same protocol.
 
     python benchmarks/levers.py --model FOLDER --calibration calibration.txt --text heldout.txt \\
-        --bases gptq-3 trit-2 --levers guided self rotate192 --pairs --seeds 0 1 2 --json bench-out/levers.json
+        --bases gptq-3 trit-2 --levers guided rotated --pairs --seeds 0 1 2 --json bench-out/levers.json
     python benchmarks/levers.py --render bench-out/levers.json          # the table again, runs nothing
 
 A lever is a few settings on top of a preset (LEVERS below). `--pairs` adds all combinations of two, `--all` one of all.
@@ -27,6 +27,9 @@ from typing import Any
 LEVERS: dict[str, list[str]] = {
     "guided": ["calibration.guidance=1"],
     "guided4": ["calibration.guidance=4"],
+    "whole-rotation": ['transforms=[{"kind": "hadamard", "block": "whole"}]'],
+    "equilibrated": ['transforms=[{"kind": "equilibration", "exponent": 0.125}]'],
+    "two-sided": ['rounding={"kind": "two-sided", "output_damping": 0.1}'],
     "attention": ["calibration.token_weights=attention"],
     "tuned-slowly": ["corrections.0.learning_rate=5e-4"],
     "untuned": ["corrections=[]"],

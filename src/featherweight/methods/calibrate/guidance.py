@@ -34,6 +34,10 @@ from featherweight.model.network.observe import Probe, Seen
 from featherweight.model.network.streams import hidden_of, to_device, to_host
 
 WEIGHTS, FACTORS = "guidance-weights-", "guidance-factors-"
+LEAST_SHARE = 8
+"""The effective number of tokens is at least one over this of all, and a layer's width. Of 8192 tokens SmolLM2-135M's
+layers feel as few as six: the first of each window takes nearly all of some layers of values. With 28,000 tokens 3-bit
+codes have a KL of .299 with an eighth, .304 with a half, .312 unguided."""
 STEPS = 60
 """Halvings in the search of the value at which heavy weights are cut."""
 

@@ -25,7 +25,7 @@ from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded, split_bounds
 from featherweight.methods.calibrate.fitting import fitting, move_through
 from featherweight.methods.calibrate.groups import EXPERT_NUMBER
-from featherweight.methods.calibrate.guidance import Guidance, GuidanceStore, HeldGuidance, guide
+from featherweight.methods.calibrate.guidance import LEAST_SHARE, Guidance, GuidanceStore, HeldGuidance, guide
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
@@ -403,7 +403,9 @@ class Calibration:
         """Weights float32 [g, windows, T] of the tokens for a layer, and their effective number; see `Guidance`."""
         if self._guidance is None or not self.settings.guidance:
             return None
-        return self._guidance.weights(layer, self.host.layers[layer].shape[1])
+        tokens = self._guidance.feed.ids
+        share = 0 if tokens is None else tokens.numel() // LEAST_SHARE
+        return self._guidance.weights(layer, max(share, self.host.layers[layer].shape[1]))
 
     def fisher_factors(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """H_I float32 [in, in] and H_O [out, out] of a layer; "output_gram" must be among the needs."""
