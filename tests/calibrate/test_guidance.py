@@ -150,7 +150,7 @@ def test_tokens_that_nothing_depends_on_weigh_nothing(monkeypatch: pytest.Monkey
                 )
                 found = session.gather([name], ("gram",))[name]["gram"]
                 hook.remove()
-                weights = session._guided(name)
+                weights = session.weighing.guided(name)
         assert weights is not None
         assert float(weights[0, :, 1::2].abs().max()) == 0
         assert float(weights[0, :, :-1:2].min()) > 0
@@ -184,7 +184,7 @@ def test_one_group_is_token_weights_and_groups_have_moments_of_their_own() -> No
             for session in calibration.blocks():
                 if session.index != 1:
                     continue
-                weights, found = session._guided(name), session.gather([name], ("gram", "held_out_gram"))[name]
+                weights, found = session.weighing.guided(name), session.gather([name], ("gram", "held_out_gram"))[name]
         assert weights is not None
         seen = len(found_windows := weights[0]) - 1  # an eighth of six windows is held out: one
         own = weights[:, :seen].reshape(groups, -1)
@@ -207,7 +207,7 @@ def test_layers_that_share_an_input_have_moments_of_their_own() -> None:
         group = next(group for group in session.groups if len(group) > 1)
         found = session.gather(group, ("gram",))
         assert not n.close(found[group[0]]["gram"], found[group[1]]["gram"], 1e-2)
-        assert set(session.effective) == set(group)
+        assert set(session.weighing.effective) == set(group)
 
 
 def test_padding_weighs_nothing() -> None:

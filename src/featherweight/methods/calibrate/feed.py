@@ -24,6 +24,7 @@ class Session(Protocol):
     host: Host
     module: nn.Module
     layers: dict[str, LinearLayer]
+    effective_tokens: float | None
 
     @property
     def calibration(self) -> Feed:

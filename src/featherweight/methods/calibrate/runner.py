@@ -25,10 +25,10 @@ from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.batches import batch_bounds, batch_size, check_ids, expanded, split_bounds
 from featherweight.methods.calibrate.fitting import fitting, move_through
 from featherweight.methods.calibrate.groups import EXPERT_NUMBER
-from featherweight.methods.calibrate.guidance import LEAST_SHARE, Guidance, GuidanceStore, HeldGuidance, guide
+from featherweight.methods.calibrate.guided import GuidedFeed
 from featherweight.methods.calibrate.session import BlockSession
 from featherweight.methods.calibrate.settings import CalibrationSettings
-from featherweight.methods.calibrate.token_weights import attention_weights, normalised, text_scores
+from featherweight.methods.calibrate.token_weights import weights_of_block
 from featherweight.methods.calibrate.whole import WholeModel
 from featherweight.model.network.host import Host
 from featherweight.model.network.module import ModuleHost
@@ -45,7 +45,7 @@ SPARE_SHARE = 4
 """The part of the free memory that is one over this may be filled with what passes would compute again."""
 
 
-class Calibration:
+class Calibration(GuidedFeed):
     """A network and samples; `blocks` walks through it. Made by `open` or `of_module`; a context manager.
 
     Attributes
@@ -94,9 +94,7 @@ class Calibration:
         self.embeddings: dict[str, Tensor] = {}
         self.spare_bytes = available_bytes() // SPARE_SHARE
         self.capture: Capture | None = None
-        self._scores: Tensor | None = None
         self._fisher: dict[str, Tensor] = {}
-        self._guidance: Guidance | None = None
 
     # Opening --------------------------------------------------------------------------------------------------------
 
@@ -379,43 +377,6 @@ class Calibration:
             else:
                 move_through(self, session, self.hidden)
 
-    def guide(self, layers: Collection[str] | None = None, store: GuidanceStore | None = None) -> None:
-        """Run the network backward over all windows, for `calibration.guidance` and the Fisher factors, if these are
-        wanted and were not found yet. Transforms of the whole model come before, `blocks` after it.
-
-        Parameters
-        ----------
-        layers : those whose statistics will be gathered; None for all
-        store : what has been found is kept there, and not computed again
-        """
-        factors = "output_gram" in self.needs
-        if self._guidance is not None or not (self.settings.guidance or factors):
-            return
-        coded, self.embeddings = self.embeddings, {}  # the original's gradients
-        fitting(self, self._start)
-        self.embeddings = coded
-        within = [name for name, layer in self.host.layers.items() if layer.block is not None or name == self.head]
-        wanted = [name for name in within if layers is None or name in layers]
-        held: GuidanceStore = HeldGuidance() if store is None else store
-        self._guidance = guide(self, wanted, self.settings.guidance, factors, held)
-
-    def guidance(self, layer: str) -> tuple[Tensor, float] | None:
-        """Weights float32 [g, windows, T] of the tokens for a layer, and their effective number; see `Guidance`."""
-        if self._guidance is None or not self.settings.guidance:
-            return None
-        tokens = self._guidance.feed.ids
-        share = 0 if tokens is None else tokens.numel() // LEAST_SHARE
-        return self._guidance.weights(layer, max(share, self.host.layers[layer].shape[1]))
-
-    def fisher_factors(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """H_I float32 [in, in] and H_O [out, out] of a layer; "output_gram" must be among the needs."""
-        block = self.host.layers[layer].block
-        if self._guidance is None or not self._guidance.factors:
-            raise ValueError(
-                f"there are no Fisher factors of {layer}: declare 'output_gram' in the calibration's needs"
-            )
-        return self._guidance.fisher_factors(layer, len(self.host.blocks) if block is None else block)
-
     def whole_model(self) -> WholeModel:
         """All blocks in memory; a context manager. Use it before `blocks`, or instead."""
         return WholeModel(self)
@@ -463,26 +424,7 @@ class Calibration:
 
     def token_weights(self, session: BlockSession) -> list[Tensor] | None:
         """Weights [B, T] of every batch for a block, mean one in each sequence; None where tokens are equal."""
-        kind, settings = self.settings.token_weights, self.settings
-        if kind == "none" or self.whole:
-            return None
-        if kind == "attention" and session.index < len(self.host.blocks):
-            scores = [attention_weights(session, hidden, i) for i, hidden in enumerate(self.hidden)]
-        else:
-            if kind == "attention" or self.ids is None:  # the head has no attention
-                return None
-            if self._scores is None:
-                self._scores = text_scores(kind, self.ids)
-            scores = list(torch.split(self._scores, [len(b["input_ids"]) for b in self.batches]))
-        weights = [
-            normalised(s, settings.minimum_weight, settings.exponent, self.mask_of(i)).to(self.host.device)
-            for i, s in enumerate(scores)
-        ]
-        total = sum(float(w.double().sum()) for w in weights)
-        effective = total**2 / sum(float(w.double().square().sum()) for w in weights)
-        session.effective_tokens = effective
-        self.notify({"event": "token weights", "block": session.index, "effective_tokens": effective, "tokens": total})
-        return weights
+        return weights_of_block(self, session)
 
 
 def _last_layer(anatomy: Anatomy) -> LinearLayer | None:

@@ -13,6 +13,7 @@ from featherweight.methods.calibrate.accumulate import Accumulator, difference_o
 from featherweight.methods.calibrate.feed import Feed
 from featherweight.methods.calibrate.fitting import fitting, halve, split
 from featherweight.methods.calibrate.groups import groups_of, stages_of
+from featherweight.methods.calibrate.guided import LayerWeights
 from featherweight.methods.calibrate.statistics import gathered_names, known_statistics
 from featherweight.model.network.host import parameter_of
 from featherweight.model.network.observe import InputRecorder, Probe, Seen
@@ -42,7 +43,7 @@ class BlockSession:
     changed : tensors given to `set_tensor`, by name
     starved : layers whose last gathered statistics are of too few tokens -> tokens
     non_finite : layers into which NaN or infinity went -> where that began
-    effective : of guided layers, the effective number of tokens behind their statistics
+    weighing : what tokens count for each layer, where the loss's gradients say so
     remembers : whether `restore` is wanted; then what the block was loaded with is kept beside what replaces it. It is
         for the head, which nobody loads again: advancing gives it back what it had
     """
@@ -58,8 +59,7 @@ class BlockSession:
         self.starved: dict[str, int] = {}
         self.non_finite: dict[str, dict[str, Any]] = {}
         self.effective_tokens: float | None = None
-        self.effective: dict[str, float] = {}
-        self._guidance: dict[str, Tensor | None] = {}
+        self.weighing = LayerWeights(calibration)
         self.remembers = index >= len(self.host.blocks)
         self._originals: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
@@ -331,7 +331,7 @@ class BlockSession:
     def _accumulate(self, firsts: list[str], needs: list[str]) -> dict[str, Accumulator]:
         calibration = self.calibration
         kept = {
-            name: Accumulator(self.layers[name].shape[1], needs, self.host.device, self._guiding(name))
+            name: Accumulator(self.layers[name].shape[1], needs, self.host.device, self.weighing.runs(name))
             for name in firsts
         }
         observer, probed = self._observer(firsts), [self._probe(name).module for name in firsts]
@@ -369,7 +369,8 @@ class BlockSession:
             rows, tokens = one.rows, one.tokens
             partner = other[call] if call < len(other) else None
             difference = None if partner is None else difference_of(one, partner, self.calibration.batch_tokens(batch))
-            weights = self._row_weights(name, batch, rows, tokens)
+            block = None if self._weights is None else self._weights[batch]
+            weights = self.weighing.of_rows(name, batch, rows, tokens, block)
             keep = self._kept(name, batch, rows, tokens, difference)
             if keep is not None:
                 rows = rows[keep]
@@ -379,39 +380,6 @@ class BlockSession:
                 accumulator.add_held_out(rows, weights)
             else:
                 accumulator.add(rows, weights, difference)
-
-    def _row_weights(self, name: str, batch: int, rows: Tensor, tokens: Tensor | None) -> Tensor | None:
-        """Weights [n] of the tokens in `rows`, or [g, n] where the loss's gradients give them; None: all alike."""
-        weights = None if self._weights is None else self._weights[batch].reshape(-1)
-        guided = self._guided(name)
-        if guided is not None:
-            first = self.calibration.first_window(batch)
-            count = len(self.calibration.batches[batch]["input_ids"])
-            own = guided[:, first : first + count].reshape(len(guided), -1).to(rows.device)
-            weights = own if weights is None else own * weights
-        if weights is None:
-            return None
-        weights = weights if tokens is None else weights[..., tokens]
-        return weights if weights.shape[-1] == len(rows) else None  # not one row a token: all count the same
-
-    def _guided(self, name: str) -> Tensor | None:
-        """float32 [g, windows, T] of a layer; a word goes to the log where there are none though they are wanted."""
-        if not self.calibration.settings.guidance:
-            return None
-        if name not in self._guidance:
-            found = self.calibration.guidance(name)
-            self._guidance[name] = None if found is None else found[0]
-            if found is None:
-                text = f"no gradient of the loss reached {name}: its tokens count alike"
-                self.calibration.notify({"event": "note", "layer": name, "text": text})
-            else:
-                self.effective[name] = found[1]
-        return self._guidance[name]
-
-    def _guiding(self, name: str) -> int:
-        """How many runs of output rows have weights of their own, 0 where tokens count alike."""
-        guided = self._guided(name)
-        return 0 if guided is None else len(guided)
 
     def _kept(
         self, name: str, batch: int, rows: Tensor, tokens: Tensor | None, difference: Tensor | None

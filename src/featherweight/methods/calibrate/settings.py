@@ -37,7 +37,9 @@ class CalibrationSettings(BaseModel):
         None,
         description="sources with their shares of the windows, like [{self: 0.1}, {corpus.txt: 0.9}]; else shipped",
     )
-    conversations: ConversationSettings = ConversationSettings()
+    conversations: ConversationSettings = Field(
+        ConversationSettings(), description="how the model writes the conversations of the text `self`"
+    )
     sequences: int = Field(128, ge=1, description="number of windows of text")
     length: int = Field(512, ge=2, description="tokens a window; cut to the model's context")
     seed: int = Field(0, ge=0, description="seed of the choice of windows")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
-from featherweight.methods.calibrate.feed import Session
+from featherweight.methods.calibrate.feed import Feed, Session
 from featherweight.model.network.query_blocks import attention_in_blocks, in_query_blocks
 
 
@@ -34,6 +34,28 @@ def normalised(scores: Tensor, minimum: float, exponent: float = 1.0, mask: Tens
     weights = (minimum + unit.clamp(0, 1) * (1 - minimum)) ** exponent
     weights = weights.masked_fill(~real, 0)
     return (weights * real.sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-300)).float()
+
+
+def weights_of_block(feed: Feed, session: Session) -> list[Tensor] | None:
+    """Weights [B, T] of every batch for a block, mean one in each sequence; None where tokens are equal."""
+    kind, settings = feed.settings.token_weights, feed.settings
+    if kind == "none" or feed.whole:
+        return None
+    if kind == "attention" and session.index < len(feed.host.blocks):
+        scores = [attention_weights(session, hidden, i) for i, hidden in enumerate(feed.hidden)]
+    else:
+        if kind == "attention" or feed.ids is None:  # the head has no attention
+            return None
+        scores = list(torch.split(text_scores(kind, feed.ids), [len(b["input_ids"]) for b in feed.batches]))
+    weights = [
+        normalised(s, settings.minimum_weight, settings.exponent, feed.mask_of(i)).to(feed.host.device)
+        for i, s in enumerate(scores)
+    ]
+    total = sum(float(w.double().sum()) for w in weights)
+    effective = total**2 / sum(float(w.double().square().sum()) for w in weights)
+    session.effective_tokens = effective
+    feed.notify({"event": "token weights", "block": session.index, "effective_tokens": effective, "tokens": total})
+    return weights
 
 
 def text_scores(kind: str, ids: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ class BlockSteps:
             unchecked = "no held-out token reached it"
             self.journal.note(f"{name} is not compared with its data-free form: {unchecked}", layer=name)
             solved = replace(solved, notes={**solved.notes, "unchecked": unchecked})
-        effective = self.session.effective.get(name)
+        effective = self.session.weighing.effective.get(name)
         if effective is not None and reason is None:
             solved = replace(solved, notes={**solved.notes, "effective_tokens": effective})
         gram = inputs.statistics.get("gram")

@@ -198,8 +198,7 @@ class Plan:
         whole = "model" in wide or "fisher" in needs
         held = 4 * (self.parameters if whole else block * (1 + two_streams))
         held += 4 * sum(job.layer.parameters for job in self.outside)  # what they decode to
-        if "block" in wide:
-            held += 4 * block  # the weights the block was loaded with
+        held += 4 * block * ("block" in wide)  # the weights the block was loaded with
         held += max((self._training_bytes(choice, block) for choice in choices), default=0)
         if "fisher" in needs:  # gradients and their squares; the squares stay
             held += 8 * self.linear_weights + self._passing_bytes(settings.length, True)
@@ -209,13 +208,10 @@ class Plan:
         hidden = min(job.layer.shape[1] for job in self.jobs)
         stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
         moments = sum(name in ("gram", "cross") for name in needs) + (settings.held_out > 0)
+        if settings.guidance or "output_gram" in needs:  # a second stream for rounds, weights, one block's way back
+            held += stream + stream * settings.guidance * len(self.jobs) // hidden
+            held += self._passing_bytes(max(settings.batch_tokens, settings.length), False)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
-        if (
-            settings.guidance or "output_gram" in needs
-        ):  # hidden states before all blocks of a round, one block's way back
-            tokens = settings.sequences * settings.length * settings.expansion
-            held += stream + self._passing_bytes(max(settings.batch_tokens, settings.length), False)
-            held += 4 * settings.guidance * tokens * len(self.jobs)
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
 
     def _training_bytes(self, choice: Choice, block: int) -> int:
