@@ -162,16 +162,12 @@ def guide(feed: Feed, layers: Sequence[str], groups: int, factors: bool, store: 
     found = Guidance(feed, store, groups, factors)
     windows = len(feed.ids)
     size = max(1, windows // (len(feed.host.blocks) + 1))
-    first, began, before = _finished(store, groups, factors), time.monotonic(), 0
-    begun_at = first
-    while first < windows:
-        one = _Round(feed, layers, groups, factors, store, first, size)
-        last = fitting(feed, one.run)
-        first = last
-        took = time.monotonic() - began
-        left = took / (first - begun_at) * (windows - first)
-        feed.notify({"event": "gradients", "step": first, "of": windows, "seconds_left": left if before else None})
-        before = first
+    done = begun_at = _finished(store, groups, factors)
+    begun = time.monotonic()
+    while done < windows:
+        done = fitting(feed, _Round(feed, layers, groups, factors, store, done, size).run)
+        left = (time.monotonic() - begun) / (done - begun_at) * (windows - done)
+        feed.notify({"event": "gradients", "step": done, "of": windows, "seconds_left": left})
     return found
 
 
@@ -207,6 +203,7 @@ class _Round:
         self.count = sum(len(feed.batches[number]["input_ids"]) for number in self.batches)
         self.found = {name: torch.zeros(self.groups, self.count, self.length) for name in self.layers if self.groups}
         self.reached: set[str] = set()
+        self.sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
         hidden = {number: feed.original_hidden[number] for number in self.batches}
         before: list[dict[int, Tensor]] = []
         for block in range(blocks):
@@ -248,7 +245,6 @@ class _Round:
         """The loss's gradient at the last block's output, window by window: logits take more than anything else."""
         feed, capture = self.feed, self.feed.capture
         assert capture is not None
-        self.sums: dict[str, tuple[Tensor, Tensor, int]] = {}
         head = feed.head if feed.head in self.layers else None
         found = []
         for row in range(len(hidden)):
@@ -318,9 +314,8 @@ class _Round:
         for window in range(count):
             own = of == window
             outer = rows[own].T @ inputs[own]
-            inner, other, seen = self.sums.get(name, (0.0, 0.0, 0))
-            inner, other = inner + outer.T @ outer / len(outer), other + outer @ outer.T / outer.shape[1]
-            self.sums[name] = (inner, other, seen + 1)
+            inner, other = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (inner + outer.T @ outer / len(outer), other + outer @ outer.T / outer.shape[1])
 
     def _keep_factors(self, block: int) -> None:
         """Add what this round found of a block to what earlier rounds have."""
@@ -337,10 +332,10 @@ class _Round:
             return  # kept by a process that was killed before its round ended
         former = self.store.tensors(key) if self.first else {}
         kept = {}
-        for name, (inner, other, _) in self.sums.items():
-            for what, value in (("inputs", inner), ("outputs", other)):
+        for name, sums in self.sums.items():
+            for what, value in zip(("inputs", "outputs"), sums, strict=True):
                 place = f"{name}.{what}"
-                share = value.cpu() / last
+                share = torch.as_tensor(value).cpu() / last
                 kept[place] = share if place not in former else former[place] * (self.first / last) + share
         kept |= {name: value * (self.first / last) for name, value in former.items() if name not in kept}
         self.store.keep(key, kept, {"last": last})
@@ -353,7 +348,7 @@ class _Round:
             bad = None
             if name in self.found:
                 bad = ~torch.isfinite(self.found[name]).all(2).all(0)
-            elif name in self.sums and not bool(torch.isfinite(self.sums[name][0]).all()):
+            elif name in self.sums and not bool(torch.isfinite(torch.as_tensor(self.sums[name][0])).all()):
                 bad = torch.ones(1, dtype=torch.bool)
             if bad is not None and bool(bad.any()):
                 raise CalibrationError(
