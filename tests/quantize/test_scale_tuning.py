@@ -135,9 +135,20 @@ def test_a_block(grid: Any, norms: bool, tmp_path: Path) -> None:
 def test_a_step_too_wide_keeps_the_start(tmp_path: Path) -> None:
     session = TinyBlock(*tiny_model(tmp_path))
     before = {name: GRIDS["planes"].quantize(session.weight(name)) for name in session.names}
-    after = ScaleTuning(against="block", steps=4, learning_rate=30.0).correct_block(session, before)
+    told: list[dict[str, Any]] = []
+    after = ScaleTuning(against="block", steps=4, learning_rate=1e6).correct_block(session, before, told.append)
     for name, code in before.items():
         assert torch.equal(after[name].decode(), code.decode())
+    assert [event["event"] for event in told if "stopped" in event] == ["scale-tuning"]  # three rates were tried
+
+
+def test_a_rate_too_high_is_lowered_until_it_helps(tmp_path: Path) -> None:
+    session = TinyBlock(*tiny_model(tmp_path))
+    before = {name: GRIDS["planes"].quantize(session.weight(name)) for name in session.names}
+    told: list[dict[str, Any]] = []
+    ScaleTuning(against="block", steps=30, learning_rate=1.0, checks=15).correct_block(session, before, told.append)
+    assert 1 <= sum("begins again" in event.get("text", "") for event in told) <= 3
+    assert told[-1]["held_out_after"] < 0.99 * told[-1]["held_out_before"]
 
 
 def test_one_batch_is_left_alone(tmp_path: Path) -> None:

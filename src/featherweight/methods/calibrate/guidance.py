@@ -201,7 +201,9 @@ class _Round:
         self.batches, self.starts = self._chosen()
         self.length = int(feed.length or 0)
         self.count = sum(len(feed.batches[number]["input_ids"]) for number in self.batches)
-        self.found = {name: torch.zeros(self.groups, self.count, self.length) for name in self.layers if self.groups}
+        self.found = {
+            name: torch.zeros(self.groups, self.count, self.length, device="cpu") for name in self.layers if self.groups
+        }
         self.reached: set[str] = set()
         self.sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
         hidden = {number: feed.original_hidden[number] for number in self.batches}
@@ -349,7 +351,7 @@ class _Round:
             if name in self.found:
                 bad = ~torch.isfinite(self.found[name]).all(2).all(0)
             elif name in self.sums and not bool(torch.isfinite(torch.as_tensor(self.sums[name][0])).all()):
-                bad = torch.ones(1, dtype=torch.bool)
+                bad = torch.ones(1, dtype=torch.bool, device="cpu")
             if bad is not None and bool(bad.any()):
                 raise CalibrationError(
                     f"the loss's gradients at the output of {name} are not finite in window "
