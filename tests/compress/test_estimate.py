@@ -93,3 +93,4 @@ def test_the_gradients_that_guide_statistics_are_counted(plan_of: Any, ticking: 
     assert estimate._Guiding(plan).seconds == pytest.approx(16 * 32 * (3 * run + estimate._head_token(plan, True)))
     assert estimate._Passes(plan)._statistics_token > estimate._Passes(plain)._statistics_token
     assert plan.calibration_bytes() > plain.calibration_bytes()
+    assert plan.disk_bytes - plain.disk_bytes == 4 * 16 * 32 * len(plan.jobs)  # float32 a token and layer

@@ -89,6 +89,10 @@ class CalibrationSettings(BaseModel):
         """What the network runs in on a device of this machine; `notify` is told where that was chosen here."""
         return torch.float32 if choose_precision(self.dtype, notify, device) == "float32" else torch.bfloat16
 
+    def guidance_bytes(self, layers: int) -> int:
+        """What the gradients' weights of so many layers take, float32, in memory and on disk."""
+        return 4 * self.guidance * self.sequences * self.length * self.expansion * layers
+
     def least_tokens(self, in_features: int) -> int:
         """Tokens a layer must have seen for its statistics to be used."""
         return max(self.starved_floor, int(self.starved_tokens * in_features))

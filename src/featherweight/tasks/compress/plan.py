@@ -168,9 +168,9 @@ class Plan:
 
     @property
     def aside_bytes(self) -> int:
-        """Room beside it: layers as they are before a stage that changes all of them, and states of trainings."""
-        tuned = any(scope_of(choice) == "model" for choice in self.recipe.corrections)
-        return self.code_bytes * tuned + self.training_state_bytes
+        """Room beside it: layers before a stage that changes all of them, states of trainings, weights of tokens."""
+        late, layers = any(scope_of(choice) == "model" for choice in self.recipe.corrections), len(self.jobs)
+        return self.code_bytes * late + self.training_state_bytes + self.recipe.calibration.guidance_bytes(layers)
 
     def memory_bytes(self) -> int:
         """Expected peak of resident memory."""
@@ -209,7 +209,7 @@ class Plan:
         stream = 4 * settings.sequences * settings.length * hidden * (1 + two_streams)
         moments = sum(name in ("gram", "cross") for name in needs) + (settings.held_out > 0)
         if settings.guidance or "output_gram" in needs:  # a second stream for rounds, weights, one block's way back
-            held += stream + stream * settings.guidance * len(self.jobs) // hidden
+            held += stream + settings.guidance_bytes(len(self.jobs))
             held += self._passing_bytes(max(settings.batch_tokens, settings.length), False)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
