@@ -24,8 +24,6 @@ CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
 ENGINES = ("auto", "native", "transformers")
 CACHES = ("auto", "float16", "int8")
-COLDEST = 1e-6
-"""Temperatures down to here divide logits within float32; below, only the likeliest token is left anyway."""
 Messages = Sequence[dict[str, str]]
 
 
@@ -335,17 +333,9 @@ class TransformersBackend(_TextSide):
 
     def _arguments(self, sampling: Sampling, stream: _Streamer) -> dict[str, Any]:
         """What `generate` is told; the folder's settings that only transformers knows stay as they are."""
-        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
-        if sampling.temperature > COLDEST:
-            chosen = {
-                "do_sample": True,
-                "temperature": float(sampling.temperature),
-                "top_k": sampling.top_k,
-                "top_p": float(sampling.top_p),
-                "min_p": float(sampling.min_p) or None,
-            }
-        chosen |= {"repetition_penalty": float(sampling.repetition_penalty)}
-        chosen |= {"num_return_sequences": 1, "return_dict_in_generate": False}
+        from featherweight.integrations.sampling import sampling_arguments
+
+        chosen = sampling_arguments(sampling) | {"return_dict_in_generate": False}
         source, named = self.tokenizer.source, {setting.split()[0] for setting in self.defaults.foreign}
         if named & {"stop_strings", "token_healing"}:
             chosen["tokenizer"] = source

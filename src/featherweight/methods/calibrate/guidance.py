@@ -86,7 +86,8 @@ class Guidance:
     store: GuidanceStore
     groups: int
     factors: bool
-    _rounds: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
+    _rounds: list[dict[str, Tensor]] = field(default_factory=list)
+    _factors: tuple[int, dict[str, Tensor]] | None = None  # of the block that was asked for last
 
     def weights(self, layer: str, least: int) -> tuple[Tensor, float] | None:
         """float32 [g, windows, T] with mean one over real tokens of each g, and the effective number of tokens.
@@ -96,9 +97,8 @@ class Guidance:
         that no gradient reached.
         """
         if not self._rounds:
-            keys = sorted(self.store.names(WEIGHTS))
-            self._rounds = [(key, self.store.tensors(key)) for key in keys]
-        parts = [tensors[layer] for _, tensors in self._rounds if layer in tensors]
+            self._rounds = [self.store.tensors(key) for key in sorted(self.store.names(WEIGHTS))]
+        parts = [tensors[layer] for tensors in self._rounds if layer in tensors]
         if len(parts) != len(self._rounds) or not parts:
             return None
         found = torch.cat(parts, 1).double()
@@ -113,7 +113,9 @@ class Guidance:
 
     def fisher_factors(self, layer: str, block: int) -> tuple[Tensor, Tensor] | None:
         """H_I float32 [in, in] and H_O [out, out] of a layer; None where no gradient reached it."""
-        tensors = self.store.tensors(f"{FACTORS}{block:06d}")
+        if self._factors is None or self._factors[0] != block:
+            self._factors = block, self.store.tensors(f"{FACTORS}{block:06d}")
+        tensors = self._factors[1]
         if f"{layer}.inputs" not in tensors:
             return None
         return symmetric(tensors[f"{layer}.inputs"]), symmetric(tensors[f"{layer}.outputs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection
 from typing import cast
 
@@ -14,7 +15,7 @@ from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.model.network.host import Host
 
 
-class GuidedFeed:
+class GuidedFeed(abc.ABC):
     """The part of `Calibration` that has to do with gradients."""
 
     host: Host
@@ -24,8 +25,9 @@ class GuidedFeed:
     embeddings: dict[str, Tensor]
     _guidance: Guidance | None = None
 
+    @abc.abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Find the hidden states in front of the first block."""
 
     def guide(self, layers: Collection[str] | None = None, store: GuidanceStore | None = None) -> None:
         """Run the network backward over all windows, for `calibration.guidance` and the Fisher factors, if these are

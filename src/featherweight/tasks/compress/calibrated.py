@@ -71,9 +71,8 @@ class CalibratedRun:
         self.model.transform()
         self._embed()
         guided = [name for name, job in self.finished.jobs.items() if job.treatment.needs]
-        store = getattr(self.run, "store", None)
         if guided:
-            self.calibration.guide(guided, store)
+            self.calibration.guide(guided, self.run.store)
         if self.model.rounds:
             self.model.round()
         else:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -311,6 +311,7 @@ def _without_cache(model: Any) -> Iterator[None]:
 class HeldRun:
     """Finished layers in memory, where a run of `compress` has a folder (see `RunFolder`)."""
 
+    store: ClassVar[None] = None  # what passes find is kept by the calibration itself
     codes: dict[int, Code] = field(default_factory=dict)
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ import torch
 
 from featherweight.errors import CalibrationError
 from featherweight.events import Observer
+from featherweight.integrations.sampling import sampling_arguments
 from featherweight.model.decoder.architectures import UnsupportedModelError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.decoder.sampling import Sampling
@@ -57,23 +58,11 @@ class TransformersWriter:
     def _write(self, tokens: Sequence[int], most: int, seed: int) -> list[int]:
         torch.manual_seed(seed % 2**63)
         prompt = torch.tensor([list(tokens)], device=self.model.device)
-        chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        sampling = self.sampling
-        if sampling.temperature > 0:
-            chosen = {
-                "do_sample": True,
-                "temperature": float(sampling.temperature),
-                "top_k": sampling.top_k,
-                "top_p": float(sampling.top_p),
-                "min_p": float(sampling.min_p) or None,
-            }
-        chosen["repetition_penalty"] = float(sampling.repetition_penalty)
+        chosen = sampling_arguments(self.sampling)
         if self.stops:
             chosen |= {"eos_token_id": list(self.stops), "pad_token_id": self.stops[0]}
         with asking_transformers("generate with this model", error=CalibrationError), quiet(), torch.inference_mode():
-            made = self.model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, num_return_sequences=1, **chosen
-            )
+            made = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, **chosen)
         answer: list[int] = made[0, len(tokens) :].tolist()
         end = next((place for place, token in enumerate(answer) if token in self.stops), len(answer))
         return answer[:end]
