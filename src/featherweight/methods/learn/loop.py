@@ -22,6 +22,7 @@ from featherweight.storage.run.training_store import NO_STORE, TrainingState, Tr
 
 TELL_SECONDS = 10.0  # between two words about a training whose checks are further apart
 RETREAT = 0.2  # of the learning rate, where it was too high for a model
+LOST = 1.3  # times the loss at the start; trainings that end below it have been a few percent above it on the way
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Training:
     label : of its events, and of its saved state
     schedule : how long, and how fast
     optimiser : see `featherweight.methods.learn.optimisers`
-    retreats : how often a check above the start's, where none was below it so far, takes the values back to the start
-        and the rate to a fifth of what it was; the next such check ends it. None: such checks change nothing
+    retreats : how often a check far above the start's, where none was below it so far, takes the values back to the
+        start and the rate to a fifth of what it was; the next such check ends it. None: such checks change nothing
     """
 
     label: str
@@ -182,10 +183,10 @@ class _Trainer:
             self.best, self.kept = measured, [value.detach().clone() for value in self.theta]
 
     def is_lost(self, measured: float | None) -> bool:
-        """Whether a check is above the start's, and none was below it so far."""
+        """Whether a check is far above the start's, and none was below it so far."""
         if measured is None or self.start is None or self.best is None:
             return False
-        return self.best >= self.start and not measured <= self.start
+        return self.best >= self.start and not measured <= LOST * self.start
 
     def retreat(self) -> None:
         """Back to the start, at a lower rate; the optimiser forgets what it has seen."""

@@ -8,7 +8,7 @@ EfficientQAT (arXiv 2407.11062) and the norm tuning of several low-bit methods; 
 Adam on relative changes: a value v is v0 + u theta, with u = max(|v0|, a tenth of the root mean square of its row).
 The loss over held-out samples, measured with the values as they are stored, chooses the step that is kept; the start
 is among the candidates, so the result is never worse on them. How high a rate may be depends on the model: where the
-first checks are above the start's, the tuning begins again from the start at a fifth of the rate.
+first checks are far above the start's, the tuning begins again from the start at a fifth of the rate.
 """
 
 from __future__ import annotations
