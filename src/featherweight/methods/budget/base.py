@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from featherweight.methods.quantize.base import Choice
 from featherweight.methods.quantize.treatment import Treatment
+from featherweight.storage.checkpoint.anatomy import LinearLayer
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,21 @@ class LayerCandidates:
     ----------
     shape : (out_features, in_features)
     candidates : at least one
+    layer : what it is in its model; None for a matrix of which only the shape is known
     """
 
     shape: tuple[int, int]
     candidates: tuple[Candidate, ...]
+    layer: LinearLayer | None = None
 
     @classmethod
     def of(
-        cls, shape: tuple[int, int], treatments: Sequence[Treatment], errors: Sequence[float] | None = None
+        cls, layer: LinearLayer, treatments: Sequence[Treatment], errors: Sequence[float] | None = None
     ) -> LayerCandidates:
         """Candidates from treatments, with the bytes they store and the errors where these are known."""
         known: Sequence[float | None] = (None,) * len(treatments) if errors is None else errors
-        found = (Candidate(t, t.nbytes(shape), error) for t, error in zip(treatments, known, strict=True))
-        return cls(shape, tuple(found))
+        found = (Candidate(t, t.nbytes(layer.shape), error) for t, error in zip(treatments, known, strict=True))
+        return cls(layer.shape, tuple(found), layer)
 
     @property
     def weights(self) -> int:

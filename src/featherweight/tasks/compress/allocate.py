@@ -59,7 +59,7 @@ def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: 
     recipe = plan.recipe
     errors = measured(plan, checkpoint, measuring, notify)
     layers = {
-        job.layer.name: LayerCandidates.of(job.layer.shape, plan.candidates[job.layer.name], errors[job.layer.name])
+        job.layer.name: LayerCandidates.of(job.layer, plan.candidates[job.layer.name], errors[job.layer.name])
         for job in plan.jobs
         if job.layer.name in plan.candidates
     }

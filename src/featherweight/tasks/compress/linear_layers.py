@@ -99,7 +99,7 @@ class LinearLayers:
             )
         candidates = recipe.candidates_for(self.anatomy)
         every = [*self.anatomy.layers, *self.anatomy.outside]
-        sized = {x.name: LayerCandidates.of(x.shape, candidates[x.name]) for x in every if x.name in candidates}
+        sized = {x.name: LayerCandidates.of(x, candidates[x.name]) for x in every if x.name in candidates}
         treatments = recipe.allocation.assign(sized)
         jobs = tuple(Job(layer, treatments[layer.name]) for layer in every if layer.name in treatments)
         check_layers(recipe, self.anatomy, ((job.layer.name, (job.treatment,)) for job in jobs), text=False)

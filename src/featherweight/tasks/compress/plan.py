@@ -307,7 +307,7 @@ def make_plan(
     anatomy, notes, dropped = accounted_anatomy(checkpoint)
     treatments = recipe.candidates_for(anatomy)
     layers = [*anatomy.layers, *anatomy.outside]
-    candidates = {x.name: LayerCandidates.of(x.shape, treatments[x.name]) for x in layers if x.name in treatments}
+    candidates = {x.name: LayerCandidates.of(x, treatments[x.name]) for x in layers if x.name in treatments}
     measures = recipe.allocation.needs_errors
     given = _largest(candidates) if measures else recipe.allocation.assign(candidates)
     chosen_tensors = {layer.tensor for layer in layers if layer.name in given}

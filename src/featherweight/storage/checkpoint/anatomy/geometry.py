@@ -219,7 +219,7 @@ def read_geometry(checkpoint: TensorIndex, anatomy: Anatomy | None = None) -> Ge
 def is_last(layer: LinearLayer) -> bool:
     """Whether a layer of a block gives its output to the residual stream: o of an attention, down of an MLP."""
     if layer.kind == "attention":
-        return _part(layer) == "o"
+        return attention_part(layer) == "o"
     return layer.kind in ("mlp", "expert") and _leaf(layer) in LAST
 
 
@@ -229,7 +229,7 @@ def _leaf(layer: LinearLayer) -> str:
     return parts[-2] if parts[-1] == "dense" and layer.kind != "attention" and len(parts) > 1 else parts[-1]
 
 
-def _part(layer: LinearLayer) -> str:
+def attention_part(layer: LinearLayer) -> str:
     """What a layer of an attention is: "q", "k", "v", "qkv" or "o"."""
     leaf = _leaf(layer)
     named = {"q": QUERY, "k": KEY, "v": VALUE}
@@ -260,7 +260,7 @@ def columns_of(layer: LinearLayer, start: int, stop: int) -> list[Slice]:
 
 def _attentions(checkpoint: TensorIndex, anatomy: Anatomy, layers: list[LinearLayer]) -> list[Attention]:
     own = [layer for layer in layers if layer.kind == "attention"]
-    starts = [layer for layer in own if _part(layer) in ("q", "qkv")]
+    starts = [layer for layer in own if attention_part(layer) in ("q", "qkv")]
     found = []
     for start in starts:
         members = own if len(starts) == 1 else [layer for layer in own if _parent(layer) == _parent(start)]
@@ -273,8 +273,8 @@ def _attentions(checkpoint: TensorIndex, anatomy: Anatomy, layers: list[LinearLa
 def _attention(checkpoint: TensorIndex, anatomy: Anatomy, start: LinearLayer, members: list[LinearLayer]) -> Attention:
     by_part: dict[str, list[LinearLayer]] = {}
     for layer in members:
-        by_part.setdefault(_part(layer), []).append(layer)
-    wanted = ("qkv", "o") if _part(start) == "qkv" else ("q", "k", "v", "o")
+        by_part.setdefault(attention_part(layer), []).append(layer)
+    wanted = ("qkv", "o") if attention_part(start) == "qkv" else ("q", "k", "v", "o")
     if sorted(by_part) != sorted(wanted) or any(len(found) > 1 for found in by_part.values()):
         names = ", ".join(layer.name for layer in members)
         raise _unknown(checkpoint, f"which of {names} makes queries, keys and values, and which reads the heads")
