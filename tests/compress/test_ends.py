@@ -189,6 +189,22 @@ def test_presets_tune_and_guard_it(tiny: Any, tmp_path: Path, name: str, tied: b
     assert again.already_complete
 
 
+def test_a_tied_matrix_is_rounded_as_the_head_asks(tiny: Any, tmp_path: Path) -> None:
+    """It is the head's products that see an error; the rows of an embedding of its own are looked up, and nothing
+    runs through them, so that they are rounded to nearest."""
+    grid = {"kind": "uniform", "bits": 3, "group_size": 16}
+    asked = {"embedding": {"grid": grid}, "head": {"grid": grid, "rounding": {"kind": "hessian"}}}
+    for tied in (True, False):
+        source = tiny("llama", tie_word_embeddings=tied, tokenizer=True)
+        result = compress(source, recipe_from({**PLAIN, **asked}, "here"), tmp_path / f"{tied}", changes=SHORT)
+        outside = {r["name"]: r for r in result.layers if r["block"] is None}
+        assert list(outside) == (["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"])
+        head = outside["model.embed_tokens" if tied else "lm_head"]
+        assert head["held_out_error"] < head["held_out_error_data_free"]
+        assert tied or "sweep_loss" not in outside["model.embed_tokens"]
+        assert not any("fallback" in record for record in outside.values())
+
+
 def test_what_the_model_has_not(tiny: Any, tmp_path: Path) -> None:
     apart = recipe_from({**PLAIN, "embedding": SIX, "head": "same"}, "here")
     with pytest.raises(RecipeError, match="asks for different things in embedding and head, but this model has one"):

@@ -6,7 +6,8 @@
     head: keep                                                    # as it is, the default
 
 A model that ties its output layer to the embedding has one matrix for both. It is compressed once, stays tied, and gets
-what either field asks for; two fields that ask for different things are an error.
+what either field asks for; two fields that ask for different things are an error, except that the head's rounding
+counts where they differ in nothing else: its products are what errors matter to, an embedding's rows are looked up.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ def own_choices(end: End, field: str, whole: Treatment) -> tuple[Choice, ...]:
     return () if treatment is None or treatment is whole else (treatment.grid, treatment.rounding)
 
 
+def _but_rounding(end: End) -> Any:
+    """What a field asks for, leaving aside how it rounds."""
+    return end.grid if isinstance(end, EndChoices) else end
+
+
 def ends_of(anatomy: Anatomy, ends: dict[str, End], recipe: str) -> list[tuple[LinearLayer, str]]:
     """The matrices outside the blocks that are compressed, each with the field that says how.
 
@@ -109,7 +115,9 @@ def ends_of(anatomy: Anatomy, ends: dict[str, End], recipe: str) -> list[tuple[L
         )
     if anatomy.tied_head is not None:
         assert anatomy.embedding is not None
-        if len({str(end) for end in asked.values()}) > 1:
+        if len(asked) > 1 and _but_rounding(asked["embedding"]) == _but_rounding(asked["head"]):
+            return [(anatomy.embedding, "head")]
+        if len(asked) > 1:
             raise RecipeError(
                 f"recipe {recipe} asks for different things in embedding and head, but this model has one matrix for "
                 "both (tie_word_embeddings): set one of them to keep, and the other counts for both"
