@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from featherweight.cli.console import note
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.storage.checkpoint.resolve import Place, resolve
 
@@ -108,7 +108,7 @@ def open_backend(settings: BackendSettings) -> TextBackend:
     place = resolve(settings.model)
     if device is not None and device.type != "cpu":
         if engine == "auto":
-            print(f"note: the native decoder is on the CPU; transformers runs the model on {device}", file=sys.stderr)
+            note(f"the native decoder is on the CPU; transformers runs the model on {device}")
         return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
     if engine == "native" or cache != "auto":
         return NativeBackend.open(place, dtype, threads, cache)
@@ -120,7 +120,7 @@ def open_backend(settings: BackendSettings) -> TextBackend:
         return NativeBackend.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
         backend = TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
-        print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
+        note(f"{reason}; transformers runs it instead")
         return backend
 
 
@@ -240,7 +240,7 @@ class TransformersBackend(_TextSide):
     ) -> None:
         import torch
 
-        from featherweight.cli.commands import quiet_transformers
+        from featherweight.cli.console import quiet_transformers
         from featherweight.model.decoder.sampling import generation_defaults
         from featherweight.model.text.plain import read_object
         from featherweight.model.text.tokenizer import Tokenizer, refuse_useless

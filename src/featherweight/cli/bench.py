@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, write_json
+from featherweight.cli.console import claim_json, facts, out_console, quiet_transformers, write_json
 from featherweight.cli.progress import size_text
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, steps, write_json
+from featherweight.cli.console import claim_json, facts, note, out_console, quiet_transformers, steps, write_json
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def run_converse(model: str, out: Path, options: ConverseOptions, json: Path | N
 
         def watch(event: dict[str, Any]) -> None:
             if event["event"] == "note":
-                print(f"note: {event['text']}", file=sys.stderr, flush=True)
+                note(event["text"])
             elif event["event"] == "conversations":
                 notify(event["step"], event["of"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from featherweight.cli.commands import error_console, out_console, quiet_transformers, steps, write_json
+from featherweight.cli.console import error_console, out_console, quiet_transformers, steps, write_json
 from featherweight.cli.progress import Watcher, size_text
 from featherweight.errors import OutputError
 from featherweight.system.places import ASSETS
