@@ -29,7 +29,8 @@ from featherweight.cli.backends import AnswerStopped, BackendSettings, Generatio
 from featherweight.cli.interrupts import Interrupts
 
 class Backend:
-    has_template = True
+    has_template, context, last = True, None, None
+    def read(self, tokens, told): pass
     def prompt(self, messages): return repr([m["content"] for m in messages if m["role"] != "system"])
     def encode(self, text, special=True): return [text]
     def write(self, tokens, choices):
@@ -205,6 +206,7 @@ class Stopping:
     """A model that is interrupted in its first answer."""
 
     has_template = True
+    context = last = None
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -215,6 +217,9 @@ class Stopping:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [1]
+
+    def read(self, tokens: list[int], told: Any) -> None:
+        """Nothing to read."""
 
     def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         if len(self.asked) == 1:

@@ -22,11 +22,12 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.checkpoint.size import measure_size
 from featherweight.storage.codes import code_from, code_layout
+from featherweight.system.units import parse_size
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress import plan as plan_module
 from featherweight.tasks.compress.compression import Compression, compress
-from featherweight.tasks.compress.plan import make_plan, parse_size
+from featherweight.tasks.compress.plan import make_plan
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tokenizer": True}),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.cli.console import claim_json, facts, note, out_console, quiet_transformers, steps, write_json
-from featherweight.cli.progress import size_text
+from featherweight.system.units import size_text
 
 
 @dataclass(frozen=True)

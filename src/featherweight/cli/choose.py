@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.cli.console import claim_json, facts, note, out_console, say, steps, write_json
-from featherweight.cli.progress import size_text, time_text
+from featherweight.system.units import parse_size, size_text, time_text
 
 if TYPE_CHECKING:
     from featherweight.cli.commands import PlanOptions
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FITS = 8 * 10**9
 """Bytes of memory of an ordinary small machine, which tables name."""
+LEAST = 10**6
+"""Bytes below which a number without a unit cannot be meant."""
 MARK = "*"
 """Behind what was measured on the bundled model."""
 
@@ -182,15 +184,14 @@ def _nothing(found: list[Offer], wish: Any, model: str) -> str:
 
 
 def _size(name: str, text: str | None) -> int | None:
+    """Bytes of a limit on a model's memory or file; a bare number is one whose unit was forgotten."""
     from featherweight.errors import FeatherError
-    from featherweight.tasks.compress.plan import parse_size
 
     if text is None:
         return None
-    try:
-        return parse_size(text)
-    except FeatherError as error:
-        raise FeatherError(f"{name}: {error}") from None
+    if text.strip().isdigit() and int(text) < LEAST:
+        raise FeatherError(f"{name} {int(text)} B is less than any model takes (did you mean {text.strip()}GB?)")
+    return parse_size(text, name)
 
 
 def _percent(text: str | None) -> float | None:

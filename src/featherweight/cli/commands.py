@@ -20,7 +20,8 @@ from featherweight.cli.console import (
     steps,
     write_json,
 )
-from featherweight.cli.progress import Watcher, count_text, size_text, time_text
+from featherweight.cli.progress import Watcher
+from featherweight.system.units import count_text, parse_size, size_text, time_text
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def run_compress(model: str, recipe: str, out: Path, options: CompressOptions, j
                 ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
                 ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
                 ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
-                ("time", f"{result.seconds:.1f} s"),
+                ("time", time_text(result.seconds)),
                 ("peak memory", size_text(result.peak_memory_bytes)),
             ]
         )
@@ -93,14 +94,14 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
     from featherweight.tasks.compress.device_share import limit_on
     from featherweight.tasks.compress.estimate import estimate_seconds
     from featherweight.tasks.compress.fates import counts_text
-    from featherweight.tasks.compress.plan import make_plan, parse_size
+    from featherweight.tasks.compress.plan import make_plan
 
     claim_json(json, ("recipe", "roles", "seconds"))
     chosen = load_recipe(recipe, options.changes)
     runs_on = device_named(options.device)
     device_limit = limit_on(runs_on, options.device, options.max_device_memory)
     with Checkpoint.open(model) as checkpoint:
-        limit = parse_size(options.max_memory) if options.max_memory else None
+        limit = parse_size(options.max_memory, "--max-memory") if options.max_memory else None
         checkpoint.trust_remote_code = options.trust_remote_code
         made = make_plan(checkpoint, chosen, options.threads, limit)
         if made.candidates and can_measure(made, Measuring()):
@@ -230,7 +231,7 @@ def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
         rows.append(("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in bits.items() if v is not None)))
     if report["bytes"] is not None:
         rows.append(("size", size_text(report["bytes"])))
-    rows += [("time", f"{result.seconds:.1f} s"), ("peak memory", size_text(result.peak_memory_bytes))]
+    rows += [("time", time_text(result.seconds)), ("peak memory", size_text(result.peak_memory_bytes))]
     console = out_console()
     console.print(facts(rows))
     console.print(f"protocol: {result.description}", soft_wrap=True)
@@ -298,12 +299,14 @@ def run_inspect(model: str, json: Path | None) -> None:
     console.print(table)
 
 
-def run_verify(model: str) -> None:
+def run_verify(model: str, json: Path | None) -> None:
     from featherweight.errors import CheckpointError
     from featherweight.tasks.analyse.verify import verify
 
+    claim_json(json, ("whole", "hashed"))
     with steps("verifying") as notify:
         result = verify(model, notify)
+    write_json(json, {"model": model, "whole": result.whole, **vars(result)})
     for problem in result.problems:
         print(problem, file=sys.stderr)
     if result.newer == len(result.problems) > 0:

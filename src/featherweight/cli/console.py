@@ -65,8 +65,30 @@ def out_console() -> Console:
 
 def say(text: str = "") -> None:
     """A line of the result, as it is."""
+    put(f"{text}\n")
+
+
+def put(text: str) -> None:
+    """A piece of the result, seen at once."""
     if not manner.json_alone:
-        print(text)
+        print(text, end="", flush=True)
+
+
+def tell(text: str) -> None:
+    """A line beside the result, for people: how fast it was, what was cut."""
+    if not manner.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def passing() -> Iterator[Callable[[str], None]]:
+    """A line on the terminal that is written over, and gone at the end; nothing where there is no terminal."""
+    shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not manner.quiet
+    try:
+        yield lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True) if shown else None
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def error_console() -> Console:
@@ -110,7 +132,9 @@ def write_json(path: Path | None, value: Any) -> None:
     from featherweight.system.files import disk_errors, to_json, write_text
 
     if path == STANDARD_OUTPUT:
-        print(to_json(value), end="", flush=True)
+        shown = to_json(value)
+        wide = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+        print(shown if wide else json.dumps(value, indent=2), end="" if wide else "\n", flush=True)
         return
     with disk_errors(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.cli.console import claim_json, facts, note, out_console, quiet_transformers, steps, write_json
+from featherweight.system.units import time_text
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,6 @@ def run_converse(model: str, out: Path, options: ConverseOptions, json: Path | N
     table = [
         ("conversations", f"{len(rows)} in {out}"),
         ("ended by the limit of tokens", str(cut)),
-        ("time", f"{seconds:.1f} s"),
+        ("time", time_text(seconds)),
     ]
     out_console().print(facts(table))

@@ -67,7 +67,7 @@ def run(app: typer.Typer, arguments: list[str]) -> None:
     except MemoryError:
         _stop("error: out of memory; set --max-memory or use a machine with more", 1)
     except Exception as error:
-        _known_kinds(error)
+        _known_kinds(error, app, arguments)
         raise
     else:
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
@@ -76,12 +76,12 @@ def run(app: typer.Typer, arguments: list[str]) -> None:
             sys.exit(code)
 
 
-def _known_kinds(error: Exception) -> None:
+def _known_kinds(error: Exception, app: typer.Typer, arguments: list[str]) -> None:
     """Wrong uses, and what a device says, by their names: their modules are not imported for this."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         from featherweight.cli.usage import usage_sentence
 
-        text, code = usage_sentence(error)
+        text, code = usage_sentence(error, app, arguments)
         _stop(text, code)
     if type(error).__name__ == "Abort":  # the input ended where something was asked
         _stop("error: the input ended too early", 1)

@@ -245,7 +245,12 @@ def evaluate(
 @app.command(cls=Command)
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Text to continue, UTF-8, in a file.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -259,14 +264,17 @@ def generate(
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.backends import BackendSettings, GenerationSettings
-    from featherweight.cli.generate import run_generate
+    from featherweight.cli.generate import prompt_text, run_generate
 
+    text = prompt_text(prompt, prompt_file)
     chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_generate(chosen, prompt, settings)
+    run_generate(chosen, text, settings, json)
 
 
 @app.command(cls=Command)
@@ -286,22 +294,28 @@ def chat(
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Do not remember what is said for the arrow keys of later chats.")
+    ] = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Talk to a model, with its chat template if it has one.
+    """Talk to a model. Its chat template is used if it has one.
 
-    Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one turn, whatever lines it has; so
-    are lines that end in a backslash together with the next, also from a pipe.
+    /help lists what can be typed. Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one
+    turn, whatever lines it has; so are lines that end in a backslash together with the next, also from a pipe. Where
+    the context is full, the oldest turns are forgotten, which is said.
     """
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import run_chat
 
     chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_chat(chosen, system, settings)
+    run_chat(chosen, system, settings, json, keep=not no_history)
 
 
 @app.command(cls=Command)
-def inspect(model: ModelArgument, json: JsonFile = None) -> None:
+def inspect(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -> None:
     """Show what a folder holds: layers, codes, bits, errors."""
     from featherweight.cli.commands import run_inspect
 
@@ -309,11 +323,11 @@ def inspect(model: ModelArgument, json: JsonFile = None) -> None:
 
 
 @app.command(cls=Command)
-def verify(model: ModelArgument) -> None:
+def verify(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -> None:
     """Check every tensor of a folder against its hash and its spec. Exit code 1 if anything is wrong."""
     from featherweight.cli.commands import run_verify
 
-    run_verify(model)
+    run_verify(model, json)
 
 
 @app.command(cls=Command)
@@ -360,11 +374,13 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for models and report.")] = Path("demo-out"),
     tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 20480,
     threads: Threads = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compress the bundled model in every way there is, measure, and write a report."""
     from featherweight.cli.demo import run_demo
 
-    run_demo(out, tokens, threads)
+    run_demo(out, tokens, threads, json)
 
 
 def main(arguments: list[str] | None = None) -> None:

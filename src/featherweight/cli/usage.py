@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import typer
+import typer.main
+
 from featherweight.registry import nearest
 
 GUESSES = {
@@ -76,10 +79,10 @@ KINDS = {"int": "a whole number", "integer": "a whole number", "float": "a numbe
 """What the parser, or pydantic, calls a kind of value -> what people do."""
 
 
-def usage_sentence(error: Any) -> tuple[str, int]:
+def usage_sentence(error: Any, app: typer.Typer, arguments: list[str]) -> tuple[str, int]:
     """What to print for a parser's error, and the exit code. Without a command, or arguments, that is the help."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "feather"
+    context = getattr(error, "ctx", None) or _context_of(app, arguments)
+    path = context.command_path
     kind = type(error).__name__
     if kind == "NoArgsIsHelpError":
         return error.format_message(), error.exit_code
@@ -88,13 +91,28 @@ def usage_sentence(error: Any) -> tuple[str, int]:
         text = makers[kind](error, context, path)
     elif found := re.search(r"No such command '(.*?)'", error.format_message()):
         text = _no_such_command(found[1], context)
-    elif found := re.search(r"extra arguments? \((.*)\)", error.format_message()):
-        text = f"{path} does not know what {found[1]!r} is for: options have names that begin with --{_see(path)}"
+    elif found := re.search(r"extra argument(?:s|\(s\))? \((.*)\)", error.format_message()):
+        text = f"{path} does not know what {found[1]!r} is for: {_stray(arguments)}{_see(path)}"
     elif found := re.search(r"'(-[\w-]+)' requires an argument", error.format_message()):
         text = f"{path}: {found[1]} lacks its value{_asked(found[1], context)}{_see(path)}"
     else:
         text = f"{path}: {_begun_small(error.format_message()).rstrip('.')}{_see(path)}"
     return f"error: {text}", error.exit_code
+
+
+def _stray(arguments: list[str]) -> str:
+    """Where values belong."""
+    if "--set" in arguments:
+        return "a change is written --set FIELD=VALUE, without blanks"
+    return "a value stands behind its option, and a text with blanks in quotation marks"
+
+
+def _context_of(app: typer.Typer, arguments: list[str]) -> Any:
+    """Of the command that the arguments name, for errors that come without one."""
+    root: Any = typer.main.get_command(app)
+    context = root.context_class(root, info_name="feather")
+    command = root.commands.get(arguments[0]) if arguments else None
+    return context if command is None else root.context_class(command, info_name=arguments[0], parent=context)
 
 
 def _see(path: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featherweight.errors import FeatherError
-from featherweight.tasks.compress.plan import parse_size
+from featherweight.system.units import parse_size
 
 SPARE_SHARE = 0.5  # of what the plan leaves free: passes may fill it with what they would compute again
 
@@ -98,7 +98,7 @@ def limit_on(device: torch.device, named: str | torch.device, asked: int | str |
     "auto" found none but that, a limit does nothing."""
     if asked is None:
         return None
-    limit = parse_size(asked) if isinstance(asked, str) else asked
+    limit = parse_size(asked, "--max-device-memory") if isinstance(asked, str) else asked
     if limit < 1:
         raise FeatherError(f"--max-device-memory is {limit} bytes; write it like 800MB, 2GB or 1.5GiB")
     if device.type != "cpu":
