@@ -51,6 +51,7 @@ class Talk:
 
         Where the context is full, the oldest turns go, with their answers.
         """
+        before = list(self.turns)
         self.turns.append({"role": "user", "content": text})
         tokens, dropped = self._tokens(), 0
         while self._too_long(tokens) and len(self.turns) > 1:
@@ -58,14 +59,14 @@ class Talk:
             del self.turns[: 1 + answered]
             dropped += 1
             tokens = self._tokens()
-        if dropped:
-            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
-            self.say(f"the context of {self.backend.context} tokens is full: the oldest {turns} forgotten")
         context = self.backend.context
         if context is not None and len(tokens) >= context:
-            self.turns.pop()
+            self.turns = before
             self.say(f"that is {len(tokens)} tokens, and the context has {context}: shorten it; it was not asked")
             return None
+        if dropped:
+            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
+            self.say(f"the context of {context} tokens is full: the oldest {turns} forgotten")
         return tokens
 
     def answered(self, text: str) -> None:

@@ -47,10 +47,14 @@ def run(app: typer.Typer, arguments: list[str]) -> None:
 
     arguments = _help_first(_one_set_each(arguments))
     console.begin()
-    _any_letter_can_be_written()
+    _make_streams_safe()
+    code: Any = None
     try:
-        with _warnings_as_notes():
-            code = app(args=arguments, prog_name="feather", standalone_mode=False)
+        if (page := _help_page(app, arguments)) is not None:
+            print(page)
+        else:
+            with _warnings_as_notes():
+                code = app(args=arguments, prog_name="feather", standalone_mode=False)
         sys.stdout.flush()
     except FeatherError as error:
         _stop(f"error: {error}", 1)
@@ -108,8 +112,31 @@ def _help_first(arguments: list[str]) -> list[str]:
     return [*arguments[1:2], "--help"] if arguments[:1] == ["help"] and len(arguments) <= 2 else arguments
 
 
-def _any_letter_can_be_written() -> None:
-    """What a terminal without UTF-8 cannot show becomes a question mark; nothing stops for it."""
+def _help_page(app: typer.Typer, arguments: list[str]) -> str | None:
+    """What `feather --help` and `feather COMMAND --help` print; None where the arguments are others.
+
+    The parser gives the same, but imports pydantic for it, which takes longer than all the rest.
+    """
+    if not 1 <= len(arguments) <= 2 or arguments[-1] not in ("-h", "--help"):
+        return None
+    from typer.main import get_command
+
+    root: Any = get_command(app)
+    context = root.context_class(root, info_name="feather", **root.context_settings)
+    if len(arguments) == 1:
+        return str(context.get_help())
+    command = root.commands.get(arguments[0])
+    if command is None:
+        return None
+    inner = command.context_class(command, info_name=arguments[0], parent=context, **command.context_settings)
+    return str(inner.get_help())
+
+
+def _make_streams_safe() -> None:
+    """What a terminal without UTF-8 cannot show becomes a question mark; a closed stream becomes an empty one."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
