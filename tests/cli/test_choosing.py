@@ -1,4 +1,4 @@
-"""`feather plan` without a recipe, `feather recommend`, `feather methods`: what suits, and the command that makes it."""
+"""`feather plan` without a recipe, `feather recommend` and `feather methods`: what suits, and what to type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from featherweight.tasks.compress.presets import (
     Wish,
     measured,
     offers,
-    quality_of,
+    qualities_of,
     recommended,
     run_memory,
 )
@@ -42,11 +42,9 @@ def test_qualities_are_those_of_the_results() -> None:
     made = runpy.run_path(str(ROOT / "scripts" / "make_quality.py"))["quality"]()
     assert made == measured(), "run scripts/make_quality.py"
     assert set(SIDE_BY_SIDE) <= presets().keys()
-    assert all(quality_of(name) is not None for name in SIDE_BY_SIDE)
-    best = quality_of("trit-2")
-    assert best is not None
-    assert best.pretrained
-    assert quality_of("nothing") is None
+    assert all(qualities_of(name) for name in SIDE_BY_SIDE)
+    assert [one.pretrained for one in qualities_of("trit-2")] == [True, False]
+    assert qualities_of("nothing") == ()
 
 
 def test_presets_side_by_side(quick: None, llama: Path, tmp_path: Path) -> None:
@@ -68,7 +66,19 @@ def test_presets_side_by_side(quick: None, llama: Path, tmp_path: Path) -> None:
         assert rows[name]["seconds"] == 75
     for shown in ("1 min 15 s", "fits 8 GB: all", "SmolLM2-135M-Instruct", "Other models differ", "feather recommend"):
         assert shown in done.output
-    assert f"{quality_of('trit-2').excess:+.1f} %" in done.output  # type: ignore[union-attr]
+    (line,) = (line for line in done.output.splitlines() if line.startswith("trit-2 "))
+    assert all(f"{one.excess:+.1f} %" in line for one in qualities_of("trit-2"))
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_the_table_fits_the_terminal(quick: None, columns: int, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are left out rather than cut."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = feather_here("plan", llama)
+    table = done.output.partition("\n\n")[0]
+    assert len(table.splitlines()) == 1 + len(SIDE_BY_SIDE)
+    assert max(map(len, table.splitlines())) <= columns
+    assert "…" not in table
 
 
 def test_presets_that_do_not_suit_are_left_out(quick: None, tmp_path: Path) -> None:
@@ -81,8 +91,8 @@ def test_presets_that_do_not_suit_are_left_out(quick: None, tmp_path: Path) -> N
 
 
 def offer(preset: str, size: int, excess: float | None, pretrained: bool = True, data: bool = True) -> Offer:
-    quality = None if excess is None else Quality("a model", pretrained, excess, 0.1)
-    return Offer(preset, data, size, 4.0, 10 * size, size + 50, None, (), quality)
+    qualities = () if excess is None else (Quality("a model", pretrained, excess, 0.1),)
+    return Offer(preset, data, size, 4.0, 10 * size, size + 50, None, (), qualities)
 
 
 FOUND = (

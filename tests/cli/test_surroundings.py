@@ -81,12 +81,15 @@ def test_letters_that_cannot_be_shown(compressed: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr("sys.stdout", out)
             patch.setattr("sys.stderr", errors)
-            main(arguments)
+            with pytest.raises(SystemExit):
+                main(arguments)
         assert out.shown()
     out = Ascii(terminal=False)
     with monkeypatch.context() as patch:
         patch.setattr("sys.stdout", out)
-        main(["generate", str(compressed), "--prompt", "é", "--temperature", "0", "--max-tokens", "20", "--json", "-"])
+        command = ["generate", str(compressed), "--prompt", "é", "--temperature", "0", "--max-tokens", "20"]
+        with pytest.raises(SystemExit):
+            main([*command, "--json", "-"])
     assert json.loads(out.shown())["text"] == written["text"]  # JSON loses nothing
 
 
@@ -150,7 +153,8 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
         out = Ascii()
         with monkeypatch.context() as patch:
             patch.setattr("sys.stdout", out)
-            main(arguments)
+            with pytest.raises(SystemExit):
+                main(arguments)
         assert not re.search(r"\x1b\[(\d+;)*[34]\d(;\d+)*m", out.shown())
 
 

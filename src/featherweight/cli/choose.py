@@ -19,8 +19,8 @@ FITS = 8 * 10**9
 """Bytes of memory of an ordinary small machine, which tables name."""
 LEAST = 10**6
 """Bytes below which a number without a unit cannot be meant."""
-MARK = "*"
-"""Behind what was measured on the bundled model."""
+PRETRAINED, BUNDLED = "SmolLM2", "bundled"
+"""Columns of what presets cost on the two models that they were measured on."""
 
 
 def run_choice(model: str, options: PlanOptions, json: Path | None) -> None:
@@ -56,34 +56,47 @@ def _offers(model: str, threads: int | None, trust_remote_code: bool, timed: boo
         return offers(checkpoint, threads, timed=timed, notify=notify)
 
 
+COLUMNS = {
+    76: ("preset", "file", PRETRAINED, BUNDLED, "runs in", "made in", "time", "needs"),
+    50: ("preset", "file", PRETRAINED, BUNDLED, "needs"),
+    0: ("preset", "file", PRETRAINED),
+}
+"""Least width of a terminal -> what fits."""
+
+
 def _show(found: list[Offer]) -> None:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("preset", "file", "bits", "costs", "runs in", "made in", "time", "needs"):
+    console, table = out_console(), Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    names = next(names for width, names in COLUMNS.items() if console.width >= width)
+    for name in names:
         table.add_column(name, justify="left" if name in ("preset", "needs") else "right")
     for offer in found:
-        table.add_row(
-            offer.preset,
-            size_text(offer.output_bytes),
-            f"{offer.bits:.2f}",
-            _cost(offer.quality),
-            size_text(offer.run_bytes),
-            size_text(offer.memory_bytes),
-            time_text(offer.seconds) + ("+" if offer.learned else ""),
-            "text" if offer.calibrated else "no data",
-        )
-    out_console().print(table)
+        cells = {
+            "preset": offer.preset,
+            "file": size_text(offer.output_bytes),
+            PRETRAINED: _cost(offer, True),
+            BUNDLED: _cost(offer, False),
+            "runs in": size_text(offer.run_bytes),
+            "made in": size_text(offer.memory_bytes),
+            "time": time_text(offer.seconds) + ("+" if offer.learned else ""),
+            "needs": "text" if offer.calibrated else "no data",
+        }
+        table.add_row(*(cells[name] for name in names))
+    console.print(table)
     say()
     for line in _legend(found):
-        out_console().print(line)
+        console.print(line)
 
 
-def _cost(quality: Quality | None) -> str:
-    if quality is None:
-        return "?"
+def _cost(offer: Offer, pretrained: bool) -> str:
+    """On one of the two models."""
+    return next((_percents(one) for one in offer.qualities if one.pretrained == pretrained), "-")
+
+
+def _percents(quality: Quality) -> str:
     digits = 0 if abs(quality.excess) >= 100 else 1 if abs(quality.excess) >= 1 else 2
-    return f"{quality.excess:+.{digits}f} %{' ' if quality.pretrained else MARK}"
+    return f"{quality.excess:+.{digits}f} %"
 
 
 def _legend(found: list[Offer]) -> list[str]:
@@ -93,18 +106,20 @@ def _legend(found: list[Offer]) -> list[str]:
     models = {model["pretrained"]: model for model in measured()["models"].values()}
     small = [offer.preset for offer in found if offer.run_bytes <= FITS]
     fitting = "all" if len(small) == len(found) else ", ".join(small) or "none"
-    lines = [
-        f"fits {size_text(FITS)}: {fitting}",
-        f"costs: more perplexity, measured on {models[True]['name']} ({models[True]['protocol']}); {MARK} on "
-        f"{models[False]['name']} ({models[False]['protocol']}). Other models differ: measure yours with feather eval.",
-        f"runs in: memory to write text with the result, {CONTEXT} tokens of context. made in: memory to compress. "
-        "time: of compressing on this machine, measured on samples, disk not included.",
-    ]
+    cost = (
+        f"{PRETRAINED}, {BUNDLED}: how much more perplexity it cost on {models[True]['name']} "
+        f"({models[True]['protocol']}) and on {models[False]['name']} ({models[False]['protocol']}). Other models "
+        "differ: measure yours with feather eval."
+    )
     if changed := [f"{o.preset} with {o.quality.changes}" for o in found if o.quality and o.quality.changes]:
-        lines[1] += f" Measured was {', '.join(changed)}."
+        cost += f" Measured there was {', '.join(changed)}."
+    memory = (
+        f"runs in: memory to write text with the result, {CONTEXT} tokens of context. made in: memory to compress. "
+        "time: of compressing on this machine, measured on samples, disk not included."
+    )
     if learned := sorted({kind for offer in found for kind in offer.learned}):
-        lines[2] += f" +: {', '.join(learned)} not counted."
-    return lines
+        memory += f" +: {', '.join(learned)} not counted."
+    return [f"fits {size_text(FITS)}: {fitting}", cost, memory]
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ def run_recommend(model: str, options: RecommendOptions, json: Path | None) -> N
         ("file", f"about {size_text(best.output_bytes)}, {best.bits:.2f} bits a weight in the layers"),
         ("runs in", f"about {size_text(best.run_bytes)}"),
         ("made in", f"about {size_text(best.memory_bytes)}" + (f" ({size_text(free)} free)" if free else "")),
-        ("costs", _cost(best.quality).strip(" *") + f" perplexity, measured on {_where(best)}; other models differ"),
+        *(("costs", f"{_percents(one)} perplexity on {_where(one)}; other models differ") for one in best.qualities),
         ("needs", "text; a shipped one, unless --calibration names yours" if best.calibrated else "no data"),
     ]
     out_console().print(facts(rows))
@@ -154,9 +169,8 @@ def run_recommend(model: str, options: RecommendOptions, json: Path | None) -> N
     say(f"feather eval {_folder(model, best.preset)} --against {shlex.quote(model)}")
 
 
-def _where(offer: Offer) -> str:
-    assert offer.quality is not None
-    return offer.quality.model + (f" with {offer.quality.changes}" if offer.quality.changes else "")
+def _where(quality: Quality) -> str:
+    return quality.model + (f" with {quality.changes}" if quality.changes else "")
 
 
 def _nothing(found: list[Offer], wish: Any, model: str) -> str:

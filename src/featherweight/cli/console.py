@@ -42,8 +42,10 @@ def begin() -> None:
 
 
 def be_quiet(value: bool) -> bool:
-    """What `--quiet` does as soon as it is read."""
-    manner.quiet = manner.quiet or value
+    """What `--quiet` does as soon as it is read; the hub's library looks for its wish in the environment."""
+    if value:
+        manner.quiet = True
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return value
 
 

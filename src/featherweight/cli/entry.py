@@ -39,7 +39,7 @@ def run_process(app: typer.Typer, arguments: list[str]) -> None:
 
 
 def run(app: typer.Typer, arguments: list[str]) -> None:
-    """Run a command, and end in SystemExit unless all went well.
+    """Run a command. It ends in SystemExit.
 
     Code 0, 1 after an error that is one sentence, 2 after a wrong use, 130 after Ctrl-C, 141 where nobody reads on.
     """
@@ -76,8 +76,7 @@ def run(app: typer.Typer, arguments: list[str]) -> None:
     else:
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             _stop(_last_words(arguments), INTERRUPTED)
-        if isinstance(code, int) and code:
-            sys.exit(code)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _known_kinds(error: Exception, app: typer.Typer, arguments: list[str]) -> None:

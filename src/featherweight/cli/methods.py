@@ -55,7 +55,8 @@ def _show_short(rows: list[dict[str, Any]]) -> None:
         line = f"{row['preset']:{name}}  {row['bits']:5.2f}  {needs:7}  {row['memory']:6}  {title}"
         say(line if len(line) <= width else line[: width - 3] + "...")
     _added()
-    say("\nholds: what is in memory at once. All about one: feather methods NAME. On all axes: feather methods --full")
+    say("\nholds: what is in memory at once")
+    say("feather methods NAME: all about one; feather methods --full: all on all axes")
 
 
 def _show_one(row: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ class Offer:
     bits : per weight of the compressed layers of the blocks
     memory_bytes : peak while it is made; run_bytes : while the result writes text, with CONTEXT tokens at most
     seconds : of making it on this machine, None where not asked; learned : trainings that are not in it
-    quality : None where it was never measured
+    qualities : where it was measured, on the pretrained model first
     """
 
     preset: str
@@ -68,18 +68,23 @@ class Offer:
     run_bytes: int
     seconds: float | None
     learned: tuple[str, ...]
-    quality: Quality | None
+    qualities: tuple[Quality, ...]
 
     @property
     def fits(self) -> int | None:
         """The smallest memory of SIZES in which the result runs; None where it is larger than all."""
         return next((size for size in SIZES if self.run_bytes <= size), None)
 
+    @property
+    def quality(self) -> Quality | None:
+        """On the pretrained model, else on the bundled one; None where it was never measured."""
+        return self.qualities[0] if self.qualities else None
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able; what is not known is null."""
-        kept = {name: value for name, value in vars(self).items() if name not in ("quality", "learned")}
-        quality = None if self.quality is None else dict(vars(self.quality))
-        return {**kept, "fits_bytes": self.fits, "not_in_seconds": list(self.learned), "quality": quality}
+        kept = {name: value for name, value in vars(self).items() if name not in ("qualities", "learned")}
+        found = [dict(vars(quality)) for quality in self.qualities]
+        return {**kept, "fits_bytes": self.fits, "not_in_seconds": list(self.learned), "qualities": found}
 
 
 @functools.cache
@@ -89,13 +94,14 @@ def measured() -> dict[str, Any]:
     return found
 
 
-def quality_of(preset: str) -> Quality | None:
-    """What a preset cost on the pretrained model, else on the bundled one, else None."""
-    for key, model in measured()["models"].items():
-        row = measured()["presets"].get(preset, {}).get(key)
-        if row is not None:
-            return Quality(model["name"], model["pretrained"], row["excess"], row["kl"], row["changes"])
-    return None
+def qualities_of(preset: str) -> tuple[Quality, ...]:
+    """What a preset cost where it was measured, on the pretrained model first; empty where it never was."""
+    rows = measured()["presets"].get(preset, {})
+    return tuple(
+        Quality(model["name"], model["pretrained"], **rows[key])
+        for key, model in measured()["models"].items()
+        if key in rows
+    )
 
 
 def offers(
@@ -144,7 +150,7 @@ def _offer(name: str, plan: Plan, run_bytes: int, timed: bool) -> Offer:
         run_bytes=run_bytes,
         seconds=estimate_seconds(plan) if timed else None,
         learned=tuple(left_out(plan)),
-        quality=quality_of(name),
+        qualities=qualities_of(name),
     )
 
 
