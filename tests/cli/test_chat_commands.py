@@ -145,7 +145,8 @@ def test_answers_that_are_cut(compressed: Path) -> None:
     assert (cut["end"], cut["tokens"]) == ("limit", 3)
     assert cut["tokens_per_second"] > 0
     full = end("--prompt", "x" * 120, "--max-tokens", 500)
-    assert (full["end"], full["prompt_tokens"] + full["tokens"]) == ("context", 128)
+    assert full["end"] == "context"
+    assert 128 <= full["prompt_tokens"] + full["tokens"] <= 129  # the last one is written and not read
     other = end("--prompt", "It was", "--max-tokens", 3, "--engine", "transformers")
     assert (other["end"], other["tokens"], other["prompt_tokens"]) == ("limit", 3, cut["prompt_tokens"])
 

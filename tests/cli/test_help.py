@@ -14,17 +14,19 @@ from feather_command import feather_here
 from typer.main import get_command
 
 import featherweight
-from featherweight.cli.help import COMMANDS, EXAMPLES, GROUPS
+from featherweight.cli.help import COMMANDS, EXAMPLES, GROUPS, group_of
 from featherweight.cli.main import app
 
 ROOT: Any = get_command(app)
 NAMES = tuple(ROOT.commands)
-UNGROUPED = {"--trust-remote-code", "--full", "--tokens", "--version", "--install-completion", "--show-completion"}
+UNGROUPED = {"--trust-remote-code", "--full", "--version", "--install-completion", "--show-completion"}
 
 
 def test_every_command_stands_in_one_group() -> None:
     assert sorted(name for names in COMMANDS.values() for name in names) == sorted(NAMES)
     assert set(EXAMPLES) == {"feather", *NAMES}
+    options = {option for command in ROOT.commands.values() for one in command.params for option in one.opts}
+    assert {option for names in GROUPS.values() for option in names} <= options
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,7 +41,7 @@ def test_page_of_a_command(name: str) -> None:
             assert option.opts[0] in page.output
             grouped = [title for title, names in GROUPS.items() if option.opts[0] in names]
             assert len(grouped) == 1 or (not grouped and option.opts[0] in UNGROUPED), option.opts
-            assert f"\n{(grouped or ['Others'])[0]}:\n" in page.output
+            assert f"\n{group_of(name, option.opts[0])}:\n" in page.output
     assert all(len(line) <= 90 for line in page.output.splitlines())
 
 

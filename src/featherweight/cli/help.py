@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -16,9 +17,18 @@ COMMANDS = {
 
 GROUPS = {
     "Model and recipe": ("--recipe", "--set", "--calibration", "--base-model", "--needs", "--seed"),
-    "What is measured": ("--against", "--text", "--conversations", "--protocol", "--context", "--limit", "--repeats"),
-    "Goal": ("--ram", "--size", "--quality", "--device-memory", "--data-free"),
-    "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate", "--no-color"),
+    "What is measured": (
+        "--against",
+        "--text",
+        "--conversations",
+        "--protocol",
+        "--context",
+        "--limit",
+        "--tokens",
+        "--repeats",
+    ),
+    "Goal": ("--ram", "--size", "--quality", "--data-free"),
+    "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
     "Sampling": ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"),
     "Conversations": ("--count", "--turns"),
     "Machine": (
@@ -29,6 +39,8 @@ GROUPS = {
 }
 """Which options stand together on every page; those of no group come last."""
 OTHERS = "Others"
+SAMPLERS = ("generate", "chat", "converse")
+"""Commands whose --seed is that of the sampling."""
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "feather": (
@@ -117,14 +129,23 @@ def _write_groups(command: Any, ctx: Any, formatter: Any) -> None:
         with formatter.section("Arguments"):
             formatter.write_dl([(one.metavar or one.name, one.help or "") for one in arguments])
     for title in (*GROUPS, OTHERS):
-        records = [one.get_help_record(ctx) for one in options if _group_of(one) == title]
+        records = [one.get_help_record(ctx) for one in options if group_of(str(command.name), one.opts[0]) == title]
         if records := [record for record in records if record is not None]:
             with formatter.section(title):
-                formatter.write_dl(records)
+                formatter.write_dl([(_plain_kind(names), text) for names, text in records])
 
 
-def _group_of(option: Any) -> str:
-    return next((title for title, names in GROUPS.items() if option.opts[0] in names), OTHERS)
+def _plain_kind(names: str) -> str:
+    """`--top-k N` for `--top-k <int range>`, or what other releases of typer write."""
+    number = re.sub(r" (<(int|float)( range)?>|(INTEGER|FLOAT)( RANGE)?)$", " N", names)
+    return number.replace(" <str>", " NAME")
+
+
+def group_of(command: str, option: str) -> str:
+    """The title under which an option stands on a command's page."""
+    if option == "--seed" and command in SAMPLERS:
+        return "Sampling"
+    return next((title for title, names in GROUPS.items() if option in names), OTHERS)
 
 
 def _write_examples(name: str, formatter: Any) -> None:

@@ -55,8 +55,12 @@ def _show_short(rows: list[dict[str, Any]]) -> None:
         line = f"{row['preset']:{name}}  {row['bits']:5.2f}  {needs:7}  {row['memory']:6}  {title}"
         say(line if len(line) <= width else line[: width - 3] + "...")
     _added()
-    say("\nholds: what is in memory at once")
-    say("feather methods NAME: all about one; feather methods --full: all on all axes")
+    say()
+    for line in (
+        "holds: what is in memory at once",
+        "feather methods NAME: all about one; feather methods --full: all on all axes",
+    ):
+        out_console().print(line)
 
 
 def _show_one(row: dict[str, Any]) -> None:

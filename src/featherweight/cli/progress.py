@@ -33,7 +33,7 @@ class Watcher:
         self.told: set[str] = set()
 
     def __enter__(self) -> Watcher:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(self._view(), console=self.console, refresh_per_second=8, transient=True)
             self.live.start()
         return self

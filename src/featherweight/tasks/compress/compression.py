@@ -25,7 +25,7 @@ from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
-from featherweight.system.units import parse_size
+from featherweight.system.units import parse_size, size_text
 from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.tasks.compress.data import CalibrationData, check_calibration
@@ -419,6 +419,6 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
         have = shutil.disk_usage(run.path).free + run.store.nbytes
     if have < need:
         raise OutputError(
-            f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
+            f"the disk of {run.path.parent} has {size_text(have)} free, this run needs {size_text(need)}: "
             "free some space or choose another --out"
         )
