@@ -137,6 +137,23 @@ def test_editing(chat: Chat) -> None:
     chat.wait("'wo\\nnext'")
 
 
+def test_arrow_keys_bring_back_what_was_said(chat: Chat) -> None:
+    """In this chat and in later ones; what was being typed is still there behind it."""
+    for text in ("one", "two"):
+        chat.say(f"{text}\r")
+        chat.wait(f"'{text}']>")
+        chat.wait("you: ")
+    chat.say("dr\x1b[A\x1b[A\x1b[A\x1b[B\x1bOB!\r")
+    chat.wait("'dr!']>")
+    chat.wait("you: ")
+    chat.say("\x1b[A\x1bOA\r")
+    chat.wait("'two']>")
+    again = Chat()
+    again.say("\x1b[A\r")
+    again.wait("<['two']>")
+    os.close(again.number)
+
+
 def test_ctrl_c_ends_the_answer_then_the_chat(chat: Chat) -> None:
     before = chat.mode()
     assert not before & termios.ICANON

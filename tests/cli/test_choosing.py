@@ -90,19 +90,22 @@ def test_presets_that_do_not_suit_are_left_out(quick: None, tmp_path: Path) -> N
     assert found[0].seconds is None
 
 
-def offer(preset: str, size: int, excess: float | None, pretrained: bool = True, data: bool = True) -> Offer:
-    qualities = () if excess is None else (Quality("a model", pretrained, excess, 0.1),)
+def offer(preset: str, size: int, pretrained: float | None, bundled: float | None = None, data: bool = True) -> Offer:
+    measured = [("a real one", True, pretrained), ("the bundled one", False, bundled)]
+    qualities = tuple(Quality(name, real, excess, 0.1) for name, real, excess in measured if excess is not None)
     return Offer(preset, data, size, 4.0, 10 * size, size + 50, None, (), qualities)
 
 
 FOUND = (
-    offer("large", 800, 0.1, data=False),
-    offer("middle", 400, 5.0),
-    offer("cheap", 400, 9.0, data=False),
+    offer("large", 800, None, 0.1, data=False),
+    offer("middle", 400, 5.0, 2.0),
+    offer("cheap", 400, None, 3.0, data=False),
+    offer("other", 350, 7.0, 1.0),
     offer("small", 300, 8.0),
-    offer("elsewhere", 100, 1.0, pretrained=False),
+    offer("elsewhere", 100, None, 9.0),
     offer("unknown", 50, None),
 )
+"""`other` is better than `middle` on the bundled model, but not on the real one, which counts."""
 
 
 @pytest.mark.parametrize(
@@ -110,12 +113,13 @@ FOUND = (
     [
         (Wish(run_bytes=1000), "large"),
         (Wish(run_bytes=799), "middle"),
-        (Wish(size_bytes=399), "small"),
+        (Wish(size_bytes=399), "other"),
         (Wish(size_bytes=200), "elsewhere"),
         (Wish(size_bytes=60), None),
         (Wish(excess=6), "middle"),
         (Wish(excess=20), "small"),
-        (Wish(excess=6, size_bytes=900), "large"),
+        (Wish(excess=1), "large"),
+        (Wish(excess=6, size_bytes=900), "middle"),
         (Wish(run_bytes=1000, memory_bytes=4000), "middle"),
         (Wish(run_bytes=799, data_free=True), "cheap"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from typer.main import get_command
 import featherweight
 from featherweight.cli.help import COMMANDS, EXAMPLES, GROUPS, group_of
 from featherweight.cli.main import app
+
+resource = pytest.importorskip("resource")  # of POSIX
 
 ROOT: Any = get_command(app)
 NAMES = tuple(ROOT.commands)

@@ -189,7 +189,7 @@ class Wish:
     data_free: bool = False
 
     def granted(self, offer: Offer) -> bool:
-        """Whether an offer has all that is wished for."""
+        """Whether an offer has all that is wished for; its quality is the first that was measured."""
         bad = None if offer.quality is None else offer.quality.excess
         return (
             (self.run_bytes is None or offer.run_bytes <= self.run_bytes)
@@ -203,12 +203,23 @@ class Wish:
 def recommended(found: Sequence[Offer], wish: Wish) -> Offer | None:
     """The offer that costs least quality of those that have all that is wished for; None where there is none.
 
-    Where quality alone was said, the smallest of them. Figures of two models are not compared: what was measured on
-    the pretrained one comes before what was not.
+    Where quality alone was said, the smallest of them; a limit of it is one on the pretrained model, if any offer keeps
+    to it there. Figures of two models are never compared: two offers are on the
+    pretrained one if both were measured there, else on the bundled one. Of offers between which nothing is known, and
+    of equals, the larger file is taken to be the better one.
     """
-    fit = [offer for offer in found if offer.quality is not None and wish.granted(offer)]
-    pretrained = [offer for offer in fit if offer.quality is not None and offer.quality.pretrained]
-    fit = pretrained or fit
-    if wish.excess is not None and wish.run_bytes is None and wish.size_bytes is None:
-        return min(fit, key=lambda offer: offer.output_bytes, default=None)
-    return min(fit, key=lambda offer: (offer.quality.excess if offer.quality else 0.0, offer.bits), default=None)
+    fit = sorted((o for o in found if o.qualities and wish.granted(o)), key=lambda offer: -offer.output_bytes)
+    if wish.excess is not None:
+        fit = [offer for offer in fit if offer.qualities[0].pretrained] or fit
+        if wish.run_bytes is None and wish.size_bytes is None:
+            return fit[-1] if fit else None
+    wins = [sum(_costs_less(one, other) for other in fit) for one in fit]
+    return fit[wins.index(max(wins))] if fit else None
+
+
+def _costs_less(one: Offer, other: Offer) -> bool:
+    """Whether an offer is known to cost less quality than another."""
+    theirs = {quality.model: quality.excess for quality in other.qualities}
+    common = ((quality.excess, theirs[quality.model]) for quality in one.qualities if quality.model in theirs)
+    mine, its = next(common, (0.0, 0.0))
+    return mine < its
