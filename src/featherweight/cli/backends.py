@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from featherweight.cli.answer import Answer, Clock
 from featherweight.cli.console import note, put
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.storage.checkpoint.resolve import Place, resolve
@@ -76,27 +77,6 @@ class AnswerStopped(KeyboardInterrupt):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.text = text
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a text was made.
-
-    prompt_tokens, tokens : read, and written
-    prompt_seconds : to the first new token; seconds : for those behind it
-    end : "stop" where the model ended it, "limit" at the most tokens, "context" where that was full
-    """
-
-    prompt_tokens: int
-    tokens: int
-    prompt_seconds: float
-    seconds: float
-    end: Literal["stop", "limit", "context"]
-
-    @property
-    def speed(self) -> float | None:
-        """Tokens a second behind the first; None where there are none."""
-        return (self.tokens - 1) / self.seconds if self.tokens > 1 and self.seconds > 0 else None
 
 
 class TextBackend(Protocol):
@@ -182,26 +162,6 @@ def _no_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights")
 
 
-class _Clock:
-    """When the tokens of a text came."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._begun = self._first = self._latest = time.monotonic()
-
-    def count(self) -> None:
-        self._latest = time.monotonic()
-        if self.tokens == 0:
-            self._first = self._latest
-        self.tokens += 1
-
-    def answer(self, prompt: int, most: int, context: int | None) -> Answer:
-        """most : tokens that were allowed; one that ends a text is not counted"""
-        full = context is not None and prompt + self.tokens >= context
-        end: Literal["stop", "limit", "context"] = "limit" if self.tokens >= most else "context" if full else "stop"
-        return Answer(prompt, self.tokens, self._first - self._begun, self._latest - self._first, end)
-
-
 class _TextSide:
     """What backends have in common: text to tokens, and conversations to prompts."""
 
@@ -227,6 +187,7 @@ class NativeBackend(_TextSide):
         self.model, self.tokenizer, self.context = model, tokenizer, model.context
         self.answers = 0
         self._known: list[int] = []  # what the decoder has in its cache
+        self._ahead = 0.0  # seconds that `read` took
 
     @classmethod
     def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeBackend:
@@ -267,15 +228,18 @@ class NativeBackend(_TextSide):
         first = min(len(tokens), len(self._known)) if common is None else common
         if len(tokens) > self.context:  # `write` says so
             return
+        begun = time.monotonic()
         for end in range(first + PART, len(tokens), PART):
             told(end - PART, len(tokens))
             self.model.generate(tokens[:end], 1)
             self._known = tokens[:end]
+        self._ahead = time.monotonic() - begun
 
     def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         from featherweight.model.decoder.text import TextStream
 
-        stream, clock = TextStream(self.tokenizer.decode, put), _Clock()
+        stream, clock = TextStream(self.tokenizer.decode, put), Clock(self._ahead)
+        self._ahead = 0.0
         sampling = settings.sampling(self.model.defaults, self.answers)
         self.answers += 1
         self.last, stopped = None, False
@@ -429,7 +393,7 @@ class _Streamer:
 
     def __init__(self, text: TextStream, stops: Sequence[int]) -> None:
         self.text, self.stops = text, frozenset(stops)
-        self.used, self.clock = False, _Clock()
+        self.used, self.clock = False, Clock()
 
     def put(self, value: Any) -> None:
         if self.used:

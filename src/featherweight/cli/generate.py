@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from featherweight.cli.answer import Answer
 from featherweight.cli.backends import (
-    Answer,
     AnswerStopped,
     BackendSettings,
     GenerationSettings,

@@ -81,8 +81,21 @@ def explain(error: ValidationError, model: Any, prefix: str = "", fields: Any = 
         return f"there is no field {field}{guess}; known: {', '.join(known)}{later}"
     if first["type"] == "missing":
         return f"field {field} is missing"
+    if first["type"] in WANTED:
+        return f"field {field} is {shown(first['input'])}, but must be {WANTED[first['type']]}"
     message = first["msg"].removeprefix("Value error, ")
     return f"field {field} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+WANTED = {
+    **dict.fromkeys(("tuple_type", "list_type"), "a list, like [...]"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping of fields, like {name: value}"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number (an integer)"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "string_type": "a text",
+}
+"""Kinds of pydantic's errors -> what a recipe should have had there."""
 
 
 INSIDE = {
