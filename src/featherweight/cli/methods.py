@@ -48,11 +48,12 @@ def _show_short(rows: list[dict[str, Any]]) -> None:
 
     width = out_console().width
     name = max(len(row["preset"]) for row in rows)
-    say(f"{'preset':{name}}  {'bits':>5}  {'needs':7}  {'holds':6}  what it is")
+    origin = max(len(row["from"]) for row in rows) + 2 if any(row["from"] != OURS for row in rows) else 0
+    say(f"{'preset':{name}}  {'from'[:origin]:{origin}}{'bits':>5}  {'needs':7}  {'holds':6}  what it is")
     for row in sorted(rows, key=lambda row: (-row["bits"], row["preset"])):
         needs = "no data" if row["needs"] == "no data" else "text"
-        title = ("" if row["from"] == OURS else f"{row['from']}: ") + row["title"]
-        line = f"{row['preset']:{name}}  {row['bits']:5.2f}  {needs:7}  {row['memory']:6}  {title}"
+        line = f"{row['preset']:{name}}  {row['from'][:origin]:{origin}}{row['bits']:5.2f}  {needs:7}  "
+        line += f"{row['memory']:6}  {row['title']}"
         say(line if len(line) <= width else line[: width - 3] + "...")
     _added()
     say()
