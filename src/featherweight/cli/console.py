@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featherweight.errors import FeatherError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -23,6 +25,10 @@ STANDARD_OUTPUT = Path("-")
 """What `--json` is given for it."""
 WIDE = 160
 """Columns of tables that go to a file or a pipe."""
+
+
+class WrongUse(FeatherError):
+    """Options that lack each other or do not go together; the exit code is that of every wrong use, 2."""
 
 
 @dataclass

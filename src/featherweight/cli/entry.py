@@ -57,7 +57,7 @@ def run(app: typer.Typer, arguments: list[str]) -> None:
                 code = app(args=arguments, prog_name="feather", standalone_mode=False)
         sys.stdout.flush()
     except FeatherError as error:
-        _stop(f"error: {error}", 1)
+        _stop(f"error: {error}", 2 if isinstance(error, console.WrongUse) else 1)
     except KeyboardInterrupt:
         _stop(_last_words(arguments), INTERRUPTED)
     except OSError as error:

@@ -13,7 +13,7 @@ from featherweight.cli.backends import (
     TextBackend,
     open_backend,
 )
-from featherweight.cli.console import claim_json, passing, put, tell, write_json
+from featherweight.cli.console import WrongUse, claim_json, passing, put, tell, write_json
 from featherweight.cli.conversation import Talk
 from featherweight.cli.interrupts import answering
 from featherweight.cli.prompt import open_listener
@@ -27,13 +27,13 @@ STANDARD_INPUT = "-"
 def prompt_text(prompt: str | None, file: Path | None) -> str:
     """What is to be continued: the option's text, that of a file, or that of standard input, without its last line end.
 
-    Raises FeatherError where none of them or two are given, or the file cannot be read.
+    Raises WrongUse where none of them or two are given, FeatherError where the file cannot be read.
     """
     from featherweight.model.text.files import read_text
 
     if (prompt is None) == (file is None):
         both = "are given both: take one of them" if prompt is not None else "lack: give one of them"
-        raise FeatherError(f"--prompt TEXT and --prompt-file FILE {both}; --prompt - reads standard input")
+        raise WrongUse(f"--prompt TEXT and --prompt-file FILE {both}; --prompt - reads standard input")
     if file is not None and str(file) != STANDARD_INPUT:
         return read_text(file, FeatherError, "--prompt-file").removesuffix("\n")
     if prompt == STANDARD_INPUT or file is not None:
