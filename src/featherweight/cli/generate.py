@@ -31,9 +31,12 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     """
     from featherweight.model.text.files import read_text
 
-    if (prompt is None) == (file is None):
-        both = "are given both: take one of them" if prompt is not None else "lack: give one of them"
-        raise WrongUse(f"--prompt TEXT and --prompt-file FILE {both}; --prompt - reads standard input")
+    if prompt is None and file is None:
+        raise WrongUse(
+            "a text to continue is missing: give --prompt TEXT or --prompt-file FILE; --prompt - reads a pipe"
+        )
+    if prompt is not None and file is not None:
+        raise WrongUse("--prompt and --prompt-file are both given: take one of them")
     if file is not None and str(file) != STANDARD_INPUT:
         return read_text(file, FeatherError, "--prompt-file").removesuffix("\n")
     if prompt == STANDARD_INPUT or file is not None:
