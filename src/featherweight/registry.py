@@ -206,6 +206,11 @@ def left_out() -> str:
 
 
 def nearest(name: str, known: object) -> str:
-    """`, did you mean 'x'?` for the closest known name, else an empty string."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """`, did you mean 'x'?` for the closest known name, whatever its case and dashes, else an empty string."""
+    plain = {_plain(k): str(k) for k in known}  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    return f" (did you mean {plain[close[0]]!r}?)" if close else ""
+
+
+def _plain(name: object) -> str:
+    return str(name).casefold().replace("_", "-")

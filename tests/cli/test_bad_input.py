@@ -203,7 +203,7 @@ OPTIONS = {
     ("--recipe", "ptqtp", "--set", "grid.tolerance=.inf"): "field grid.tolerance is inf",
     ("--recipe", "ptqtp", "--set", "grid.planes=0"): "field grid.planes is 0",
     ("--max-memory", "lots"): "'lots' is not a size; write it like 800MB",
-    ("--max-memory", "1MB"): "--max-memory 0.00 GB is too little: layer model.layers.0.",
+    ("--max-memory", "1MB"): "--max-memory 1 MB is too little: layer model.layers.0.",
     ("--calibration", "./nothing.txt"): "there is no calibration file ./nothing.txt",
 }
 
@@ -294,8 +294,8 @@ def test_texts(llama: Path, tmp_path: Path) -> None:
         ("short.txt", "the text has 1 token"),
         ("latin.txt", "is not UTF-8 (byte 1)"),
         ("half.xz", "is not a whole .xz file"),
-        ("missing.txt", "No such file"),
-        (".", "Is a directory"),
+        ("missing.txt", "there is no text file"),
+        (".", "is a folder: give a file"),
     ):
         assert sentence in feather_here("eval", llama, "--text", tmp_path / name).last_sentence()
 

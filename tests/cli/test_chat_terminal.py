@@ -29,7 +29,8 @@ from featherweight.cli.backends import AnswerStopped, BackendSettings, Generatio
 from featherweight.cli.interrupts import Interrupts
 
 class Backend:
-    has_template = True
+    has_template, context, last = True, None, None
+    def read(self, tokens, told): pass
     def prompt(self, messages): return repr([m["content"] for m in messages if m["role"] != "system"])
     def encode(self, text, special=True): return [text]
     def write(self, tokens, choices):
@@ -136,6 +137,23 @@ def test_editing(chat: Chat) -> None:
     chat.wait("'wo\\nnext'")
 
 
+def test_arrow_keys_bring_back_what_was_said(chat: Chat) -> None:
+    """In this chat and in later ones; what was being typed is still there behind it."""
+    for text in ("one", "two"):
+        chat.say(f"{text}\r")
+        chat.wait(f"'{text}']>")
+        chat.wait("you: ")
+    chat.say("dr\x1b[A\x1b[A\x1b[A\x1b[B\x1bOB!\r")
+    chat.wait("'dr!']>")
+    chat.wait("you: ")
+    chat.say("\x1b[A\x1bOA\r")
+    chat.wait("'two']>")
+    again = Chat()
+    again.say("\x1b[A\r")
+    again.wait("<['two']>")
+    os.close(again.number)
+
+
 def test_ctrl_c_ends_the_answer_then_the_chat(chat: Chat) -> None:
     before = chat.mode()
     assert not before & termios.ICANON
@@ -205,6 +223,7 @@ class Stopping:
     """A model that is interrupted in its first answer."""
 
     has_template = True
+    context = last = None
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -215,6 +234,9 @@ class Stopping:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         return [1]
+
+    def read(self, tokens: list[int], told: Any) -> None:
+        """Nothing to read."""
 
     def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         if len(self.asked) == 1:

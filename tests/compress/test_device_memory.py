@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_said_before_anything_is_done(model: Path, text: Pa
         )  # fmt: skip
     said = str(raised.value)
     assert said.startswith("gathering statistics needs ")
-    assert " on lazy:0, and --max-device-memory gives 1.0 MB: " in said
+    assert " on lazy:0, and --max-device-memory gives 1 MB: " in said
     for part in ("one window of 128 tokens", "the weights of a block", "calibration.length", "--device cpu"):
         assert part in said
     assert not (tmp_path / "out").exists()
@@ -147,7 +147,7 @@ def test_what_is_free_is_the_limit(model: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(device_memory, "free_bytes", lambda _: 1_000_000)
     share = share_of(model, "gptaq")
     assert (share.limit, share.said) == (1_000_000, False)
-    with pytest.raises(FeatherError, match=r"free are 1\.0 MB"):
+    with pytest.raises(FeatherError, match=r"free are 1 MB"):
         share.check()
     wide = share_of(model, "gptaq", 1 << 30)
     wide.check()

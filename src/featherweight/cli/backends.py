@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from featherweight.cli.answer import Answer, Clock
+from featherweight.cli.console import note, put
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.storage.checkpoint.resolve import Place, resolve
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from featherweight.model.decoder.text import TextStream
     from featherweight.model.text.tokenizer import Tokenizer
 
+PART = 512
+"""Tokens of a prompt between two reports."""
 CACHE_SHARE = 0.25
 """Decoded matrices may take this share of the free memory; they make every token after the first fast."""
 ENGINES = ("auto", "native", "transformers")
@@ -79,6 +83,17 @@ class TextBackend(Protocol):
     """A loaded model that continues texts."""
 
     @property
+    def context(self) -> int | None:
+        """Most tokens of a text; None where the model has no limit."""
+
+    @property
+    def last(self) -> Answer | None:
+        """How the last text was made; None if there is none, or it was stopped."""
+
+    def read(self, tokens: list[int], told: Callable[[int, int], object]) -> None:
+        """Go through a long prompt ahead of `write`; `told` gets (done, total) tokens, or nothing if it is short."""
+
+    @property
     def has_template(self) -> bool:
         """Whether conversations are written as the model knows them."""
 
@@ -108,7 +123,7 @@ def open_backend(settings: BackendSettings) -> TextBackend:
     place = resolve(settings.model)
     if device is not None and device.type != "cpu":
         if engine == "auto":
-            print(f"note: the native decoder is on the CPU; transformers runs the model on {device}", file=sys.stderr)
+            note(f"the native decoder is on the CPU; transformers runs the model on {device}")
         return TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
     if engine == "native" or cache != "auto":
         return NativeBackend.open(place, dtype, threads, cache)
@@ -120,7 +135,7 @@ def open_backend(settings: BackendSettings) -> TextBackend:
         return NativeBackend.open(place, dtype, threads, cache)
     except UnsupportedModelError as reason:
         backend = TransformersBackend(place.model, dtype, threads, settings.trust_remote_code, device)
-        print(f"note: {reason}; transformers runs it instead", file=sys.stderr)
+        note(f"{reason}; transformers runs it instead")
         return backend
 
 
@@ -147,14 +162,11 @@ def _no_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} has no tokenizer; put the original model's tokenizer files beside the weights")
 
 
-def _print(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 class _TextSide:
     """What backends have in common: text to tokens, and conversations to prompts."""
 
     tokenizer: Tokenizer
+    last: Answer | None = None
 
     @property
     def has_template(self) -> bool:
@@ -172,8 +184,10 @@ class NativeBackend(_TextSide):
     """The native decoder; transformers is not needed, unless for the tokenizer."""
 
     def __init__(self, model: NativeModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.context = model, tokenizer, model.context
         self.answers = 0
+        self._known: list[int] = []  # what the decoder has in its cache
+        self._ahead = 0.0  # seconds that `read` took
 
     @classmethod
     def open(cls, place: Place, dtype: str, threads: int | None, cache: str) -> NativeBackend:
@@ -208,20 +222,42 @@ class NativeBackend(_TextSide):
             raise _no_tokenizer(folder)
         return cls(model, tokenizer)
 
+    def read(self, tokens: list[int], told: Callable[[int, int], object]) -> None:
+        """In parts: what a part has in common with the one before is not computed again."""
+        common = next((i for i, (a, b) in enumerate(zip(tokens, self._known, strict=False)) if a != b), None)
+        first = min(len(tokens), len(self._known)) if common is None else common
+        if len(tokens) > self.context:  # `write` says so
+            return
+        begun = time.monotonic()
+        for end in range(first + PART, len(tokens), PART):
+            told(end - PART, len(tokens))
+            self.model.generate(tokens[:end], 1)
+            self._known = tokens[:end]
+        self._ahead = time.monotonic() - begun
+
     def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         from featherweight.model.decoder.text import TextStream
 
-        stream = TextStream(self.tokenizer.decode, _print)
+        stream, clock = TextStream(self.tokenizer.decode, put), Clock(self._ahead)
+        self._ahead = 0.0
         sampling = settings.sampling(self.model.defaults, self.answers)
         self.answers += 1
-        stopped = False
+        self.last, stopped = None, False
+
+        def put_token(token: int) -> None:
+            clock.count()
+            self._known.append(token)
+            stream.put(token)
+
+        self._known = list(tokens)
         try:
-            self.model.generate(tokens, settings.max_tokens, sampling, stream.put)
+            self.model.generate(tokens, settings.max_tokens, sampling, put_token)
+            self.last = clock.answer(len(tokens), settings.max_tokens, self.context)
         except KeyboardInterrupt:
             stopped = True
         finally:
             text = stream.end()
-            print(flush=True)
+            put("\n")
         if stopped:
             raise AnswerStopped(text)
         return text
@@ -240,7 +276,7 @@ class TransformersBackend(_TextSide):
     ) -> None:
         import torch
 
-        from featherweight.cli.commands import quiet_transformers
+        from featherweight.cli.console import quiet_transformers
         from featherweight.model.decoder.sampling import generation_defaults
         from featherweight.model.text.plain import read_object
         from featherweight.model.text.tokenizer import Tokenizer, refuse_useless
@@ -285,6 +321,9 @@ class TransformersBackend(_TextSide):
         decoded = sum(module.compute_dtype.itemsize * math.prod(module.spec["shape"]) for module in coded)
         set_cache(self.model, decoded < CACHE_SHARE * available_bytes())
 
+    def read(self, tokens: list[int], told: Callable[[int, int], object]) -> None:
+        """`generate` of transformers reads a prompt in one go."""
+
     def write(self, tokens: list[int], settings: GenerationSettings) -> str:
         import torch
 
@@ -297,9 +336,9 @@ class TransformersBackend(_TextSide):
         self.answers += 1
         assert sampling.seed is not None
         torch.manual_seed(sampling.seed % 2**63)
-        stream = _Streamer(TextStream(self.tokenizer.decode, _print), self.defaults.stops)
+        stream = _Streamer(TextStream(self.tokenizer.decode, put), self.defaults.stops)
         prompt = torch.tensor([tokens], device=self.model.device)
-        stopped = False
+        self.last, stopped = None, False
         try:
             with asking_transformers("generate with this model", error=FeatherError), quiet(), torch.inference_mode():
                 made = self.model.generate(
@@ -311,11 +350,12 @@ class TransformersBackend(_TextSide):
             if not stream.used:  # beams are known at the end only
                 whole = getattr(self.model.config, "is_encoder_decoder", False)
                 stream.write(made[0, 0 if whole else len(tokens) :].tolist())
+            self.last = stream.clock.answer(len(tokens), settings.max_tokens, self.context)
         except KeyboardInterrupt:
             stopped = True
         finally:
             text = stream.text.end()
-            print(flush=True)
+            put("\n")
         if stopped:
             raise AnswerStopped(text)
         return text
@@ -353,7 +393,7 @@ class _Streamer:
 
     def __init__(self, text: TextStream, stops: Sequence[int]) -> None:
         self.text, self.stops = text, frozenset(stops)
-        self.used = False
+        self.used, self.clock = False, Clock()
 
     def put(self, value: Any) -> None:
         if self.used:
@@ -363,6 +403,7 @@ class _Streamer:
     def write(self, tokens: list[int]) -> None:
         for token in tokens:
             if token not in self.stops:
+                self.clock.count()
                 self.text.put(token)
 
     def end(self) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, write_json
-from featherweight.cli.progress import size_text
+from featherweight.cli.console import claim_json, facts, out_console, quiet_transformers, write_json
+from featherweight.system.units import size_text, time_text
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["outside_kernels_share"] is not None:
         rows.append(("time outside kernels", f"{100 * report['outside_kernels_share']:.1f} %"))
     rows += [
-        ("start-up", f"{report['load_seconds']:.2f} s"),
+        ("start-up", time_text(report["load_seconds"])),
         ("peak memory", size_text(report["peak_memory_bytes"])),
     ]
     if report["peak_device_memory_bytes"] is not None:

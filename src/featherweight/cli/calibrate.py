@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, steps, write_json
-from featherweight.cli.progress import size_text
+from featherweight.cli.console import claim_json, facts, note, out_console, quiet_transformers, steps, write_json
+from featherweight.system.units import size_text
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def run_calibrate(model: str, out: Path, options: CalibrateOptions, json: Path |
         def watch(event: dict[str, Any]) -> None:
             nonlocal done
             if event["event"] == "note":
-                print(f"note: {event['text']}", file=sys.stderr, flush=True)
+                note(event["text"])
             elif event["event"] == "gradients":  # windows run backward, before all blocks
                 notify(event["step"], event["of"])
             elif event["event"] == "advanced":

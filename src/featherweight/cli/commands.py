@@ -2,107 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from featherweight.cli.progress import Watcher, count_text, size_text, time_text
-
-
-def out_console() -> Console:
-    """Results go to standard output, at a width that does not cut tables when it is no terminal."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=160)
-
-
-def error_console() -> Console:
-    """Progress goes to standard error, so that standard output can be piped."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def claim_json(path: Path | None, marks: Collection[str]) -> None:
-    """OutputError before the work if the result cannot go to `path`: only a result of the same command is replaced.
-
-    marks : keys that results of this command have
-    """
-    if path is None or not os.path.lexists(path):
-        return
-    from featherweight.errors import OutputError
-    from featherweight.system.files import disk_errors
-
-    if not path.is_file():
-        raise OutputError(f"--json {path} exists and is no file; name a file of its own")
-    try:
-        with disk_errors(path):
-            found = json.loads(path.read_text(encoding="utf-8") or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    found = found[0] if isinstance(found, list) and found else found
-    if not isinstance(found, dict) or (found and not found.keys() >= set(marks)):
-        raise OutputError(
-            f"--json {path} exists and is no earlier result of this command, so it is not replaced; name another file"
-        )
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """Write a result if asked for; folders are made as needed, the file appears complete. See `claim_json`."""
-    if path is None:
-        return
-    from featherweight.system.files import disk_errors, to_json, write_text
-
-    with disk_errors(path):
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    write_text(path.absolute(), to_json(value))
-
-
-def quiet_transformers() -> None:
-    """Keep the library's own bars and advice out of our output; its errors become ours."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def facts(rows: list[tuple[str, str]]) -> Table:
-    """A two-column table of facts."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column()
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-@contextmanager
-def steps(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of something that reports (done, total): a bar on a terminal, a line for each tenth elsewhere."""
-    console = error_console()
-    if not console.is_terminal:
-        spoken, before = -1, 0
-
-        def notify(done: int, total: int) -> None:
-            nonlocal spoken, before
-            spoken, before = -1 if done < before else spoken, done  # a second part begins anew
-            tenth = 10 * done // max(1, total)
-            if tenth > spoken:
-                spoken = tenth
-                print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
-
-        yield notify
-        return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+from featherweight.cli.console import (
+    claim_json,
+    error_console,
+    facts,
+    note,
+    out_console,
+    quiet_transformers,
+    say,
+    steps,
+    write_json,
+)
+from featherweight.cli.progress import Watcher
+from featherweight.system.units import count_text, parse_size, size_text, time_text
 
 
 @dataclass(frozen=True)
@@ -147,7 +66,7 @@ def run_compress(model: str, recipe: str, out: Path, options: CompressOptions, j
                 ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
                 ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
                 ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
-                ("time", f"{result.seconds:.1f} s"),
+                ("time", time_text(result.seconds)),
                 ("peak memory", size_text(result.peak_memory_bytes)),
             ]
         )
@@ -175,14 +94,14 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
     from featherweight.tasks.compress.device_share import limit_on
     from featherweight.tasks.compress.estimate import estimate_seconds
     from featherweight.tasks.compress.fates import counts_text
-    from featherweight.tasks.compress.plan import make_plan, parse_size
+    from featherweight.tasks.compress.plan import make_plan
 
     claim_json(json, ("recipe", "roles", "seconds"))
     chosen = load_recipe(recipe, options.changes)
     runs_on = device_named(options.device)
     device_limit = limit_on(runs_on, options.device, options.max_device_memory)
     with Checkpoint.open(model) as checkpoint:
-        limit = parse_size(options.max_memory) if options.max_memory else None
+        limit = parse_size(options.max_memory, "--max-memory") if options.max_memory else None
         checkpoint.trust_remote_code = options.trust_remote_code
         made = make_plan(checkpoint, chosen, options.threads, limit)
         if made.candidates and can_measure(made, Measuring()):
@@ -192,8 +111,8 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
                 )
         _, share = placed(made, checkpoint, runs_on, device_limit)
     share.check()
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for text in made.notes:
+        note(text)
     summary = {**made.summary(), **share.facts(), "device": str(runs_on), "seconds": estimate_seconds(made)}
     write_json(json, summary)
     console = out_console()
@@ -312,7 +231,7 @@ def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
         rows.append(("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in bits.items() if v is not None)))
     if report["bytes"] is not None:
         rows.append(("size", size_text(report["bytes"])))
-    rows += [("time", f"{result.seconds:.1f} s"), ("peak memory", size_text(result.peak_memory_bytes))]
+    rows += [("time", time_text(result.seconds)), ("peak memory", size_text(result.peak_memory_bytes))]
     console = out_console()
     console.print(facts(rows))
     console.print(f"protocol: {result.description}", soft_wrap=True)
@@ -380,12 +299,14 @@ def run_inspect(model: str, json: Path | None) -> None:
     console.print(table)
 
 
-def run_verify(model: str) -> None:
+def run_verify(model: str, json: Path | None) -> None:
     from featherweight.errors import CheckpointError
     from featherweight.tasks.analyse.verify import verify
 
+    claim_json(json, ("whole", "hashed"))
     with steps("verifying") as notify:
         result = verify(model, notify)
+    write_json(json, {"model": model, "whole": result.whole, **vars(result)})
     for problem in result.problems:
         print(problem, file=sys.stderr)
     if result.newer == len(result.problems) > 0:
@@ -396,35 +317,13 @@ def run_verify(model: str) -> None:
     if not result.whole:
         raise CheckpointError(f"{model} is damaged: {len(result.problems)} problem(s); fetch or make it again")
     for text in result.notes:
-        print(f"note: {text}", file=sys.stderr)
+        note(text)
     unhashed = result.tensors - result.hashed
-    note = f"; {unhashed} tensors carry no hash, only their headers were checked" if unhashed else ""
-    print(
+    more = f"; {unhashed} tensors carry no hash, only their headers were checked" if unhashed else ""
+    say(
         f"{model} is whole: {result.hashed} of {result.tensors} tensors match their hashes, "
-        f"{result.modules} compressed layers match their specs{note}"
+        f"{result.modules} compressed layers match their specs{more}"
     )
-
-
-def run_methods(json: Path | None) -> None:
-    from featherweight.plugins import OURS
-    from featherweight.tasks.compress.methods import added_choices, cost_text, method_table
-
-    claim_json(json, ("preset", "grid", "bits"))
-    table_rows = method_table()
-    write_json(json, table_rows)
-    table = Table(box=None, pad_edge=False)
-    names = ["preset", "transform", "grid", "rounding", "correction", "allocation", "needs", "bits", "cost", "paper"]
-    if any(row["from"] != OURS for row in table_rows):
-        names.insert(1, "from")
-    for name in names:
-        whole = name in ("preset", "from", "bits")  # is never broken
-        table.add_column(name, justify="right" if name == "bits" else "left", no_wrap=whole)
-    for row in table_rows:
-        table.add_row(*(cost_text(row) if name == "cost" else str(row[name]) for name in names))
-    out_console().print(table)
-    if added := added_choices():
-        out_console().print("\nchoices from other packages")
-        out_console().print(facts([(f"{row['axis']} {row['name']}", row["from"]) for row in added]))
 
 
 def _outside_bits(bits: float | None) -> list[tuple[str, str]]:

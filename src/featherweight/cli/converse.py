@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, steps, write_json
+from featherweight.cli.console import claim_json, facts, note, out_console, quiet_transformers, steps, write_json
+from featherweight.system.units import time_text
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def run_converse(model: str, out: Path, options: ConverseOptions, json: Path | N
 
         def watch(event: dict[str, Any]) -> None:
             if event["event"] == "note":
-                print(f"note: {event['text']}", file=sys.stderr, flush=True)
+                note(event["text"])
             elif event["event"] == "conversations":
                 notify(event["step"], event["of"])
 
@@ -51,6 +51,6 @@ def run_converse(model: str, out: Path, options: ConverseOptions, json: Path | N
     table = [
         ("conversations", f"{len(rows)} in {out}"),
         ("ended by the limit of tokens", str(cut)),
-        ("time", f"{seconds:.1f} s"),
+        ("time", time_text(seconds)),
     ]
     out_console().print(facts(table))

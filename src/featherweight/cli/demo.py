@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.table import Table
 
-from featherweight.cli.commands import error_console, out_console, quiet_transformers, steps, write_json
-from featherweight.cli.progress import Watcher, size_text
+from featherweight.cli.console import claim_json, error_console, out_console, quiet_transformers, steps, write_json
+from featherweight.cli.progress import Watcher
 from featherweight.errors import OutputError
 from featherweight.system.places import ASSETS
+from featherweight.system.units import size_text
 
 
 def tuning(rate: float) -> str:
@@ -41,12 +42,13 @@ def reference_model() -> Path:
     return ASSETS / "reference"
 
 
-def run_demo(out: Path, tokens: int, threads: int | None) -> None:
+def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None = None) -> None:
     from featherweight.methods.recipe import load_recipe
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.evaluate.evaluation import evaluate
     from featherweight.tasks.evaluate.report import Variant, write_report
 
+    claim_json(json_file, ("original",))
     quiet_transformers()
     original, say = reference_model(), error_console()
     _claim(out)
@@ -77,7 +79,9 @@ def run_demo(out: Path, tokens: int, threads: int | None) -> None:
                 command=_command(original, recipe, changes, folder),
             )
         )
-    write_json(out / RESULTS, {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants})
+    results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
+    write_json(out / RESULTS, results)
+    write_json(json_file, results)
     report = write_report(
         out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
     )

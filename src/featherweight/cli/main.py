@@ -2,81 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from featherweight.cli.entry import run, run_process
+from featherweight.cli.help import Command, Group
+from featherweight.cli.options import (
+    Calibration,
+    Changes,
+    Device,
+    DeviceMemory,
+    Dtype,
+    Engine,
+    JsonFile,
+    KvCache,
+    ModelArgument,
+    OptionalRecipe,
+    Quiet,
+    Recipe,
+    RunDevice,
+    Threads,
+    Trust,
+    preset_names,
+)
 from featherweight.cli.sampling import MinP, RepetitionPenalty, SamplingSeed, Temperature, TopK, TopP
 
 app = typer.Typer(
     name="feather",
+    cls=Group,
     help=(
         "Make the weights of language models small, measure what it costs, and run the result.\n\n"
         "FEATHERWEIGHT_THREADS in the environment sets the number of threads, as --threads does for one command. "
         "Ctrl-C ends every command, with exit code 130."
     ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="Else FEATHERWEIGHT_THREADS, OMP_NUM_THREADS, or the processors allowed."),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="Where the network runs and layers are solved: cpu, cuda, cuda:1, mps, or auto, an accelerator if any.",
-    ),
-]
-RunDevice = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="Where the model runs: cpu, cuda, cuda:1, mps or auto. The native decoder is on the CPU; elsewhere "
-        "transformers runs the model. Else a GPU, if there is one.",
-    ),
-]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-device-memory", metavar="SIZE", help="Use so much of the device's memory: 8GB. Else what is free there."
-    ),
-]
-Recipe = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset (see `feather methods`) or YAML.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="TEXT",
-        help="For recipes that run the network: .txt, .jsonl, .parquet, a folder, hf:DATASET, self (conversations that "
-        "the model writes), a mixture of these by weight (self=0.1,FILE=0.9), or a statistics file.",
-    ),
-]
-Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
-KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -88,7 +54,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command)
 def compress(
     model: ModelArgument,
     recipe: Recipe,
@@ -113,6 +79,7 @@ def compress(
         typer.Option("--workers", metavar="N", min=1, help="Processes that share the layers; recipes without data."),
     ] = 1,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compress a model. Interrupted, the same command goes on where it stopped."""
     from featherweight.cli.commands import CompressOptions, run_compress
@@ -124,7 +91,7 @@ def compress(
     run_compress(model, recipe, out, options, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def calibrate(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Statistics file to make (.safetensors).")],
@@ -139,6 +106,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing statistics.")] = False,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Gather the statistics of a model's layers once, for `compress --calibration FILE` to use again and again."""
     from featherweight.cli.calibrate import CalibrateOptions, run_calibrate
@@ -149,7 +117,7 @@ def calibrate(
     run_calibrate(model, out, options, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def converse(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Conversations to make or write on (.jsonl).")],
@@ -164,6 +132,7 @@ def converse(
     device: Device = "cpu",
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Have a model write conversations through its chat template, to calibrate with or for `eval --conversations`.
 
@@ -177,10 +146,10 @@ def converse(
     run_converse(model, out, options, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     model: ModelArgument,
-    recipe: Recipe,
+    recipe: OptionalRecipe = None,
     changes: Changes = None,
     threads: Threads = None,
     max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="As for compress.")] = None,
@@ -188,15 +157,54 @@ def plan(
     max_device_memory: DeviceMemory = None,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what compressing a model would do and need, without doing it."""
+    """Say what compressing a model would do and need. Without a recipe, a dozen presets stand side by side."""
+    from featherweight.cli.choose import run_choice
     from featherweight.cli.commands import PlanOptions, run_plan
 
     options = PlanOptions(changes or [], threads, max_memory, device, max_device_memory, trust_remote_code)
-    run_plan(model, recipe, options, json)
+    if recipe is None:
+        run_choice(model, options, json)
+    else:
+        run_plan(model, recipe, options, json)
 
 
-@app.command("eval")
+@app.command(cls=Command)
+def recommend(
+    model: ModelArgument,
+    ram: Annotated[
+        str | None, typer.Option("--ram", metavar="SIZE", help="Memory in which the result has to run: 8GB.")
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="SIZE", help="Most bytes of the file: 2GB.")] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option("--quality", metavar="PERCENT", help="Most perplexity that it may cost, in percent: 5."),
+    ] = None,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Only presets without text, which take minutes at most.")
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", metavar="SIZE", help="Memory to compress in; else what is free here."),
+    ] = None,
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose a preset by memory, size or quality. The command that makes it is printed.
+
+    Among the presets that have all that is asked for it is the one that costs least quality; with --quality alone the
+    smallest. Qualities are those that were measured on one small pretrained model: other models differ.
+    """
+    from featherweight.cli.choose import RecommendOptions, run_recommend
+
+    options = RecommendOptions(ram, size, quality, max_memory, data_free, threads, trust_remote_code)
+    run_recommend(model, options, json)
+
+
+@app.command("eval", cls=Command)
 def evaluate(
     model: ModelArgument,
     against: Annotated[
@@ -223,6 +231,7 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure perplexity by a named protocol, true size, and the distance from the original."""
     from featherweight.cli.commands import EvalOptions, run_eval
@@ -233,10 +242,15 @@ def evaluate(
     run_eval(model, options, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Text to continue, UTF-8, in a file.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at most.")] = 128,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -250,17 +264,20 @@ def generate(
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a text."""
     from featherweight.cli.backends import BackendSettings, GenerationSettings
-    from featherweight.cli.generate import run_generate
+    from featherweight.cli.generate import prompt_text, run_generate
 
+    text = prompt_text(prompt, prompt_file)
     chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_generate(chosen, prompt, settings)
+    run_generate(chosen, text, settings, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
@@ -277,45 +294,58 @@ def chat(
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Do not remember what is said for the arrow keys of later chats.")
+    ] = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Talk to a model, with its chat template if it has one.
+    """Talk to a model. Its chat template is used if it has one.
 
-    Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one turn, whatever lines it has; so
-    are lines that end in a backslash together with the next, also from a pipe.
+    /help lists what can be typed. Ctrl-D or /exit ends; Ctrl-C ends an answer, or else the chat. A pasted text is one
+    turn, whatever lines it has; so are lines that end in a backslash together with the next, also from a pipe. Where
+    the context is full, the oldest turns are forgotten, which is said.
     """
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import run_chat
 
     chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    run_chat(chosen, system, settings)
+    run_chat(chosen, system, settings, json, keep=not no_history)
 
 
-@app.command()
-def inspect(model: ModelArgument, json: JsonFile = None) -> None:
+@app.command(cls=Command)
+def inspect(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -> None:
     """Show what a folder holds: layers, codes, bits, errors."""
     from featherweight.cli.commands import run_inspect
 
     run_inspect(model, json)
 
 
-@app.command()
-def verify(model: ModelArgument) -> None:
+@app.command(cls=Command)
+def verify(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -> None:
     """Check every tensor of a folder against its hash and its spec. Exit code 1 if anything is wrong."""
     from featherweight.cli.commands import run_verify
 
-    run_verify(model)
+    run_verify(model, json)
 
 
-@app.command()
-def methods(json: JsonFile = None) -> None:
-    """List the presets as points in the recipe space."""
-    from featherweight.cli.commands import run_methods
+@app.command(cls=Command)
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A preset, to tell all about.", autocompletion=preset_names)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="All presets on all axes of the recipe space.")] = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """List the presets, or tell all about one."""
+    from featherweight.cli.methods import run_methods
 
-    run_methods(json)
+    run_methods(name, full, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     model: ModelArgument,
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
@@ -330,6 +360,7 @@ def bench(
     device: RunDevice = None,
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure prompt and generation speed, and the share of this machine's memory bandwidth."""
     from featherweight.cli.bench import BenchOptions, run_bench
@@ -338,106 +369,26 @@ def bench(
     run_bench(model, options, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for models and report.")] = Path("demo-out"),
     tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 20480,
     threads: Threads = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compress the bundled model in every way there is, measure, and write a report."""
     from featherweight.cli.demo import run_demo
 
-    run_demo(out, tokens, threads)
+    run_demo(out, tokens, threads, json)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors made on purpose become one sentence and exit code 1."""
-    from featherweight.errors import FeatherError
-
     if arguments is None:
-        _main_of_process(_one_set_each(sys.argv[1:]))
-        return
-    arguments = _one_set_each(arguments)
-    try:
-        with _warnings_as_notes():
-            app(args=arguments, prog_name="feather")
-    except SystemExit as stop:
-        if stop.code == 130:  # typer turns Ctrl-C into this
-            _stop(_last_words(arguments), 130)
-        raise
-    except FeatherError as error:
-        _stop(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _stop(_last_words(arguments), 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except MemoryError:
-        _stop("error: out of memory; set --max-memory or use a machine with more", 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, which is not imported for this
-            raise
-        remedy = "free some of it, set --max-device-memory, lower calibration.length, or take --device cpu"
-        _stop(f"error: the device is out of memory; {remedy}", 1)
-
-
-def _one_set_each(arguments: list[str]) -> list[str]:
-    """`--set a=1 b=2` is `--set a=1 --set b=2`."""
-    spread: list[str] = []
-    within = False
-    for argument in arguments:
-        if within and re.match(r"[a-z_]+(\.\w+)*=", argument) and spread[-1] != "--set":
-            spread.append("--set")
-        elif not (spread and spread[-1] == "--set"):
-            within = argument == "--set"
-        spread.append(argument)
-    return spread
-
-
-@contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Our own warnings become notes, each said once."""
-    from featherweight.errors import FeatherWarning
-
-    show = warnings.showwarning
-    said: set[str] = set()
-
-    def note(message: Any, category: Any, *rest: Any, **named: Any) -> None:
-        if not issubclass(category, FeatherWarning):
-            show(message, category, *rest, **named)
-        elif str(message) not in said:
-            said.add(str(message))
-            print(f"note: {message}", file=sys.stderr, flush=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note
-        warnings.simplefilter("always", FeatherWarning)
-        yield
-
-
-def _main_of_process(arguments: list[str]) -> None:
-    """`main` where the process is ours: it ends at once after Ctrl-C, without taking its modules apart first."""
-    from featherweight.cli.interrupts import Interrupts
-
-    with Interrupts(_last_words(arguments)):
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            if stop.code == 130:
-                with contextlib.suppress(OSError):
-                    sys.stdout.flush()
-                os._exit(130)
-            raise
-
-
-def _last_words(arguments: list[str]) -> str:
-    resumes = arguments[:1] in (["compress"], ["converse"])
-    return "interrupted; the same command goes on where it stopped" if resumes else "interrupted"
-
-
-def _stop(text: str, code: int) -> Any:
-    print(text, file=sys.stderr)
-    sys.exit(code)
+        run_process(app, sys.argv[1:])
+    else:
+        run(app, arguments)
 
 
 if __name__ == "__main__":

@@ -12,36 +12,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from featherweight.system.units import count_text, size_text, time_text
+
 SHOWN = 8  # finished layers kept in view
 PLAIN_SECONDS = 2.0  # between plain lines
-
-
-def size_text(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def count_text(count: float) -> str:
-    """A number for people: 1.1 B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.3g} {unit}"
-    return f"{count:.0f}"
-
-
-def time_text(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    whole = int(seconds + 0.5)
-    return (
-        f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-        if whole >= 3600
-        else f"{whole // 60}:{whole % 60:02d}"
-    )
 
 
 class Watcher:
@@ -59,7 +33,7 @@ class Watcher:
         self.told: set[str] = set()
 
     def __enter__(self) -> Watcher:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(self._view(), console=self.console, refresh_per_second=8, transient=True)
             self.live.start()
         return self

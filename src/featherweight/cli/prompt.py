@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, TextIO
 
 from featherweight.cli.interrupts import put_back
+from featherweight.system.state import History
 
 PROMPT = "you: "
 LEAVE = "/exit"
@@ -33,8 +34,11 @@ class Listener(Protocol):
 
 
 @contextlib.contextmanager
-def open_listener() -> Iterator[Listener]:
-    """The terminal, or else lines from a pipe or file."""
+def open_listener(history: History | None = None) -> Iterator[Listener]:
+    """The terminal, or else lines from a pipe or file.
+
+    history : what the arrow keys bring back, and what is said goes into; none if None
+    """
     try:
         import termios
     except ImportError:  # Windows
@@ -47,7 +51,7 @@ def open_listener() -> Iterator[Listener]:
         yield Lines()
         return
     out = sys.stdout if sys.stdout.isatty() else sys.stderr
-    terminal = Terminal(number, out)
+    terminal = Terminal(number, out, history or History("chat", keep=False))
 
     def restore() -> None:
         terminal.write(END_MARKS)
@@ -99,9 +103,12 @@ class Lines:
 
 
 class Terminal:
-    """Reads keys and shows what they make of the line. Backspace, Ctrl-U and Ctrl-W delete."""
+    """Reads keys and shows what they make of the line. Backspace, Ctrl-U and Ctrl-W delete, up and down bring back."""
 
-    def __init__(self, number: int, out: TextIO) -> None:
+    def __init__(self, number: int, out: TextIO, history: History) -> None:
+        self._history = history
+        self._place = 0  # in the history; behind its end is what is being typed
+        self._draft = ""
         self._number, self._out = number, out
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._unread = ""  # of what the system has given
@@ -114,7 +121,8 @@ class Terminal:
         self._out.flush()
 
     def listen(self) -> str | None:
-        self._text = ""
+        self._text = self._draft = ""
+        self._place = len(self._history.entries)
         self.write(PROMPT)
         while True:
             if not self._unread:
@@ -146,7 +154,9 @@ class Terminal:
         said, self._text = self._text.strip(), ""
         if not said:
             self.write(PROMPT)
-        return said or None
+            return None
+        self._history.add(said)
+        return said
 
     def _sequence(self, key: str) -> None:
         """A key within an escape sequence or a pasted text. Sequences other than the marks of a text do nothing."""
@@ -162,7 +172,20 @@ class Terminal:
         elif self._escape == PASTE:
             self._pasting, self._escape = True, ""
         elif len(self._escape) > 1 and (self._escape[1] not in "[O" or (len(self._escape) > 2 and "@" <= key <= "~")):
+            if self._escape in ("\x1b[A", "\x1bOA", "\x1b[B", "\x1bOB"):
+                self._recall(-1 if key == "A" else 1)
             self._escape = ""
+
+    def _recall(self, step: int) -> None:
+        """An entry of the history in place of the line; behind the last one stands what was being typed."""
+        entries = self._history.entries
+        place = self._place + step
+        if not 0 <= place <= len(entries):
+            return
+        if self._place == len(entries):
+            self._draft = self._text
+        self._place = place
+        self._redraw(self._draft if place == len(entries) else entries[place])
 
     def _edit(self, key: str) -> None:
         if key in "\x7f\b":
@@ -185,7 +208,12 @@ class Terminal:
         if len(gone) == 1 and _width(gone) == 1 and self._rows(text + gone) == self._rows(text):
             self.write("\b \b")
             return
-        above = self._rows(text + gone) - 1
+        self._redraw(text, text + gone)
+
+    def _redraw(self, text: str, before: str | None = None) -> None:
+        """Show another text in the place of the one that stands there."""
+        above = self._rows(self._text if before is None else before) - 1
+        self._text = text
         self.write((f"\x1b[{above}A" if above else "") + "\r\x1b[J" + PROMPT + text.replace("\t", " "))
 
     def _rows(self, text: str) -> int:

@@ -21,7 +21,7 @@ import copy
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from featherweight.errors import RecipeError
 from featherweight.methods.budget.base import Allocator
 from featherweight.methods.calibrate.settings import CalibrationSettings, ConversationSettings
 from featherweight.methods.quantize.base import Choice, Correction, Grid, Rounding, Transform
-from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, with_settings
+from featherweight.methods.quantize.choosing import choice_on, choices_on, explain, first_of, with_settings
 from featherweight.methods.quantize.ends import FIELDS as ENDS
 from featherweight.methods.quantize.ends import End, EndChoices, end_treatment, ends_of, own_choices, read_end
 from featherweight.methods.quantize.treatment import Treatment, check_order, scope_of
+from featherweight.methods.quantize.written import apply_change, check_changes, no_recipe
 from featherweight.plugins import OURS, plugin_presets
 from featherweight.registry import nearest
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
@@ -66,6 +67,11 @@ class Selection(BaseModel):
     skip: tuple[str, ...] = Field((), description="patterns of layers to leave as they are")
     head: bool = Field(False, description="also the output layer: the same as `head: same` of the recipe")
     routers: bool = Field(False, description="also the routers of mixtures of experts")
+
+    @field_validator("include", "skip", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Override(BaseModel):
@@ -255,9 +261,10 @@ class Recipe(BaseModel):
             for pattern in patterns:
                 if not any(_matches(pattern, layer) for layer in candidates):
                     roles = sorted({layer.role for layer in candidates})
+                    near = nearest(pattern, [*roles, *sorted({layer.kind for layer in candidates})])
                     raise RecipeError(
                         f"recipe {self.name}: the pattern {pattern!r} in {field} matches no layer of this model"
-                        f"{nearest(pattern, roles)}; layers here: {', '.join(roles)}"
+                        f"{near}; layers here: {', '.join(roles)}"
                     )
         chosen = [
             layer
@@ -346,10 +353,15 @@ def recipe_from(mapping: Any, origin: str) -> Recipe:
     """A recipe from its mapping; RecipeError (with `origin`) where it is wrong."""
     if not isinstance(mapping, dict):
         raise RecipeError(f"recipe {origin}: a recipe is a mapping of fields, found {type(mapping).__name__}")
+    if "recipe" in mapping and "grid" not in mapping:
+        raise RecipeError(
+            f"recipe {origin} is not one itself, but has the recipe of a compressed folder in its field recipe: write "
+            "that field's content into a file of its own for --recipe"
+        )
     try:
         return Recipe(**mapping)
     except ValidationError as error:
-        raise RecipeError(f"recipe {origin}: {explain(error, _model_at(error))}") from None
+        raise RecipeError(f"recipe {origin}: {explain(error, _model_at(error), fields=Recipe)}") from None
     except RecipeError as error:
         raise RecipeError(f"recipe {origin}: {error}") from None
     except TypeError as error:
@@ -358,7 +370,7 @@ def recipe_from(mapping: Any, origin: str) -> Recipe:
 
 def _model_at(error: ValidationError) -> Any:
     models = {"layers": Selection, "overrides": Override, "calibration": CalibrationSettings}
-    outer, *inner = [part for part in error.errors()[0]["loc"][:-1] if isinstance(part, str)] or [""]
+    outer, *inner = [part for part in first_of(error)["loc"][:-1] if isinstance(part, str)] or [""]
     return ConversationSettings if inner == ["conversations"] else models.get(outer, Recipe)
 
 
@@ -378,14 +390,14 @@ def _own_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"), key=lambda p: p.stem)}
 
 
-def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Parameters
     ----------
     name : str, Path, mapping or Recipe
         A preset, a YAML file, or a mapping as such a file holds it, whose `name` may be left out.
-    changes : list or tuple of str
+    changes : list or tuple of str, no single string
         Like "grid.planes=3", applied before anything is checked.
 
     Returns
@@ -399,6 +411,7 @@ def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str
         There is no such preset or file, or it holds what no recipe has; the field and the nearest valid name are named.
     """
     mapping: Any
+    check_changes(changes)
     if isinstance(name, Recipe):
         if not changes:
             return name
@@ -416,7 +429,7 @@ def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: list[str
         if isinstance(mapping, dict):
             mapping.setdefault("name", path.stem)
     for change in changes:
-        _apply(mapping, change)
+        apply_change(mapping, change)
     return recipe_from(mapping, origin)
 
 
@@ -427,24 +440,4 @@ def _recipe_file(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml"):
-        raise RecipeError(f"there is no recipe file {name}")
-    raise RecipeError(f"there is no recipe called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-
-
-def _apply(mapping: Any, change: str) -> None:
-    """Set one field, "grid.planes=3"; the value is YAML."""
-    path, equals, text = change.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or not all(keys):
-        raise RecipeError(f"a change is written FIELD=VALUE, like grid.planes=3, but is {change!r}")
-    try:
-        value = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        raise RecipeError(f"the value of {change!r} is not valid YAML") from None
-    place = mapping
-    for key in keys[:-1]:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise RecipeError(f"the change {change!r} names a field inside {key!r}, which is not a mapping")
-    place[keys[-1]] = value
+    raise RecipeError(no_recipe(path, name, known))

@@ -67,6 +67,11 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def to_json_line(value: object) -> str:
+    """JSON on one line, with a line break at the end."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no such file, it cannot be read, or it holds something else."""
     with contextlib.suppress(OSError, ValueError, RecursionError):

@@ -23,5 +23,9 @@ def read_text(path: Path, error: type[FeatherError], what: str = "text") -> str:
         raise error(f"the text {path} is not UTF-8 (byte {reason.start}): convert it first") from None
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as reason:
         raise error(f"the text {path} is not a whole {path.suffix} file ({reason})") from None
+    except FileNotFoundError:
+        raise error(f"there is no {what} file {path}") from None
+    except IsADirectoryError:
+        raise error(f"the {what} {path} is a folder: give a file") from None
     except OSError as reason:
         raise error(f"cannot read the {what} {path}: {reason.strerror or reason}") from None

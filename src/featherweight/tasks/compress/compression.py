@@ -25,6 +25,7 @@ from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.threads import thread_reason, use_threads
+from featherweight.system.units import parse_size, size_text
 from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
 from featherweight.tasks.compress.data import CalibrationData, check_calibration
@@ -34,7 +35,7 @@ from featherweight.tasks.compress.device_share import limit_on
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
-from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
+from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan
 from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
 
@@ -165,14 +166,14 @@ def compress(
     begun = time.monotonic()
     reset_peak_memory()
     out = _absolute(out)
-    chosen = load_recipe(recipe, tuple(changes))
+    chosen = load_recipe(recipe, changes)
     check_calibration(chosen, calibration, base_model)
     runs_on = device_named(device)
     device_limit = limit_on(runs_on, device, max_device_memory)
     check_workers(chosen, workers, runs_on)
     if shard_bytes < 1:
         raise FeatherError(f"shard_bytes must be positive, not {shard_bytes}")
-    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    limit = parse_size(max_memory, "--max-memory") if isinstance(max_memory, str) else max_memory
     limit = None if limit is None else limit // workers
     threads = share_of(threads, workers)
     with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
@@ -418,6 +419,6 @@ def _check_disk(plan: Plan, run: RunFolder, shard_bytes: int) -> None:
         have = shutil.disk_usage(run.path).free + run.store.nbytes
     if have < need:
         raise OutputError(
-            f"the disk of {run.path.parent} has {have / 1e6:,.1f} MB free, this run needs {need / 1e6:,.1f} MB: "
+            f"the disk of {run.path.parent} has {size_text(have)} free, this run needs {size_text(need)}: "
             "free some space or choose another --out"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featherweight.errors import FeatherError
-from featherweight.tasks.compress.plan import parse_size
+from featherweight.system.units import parse_size, size_text
 
 SPARE_SHARE = 0.5  # of what the plan leaves free: passes may fill it with what they would compute again
 
@@ -75,12 +75,12 @@ class DeviceShare:
         parts = {what: size for what, size in worst.fixed.items() if size}
         if worst.a_window:
             parts[f"one window of {self.length} tokens"] = worst.a_window
-        told = ", ".join(f"{size_of(size)} {what}" for what, size in sorted(parts.items(), key=lambda part: -part[1]))
+        told = ", ".join(f"{size_text(size)} {what}" for what, size in sorted(parts.items(), key=lambda part: -part[1]))
         source = "--max-device-memory gives" if self.said else "free are"
-        needed = f"{worst.name} needs {size_of(worst.nbytes(1))} on {self.device}"
+        needed = f"{worst.name} needs {size_text(worst.nbytes(1))} on {self.device}"
         shorter = "shorten the windows (--set calibration.length=N), " if worst.a_window else ""
         raise FeatherError(
-            f"{needed}, and {source} {size_of(self.limit)}: {told}; "
+            f"{needed}, and {source} {size_text(self.limit)}: {told}; "
             f"{shorter}take a recipe that holds less at once, or --device cpu"
         )
 
@@ -98,7 +98,7 @@ def limit_on(device: torch.device, named: str | torch.device, asked: int | str |
     "auto" found none but that, a limit does nothing."""
     if asked is None:
         return None
-    limit = parse_size(asked) if isinstance(asked, str) else asked
+    limit = parse_size(asked, "--max-device-memory") if isinstance(asked, str) else asked
     if limit < 1:
         raise FeatherError(f"--max-device-memory is {limit} bytes; write it like 800MB, 2GB or 1.5GiB")
     if device.type != "cpu":
@@ -106,7 +106,3 @@ def limit_on(device: torch.device, named: str | torch.device, asked: int | str |
     if str(named) == "auto":
         return None
     raise FeatherError("--max-device-memory limits the memory of a device other than the CPU; --max-memory is for it")
-
-
-def size_of(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -16,6 +16,7 @@ from featherweight.events import Observer
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.statistics_file import is_statistics
 from featherweight.methods.recipe import explain
+from featherweight.registry import nearest
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
@@ -61,7 +62,9 @@ def gather_statistics(
     known = [name for name, one in known_statistics().items() if one.stored and one.gathered and name != "tokens"]
     for name in needs:
         if name not in known:
-            raise RecipeError(f"there is no statistic {name!r} to gather beforehand; known: {', '.join(known)}")
+            raise RecipeError(
+                f"there is no statistic {name!r} to gather beforehand{nearest(name, known)}; known: {', '.join(known)}"
+            )
     try:
         chosen = CalibrationSettings(**dict(settings or {}))
     except ValidationError as error:

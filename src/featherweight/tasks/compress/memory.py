@@ -112,7 +112,7 @@ def quantize(
     may have been rounded already: load the model again.
     """
     notify = observer or silent
-    chosen = load_recipe(recipe, tuple(changes))
+    chosen = load_recipe(recipe, changes)
     _check(chosen, calibration, convolutions)
     feed = Feed(calibration, tokenizer, forward, blocks, convolutions)
     with use_threads(threads), torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_specs
 from featherweight.storage.codes import code_layout, describe_code
 from featherweight.system.memory import available_bytes, resident_bytes
+from featherweight.system.units import size_text
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.fates import Fate, counts_of, fates_of
 from featherweight.tasks.compress.plain import COPY_WINDOW
@@ -397,16 +397,16 @@ def _within(plan: Plan, max_memory: int) -> Plan:
         if trial.memory_bytes() <= max_memory:
             return replace(trial, max_memory=max_memory)
     smallest = replace(plan, options=plan.options.model_copy(update={"window_bytes": WINDOWS[-1]}))
-    too_little = f"--max-memory {max_memory / 1e9:.2f} GB is too little: "
+    too_little = f"--max-memory {size_text(max_memory)} is too little: "
     if plan.recipe.calibrated:
         raise FeatherError(
-            f"{too_little}recipe {plan.recipe.name} needs about {smallest.memory_bytes() / 1e9:.2f} GB for this model; "
+            f"{too_little}recipe {plan.recipe.name} needs about {size_text(smallest.memory_bytes())} for this model; "
             f"{_with_less_memory(plan.recipe)}"
         )
     largest = max(smallest.jobs, key=lambda job: job.grid.working_bytes(job.layer.shape, smallest.options))
     raise FeatherError(
         f"{too_little}layer {largest.layer.name} [{largest.layer.shape[0]}, {largest.layer.shape[1]}] needs "
-        f"{smallest.memory_bytes() / 1e9:.2f} GB"
+        f"{size_text(smallest.memory_bytes())}"
     )
 
 
@@ -419,7 +419,7 @@ def check_memory(plan: Plan) -> None:
     if not plan.recipe.calibrated or not free or need <= free:
         return
     raise FeatherError(
-        f"recipe {plan.recipe.name} needs about {need / 1e9:.1f} GB of memory for this model, and {free / 1e9:.1f} GB "
+        f"recipe {plan.recipe.name} needs about {size_text(need)} of memory for this model, and {size_text(free)} "
         f"are free: {_with_less_memory(plan.recipe)}, or name what may be used with --max-memory"
     )
 
@@ -439,12 +439,3 @@ def _with_less_memory(recipe: Recipe) -> str:
         f"take fewer or shorter windows than {settings.sequences} of {settings.length} tokens "
         "(--set calibration.sequences=N calibration.length=N)"
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "2GB", "800 MB", "1.5GiB" or a plain number; FeatherError otherwise."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not match or not math.isfinite(float(match[1])) or float(match[1]) == 0:
-        raise FeatherError(f"{text!r} is not a size; write it like 800MB, 2GB or 1.5GiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
