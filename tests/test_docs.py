@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import featherweight
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.recipe import recipe_from
 from featherweight.tasks.evaluate import evaluation
 from models import make_tiny
 
@@ -34,9 +37,43 @@ def test_the_three_lines_of_the_readme_run(
     assert float(capsys.readouterr().out.split()[-1]) > 1
 
 
-def test_the_method_page_is_current() -> None:
-    page = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["methods_page"]()
-    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page
+GENERATED = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["PAGES"]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_pages_are_current(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == GENERATED[name]()
+
+
+def cells_of(row: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", row)) - 1
+
+
+@pytest.mark.parametrize(
+    "page", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: str) -> None:
+    """A bar within a cell, |x|, begins another cell unless it is written \\|x\\|."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *rows = table.splitlines()
+        for row in rows:
+            assert cells_of(row) == cells_of(head), f"{page}: {row}"
+
+
+def test_the_recipe_of_the_reference_is_one() -> None:
+    (text,) = code_blocks("docs/recipes.md", "yaml")
+    recipe = recipe_from({"name": "reference", **yaml.safe_load(text)}, "docs/recipes.md")
+    assert recipe.calibrated
+    assert len(recipe.overrides) == 2
+
+
+def test_every_setting_of_a_recipe_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    for name in CalibrationSettings.model_fields:
+        assert f"| `calibration.{name}` |" in page
+    for field in ("layers.include", "layers.skip", "layers.head", "layers.routers", "match", "embedding", "head"):
+        assert f"| `{field}` |" in page
 
 
 @pytest.mark.parametrize(
