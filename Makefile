@@ -8,7 +8,7 @@ THREADS ?= 2
 COUNT ?= 40
 WORKERS ?= 2
 
-.PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs lock clean
+.PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs docs-site lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
@@ -88,6 +88,17 @@ test-aarch64:
 
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
+
+# The site in build/site, in an environment of its own; every link and anchor is checked, and nothing is fetched when it is read.
+SITE := .venv-docs
+$(SITE)/.ready: pyproject.toml
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5' 'pymdown-extensions>=10'
+	touch $@
+
+docs-site: $(SITE)/.ready
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	$(SITE)/bin/python scripts/check_site.py build/site
 
 # Versions for every supported Python in one file, by markers; see the head of the file about torch.
 lock:

@@ -1,15 +1,25 @@
 #!/usr/bin/env python
-"""Generate docs/methods.md from the registry. `--check` fails if the file is not up to date."""
+"""Generate docs/methods.md from the registry and docs/recipes.md from the recipes' schema.
+
+`--check` fails if a file is not up to date.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
+
+from featherweight.methods.calibrate.settings import CalibrationSettings, ConversationSettings
+from featherweight.methods.quantize.ends import EndChoices
+from featherweight.methods.recipe import Override, Recipe, Selection
 from featherweight.plugins import OURS
 from featherweight.tasks.compress.methods import choices_table, cost_text, method_table
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def methods_page() -> str:
@@ -37,9 +47,7 @@ def methods_page() -> str:
     for row in presets:
         columns = ("transform", "grid", "rounding", "correction", "allocation", "outside")
         cells = [f"`{row['preset']}`", *(row[k] for k in columns)]
-        lines.append(
-            "| " + " | ".join([*cells, row["needs"], f"{row['bits']:.3f}", cost_text(row), row["paper"]]) + " |"
-        )
+        lines.append(row_of(*cells, row["needs"], f"{row['bits']:.3f}", cost_text(row), row["paper"]))
     lines.append("")
     for row in presets:
         lines.append(f"- `{row['preset']}`: {row['title']}. {row['notes']}".rstrip())
@@ -50,16 +58,188 @@ def methods_page() -> str:
         lines += [f"### {choice['axis']}: `{choice['name']}`", "", choice["summary"], ""]
         if choice["settings"]:
             lines += ["| setting | default | meaning |", "|---|---|---|"]
-            lines += [f"| `{s['name']}` | {s['default']!r} | {s['description']} |" for s in choice["settings"]]
+            lines += [row_of(f"`{s['name']}`", repr(s["default"]), s["description"]) for s in choice["settings"]]
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
+def row_of(*cells: str) -> str:
+    """A row of a table. A bar inside a cell would begin another cell, so it is escaped."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def recipes_page() -> str:
+    """The page: what a recipe file may hold, field by field, from the models that read it."""
+    return RECIPES.format(
+        recipe=fields_of(Recipe, leave_out=("transforms", "grid", "rounding", "corrections", "allocation")),
+        layers=fields_of(Selection, "layers."),
+        overrides=fields_of(Override),
+        override_text=inspect.cleandoc(Override.__doc__ or ""),
+        ends=fields_of(EndChoices),
+        calibration=fields_of(CalibrationSettings, "calibration."),
+        conversations=fields_of(ConversationSettings, "calibration.conversations."),
+        axes="\n".join(
+            row_of(f"`{field}`", wanted, ", ".join(f"`{name}`" for name in names_on(axis)))
+            for field, wanted, axis in (
+                ("transforms", "a list, the outermost first", "transform"),
+                ("grid", "one, required", "grid"),
+                ("rounding", "one; `nearest` where none is named", "rounding"),
+                ("corrections", "a list", "correction"),
+                ("allocation", "one; `fixed` where none is named", "allocation"),
+            )
+        ),
+    )
+
+
+def names_on(axis: str) -> list[str]:
+    """The package's own choices on an axis."""
+    return [choice["name"] for choice in choices_table() if choice["axis"] == axis and choice["from"] == OURS]
+
+
+def fields_of(model: type[BaseModel], prefix: str = "", leave_out: tuple[str, ...] = ()) -> str:
+    """A table of a model's fields: name, what it takes, default, meaning."""
+    lines = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    for name, info in model.model_fields.items():
+        if name in leave_out:
+            continue
+        if not info.description:
+            raise ValueError(f"{model.__name__}.{name} has no description: give its Field one")
+        needed = info.is_required()
+        default = "required" if needed else default_text(info.get_default(call_default_factory=True))
+        lines.append(
+            row_of(f"`{prefix}{name}`", type_text(info.annotation, bounds_of(info)), default, info.description)
+        )
+    return "\n".join(lines)
+
+
+def default_text(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "as in its table"
+    if value in ((), "", None):
+        return "none"
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(map(str, value)) + "]`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def bounds_of(info: Any) -> str:
+    """ ", at least 1" and the like, from what pydantic checks."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = [
+        (word, getattr(rule, name)) for rule in info.metadata for name, word in words.items() if hasattr(rule, name)
+    ]
+    return "".join(f", {word} {bound}" for word, bound in found)
+
+
+PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def type_text(kind: Any, bounds: str = "") -> str:
+    """What a field takes, in words."""
+    if kind in PLAIN:
+        return PLAIN[kind] + bounds
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a mapping"
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inside)
+    if origin is tuple:
+        return f"a list of {PLURAL.get(inside[0], 'mappings')}"
+    if origin is dict:
+        return "a mapping"
+    if origin is Union or type(kind).__name__ == "UnionType":
+        return " or ".join(type_text(one, bounds) for one in inside if one is not type(None))
+    raise ValueError(f"{kind} has no words in scripts/make_docs.py: add them")
+
+
+PLURAL = {str: "texts"}
+
+
+RECIPES = """\
+# Recipe files
+
+Generated by scripts/make_docs.py from the models that read them.
+
+A recipe is a YAML file, a preset's name, or in Python a mapping; each says what to do on five axes. Every field can
+be changed on the command line, `--set FIELD=VALUE` (`changes=["FIELD=VALUE"]` in Python), where VALUE is YAML: `--set
+calibration.sequences=64`, `--set 'layers.skip=[lm_head, q_proj]'`. What no recipe has is refused with the nearest
+valid name. `feather methods --json FILE` has every preset's recipe as it stands, and `feather plan MODEL --recipe
+FILE` checks a file of your own without any work being done.
+
+```yaml
+title: Three bits, four for what writes into the residual stream
+layers: {{skip: [k_proj]}}
+transforms: [{{kind: hadamard}}]
+grid: {{kind: uniform, bits: 3, group_size: 64}}
+rounding: {{kind: hessian, alpha: 1.0}}
+overrides:
+  - {{match: o_proj, grid: {{bits: 4}}}}
+  - {{match: down_proj, grid: {{bits: 4}}}}
+embedding: 6bit
+calibration: {{sequences: 64, length: 512}}
+```
+
+## The recipe itself
+
+{recipe}
+
+## The five axes
+
+Each takes a choice: its `kind`, and settings of it. [Methods](methods.md#choices-and-their-settings) lists the
+settings of all kinds.
+
+| field | how many | kinds |
+|---|---|---|
+{axes}
+
+## `layers`: which layers
+
+A pattern is one of the shell (`*`, `?`, `[...]`) and meets a layer by its full name
+(`model.layers.0.self_attn.q_proj`), by its last component (`q_proj`) or by its kind (`attention`, `mlp`, `expert`,
+`router`). One that meets nothing is an error.
+
+{layers}
+
+## `overrides`: other choices for some layers
+
+A list. {override_text}
+
+On every axis the first override that matches a layer and names the axis counts, and the recipe's own choice where
+there is none.
+
+{overrides}
+
+## `embedding` and `head`: what is outside the blocks
+
+`keep` leaves a matrix as it is, `same` treats it as the layers of the blocks, `6bit` (2 to 8) is short for uniform
+codes of so many bits in groups of 128, and a mapping has a grid and, if wanted, a rounding. Where the two are tied
+they stay one matrix: either field counts for it, and two that ask for different things are refused.
+
+{ends}
+
+## `calibration`: text and statistics
+
+Counts only for recipes that need text ([Methods](methods.md), column *needs*). What `--calibration` names counts
+before `calibration.text`.
+
+{calibration}
+
+### What the model writes itself
+
+{conversations}
+"""
+
+
+PAGES = {"methods.md": methods_page, "recipes.md": recipes_page}
+
+
 def main() -> None:
-    page = methods_page()
-    if "--check" in sys.argv:
-        sys.exit(0 if TARGET.read_text() == page else "docs/methods.md is not up to date: run make docs")
-    TARGET.write_text(page)
+    for name, make in PAGES.items():
+        page, target = make(), DOCS / name
+        if "--check" not in sys.argv:
+            target.write_text(page, encoding="utf-8")
+        elif not target.exists() or target.read_text(encoding="utf-8") != page:
+            sys.exit(f"docs/{name} is not up to date: run make docs")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import featherweight
-from featherweight.tasks.evaluate import evaluation
-from models import make_tiny
+from featherweight.cli.main import main
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.methods.recipe import recipe_from
+from featherweight.tasks.evaluate import evaluation, speed
+from models import make_chat, make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/featherweight/assets/*.md")]
+)
 
 
 def code_blocks(page: str, language: str) -> list[str]:
@@ -34,14 +45,140 @@ def test_the_three_lines_of_the_readme_run(
     assert float(capsys.readouterr().out.split()[-1]) > 1
 
 
-def test_the_method_page_is_current() -> None:
-    page = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["methods_page"]()
-    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page
+MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
+"""What stands for a model in the pages."""
+TOLD = ("pip install", "python3 -m venv", "make ")
+"""Commands of another kind: set-up, which CI runs (.github/workflows, .ci/run), and what make does."""
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The words of every `feather` command in a page's blocks of shell, but for `feather`. No other lines are there."""
+    lines = [line for block in code_blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    for line in lines:
+        assert line.startswith(("feather ", *TOLD)), f"{page}: {line} is run by no test"
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("feather ")]
+
+
+GUIDE = "docs/adding-a-method.md"
+"""Its commands belong to the package that it builds: tests/test_guide.py runs them."""
+WITH_COMMANDS = [page for page in PAGES if page != GUIDE and commands_of(page)]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_every_command_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, on a tiny model and a few texts; what a page takes as there is made before."""
+    make_chat(tmp_path / "model")
+    text = evaluation.bundled_text()[:20_000]
+    (tmp_path / "own.txt").write_text(text)
+    lines = [json.dumps({"text": text[i : i + 1000]}) for i in range(0, len(text), 1000)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "bundled_text", lambda *_: text)
+    monkeypatch.setattr(speed, "BUFFER_BYTES", 1 << 22)
+    first = commands_of(page)[0]
+    if first[0] not in ("compress", "plan") and page != "docs/tasks/calibration.md":
+        featherweight.compress("model", "rtn-4", "small")
+    for words in commands_of(page):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/exit\n"))
+        arguments = ["model" if word in MODELS else word for word in words]
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, *QUICK.get(words[0], ())])
+        assert stop.value.code in (0, None), f"{page}: feather {shlex.join(words)}: {capsys.readouterr().err}"
+
+
+QUICK = {
+    "compress": ("--set", "calibration.sequences=8", "calibration.length=64"),
+    "calibrate": ("--set", "calibration.sequences=8", "calibration.length=64"),
+    "chat": ("--max-tokens", "4"),
+    "bench": ("--repeats", "1"),
+}
+"""What makes a command of the pages quick; it goes through the same code."""
+
+
+def test_every_asset_has_a_licence() -> None:
+    assets = ROOT / "src" / "featherweight" / "assets"
+    said = (assets / "LICENSES.md").read_text("utf-8")
+    tracked = subprocess.run(
+        ["git", "ls-files", str(assets)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split()
+    files = {(ROOT / name).relative_to(assets).as_posix() for name in tracked} - {"LICENSES.md", "__init__.py"}
+    assert len(files) > 8
+    for name in sorted(files):
+        assert f"`{name}`" in said, f"{name} has no line in LICENSES.md"
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.removeprefix("docs/") for page in PAGES if page.startswith("docs/"))
+
+
+def test_the_site_is_built_with_what_the_extra_names() -> None:
+    """make docs-site installs these alone: with the extra would come PyTorch."""
+    listed = re.search(r"^docs = \[(.*)\]$", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert listed is not None
+    make = (ROOT / "Makefile").read_text("utf-8")
+    for requirement in re.findall(r'"([^"]+)"', listed[1]):
+        assert f"'{requirement}'" in make
 
 
 @pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    ("html", "fault"),
+    [
+        ('<a href="other.html">', "leads to no file"),
+        ('<a href="#there">', "leads to no heading"),
+        ('<script src="https://a.b/c.js"></script>', "from elsewhere"),
+        ('<link rel="stylesheet" href="https://a.b/c.css">', "from elsewhere"),
+    ],
 )
+def test_the_check_of_the_site_finds_faults(tmp_path: Path, html: str, fault: str) -> None:
+    faults_of = runpy.run_path(str(ROOT / "scripts" / "check_site.py"))["faults_of"]
+    (tmp_path / "index.html").write_text('<h1 id="here"></h1><a href="#here"></a><a href="https://a.b">')
+    assert faults_of(tmp_path) == []
+    (tmp_path / "index.html").write_text(html)
+    (found,) = faults_of(tmp_path)
+    assert fault in found
+
+
+GENERATED = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["PAGES"]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_pages_are_current(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == GENERATED[name]()
+
+
+def cells_of(row: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", row)) - 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: str) -> None:
+    """A bar within a cell, |x|, begins another cell unless it is written \\|x\\|."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *rows = table.splitlines()
+        for row in rows:
+            assert cells_of(row) == cells_of(head), f"{page}: {row}"
+
+
+def test_the_recipe_of_the_reference_is_one() -> None:
+    (text,) = code_blocks("docs/recipes.md", "yaml")
+    recipe = recipe_from({"name": "reference", **yaml.safe_load(text)}, "docs/recipes.md")
+    assert recipe.calibrated
+    assert len(recipe.overrides) == 2
+
+
+def test_every_setting_of_a_recipe_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    for name in CalibrationSettings.model_fields:
+        assert f"| `calibration.{name}` |" in page
+    for field in ("layers.include", "layers.skip", "layers.head", "layers.routers", "match", "embedding", "head"):
+        assert f"| `{field}` |" in page
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), target
@@ -83,14 +220,13 @@ def known_files() -> set[str]:
     return {path.name for folder in folders for path in folder.rglob("*")} | {path.name for path in ROOT.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT).as_posix() for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_files_named_in_the_documents_exist(page: str, known_files: set[str]) -> None:
     made = set(re.findall(r"^# (\S+\.\w+)$", (ROOT / page).read_text("utf-8"), re.MULTILINE))  # by the guide's reader
     made |= {Path(name).name for name in made} | {"__init__.py"}
     for name in sorted(named_by(ROOT / page) - made):
-        there = any((ROOT / place / name).exists() or (ROOT / place / f"{name}.py").exists() for place in PLACES)
+        places = [(ROOT / page).parent, *(ROOT / place for place in PLACES)]
+        there = any((place / name).exists() or (place / f"{name}.py").exists() for place in places)
         assert there or ("/" not in name and name in known_files), f"{page} names {name}, which is not there"
 
 

@@ -11,6 +11,10 @@ class FeatherWarning(UserWarning):
     """What a person should know although the work goes on; the command line prints its text as a note."""
 
 
+class FallbackWarning(FeatherWarning, RuntimeWarning):
+    """Something is done in a slower way, or not at all, because what does it better is missing or wrong here."""
+
+
 class CheckpointError(FeatherError):
     """A source checkpoint cannot be read: missing, truncated, hostile, of a refused kind, or of unknown structure."""
 

@@ -145,6 +145,26 @@ def test_without_the_native_library_there_are_no_limits(monkeypatch: pytest.Monk
     assert speed.read_bandwidth(size=1 << 22) > 0
 
 
+def test_bench_says_what_the_lack_of_the_native_library_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "bench.json"
+    options = ["--prompt", "8", "--generate", "2", "--repeats", "1", "--json", str(report)]
+    monkeypatch.setenv("FEATHERWEIGHT_NATIVE", "off")
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", str(REFERENCE), *options])
+    text = " ".join(capsys.readouterr().out.split())
+    seen = json.loads(report.read_text())
+    assert seen["without_native_library"] == "FEATHERWEIGHT_NATIVE turns it off; unset that"
+    assert f"a token takes {1 / seen['bandwidth_share']:.3g} times as long as reading it does" in text
+    monkeypatch.delenv("FEATHERWEIGHT_NATIVE")
+    report.unlink()
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", str(REFERENCE), *options])
+    assert "as long as reading it" not in capsys.readouterr().out
+    assert json.loads(report.read_text())["without_native_library"] is None
+
+
 BITS = {"planes-1": 1.725, "planes-2": 3.45, "planes-2-tied": 3.45, "planes-3": 5.175, "uniform-4": 4.125, "bf16": 16}
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import featherweight.native
-from featherweight.native import library
+from featherweight.native import library, place
 from featherweight.native.ptqtp import solve_trit_planes
 
 
@@ -95,9 +97,89 @@ def test_the_library_is_looked_for_where_the_build_puts_it(monkeypatch: pytest.M
     build = (Path(__file__).parents[2] / "CMakeLists.txt").read_text("utf-8")
     destination = re.search(r"install\(TARGETS featherweight_native LIBRARY DESTINATION ([\w/]+)\)", build)
     assert destination is not None
-    place = tmp_path / "site-packages" / destination[1] / library.FILE_NAME
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"")
-    monkeypatch.setattr(library, "__file__", str(tmp_path / "source" / "library.py"))
-    monkeypatch.setattr(library.sysconfig, "get_path", lambda key: str(tmp_path / "site-packages"))
-    assert library._installed() == place
+    target = tmp_path / "site-packages" / destination[1] / place.FILE_NAME
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"")
+    away_from_here(monkeypatch, tmp_path)
+    assert place.installed() == target
+
+
+def away_from_here(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As if the package were installed below a folder, in which nothing is but what a test puts there."""
+    monkeypatch.setattr(place, "__file__", str(folder / "source" / "place.py"))
+    monkeypatch.setattr(place.sysconfig, "get_path", lambda key: str(folder / "site-packages"))
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The folder in which an installation would have the library, and the process as if it had not looked yet."""
+    away_from_here(monkeypatch, tmp_path)
+    monkeypatch.delenv("FEATHERWEIGHT_NATIVE", raising=False)
+    library._load.cache_clear()
+    folder = tmp_path / "site-packages" / "featherweight" / "native"
+    folder.mkdir(parents=True)
+    yield folder
+    library._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/bin/false", "no C++ compiler worked (CXX was /bin/false)"), ("no-such-compiler", "CXX was no-such-compiler")],
+)
+def test_an_installation_without_a_compiler_says_so_and_what_to_do(
+    nothing_installed: Path, tmp_path: Path, compiler: str, reason: str
+) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    source = Path(__file__).parents[2]
+    environment = {**os.environ, "CXX": compiler}
+    for arguments in (
+        ["-S", source, "-B", tmp_path / "build"],
+        ["--install", tmp_path / "build", "--prefix", tmp_path],
+    ):
+        done = subprocess.run([cmake, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "featherweight" / "native" / place.NOT_COMPILED).replace(nothing_installed / place.NOT_COMPILED)
+    with pytest.warns(RuntimeWarning, match="without its native library") as caught:
+        assert [library.get(), library.get()] == [None, None]
+    (warning,) = caught  # said once
+    assert reason in str(warning.message)
+    assert "apt install g++" in str(warning.message)
+    assert "--force-reinstall" in str(warning.message)
+    assert library.why_not() in str(warning.message)
+
+
+def test_a_library_that_was_lost_is_said_to_be(nothing_installed: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="not where it should be") as caught:
+        assert library.get() is None
+    assert "install featherweight once more" in str(caught[0].message)
+
+
+def test_why_the_library_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATHERWEIGHT_NATIVE", "off")
+    assert library.why_not() == "FEATHERWEIGHT_NATIVE turns it off; unset that"
+    monkeypatch.setenv("FEATHERWEIGHT_NATIVE", "/nowhere.so")
+    assert "/nowhere.so" in library.why_not()
+
+
+def test_the_command_says_once_what_is_missing_without_a_traceback() -> None:
+    """As a note: neither the class of a warning nor a line of our source."""
+    environment = {**os.environ, "FEATHERWEIGHT_NATIVE": "/nowhere.so"}
+    reference = Path(featherweight.native.__file__).parents[1] / "assets" / "reference"
+    command = [
+        sys.executable,
+        "-m",
+        "featherweight",
+        "generate",
+        str(reference),
+        "--prompt",
+        "Once",
+        "--max-tokens",
+        "2",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its native library") == 1
+    assert re.search("^note: featherweight runs without its native library", done.stderr, re.MULTILINE)
+    assert "Warning" not in done.stderr

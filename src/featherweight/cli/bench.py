@@ -28,6 +28,7 @@ class BenchOptions:
 def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
     import torch
 
+    from featherweight.native import library
     from featherweight.system.threads import thread_count
     from featherweight.tasks.evaluate.speed import measure_speed
 
@@ -36,6 +37,7 @@ def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
     chosen = replace(options, threads=thread_count(options.threads))
     torch.set_num_threads(thread_count(options.threads))
     report = measure_speed(model, **vars(chosen))
+    report["without_native_library"] = library.why_not() if library.get() is None else None
     write_json(json, report)
     out_console().print(facts(_rows(report)))
 
@@ -55,6 +57,15 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (f"read bandwidth of {place}", f"{bandwidth:.1f} GB/s, at most {1e9 * bandwidth / read:.1f} tokens/s"),
         ("share of it", f"{100 * report['bandwidth_share']:.1f} %"),
     ]
+    if report["without_native_library"] is not None and report["device"] == "cpu":
+        times = 1 / report["bandwidth_share"]
+        rows += [
+            ("native library", f"not in use: {report['without_native_library']}"),
+            (
+                "which costs",
+                f"a token takes {times:.3g} times as long as reading it does; with the library near 1",
+            ),
+        ]
     if report["outside_kernels_share"] is not None:
         rows.append(("time outside kernels", f"{100 * report['outside_kernels_share']:.1f} %"))
     rows += [

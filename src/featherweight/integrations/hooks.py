@@ -15,6 +15,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from featherweight.errors import FallbackWarning
+
 QUANTIZER_TABLE = "transformers.quantizers.auto"
 
 
@@ -37,7 +39,7 @@ def register_or_warn() -> None:
         warnings.warn(
             f"featherweight could not register with transformers ({type(error).__name__}: {error}): compressed folders "
             "will not load with from_pretrained; install versions that fit each other (pip install -U featherweight)",
-            RuntimeWarning,
+            FallbackWarning,
             stacklevel=2,
         )
 
@@ -80,6 +82,6 @@ class AfterImport(MetaPathFinder):
             warnings.warn(
                 f"featherweight cannot watch the import of {self.name} ({type(loader).__name__} is read-only): "
                 "import transformers before featherweight",
-                RuntimeWarning,
+                FallbackWarning,
                 stacklevel=2,
             )

@@ -83,11 +83,11 @@ class Override(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    match: str
-    grid: dict[str, Any] | None = None
-    rounding: dict[str, Any] | None = None
-    transforms: tuple[dict[str, Any], ...] | None = None
-    corrections: tuple[dict[str, Any], ...] | None = None
+    match: str = Field(description="pattern of the layers that it is for")
+    grid: dict[str, Any] | None = Field(None, description="another grid, or settings of the recipe's own")
+    rounding: dict[str, Any] | None = Field(None, description="another rounding, or settings of the recipe's own")
+    transforms: tuple[dict[str, Any], ...] | None = Field(None, description="in place of the recipe's list")
+    corrections: tuple[dict[str, Any], ...] | None = Field(None, description="in place of the recipe's list")
 
     @model_validator(mode="after")
     def _says_something(self) -> Override:
@@ -119,20 +119,20 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    title: str = ""
-    paper: str = ""
-    notes: str = ""
-    layers: Selection = Selection()
+    name: str = Field(description="of the recipe; where a file does not give it, the file's own name")
+    title: str = Field("", description="what it is, in a line")
+    paper: str = Field("", description="where it comes from")
+    notes: str = Field("", description="what else is worth knowing; neither title nor notes change any result")
+    layers: Selection = Field(Selection(), description="which layers of the blocks are compressed")
     transforms: tuple[SerializeAsAny[Transform], ...] = ()
     grid: SerializeAsAny[Grid]
     rounding: SerializeAsAny[Rounding] = Field(default_factory=lambda: choice_on("rounding", {"kind": "nearest"}))
     corrections: tuple[SerializeAsAny[Correction], ...] = ()
     allocation: SerializeAsAny[Allocator] = Field(default_factory=lambda: choice_on("allocation", {"kind": "fixed"}))
-    overrides: tuple[Override, ...] = ()
+    overrides: tuple[Override, ...] = Field((), description="other choices for layers that match a pattern")
     embedding: End = Field("keep", description="keep, same, or a grid (and rounding) of the token embedding's own")
     head: End = Field("keep", description="keep, same, or a grid (and rounding) of the output layer's own")
-    calibration: CalibrationSettings = CalibrationSettings()
+    calibration: CalibrationSettings = Field(CalibrationSettings(), description="text, and how statistics are gathered")
 
     @field_validator("grid", "rounding", "allocation", mode="before")
     @classmethod

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featherweight.errors import FeatherError
+from featherweight.errors import FallbackWarning, FeatherError
+from featherweight.native.place import installed, why_missing
 from featherweight.native.ptqtp_reference import Window
 from featherweight.native.ptqtp_settings import NonFiniteWeightError, TritPlaneSettings
 from featherweight.system.threads import thread_count as thread_count
 
 VERSION = 5
-FILE_NAME = "_featherweight_native.so"
 
 ISAS = ("amx", "bf16", "vbmi", "avx512", "avxvnni", "avx2", "i8mm", "neon", "baseline")
 """Instruction sets of the products, from the best down. The solvers have fewer, and take the nearest one."""
@@ -297,9 +296,9 @@ def get() -> NativeLibrary | None:
 def _load(choice: str) -> NativeLibrary | None:
     if choice.lower() == "off":
         return None
-    path = Path(choice) if choice else _installed()
+    path = Path(choice) if choice else installed()
     if path is None:
-        _warn("it is not installed")
+        _warn(why_missing())
         return None
     try:
         native = NativeLibrary(path)
@@ -316,7 +315,7 @@ def _load(choice: str) -> NativeLibrary | None:
         warnings.warn(
             f"featherweight uses {native.isa} instructions instead of {wrong}, with which {path} computes wrong "
             "results on this processor",
-            RuntimeWarning,
+            FallbackWarning,
             stacklevel=3,
         )
     return native
@@ -340,17 +339,21 @@ def _trusted(native: NativeLibrary, isa: str) -> bool:
     return _self_check(native)
 
 
-def _installed() -> Path | None:
-    """Beside this file, or, for an editable install, in the package's place under site-packages."""
-    places = [Path(__file__).parent]
-    places += [Path(sysconfig.get_path(key)) / "featherweight" / "native" for key in ("platlib", "purelib")]
-    return next((place / FILE_NAME for place in places if (place / FILE_NAME).is_file()), None)
-
-
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"featherweight runs without its native library, slowly, in PyTorch: {reason}", RuntimeWarning, stacklevel=3
+        f"featherweight runs without its native library, slowly, in PyTorch: {reason}", FallbackWarning, stacklevel=3
     )
+
+
+def why_not() -> str:
+    """Why `get()` gives None, and what to do, as a clause of a sentence about the library."""
+    choice = os.environ.get("FEATHERWEIGHT_NATIVE", "")
+    if choice.lower() == "off":
+        return "FEATHERWEIGHT_NATIVE turns it off; unset that"
+    if choice:
+        return f"{choice}, which FEATHERWEIGHT_NATIVE names, cannot be used; unset that"
+    path = installed()
+    return why_missing() if path is None else f"{path} cannot be used, as a warning said; install featherweight again"
 
 
 def _self_check(native: NativeLibrary) -> bool:

@@ -14,6 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from featherweight.errors import FallbackWarning
 from featherweight.native import library
 
 WITH_PAIRS = ("amx", "bf16")
@@ -81,6 +82,6 @@ def _trusted(isa: str) -> bool:
     if torch.equal(moment.sums, 6 + 0.5 * (values[:, :37].float().T @ values.float())):
         return True
     warnings.warn(
-        f"second moments by {isa} instructions are wrong on this processor: PyTorch computes them", RuntimeWarning, 2
+        f"second moments by {isa} instructions are wrong on this processor: PyTorch computes them", FallbackWarning, 2
     )
     return False

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from featherweight.errors import RecipeError, shown
 from featherweight.methods.quantize.base import Choice, Grid
@@ -31,8 +31,8 @@ class EndChoices(BaseModel):
     """Choices of an embedding's or output layer's own. A grid without a `kind` changes settings of the recipe's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    grid: dict[str, Any]
-    rounding: dict[str, Any] | None = None
+    grid: dict[str, Any] = Field(description="a grid, or settings of the recipe's own")
+    rounding: dict[str, Any] | None = Field(None, description="a rounding of layers; else to nearest")
 
 
 End = Literal["keep", "same"] | EndChoices

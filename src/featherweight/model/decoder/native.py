@@ -118,10 +118,7 @@ def functions() -> Any:
     found = library.get()
     loaded = None if found is None else _functions(str(found.path))
     if loaded is None:
-        raise UnsupportedModelError(
-            "the native decoder needs featherweight's native library, which is missing, turned off or too old: install "
-            "the package with a C++ compiler at hand"
-        )
+        raise UnsupportedModelError(f"the native decoder needs featherweight's native library, but {library.why_not()}")
     if not ready():
         raise UnsupportedModelError(
             "the native decoder is not used: the products of featherweight's native library are wrong on this processor"

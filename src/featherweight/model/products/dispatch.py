@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from featherweight.errors import FallbackWarning
 from featherweight.model.products import reference
 from featherweight.model.products.pack import PackedLinear, pack_code
 from featherweight.model.products.structs import native
@@ -71,7 +72,7 @@ def _wrong() -> list[str]:
 def _say_lower(path: str, failed: str, isa: str) -> None:
     warnings.warn(
         f"featherweight uses {isa} instructions: the products of {path} with {failed} are wrong on this processor",
-        RuntimeWarning,
+        FallbackWarning,
         stacklevel=3,
     )
 
@@ -81,7 +82,7 @@ def _say_none(path: str) -> None:
     warnings.warn(
         f"featherweight decodes its layers in each call, slowly: the products of {path} with operands in the layouts "
         f"{', '.join(_wrong())} are wrong on this processor, with every instruction set",
-        RuntimeWarning,
+        FallbackWarning,
         stacklevel=3,
     )
 

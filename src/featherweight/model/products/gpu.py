@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from featherweight.errors import FallbackWarning
 from featherweight.model.products import reference, triton
 from featherweight.storage.codes import Code, code_from
 from featherweight.storage.codes.base import input_rounding
@@ -104,6 +105,6 @@ def _error(packed: GpuLinear, weight: Tensor, spec: dict[str, Any]) -> float:
 def _warn(reason: str) -> None:
     warnings.warn(
         f"featherweight decodes some layers in each call, slowly: its GPU kernels do not work here ({reason})",
-        RuntimeWarning,
+        FallbackWarning,
         stacklevel=4,
     )

@@ -151,8 +151,7 @@ def needed() -> Native:
     found = native()
     if found is None:
         raise FeatherError(
-            "packed operands need featherweight's native library, which is missing or turned off: install the package "
-            "with a C++ compiler at hand, or leave the layers to PyTorch"
+            f"packed operands need featherweight's native library: {library.why_not()}; or leave the layers to PyTorch"
         )
     return found
 
