@@ -115,7 +115,7 @@ def test_without_an_original_kl_is_null(letters: Path) -> None:
 def test_public_names_are_functions_whatever_was_imported() -> None:
     import featherweight
     import featherweight.tasks.compress.compression
-    import featherweight.tasks.evaluate.report
+    import featherweight.tasks.report.page
 
     assert featherweight.evaluate is evaluate
     for name in ("compress", "evaluate", "load", "quantize"):

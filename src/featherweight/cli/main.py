@@ -339,6 +339,28 @@ def bench(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that `compress` made, side by side in this order.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to make (.html).")] = Path("report.html"),
+    original: Annotated[
+        str | None,
+        typer.Option("--original", metavar="MODEL", help="What they were made from: adds its weights to the pictures."),
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Of the page; else the model's name.")] = None,
+) -> None:
+    """Write a page about your own runs: what they took, how good and how fast they are, which layer got what.
+
+    It shows what `compress`, `eval` and `bench` recorded in the folders, and says what was not measured. One file that
+    opens offline, also on a phone.
+    """
+    from featherweight.cli.report import run_report
+
+    run_report(folders, out, original, title)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for models and report.")] = Path("demo-out"),
     tokens: Annotated[int, typer.Option("--tokens", min=256, help="Tokens of the evaluation text to use.")] = 20480,

@@ -23,7 +23,7 @@ from featherweight.storage.run.ownership import first_foreign, within
 from featherweight.storage.run.publishing import occupants
 from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
-from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.system.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
 from featherweight.system.threads import thread_reason, use_threads
 from featherweight.tasks.compress.allocate import Measuring, decided
 from featherweight.tasks.compress.assemble import jobs_to_write, lay_out, read_manifest, write_rest, write_shards
@@ -35,6 +35,7 @@ from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
 from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
+from featherweight.tasks.compress.record import Beginning, record_of
 from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
 
@@ -164,6 +165,7 @@ def compress(
     """
     begun = time.monotonic()
     reset_peak_memory()
+    resident = resident_bytes()
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
     check_calibration(chosen, calibration, base_model)
@@ -215,7 +217,8 @@ def compress(
                 place = str(model) if Path(model).is_file() else str(checkpoint.folder)
                 order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
                 executor = _executor(workers, order, run, events)
-                resumed = _Work(plan, checkpoint, run, events, identity, data).make(executor)
+                beginning = Beginning.of(begun, resident, _name_of(model), told, run)
+                resumed = _Work(plan, checkpoint, run, events, identity, data, beginning).make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, checkpoint, begun, resumed)
@@ -252,6 +255,7 @@ class _Work:
     events: Events
     identity: dict[str, Any]
     data: CalibrationData
+    beginning: Beginning
 
     def make(self, executor: Executor) -> int:
         """Do it; returns how many layers were found finished."""
@@ -268,7 +272,7 @@ class _Work:
                 self.events({"event": "shard", "file": file, "number": number, "of": of})
 
             write_shards(run, assembly, checkpoint, plan, told)
-            write_rest(run, assembly, checkpoint, plan, self.identity)
+            write_rest(run, assembly, checkpoint, plan, self.identity, record_of(plan, self.beginning, resumed))
         run.publish()
         return resumed
 
@@ -367,6 +371,12 @@ def _check_out(out: Path, checkpoint: Checkpoint, model: str | Path, base_model:
         raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
     if is_file:
         raise OutputError(f"--out {out} is a file; choose a folder")
+
+
+def _name_of(model: str | Path) -> str:
+    """A model's name for the record: a hub id as it is, the last part of a path, which says nothing of this machine."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
 
 
 def _folder_of(model: str | Path | None) -> Path | None:
