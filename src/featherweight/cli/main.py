@@ -198,13 +198,21 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    model: ModelArgument,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="A folder, a .safetensors file or a hub id; several go side by side."),
+    ],
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The original: adds KL divergence, agreement.")
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none."),
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="A UTF-8 file, also .xz or .gz; wikitext-2; or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]; a shipped one if "
+            "none.",
+        ),
     ] = None,
     conversations: Annotated[
         Path | None,
@@ -223,14 +231,23 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with the plot and the table.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Keep the result in folders of `compress`, for `report`.")
+    ] = True,
 ) -> None:
-    """Measure perplexity by a named protocol, true size, and the distance from the original."""
-    from featherweight.cli.commands import EvalOptions, run_eval
+    """Measure perplexity by a named protocol, true size, and the distance from the original.
+
+    Several models are measured one after the other and shown in one table; their original is run once.
+    """
+    from featherweight.cli.evaluate import EvalOptions, Outputs, run_eval
 
     options = EvalOptions(
         against, text, conversations, protocol, context, dtype, limit, threads, device, trust_remote_code
     )
-    run_eval(model, options, json)
+    run_eval(models, options, Outputs(json, html, record))
 
 
 @app.command()

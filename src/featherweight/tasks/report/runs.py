@@ -44,7 +44,7 @@ def read_runs(folders: Sequence[str | Path], original: str | Path | None = None)
         _variant(name, place, record, chosen, original)
         for name, place, record in zip(names, places, records, strict=True)
     ]
-    return [*_original(runs), *runs]
+    return [*original_of(runs), *runs]
 
 
 def names_of(places: Sequence[Path]) -> list[str]:
@@ -127,7 +127,7 @@ def _variant(
     )
 
 
-def _original(runs: Sequence[Variant]) -> list[Variant]:
+def original_of(runs: Sequence[Variant]) -> list[Variant]:
     """The model they come from, as far as a measurement against it says something of it."""
     for run in runs:
         known = run.evaluation
