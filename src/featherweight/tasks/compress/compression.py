@@ -32,6 +32,7 @@ from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.device_memory import placed
 from featherweight.tasks.compress.device_share import limit_on
 from featherweight.tasks.compress.fates import counts_in
+from featherweight.tasks.compress.forecast import Forecast
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
 from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
@@ -218,7 +219,8 @@ def compress(
                 order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
                 executor = _executor(workers, order, run, events)
                 beginning = Beginning.of(begun, resident, _name_of(model), told, run)
-                resumed = _Work(plan, checkpoint, run, events, identity, data, beginning).make(executor)
+                told_of = Forecast(plan, events)
+                resumed = _Work(plan, checkpoint, run, told_of, identity, data, beginning).make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, checkpoint, begun, resumed)
@@ -252,7 +254,7 @@ class _Work:
     plan: Plan
     checkpoint: Checkpoint
     run: RunFolder
-    events: Events
+    events: Observer
     identity: dict[str, Any]
     data: CalibrationData
     beginning: Beginning

@@ -14,7 +14,8 @@ class Journal:
     """Records of finished layers by their number in the plan; every new one is an event with rate and time left.
 
     In a calibrated run the time goes by the layers inside the blocks, which wait for the network's passes: an embedding
-    that is rounded in a second says nothing about them, so nothing is foretold until the first of them is done.
+    that is rounded in a second says nothing about them, so nothing is foretold until the first of them is done, and
+    what came before the blocks (`begin_blocks`) does not count against them.
     """
 
     def __init__(self, plan: Plan, notify: Observer) -> None:
@@ -25,6 +26,10 @@ class Journal:
         quick = plan.outside if plan.recipe.calibrated else ()
         self._quick = {job.layer.name for job in quick}
         self._left = plan.weights - sum(job.layer.parameters for job in quick)
+        self._started = time.monotonic()
+
+    def begin_blocks(self) -> None:
+        """From now on blocks are run and solved: their pace is counted from here."""
         self._started = time.monotonic()
 
     def finish(self, index: int, record: dict[str, Any], resumed: bool) -> None:

@@ -41,8 +41,8 @@ def read_runs(folders: Sequence[str | Path], original: str | Path | None = None)
         with Checkpoint.open(original):
             pass
     runs = [
-        _variant(name, place, record, chosen, original)
-        for name, place, record in zip(names, places, records, strict=True)
+        _variant((name, str(given)), place, record, chosen, original)
+        for name, given, place, record in zip(names, folders, places, records, strict=True)
     ]
     return [*original_of(runs), *runs]
 
@@ -86,14 +86,20 @@ def _most_common(records: Sequence[dict[str, Any]]) -> tuple[str, ...] | None:
 
 
 def _variant(
-    name: str, place: Path, record: dict[str, Any], chosen: tuple[str, ...] | None, original: str | Path | None
+    called: tuple[str, str],
+    place: Path,
+    record: dict[str, Any],
+    chosen: tuple[str, ...] | None,
+    original: str | Path | None,
 ) -> Variant:
+    """called : its name on the page, and the folder as it was given"""
+    name, given = called
     manifest = read_manifest(place) or {}
     made, evaluations, speeds = record["compression"], record["evaluations"], record["speeds"]
     fitting = [found for found in evaluations if _settings(found) == chosen]
     fitting.sort(key=lambda found: (found.get("kl") is not None, str(found.get("date"))))
     evaluation = dict(fitting[-1]) if fitting else {}
-    shown = shlex.quote(str(place))
+    shown = shlex.quote(given)
     missing = []
     if not made:
         missing.append(
