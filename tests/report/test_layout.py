@@ -38,7 +38,8 @@ for (const svg of document.querySelectorAll("svg")) {
   });
 }
 const page = document.documentElement;
-document.title = JSON.stringify({width: innerWidth, scroll: page.scrollWidth, client: page.clientWidth, wide, crossing});
+const [scroll, client] = [page.scrollWidth, page.clientWidth];
+document.title = JSON.stringify({width: innerWidth, scroll, client, wide, crossing});
 </script>
 """
 

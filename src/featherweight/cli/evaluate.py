@@ -12,7 +12,6 @@ from rich.table import Table
 
 from featherweight.cli.commands import claim_json, facts, out_console, quiet_transformers, steps, write_json
 from featherweight.cli.progress import size_text
-from featherweight.cli.report import claim_page
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ def run_eval(models: Sequence[str], options: EvalOptions, outputs: Outputs) -> N
         raise EvaluationError(f"{twice} is named twice: name each model once")
     claim_json(outputs.json, ("perplexity", "protocol"))
     if outputs.html is not None:
+        from featherweight.tasks.report.written import claim_page
+
         claim_page(outputs.html)
     quiet_transformers()
     results, reports = [], []

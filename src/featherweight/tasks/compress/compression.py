@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
 from featherweight.storage.run.executor import Executor, Local, Shared
@@ -37,41 +38,9 @@ from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
 from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan, parse_size
 from featherweight.tasks.compress.record import Beginning, record_of
+from featherweight.tasks.compress.result import Compression
 from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
-
-
-@dataclass(frozen=True)
-class Compression:
-    """The result of `compress`.
-
-    bits_per_weight : of the compressed layers of the blocks, everything stored for them
-    bits_per_weight_linear : of all linear layers of the blocks, compressed or not
-    bits_per_weight_outside : of embedding and output layer; None where they are kept
-    layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
-    resumed : layers found finished by an earlier run of the same command
-    fates : how many tensors of the source were replaced, copied, changed, renamed, dropped; adds up to all of them
-    """
-
-    out: Path
-    seconds: float
-    peak_memory_bytes: int
-    weights: int
-    bits_per_weight: float
-    bits_per_weight_linear: float
-    bits_per_weight_model: float
-    bytes: int
-    layers: list[dict[str, Any]] = field(repr=False)
-    tensors: dict[str, Any]
-    recipe: dict[str, Any] = field(repr=False)
-    resumed: int = 0
-    already_complete: bool = False
-    fates: dict[str, int] = field(default_factory=dict)
-    bits_per_weight_outside: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return plain | {"out": str(self.out)}
 
 
 def compress(
@@ -141,7 +110,8 @@ def compress(
         Processes that share the layers of a recipe without data, this one among them. `threads` and `max_memory` are
         those of all together, and results do not depend on it.
     observer : callable, optional
-        Called with every event that goes to the log, a mapping that can be written as JSON.
+        Called with every event that goes to the log, a mapping that can be written as JSON. Default: in a notebook,
+        a bar with the time left.
 
     Returns
     -------
@@ -165,6 +135,7 @@ def compress(
         Any other setting is wrong, or the memory does not suffice; it is the base of all of these.
     """
     begun = time.monotonic()
+    observer = observer or progress_here("compressing")
     reset_peak_memory()
     resident = resident_bytes()
     out = _absolute(out)

@@ -17,6 +17,7 @@ from torch import Tensor
 from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.text.tokenizer import Tokenizer
+from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.size import Size, measure_size
 from featherweight.system.devices import device_named
 from featherweight.system.memory import available_bytes, peak_memory_bytes, reset_peak_memory
@@ -80,7 +81,7 @@ def evaluate(
     limit : int, optional
         Use the first so many tokens of the text, at least 2.
     progress : callable, optional
-        Called with the windows that are done and their number, both int.
+        Called with the windows that are done and their number, both int. Default: in a notebook, a bar.
     threads : int, optional
         Of PyTorch and the native kernels. Default: FEATHERWEIGHT_THREADS, else as PyTorch has it.
     trust_remote_code : bool
@@ -115,6 +116,7 @@ def evaluate(
     >>> result = featherweight.evaluate("small", against="original")
     >>> print(result.perplexity, result.divergence.mean, result.size.linear_bits)
     """
+    progress = progress or _notebook_progress()
     asked = _asked(text, conversations, protocol, context, dtype, limit, progress, trust_remote_code, device, against)
     with _threads(threads), contextlib.ExitStack() as stack:
         reset_peak_memory()
@@ -151,6 +153,12 @@ def evaluate_each(
             reset_peak_memory()
             part = None if progress is None else _part_of(progress, number, len(models))
             yield _evaluate(model, original, replace(asked, progress=part), time.perf_counter())
+
+
+def _notebook_progress() -> Progress | None:
+    """For whoever gave no progress, in a notebook."""
+    shown = progress_here("evaluating")
+    return None if shown is None else shown.count
 
 
 def _part_of(progress: Progress, number: int, of: int) -> Progress:

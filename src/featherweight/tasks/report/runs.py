@@ -30,6 +30,8 @@ def read_runs(folders: Sequence[str | Path], original: str | Path | None = None)
     original : the model that they were made from, for the pictures of weights
     Raises CheckpointError for what is no folder of ours, EvaluationError where one is named twice.
     """
+    if not folders:
+        raise EvaluationError("a report needs the folder of at least one run")
     places = [_place(folder) for folder in folders]
     twice = [place for place, count in Counter(places).items() if count > 1]
     if twice:
