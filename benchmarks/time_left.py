@@ -6,7 +6,8 @@
 
 Every event that shows a time left is kept with the moment at which it came. From a tenth of the way on, the shown time
 is compared with what was really left: the table has the share of moments at which it was within a third of it (or,
-near the end, within two seconds), the median of shown / true, and the worst.
+near the end, within two seconds), the median of shown / true, and the worst; and how much of the run had gone when a
+time was first shown.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def judged(run: dict[str, Any]) -> dict[str, Any]:
     ratios = [left / true for left, true in pairs if true > NEAR_SECONDS]
     return {
         "moments": len(pairs),
+        "first_shown": run["shown"][0][0] / whole if run["shown"] else None,
         "within": sum(good) / len(good) if good else None,
         "median_ratio": statistics.median(ratios) if ratios else None,
         "least_ratio": min(ratios, default=None),
@@ -67,13 +69,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     runs = []
-    print("| recipe | seconds | moments | within a third, % | shown / true, median | least | largest |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| recipe | seconds | first shown, % | moments | within a third, % | shown / true, median | least | largest |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for recipe in options.recipes:
         run = measure(recipe, options.threads)
         runs.append({**run, **judged(run)})
         found = runs[-1]
-        cells = [f"{found['seconds']:.0f}", str(found["moments"])]
+        first = found["first_shown"]
+        cells = [f"{found['seconds']:.0f}", "" if first is None else f"{100 * first:.0f}", str(found["moments"])]
         cells.append("" if found["within"] is None else f"{100 * found['within']:.0f}")
         for name in ("median_ratio", "least_ratio", "largest_ratio"):
             cells.append("" if found[name] is None else f"{found[name]:.2f}")

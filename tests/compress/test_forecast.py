@@ -44,13 +44,35 @@ def test_only_trainings_of_the_whole_model_are_foretold(plan: Plan, tiny: Any) -
 
 
 def test_what_comes_before_the_blocks_does_not_count_against_them(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers take a second a thousand weights and 100 more where the network is run for their input."""
     now = [0.0]
     monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
     told: list[dict[str, Any]] = []
     kept = journal.Journal(plan, told.append)
     now[0] = 1000.0  # an embedding, gradients
     kept.begin_blocks()
-    now[0] = 1010.0
-    kept.finish(0, {"name": plan.jobs[0].layer.name}, False)
-    done = plan.jobs[0].layer.parameters
-    assert told[-1]["seconds_left"] == pytest.approx(10.0 * (plan.weights - done) / done)
+    met: set[str] = set()
+    costs = []
+    for job in plan.jobs:
+        costs.append(job.layer.parameters / 1000 + 100 * (job.layer.input_group not in met))
+        met.add(job.layer.input_group)
+    assert len(met) < len(plan.jobs)
+    for number, (job, cost) in enumerate(zip(plan.jobs, costs, strict=True)):
+        now[0] += cost
+        kept.finish(number, {"name": job.layer.name}, False)
+        left = told[-1]["seconds_left"]
+        assert (left is None) == (number == 0)
+        if left is not None:
+            assert left == pytest.approx(sum(costs[number + 1 :]))
+
+
+def test_layers_that_were_found_finished_say_nothing_of_the_pace(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    told: list[dict[str, Any]] = []
+    kept = journal.Journal(plan, told.append)
+    for number, job in enumerate(plan.jobs):
+        now[0] += 0.001 if number < 7 else job.layer.parameters / 1000
+        kept.finish(number, {"name": job.layer.name}, number < 7)
+    assert all(event["seconds_left"] is None for event in told[:8])
+    assert told[8]["seconds_left"] == pytest.approx(sum(job.layer.parameters for job in plan.jobs[9:]) / 1000)
