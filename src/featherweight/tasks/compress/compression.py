@@ -134,10 +134,8 @@ def compress(
     FeatherError
         Any other setting is wrong, or the memory does not suffice; it is the base of all of these.
     """
-    begun = time.monotonic()
+    begun, resident = time.monotonic(), _begin_measuring()
     observer = observer or progress_here("compressing")
-    reset_peak_memory()
-    resident = resident_bytes()
     out = _absolute(out)
     chosen = load_recipe(recipe, tuple(changes))
     check_calibration(chosen, calibration, base_model)
@@ -189,15 +187,20 @@ def compress(
                 place = str(model) if Path(model).is_file() else str(checkpoint.folder)
                 order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
                 executor = _executor(workers, order, run, events)
-                beginning = Beginning.of(begun, resident, _name_of(model), told, run)
-                told_of = Forecast(plan, events)
-                resumed = _Work(plan, checkpoint, run, told_of, identity, data, beginning).make(executor)
+                beginning = Beginning.of((begun, resident), _name_of(model), told, run)
+                work = _Work(plan, checkpoint, run, Forecast(plan, events), identity, data, beginning)
+                resumed = work.make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, checkpoint, begun, resumed)
-                short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
-                events({"event": "done", **short})
+                events({"event": "done", **result.in_short()})
     return result
+
+
+def _begin_measuring() -> int:
+    """Peak memory counts from now; returns what is resident already."""
+    reset_peak_memory()
+    return resident_bytes()
 
 
 def _executor(workers: int, order: Order, run: RunFolder, events: Events) -> Executor:

@@ -23,7 +23,7 @@ class Forecast:
         self.notify = notify
         try:
             self._tunings = tuning_seconds(plan)
-        except FeatherError:  # what cannot be tried on a sample is not foretold
+        except (FeatherError, ValueError, RuntimeError):  # what cannot be tried on a sample is not foretold
             self._tunings = []
 
     def __call__(self, event: dict[str, Any]) -> None:

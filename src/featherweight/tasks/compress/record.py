@@ -32,9 +32,9 @@ class Beginning:
     told: dict[str, Any]
 
     @classmethod
-    def of(cls, clock: float, resident: int, source: str, told: dict[str, Any], run: RunFolder) -> Beginning:
-        """`first` is what the run folder remembers, or now."""
-        return cls(clock, resident, run.remembered("first_begun", now_text()), source, told)
+    def of(cls, measured: tuple[float, int], source: str, told: dict[str, Any], run: RunFolder) -> Beginning:
+        """`measured`: clock and resident bytes; `first` is what the run folder remembers, or now."""
+        return cls(*measured, run.remembered("first_begun", now_text()), source, told)
 
 
 def record_of(plan: Plan, beginning: Beginning, resumed: int) -> str:

@@ -41,6 +41,10 @@ class Compression:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return plain | {"out": str(self.out)}
 
+    def in_short(self) -> dict[str, Any]:
+        """`to_json` without the records of layers and the recipe."""
+        return {name: value for name, value in self.to_json().items() if name not in ("layers", "recipe")}
+
     def _repr_html_(self) -> str:
         """For notebooks."""
         worst = max(self.layers, key=lambda record: record["relative_error"])
