@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ for (const svg of document.querySelectorAll("svg")) {
 }
 const page = document.documentElement;
 const [scroll, client] = [page.scrollWidth, page.clientWidth];
-document.title = JSON.stringify({width: innerWidth, scroll, client, wide, crossing});
+parent.document.title = JSON.stringify({width: innerWidth, scroll, client, wide, crossing});
 </script>
 """
 
@@ -99,9 +99,13 @@ def look(page: Path, width: int, tmp_path: Path) -> dict[str, Any]:
     """What a script in the page measures at this width of the window."""
     assert CHROMIUM is not None
     probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", SCRIPT + "</body>"))
+    inner = escape(page.read_text().replace("</body>", SCRIPT + "</body>"))
+    # In a frame of this width: windows are at least 500 pixels wide.
+    probed.write_text(
+        f'<title></title><iframe srcdoc="{inner}" style="width:{width}px;height:2000px;border:0"></iframe>'
+    )
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", probed.as_uri()]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width + 40},2100", probed.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title, done.stderr[-2000:]

@@ -79,7 +79,7 @@ class Tradeoff(NamedTuple):
 def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, height: int = 470) -> Tradeoff:
     """Perplexity against bits per weight; the original as a line, the best variants for their size joined."""
     with rc_context(STYLE):
-        figure, axes = _figure(width, height, left=64, right=62, bottom=50, top=16)
+        figure, axes = _figure(width, height, left=78, right=62, bottom=50, top=16)
         _scale_bits(axes, [p.bits for p in points])
         _scale_perplexity(axes, [p.perplexity for p in points], original)
         axes.set_xlabel("bits per weight, linear layers")
@@ -157,6 +157,8 @@ def excess_ticks(original: float, low: float, high: float) -> list[tuple[float, 
 
 
 def _short_number(value: float) -> str:
+    if value >= 1e5:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
