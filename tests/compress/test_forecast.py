@@ -61,9 +61,10 @@ def test_what_comes_before_the_blocks_does_not_count_against_them(plan: Plan, mo
         now[0] += cost
         kept.finish(number, {"name": job.layer.name}, False)
         left = told[-1]["seconds_left"]
-        assert (left is None) == (number == 0)
-        if left is not None:
+        if number:
             assert left == pytest.approx(sum(costs[number + 1 :]))
+        else:  # nobody knows yet what of it was the network's
+            assert 0 < left < cost * len(plan.jobs) * 10
 
 
 def test_layers_that_were_found_finished_say_nothing_of_the_pace(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,5 +75,5 @@ def test_layers_that_were_found_finished_say_nothing_of_the_pace(plan: Plan, mon
     for number, job in enumerate(plan.jobs):
         now[0] += 0.001 if number < 7 else job.layer.parameters / 1000
         kept.finish(number, {"name": job.layer.name}, number < 7)
-    assert all(event["seconds_left"] is None for event in told[:8])
+    assert all(event["seconds_left"] is None for event in told[:7])
     assert told[8]["seconds_left"] == pytest.approx(sum(job.layer.parameters for job in plan.jobs[9:]) / 1000)

@@ -36,12 +36,24 @@ class Pace:
             self._others = (self._others[0] + seconds, self._others[1] + layer.parameters)
 
     def left(self, jobs: Iterable[Job]) -> float | None:
-        """Seconds for layers that are not done, in the order of the work; None before there is anything to go by."""
+        """Seconds for layers that are not done, in the order of the work; None before there is anything to go by.
+
+        After a single layer nobody knows which part of its time was the network's: all of it, or none. The time left is
+        between what follows from either, and the middle, in proportion, is taken.
+        """
+        rest = list(jobs)
         seconds, weights = self._others
-        if not weights or not self._firsts:
+        if weights:
+            rate = seconds / weights
+            spare = [max(0.0, took - rate * size) for took, size in self._firsts]
+            return self._sum(rest, rate, math.fsum(spare) / len(spare) if spare else 0.0)
+        if not self._firsts:
             return None
-        rate = seconds / weights
-        running = math.fsum(max(0.0, took - rate * size) for took, size in self._firsts) / len(self._firsts)
+        took, size = (math.fsum(values) for values in zip(*self._firsts, strict=True))
+        return math.sqrt(self._sum(rest, 0.0, took / len(self._firsts)) * self._sum(rest, took / size, 0.0))
+
+    def _sum(self, jobs: Iterable[Job], rate: float, running: float) -> float:
+        """With `rate` seconds a weight, and `running` more for a layer whose input has not been met."""
         met, total = set(self._met), 0.0
         for job in jobs:
             known = self._of_role.get(job.layer.role)
