@@ -195,6 +195,7 @@ def _label(axes: Axes, points: Sequence[Point], taken: list[Bbox]) -> list[str]:
     renderer = _renderer(axes)
     places = axes.transData.transform([(p.bits, p.perplexity) for p in points])
     taken = taken + [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]
+    taken += [text.get_window_extent(renderer) for text in axes.texts]  # excesses at the right end
     frame = axes.get_window_extent(renderer)
     unnamed: list[str] = []
     best = {id(p) for p in frontier(points)}
