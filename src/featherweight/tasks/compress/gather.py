@@ -122,7 +122,8 @@ def expected_bytes(anatomy: Anatomy, needs: Collection[str], tokens: int, settin
     for width in widths.values():
         sizes = {"in": width, "tokens": min(tokens, SAMPLE)}
         for name in {*needs, "tokens"}:
-            total += 4 * math.prod(sizes.get(axis, 1) for axis in known[name].axes)
+            width_of = 8 if name == "tokens" else 4  # a count in int64; all others are float32
+            total += width_of * math.prod(sizes.get(axis, 1) for axis in known[name].axes)
         if settings.guidance and "held_out_gram" in needs:
             total += 4 * width * width
         if settings.guidance > 1 and "gram" in needs:
