@@ -351,12 +351,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rate, limit = entry["decode_tokens_per_second"], entry["limit_tokens_per_second"]
         axes.barh(place, rate, color=colours[entry["tool"]], height=0.7)
         axes.plot([limit, limit], [place - 0.42, place + 0.42], color="#c0392b", linewidth=2)
-        axes.text(rate, place, f" {rate:.0f}", va="center", fontsize=9)
+        # Inside of the bar: right of it the line of the limit may stand.
+        axes.text(rate, place, f"{rate:.0f} ", va="center", ha="right", fontsize=9, color="white", weight="bold")
     axes.set_yticks(range(len(rows)), [f"{entry['tool']}  {entry['title']}" for entry in rows])
     axes.invert_yaxis()
     axes.set_xlabel(
-        f"tokens/s decoded, {result['shape']['name']} Llama shape, {result['threads']} threads "
-        f"(red: what the bandwidth around its turns allows)"
+        f"tokens/s decoded, {result['shape']['name']} Llama shape, {result['threads']} threads\n"
+        f"red: what the bandwidth around its turns allows"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)

@@ -22,10 +22,12 @@ import time
 from pathlib import Path
 
 from featherweight.cli.demo import reference_model
+from featherweight.storage.run.ownership import RECORD
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Of all files but the record of the run, which has times in it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -19,7 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from featherweight.tasks.evaluate import plots
+from featherweight.pages.render import style
+from featherweight.tasks.report import plots
 
 OURS = "featherweight"
 COMPRESSED, KEPT, PUT_BACK = "compressed", "kept", "put back"
@@ -326,7 +327,7 @@ def _name(axes: Axes, points: list[tuple[Row, float, float]]) -> None:
 
 def _standalone(svg: str) -> str:
     """An SVG file that brings the colours of both themes and its own background."""
-    css = (Path(plots.__file__).parent / "report.css").read_text().partition("* {")[0]
-    style = re.sub(r"\s+", " ", css) + 'text { font-family: system-ui, "Segoe UI", Roboto, Arial, sans-serif; }'
-    head = f"<style>{style}</style>" + '<rect width="100%" height="100%" rx="6" fill="var(--surface)"/>'
+    css = style().partition("* {")[0]
+    rules = re.sub(r"\s+", " ", css) + 'text { font-family: system-ui, "Segoe UI", Roboto, Arial, sans-serif; }'
+    head = f"<style>{rules}</style>" + '<rect width="100%" height="100%" rx="6" fill="var(--surface)"/>'
     return re.sub(r"<svg ([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg" \1>{head}', svg, count=1)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 import featherweight
+from featherweight.storage.run.ownership import RECORD
 
 PACKAGE = Path(featherweight.__file__).parent
 MODEL = PACKAGE / "assets" / "reference"
@@ -54,7 +55,7 @@ def make(preset: str, threads: int) -> None:
         except Exception as error:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
             return
-        files = sorted(path for path in out.rglob("*") if path.is_file())
+        files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != RECORD)
         print(json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}))
 
 

@@ -241,37 +241,55 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     wide.add_patch(frame)
     colours = {who: look["color"] for who, look in looks.items()}
     within = [r for r in shown if low_x < r["bits"] < high_x and low_y < r["excess"] < high_y]
-    wide.legend()
-    figure.tight_layout()
-    label(wide, [r for r in shown if r not in within], colours)
-    label(close, within, colours)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    unnamed = label(wide, [r for r in shown if r not in within], shown, colours)
+    unnamed += label(close, within, within, colours)
+    wide.legend(loc="upper right")
+    if unnamed:
+        figure.text(0.01, 0.008, f"no room for the names of: {', '.join(unnamed)}", fontsize=7, color="#555555")
     figure.savefig(path, dpi=110)
 
 
-def label(axes: Any, rows: list[dict[str, Any]], colours: dict[str, Any]) -> None:
-    """Names beside the points, ours first, each as near as it gets without covering another; far ones on a line."""
-    from matplotlib.text import Text
+def label(axes: Any, rows: list[dict[str, Any]], points: list[dict[str, Any]], colours: dict[str, Any]) -> list[str]:
+    """Names beside their points, ours first, each as near as it gets without covering a point or another name; far ones
+    on a line. Returns those for which there is no room. `points` are all that the axes show."""
+    from matplotlib.transforms import Bbox
 
     axes.figure.canvas.draw()
-    renderer = axes.figure.canvas.get_renderer()
-    places = [(side, y) for y in sorted(range(-220, 221, 10), key=abs) for side in (8, -8, 40, -40)]
-    taken: list[Any] = []
+    renderer, scale = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    at = axes.transData.transform([(r["bits"], r["excess"]) for r in points])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in at]
+    if axes.get_ylabel():  # where the legend goes
+        frame = axes.bbox
+        taken.append(
+            Bbox.from_extents(frame.x1 - 0.36 * frame.width, frame.y1 - 0.1 * frame.height, frame.x1, frame.y1)
+        )
+    sides = [(x, y) for y in sorted(range(-150, 151, 6), key=abs) for x in (8, -8, 28, -28, 60, -60)]
+    sides.sort(key=lambda place: abs(place[1]) + 0.6 * abs(place[0]))
+    unnamed = []
     for found in sorted(rows, key=lambda r: (r["who"] != "ours", r["bits"], r["excess"])):
-        for x, y in places:
-            line = {"arrowstyle": "-", "color": colours[found["who"]], "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
-            text = axes.annotate(
-                found["name"], (found["bits"], found["excess"]), xytext=(x, y), textcoords="offset points", fontsize=7,
-                color=colours[found["who"]], ha="left" if x > 0 else "right", va="center",
-                weight="bold" if found["who"] == "ours" else "normal",
-                arrowprops=line if abs(y) > 10 or abs(x) > 8 else None,
-            )  # fmt: skip
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text)  # of an annotation it holds the line as well
+        look = {"fontsize": 7, "weight": "bold" if found["who"] == "ours" else "normal", "color": colours[found["who"]]}
+        probe = axes.text(0, 0, found["name"], **look)
+        size = probe.get_window_extent(renderer)
+        probe.remove()
+        x, y = axes.transData.transform((found["bits"], found["excess"]))
+        for right, up in sides:
+            left = x + right * scale - (0 if right > 0 else size.width)
+            box = Bbox.from_bounds(left, y + up * scale - size.height / 2, size.width, size.height)
             inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y) == places[-1]:
-                taken.append(box)
+            if inside and not any(box.overlaps(other) for other in taken):
                 break
-            text.remove()
+        else:
+            unnamed.append(found["name"])
+            continue
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(
+            found["name"], (found["bits"], found["excess"]), xytext=(right, up), textcoords="offset points",
+            ha="left" if right > 0 else "right", va="center", **look,
+            arrowprops=line if abs(up) > 6 or abs(right) > 8 else None,
+        )  # fmt: skip
+    return unnamed
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ from featherweight.methods.recipe import load_recipe
 from featherweight.model.text.windows import windows as calibration_windows
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.size import OriginalView, measure_size
-from featherweight.tasks.evaluate.evaluation import Evaluation, evaluate
+from featherweight.tasks.evaluate.evaluation import evaluate
+from featherweight.tasks.evaluate.result import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(featherweight.__file__).parent / "assets" / "reference"

@@ -253,6 +253,8 @@ def test_paths_are_recognised() -> None:
         ("compress", ("Parameters", "Returns", "Raises")),
         ("evaluate", ("Parameters", "Returns", "Raises")),
         ("load", ("Parameters", "Returns", "Raises")),
+        ("quantize", ("Parameters", "Returns", "Raises")),
+        ("report", ("Parameters", "Returns", "Raises")),
     ],
 )
 def test_help_describes_every_parameter(name: str, sections: tuple[str, ...]) -> None:

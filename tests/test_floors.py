@@ -16,6 +16,7 @@ FLOORS = (
     "plugins",
     "registry",
     "system",
+    "pages",
     "native",
     "storage.codes",
     "storage.checkpoint",
@@ -35,6 +36,7 @@ FLOORS = (
     "tasks.compress",
     "tasks.evaluate",
     "tasks.analyse",
+    "tasks.report",
     "cli",
     "__main__",
 )

@@ -3,9 +3,9 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`; `Recipe`; the errors. The rooms behind
-it are, from the ground up, `system`, `native`, `storage`, `model`, `methods`, `integrations`, `tasks`, `cli`; their
-plan is in docs/architecture.md.
+What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`, `report`; `Recipe`; the errors.
+The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
+`tasks`, `cli`; their plan is in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.memory import quantize
     from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.report.written import report
 
 __all__ = [
     "CalibrationError",
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "load_recipe",
     "quantize",
+    "report",
 ]
 
 LATER = {
@@ -58,6 +60,7 @@ LATER = {
     "evaluate": "featherweight.tasks.evaluate.evaluation",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
+    "report": "featherweight.tasks.report.written",
     "Recipe": "featherweight.methods.recipe",
     "load_recipe": "featherweight.methods.recipe",
 }

@@ -432,6 +432,12 @@ def test_compress_with_workers(llama: Path, tmp_path: Path) -> None:
     assert feather_here("compress", llama, "--recipe", "rtn-4", "--out", alone).code == 0
     done = feather_here("compress", llama, "--recipe", "rtn-4", "--out", shared, "--workers", 2)
     assert done.code == 0, done.errors
-    assert {p.name: p.read_bytes() for p in alone.iterdir()} == {p.name: p.read_bytes() for p in shared.iterdir()}
+    made, shared_made = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (alone, shared))
+    facts, shared_facts = (
+        json.loads(found.pop("featherweight-run.json"))["compression"] for found in (made, shared_made)
+    )
+    assert made == shared_made
+    assert facts.keys() == shared_facts.keys()
+    assert facts["peak_memory_bytes"] > 0
     refused = feather_here("compress", llama, "--recipe", "gptq", "--out", tmp_path / "no", "--workers", 2)
     assert "leave --workers out" in refused.sentence()

@@ -16,8 +16,8 @@ from featherweight import evaluate
 from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.tasks.evaluate.control_tokens import control_tokens
-from featherweight.tasks.evaluate.evaluation import Evaluation
-from featherweight.tasks.evaluate.report import write_report
+from featherweight.tasks.evaluate.result import Evaluation
+from featherweight.tasks.report.page import write_report
 from models import CHAT_TEMPLATE, END, START, VOCABULARY, chat_tokenizer
 
 SIZE = VOCABULARY + 2

@@ -16,7 +16,8 @@ from known_models import Characters, Sinking, random_bigram
 
 from featherweight.errors import EvaluationError
 from featherweight.tasks.evaluate import bundled_text
-from featherweight.tasks.evaluate.evaluation import check_causal, evaluate, own_context, tokenizer_sha256
+from featherweight.tasks.evaluate.evaluation import evaluate
+from featherweight.tasks.evaluate.model_checks import check_causal, own_context, tokenizer_sha256
 from featherweight.tasks.evaluate.perplexity import LogitsReader
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 26}
@@ -115,7 +116,7 @@ def test_without_an_original_kl_is_null(letters: Path) -> None:
 def test_public_names_are_functions_whatever_was_imported() -> None:
     import featherweight
     import featherweight.tasks.compress.compression
-    import featherweight.tasks.evaluate.report
+    import featherweight.tasks.report.page
 
     assert featherweight.evaluate is evaluate
     for name in ("compress", "evaluate", "load", "quantize"):

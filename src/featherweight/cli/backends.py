@@ -282,7 +282,7 @@ class TransformersBackend(_TextSide):
         from featherweight.model.text.tokenizer import Tokenizer, refuse_useless
         from featherweight.system.threads import thread_count
         from featherweight.system.transformers_calls import asking_transformers
-        from featherweight.tasks.evaluate.evaluation import own_context
+        from featherweight.tasks.evaluate.model_checks import own_context
 
         quiet_transformers()
         torch.set_num_threads(thread_count(threads))

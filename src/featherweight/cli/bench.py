@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,22 @@ def run_bench(model: str, options: BenchOptions, json: Path | None) -> None:
     report = measure_speed(model, **vars(chosen))
     report["without_native_library"] = library.why_not() if library.get() is None else None
     write_json(json, report)
+    _record(model, report)
     out_console().print(facts(_rows(report)))
+
+
+def _record(model: str, report: dict[str, Any]) -> None:
+    """Keep a result in a folder of ours, for `feather report`; a note where that fails."""
+    from featherweight.errors import OutputError
+    from featherweight.storage.run.record import add_measurement
+    from featherweight.system.machine import machine_facts, now_text
+
+    try:
+        add_measurement(
+            model, "speeds", {**report, "date": now_text(), "machine": machine_facts(str(report["device"]))}
+        )
+    except OutputError as error:
+        print(f"note: the result is not recorded: {error}", file=sys.stderr, flush=True)
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from featherweight.cli.console import (
     facts,
     note,
     out_console,
-    quiet_transformers,
     say,
     steps,
     write_json,
@@ -186,85 +185,6 @@ def _time_note(plan: Any) -> str:
     learned = left_out(plan)
     more = f", nor {', '.join(learned)}" if learned else ""
     return f"measured on samples; disk not included{more}"
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Arguments of `featherweight.evaluate`."""
-
-    against: str | None
-    text: Path | None
-    conversations: Path | None
-    protocol: str
-    context: int | None
-    dtype: str
-    limit: int | None
-    threads: int | None
-    device: str
-    trust_remote_code: bool
-
-
-def run_eval(model: str, options: EvalOptions, json: Path | None) -> None:
-    from featherweight.system.threads import thread_count
-    from featherweight.tasks.evaluate.evaluation import evaluate
-
-    claim_json(json, ("perplexity", "protocol"))
-    quiet_transformers()
-    with steps("evaluating") as notify:
-        chosen = replace(options, threads=thread_count(options.threads))
-        result = evaluate(model, **vars(chosen), progress=notify)
-    report = result.to_json()
-    write_json(json, report)
-    bits = report["bits_per_weight"]
-    rows = [("perplexity", f"{result.perplexity:.4f}")]
-    if result.perplexity_against is not None:
-        excess = 100 * (result.perplexity / result.perplexity_against - 1)
-        rows += [
-            ("perplexity of the original", f"{result.perplexity_against:.4f}"),
-            ("excess", f"{excess:+.2f} %"),
-            ("KL divergence from the original", f"{report['kl']:.5f} nats a token"),
-            ("top-1 agreement", f"{100 * report['top1_agreement']:.2f} %"),
-        ]
-    rows += _control_rows(report["control_tokens"])
-    known = [value for value in bits.values() if value is not None]
-    if known:
-        rows.append(("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in bits.items() if v is not None)))
-    if report["bytes"] is not None:
-        rows.append(("size", size_text(report["bytes"])))
-    rows += [("time", time_text(result.seconds)), ("peak memory", size_text(result.peak_memory_bytes))]
-    console = out_console()
-    console.print(facts(rows))
-    console.print(f"protocol: {result.description}", soft_wrap=True)
-
-
-def _control_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What was measured at the control tokens of the chat template."""
-    if found is None:
-        return []
-
-    def number(value: float, error: float | None, digits: int = 5, times: int = 1) -> str:
-        return f"{times * value:.{digits}f}" + ("" if error is None else f" ± {times * error:.{digits}f}")
-
-    kl = number(found["kl"], found["kl_standard_error"])
-    rest = number(found["kl_elsewhere"], found["kl_elsewhere_standard_error"])
-    agreement = number(found["top1_agreement"], found["top1_agreement_standard_error"], 2, 100)
-    rows = [
-        (
-            "control tokens",
-            f"{found['positions']} in {found['conversations']} conversations: {', '.join(found['tokens'])}",
-        ),
-        ("KL divergence at control tokens", f"{kl} nats a token (elsewhere {rest})"),
-        ("top-1 agreement there", f"{agreement} % (elsewhere {100 * found['top1_agreement_elsewhere']:.2f} %)"),
-    ]
-    if found["probability"] is not None:
-        given = number(found["probability"], found["probability_standard_error"], 4)
-        rows.append(
-            (
-                "probability of those the original expects",
-                f"{given} (the original's {found['probability_against']:.4f}, {found['predicted']} positions)",
-            )
-        )
-    return rows
 
 
 def run_inspect(model: str, json: Path | None) -> None:

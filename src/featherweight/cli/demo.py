@@ -44,9 +44,12 @@ def reference_model() -> Path:
 
 def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None = None) -> None:
     from featherweight.methods.recipe import load_recipe
+    from featherweight.storage.run.record import read_record
+    from featherweight.tasks.analyse.levels import pictures_of
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.evaluate.evaluation import evaluate
-    from featherweight.tasks.evaluate.report import Variant, write_report
+    from featherweight.tasks.report.page import write_report
+    from featherweight.tasks.report.variants import Variant
 
     claim_json(json_file, ("original",))
     quiet_transformers()
@@ -70,12 +73,12 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
             Variant(
                 recipe,
                 measured.to_json(),
-                # the peak of this process is not that of compressing: it holds loaded models too
-                {k: v for k, v in done.to_json().items() if k != "peak_memory_bytes"},
+                done.to_json(),
+                record=read_record(folder)["compression"],
                 family=_family(recipe),
                 sample=_sample(folder),
                 recipe=load_recipe(recipe, changes).dump(),
-                histograms=_histograms(original, folder),
+                histograms=pictures_of(folder, original, PICTURED),
                 command=_command(original, recipe, changes, folder),
             )
         )
@@ -137,26 +140,6 @@ def _sample(folder: Path) -> str:
             pad_token_id=tokenizer.eos_token_id,
         )
     return PROMPT + str(tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
-
-
-def _histograms(original: Path, folder: Path) -> list[dict[str, Any]]:
-    """Weights and levels of two layers of the middle block."""
-    from featherweight.storage.checkpoint.anatomy import read_anatomy
-    from featherweight.storage.checkpoint.checkpoint import Checkpoint
-    from featherweight.storage.checkpoint.format import module_specs
-    from featherweight.storage.codes import code_from, code_layout
-    from featherweight.tasks.analyse.levels import histogram_of
-
-    with Checkpoint.open(original) as source, Checkpoint.open(folder) as made:
-        anatomy = read_anatomy(source)
-        specs = module_specs(made.quantization_config or {})
-        chosen = [x for x in anatomy.layers if x.block == anatomy.blocks // 2 and x.role in PICTURED]
-        pictures = []
-        for layer in chosen:
-            spec = specs[layer.name]
-            code = code_from(spec, {name: made.tensor(f"{layer.name}.{name}") for name in code_layout(spec)})
-            pictures.append(histogram_of(source.tensor(layer.tensor), code, layer.name))
-    return pictures
 
 
 def _show(variants: list[Any], report: Path) -> None:

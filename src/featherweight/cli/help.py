@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
     "Compress": ("compress", "calibrate", "converse"),
-    "Measure": ("eval", "bench", "inspect", "verify"),
+    "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
 }
 """Which commands stand together; a test sees that none is left out."""
@@ -19,6 +19,7 @@ GROUPS = {
     "Model and recipe": ("--recipe", "--set", "--calibration", "--base-model", "--needs", "--seed"),
     "What is measured": (
         "--against",
+        "--original",
         "--text",
         "--conversations",
         "--protocol",
@@ -35,7 +36,7 @@ GROUPS = {
         *("--threads", "--workers", "--device", "--max-memory", "--max-device-memory", "--engine", "--dtype"),
         "--kv-cache",
     ),
-    "Output": ("--out", "--overwrite", "--json", "--quiet"),
+    "Output": ("--out", "--overwrite", "--json", "--html", "--title", "--record", "--quiet"),
 }
 """Which options stand together on every page; those of no group come last."""
 OTHERS = "Others"
@@ -71,6 +72,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "eval": (
         ("feather eval small --against MODEL", "perplexity, divergence from the original, size"),
         ("feather eval small --against MODEL --text mine.txt --limit 4096", "on a part of your own text"),
+        ("feather eval one two --against MODEL --html both.html", "two results beside each other"),
+    ),
+    "report": (
+        ("feather report small", "what a folder records, as report.html"),
+        ("feather report one two --original MODEL --out both.html", "two of them, with the original's weights"),
     ),
     "generate": (
         ('feather generate small --prompt "Once upon a time"', "continue a text"),

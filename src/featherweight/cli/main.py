@@ -206,13 +206,21 @@ def recommend(
 
 @app.command("eval", cls=Command)
 def evaluate(
-    model: ModelArgument,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="A folder, a .safetensors file or a hub id; several go side by side."),
+    ],
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The original: adds KL divergence, agreement.")
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option("--text", metavar="FILE", help="UTF-8 text, also .xz or .gz; a shipped one if none."),
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="A UTF-8 file, also .xz or .gz; wikitext-2; or hf:DATASET[:CONFIG[:SPLIT[:COLUMN]]]; a shipped one if "
+            "none.",
+        ),
     ] = None,
     conversations: Annotated[
         Path | None,
@@ -231,15 +239,24 @@ def evaluate(
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: JsonFile = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with the plot and the table.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Keep the result in folders of `compress`, for `report`.")
+    ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity by a named protocol, true size, and the distance from the original."""
-    from featherweight.cli.commands import EvalOptions, run_eval
+    """Measure perplexity by a named protocol, true size, and the distance from the original.
+
+    Several models are measured one after the other and shown in one table; their original is run once.
+    """
+    from featherweight.cli.evaluate import EvalOptions, Outputs, run_eval
 
     options = EvalOptions(
         against, text, conversations, protocol, context, dtype, limit, threads, device, trust_remote_code
     )
-    run_eval(model, options, json)
+    run_eval(models, options, Outputs(json, html, record))
 
 
 @app.command(cls=Command)
@@ -367,6 +384,30 @@ def bench(
 
     options = BenchOptions(prompt, generate, context, cache, engine, repeats, threads, trust_remote_code, device)
     run_bench(model, options, json)
+
+
+@app.command(cls=Command)
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that `compress` made, side by side in this order.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to make (.html).")] = Path("report.html"),
+    original: Annotated[
+        str | None,
+        typer.Option("--original", metavar="MODEL", help="What they were made from: adds its weights to the pictures."),
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Of the page; else the model's name.")] = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page about your own runs: what they took, how good and how fast they are, which layer got what.
+
+    It shows what `compress`, `eval` and `bench` recorded in the folders, and says what was not measured. One file that
+    opens offline, also on a phone.
+    """
+    from featherweight.cli.report import run_report
+
+    run_report(folders, out, original, title, json)
 
 
 @app.command(cls=Command)

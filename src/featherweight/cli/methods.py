@@ -49,7 +49,8 @@ def _show_short(rows: list[dict[str, Any]]) -> None:
     width = out_console().width
     name = max(len(row["preset"]) for row in rows)
     origin = max(len(row["from"]) for row in rows) + 2 if any(row["from"] != OURS for row in rows) else 0
-    say(f"{'preset':{name}}  {'from'[:origin]:{origin}}{'bits':>5}  {'needs':7}  {'holds':6}  what it is")
+    head = f"{'preset':{name}}  {'from'[:origin]:{origin}}{'bits':>5}  {'needs':7}  {'holds':6}  what it is"
+    say(head[:width].rstrip())
     for row in sorted(rows, key=lambda row: (-row["bits"], row["preset"])):
         needs = "no data" if row["needs"] == "no data" else "text"
         line = f"{row['preset']:{name}}  {row['from'][:origin]:{origin}}{row['bits']:5.2f}  {needs:7}  "

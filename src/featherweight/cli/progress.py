@@ -30,6 +30,7 @@ class Watcher:
         )
         self.task = self.bar.add_task("", total=1, what="reading", left="")
         self.spoken = 0.0
+        self.begun = time.monotonic()
         self.told: set[str] = set()
 
     def __enter__(self) -> Watcher:
@@ -55,6 +56,7 @@ class Watcher:
             show[event["event"]](event)
         elif "step" in event and "of" in event:
             facts: dict[str, Any] = {name: event[name] for name in ("of", "seconds_left") if name in event}
+            self._show_left(event.get("run_seconds_left"))
             self._step({"stage": event["event"], "number": event["step"], **facts})
         if self.live is not None:
             self.live.update(self._view())
@@ -70,7 +72,7 @@ class Watcher:
             f"{event['bits_per_weight']:.3f} bits{self._outside(event)}; {others}; "
             f"{size_text(event['source_bytes'])} become {size_text(event['output_bytes'])}"
         )
-        self.bar.update(self.task, total=event["weights"], what="compressing")
+        self.bar.update(self.task, what="compressing")
 
     @staticmethod
     def _outside(event: dict[str, Any]) -> str:
@@ -83,7 +85,8 @@ class Watcher:
         facts += [f"{count_text(event['weights_per_second'])}/s"] if event["weights_per_second"] else []
         facts += [f"{time_text(event['seconds_left'])} left"] if event["seconds_left"] is not None else []
         facts.append(f"peak {size_text(event['peak_memory_bytes'])}")
-        self.bar.update(self.task, advance=event["weights"], left="  ".join(facts))
+        self.bar.update(self.task, left="  ".join(facts))
+        self._show_left(event["seconds_left"])
         last = event["number"] == event["of"]
         if self.live is None and (last or time.monotonic() - self.spoken >= PLAIN_SECONDS):
             self.spoken = time.monotonic()
@@ -91,6 +94,12 @@ class Watcher:
                 f"[{event['number']}/{event['of']}] {event['name']}: {event['code']}, "
                 f"{event['bits_per_weight']:.3f} bits, error {event['relative_error']:.4f}, {', '.join(facts)}"
             )
+
+    def _show_left(self, seconds: float | None) -> None:
+        """The bar is of time: layers, passes of the network and tunings take very different parts of it."""
+        if seconds is not None:
+            gone = time.monotonic() - self.begun
+            self.bar.update(self.task, completed=gone, total=gone + seconds)
 
     def _shard(self, event: dict[str, Any]) -> None:
         self.bar.update(self.task, what=f"writing {event['number']} of {event['of']}", left="")

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from featherweight.errors import CalibrationError
+from featherweight.errors import CalibrationError, FeatherError
 from featherweight.model.text.files import read_text
 from featherweight.system.places import ASSETS
 
@@ -26,6 +26,8 @@ TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations")
 MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 """Of messages, beside role and content: they go to the chat template as they are."""
+HUB = "hf:"
+"""Begins the name of a data set of the Hugging Face hub."""
 HEADER = "featherweight_conversations"
 """The field by which the first row of a file of conversations is known; its value is the version of the form."""
 
@@ -50,7 +52,7 @@ class Document:
 def text_digest(text: str | Path | None) -> str:
     """SHA-256 (hex) of a text's files; of its name for a data set of the hub."""
     digest = hashlib.sha256()
-    if text is not None and str(text).startswith("hf:"):
+    if text is not None and str(text).startswith(HUB):
         return hashlib.sha256(str(text).encode()).hexdigest()
     path = BUNDLED if text is None else Path(text).expanduser()
     files = _text_files(path) if path.is_dir() else [path]
@@ -67,8 +69,8 @@ def read_documents(text: str | Path | None) -> list[Document]:
     """All documents of a text. CalibrationError if it cannot be read or is empty."""
     if text is None:
         documents = [Document(_read_text(BUNDLED))]
-    elif str(text).startswith("hf:"):
-        documents = _read_hub(str(text))
+    elif str(text).startswith(HUB):
+        documents = read_hub(str(text))
     else:
         documents = _read_path(Path(text).expanduser())
     documents = [d for d in documents if d.messages or d.text.strip()]
@@ -124,19 +126,26 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _read_hub(text: str) -> list[Document]:
-    """hf:NAME[:config[:split[:column]]]"""
-    name, config, split, column = (text.removeprefix("hf:").split(":") + ["", "", ""])[:4]
+def read_hub(text: str, error: type[FeatherError] = CalibrationError) -> list[Document]:
+    """The rows of hf:NAME[:config[:split[:column]]], empty ones among them; `error` where they cannot be had."""
+    name, config, split, column = (text.removeprefix(HUB).split(":") + ["", "", ""])[:4]
     try:
         datasets = import_module("datasets")
     except ImportError:
-        raise CalibrationError(f"{text} needs the package datasets: pip install datasets, or give a file") from None
+        raise error(f"{text} needs the package datasets: pip install datasets, or give a file") from None
     try:
         rows = list(datasets.load_dataset(name, config or None, split=split or "train"))
-    except Exception as error:  # the package raises many kinds
-        raise CalibrationError(f"cannot load the data set {text} ({str(error)[:200]})") from error
+    except Exception as reason:  # the package raises many kinds
+        said = " ".join(f"{type(reason).__name__}: {reason}".split())
+        raise error(
+            f"cannot load the data set {text} ({said[:200]}): check its name and the connection to the hub, or give a "
+            "file"
+        ) from reason
     numbered = ((f"row {i}", {"text": row.get(column)} if column else row) for i, row in enumerate(rows, 1))
-    return _rows_to_documents(numbered, text)
+    try:
+        return _rows_to_documents(numbered, text)
+    except CalibrationError as reason:
+        raise error(str(reason)) from None
 
 
 def _rows_to_documents(rows: Iterable[tuple[str, Any]], name: str) -> list[Document]:

@@ -209,6 +209,14 @@ class Code(abc.ABC):
         values: list[float] = np.unique(self.decode()[row, group * size : (group + 1) * size].numpy()).tolist()
         return values
 
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        """The code that has levels, `matrix` [out, in] as that code sees it, and in words what was done to the matrix.
+
+        A code of a changed basis opens what it holds: `matrix` is then rotated, or its columns are in another order.
+        Every other code is its own.
+        """
+        return self, matrix, ""
+
     @classmethod
     def of_rows(cls, parts: Sequence[Code]) -> Code:
         """The code of a matrix whose rows are those of `parts`, codes of this kind with equal settings, one below the

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from featherweight.registry import register
 from featherweight.storage.codes.base import Code, TensorLayout, describe_part, dtype_from, dtype_name, matrix_shape
-from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.nested import Wrapper, bare_spec, open_further, part_from, part_layout, part_tensors
 
 
 @register("code", "column-scaled")
@@ -45,6 +46,10 @@ class ColumnScaled(Wrapper):
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         return self.inner.decode_rows(first, last) * self.column_scales.float()
+
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        scales = self.column_scales.float()
+        return open_further(self.inner, matrix / torch.where(scales == 0, 1.0, scales), "columns scaled")
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:

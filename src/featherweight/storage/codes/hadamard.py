@@ -22,7 +22,7 @@ from torch import Tensor
 
 from featherweight.registry import register
 from featherweight.storage.codes.base import Code, TensorLayout, describe_part, matrix_shape, whole_number
-from featherweight.storage.codes.nested import Wrapper, bare_spec, part_from, part_layout, part_tensors
+from featherweight.storage.codes.nested import Wrapper, bare_spec, open_further, part_from, part_layout, part_tensors
 from featherweight.storage.codes.orthogonal import dense_factor, divides, kernel_order, refusal
 
 SEEDS = 1 << 53
@@ -150,6 +150,9 @@ class Hadamard(Wrapper):
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         return rotate_back(self.inner.decode_rows(first, last), self.block, self.seed)
+
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        return open_further(self.inner, rotate(matrix, self.block, self.seed), "rotated")
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:

@@ -116,3 +116,9 @@ class Wrapper(Code):
     def rows_scaled(self, factors: Tensor) -> Code | None:
         inner = self.inner.rows_scaled(factors)
         return None if inner is None else self.replaced({"inner": inner})
+
+
+def open_further(inner: Code, matrix: Tensor, done: str) -> tuple[Code, Tensor, str]:
+    """`Code.opened` of what a wrapper holds, with what the wrapper itself did to the matrix before it."""
+    code, seen, further = inner.opened(matrix)
+    return code, seen, f"{done}, {further}" if further else done

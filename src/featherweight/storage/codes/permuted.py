@@ -14,7 +14,15 @@ from torch import Tensor
 
 from featherweight.registry import register
 from featherweight.storage.codes.base import Code, TensorLayout, describe_part, matrix_shape
-from featherweight.storage.codes.nested import Wrapper, bare_spec, index_dtype, part_from, part_layout, part_tensors
+from featherweight.storage.codes.nested import (
+    Wrapper,
+    bare_spec,
+    index_dtype,
+    open_further,
+    part_from,
+    part_layout,
+    part_tensors,
+)
 
 
 def inverse_order(order: Tensor) -> Tensor:
@@ -56,6 +64,9 @@ class Permuted(Wrapper):
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         return self.inner.decode_rows(first, last)[:, inverse_order(self.order)]
+
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        return open_further(self.inner, matrix[:, self.order.long()], "columns reordered")
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:

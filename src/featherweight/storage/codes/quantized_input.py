@@ -64,6 +64,9 @@ class QuantizedInput(Wrapper):
     def group_levels(self, row: int, group: int) -> list[float]:
         return self.inner.group_levels(row, group)
 
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        return self.inner.opened(matrix)
+
     def rows_scaled(self, factors: Tensor) -> None:
         """A layer with a rule for its input is left as it is."""
         return None

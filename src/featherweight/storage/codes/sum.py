@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from featherweight.errors import shown
 from featherweight.registry import register
 from featherweight.storage.codes.base import Code, Cut, TensorLayout, describe_part, matrix_shape
-from featherweight.storage.codes.nested import bare_spec, part_from, part_layout, part_spec, part_tensors
+from featherweight.storage.codes.nested import bare_spec, open_further, part_from, part_layout, part_spec, part_tensors
 
 
 @register("code", "sum")
@@ -55,6 +56,11 @@ class Sum(Code):
         for term in self.terms[1:]:
             total = total + term.decode_rows(first, last)
         return total
+
+    def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
+        """The first term, for what the others leave it."""
+        rest = sum((term.decode() for term in self.terms[1:]), torch.zeros(self.shape))
+        return open_further(self.terms[0], matrix - rest, "less the other terms")
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:

@@ -18,7 +18,7 @@ from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.writer import Blob, write_safetensors
 from featherweight.storage.run.card import model_card, plain_card
 from featherweight.storage.run.folder import RunFolder
-from featherweight.storage.run.ownership import MANIFEST
+from featherweight.storage.run.ownership import MANIFEST, RECORD
 from featherweight.storage.run.store import Store
 from featherweight.system.files import PART_SUFFIX, disk_errors, read_object, to_json, write_text
 from featherweight.tasks.compress.fates import counts_in, counts_text
@@ -172,9 +172,9 @@ def _copied(checkpoint: Checkpoint, name: str) -> Blob:
 
 
 def write_rest(
-    run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan, identity: dict[str, Any]
+    run: RunFolder, assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan, identity: dict[str, Any], made: str
 ) -> None:
-    """Index, config, manifest, model card and whatever stood beside the source's weights."""
+    """Index, config, manifest, model card and whatever stood beside the source's weights; `made`: the record."""
     folder = run.assembled
     weight_map: dict[str, str] = {}
     total = 0
@@ -193,11 +193,12 @@ def write_rest(
     manifest = manifest_of(plan, assembly, identity, total)
     with disk_errors(folder):
         for path in checkpoint.other_files():
-            if path.name != MANIFEST:  # the source is an output of ours itself
+            if path.name not in (MANIFEST, RECORD):  # the source is an output of ours itself
                 shutil.copyfile(path, folder / path.name)
         written = {path.name for path in folder.iterdir() if not path.name.endswith(PART_SUFFIX)}
-    manifest["files"] = sorted(written | {MANIFEST, "README.md", "config.json"})  # what --overwrite may replace
+    manifest["files"] = sorted(written | {MANIFEST, RECORD, "README.md", "config.json"})  # what --overwrite may replace
     write_text(folder / MANIFEST, to_json(manifest))
+    write_text(folder / RECORD, made)
     if assembly.get("plain"):
         card = plain_card(manifest, config, counts_text(counts_in(manifest["tensors"], checkpoint.has)))
     else:

@@ -73,6 +73,7 @@ class CalibratedRun:
         guided = [name for name, job in self.finished.jobs.items() if job.treatment.needs]
         if guided:
             self.calibration.guide(guided, self.run.store)
+        self.journal.begin_blocks()
         if self.model.rounds:
             self.model.round()
         else:

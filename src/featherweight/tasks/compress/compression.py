@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
 from featherweight.storage.run.executor import Executor, Local, Shared
@@ -23,7 +24,7 @@ from featherweight.storage.run.ownership import first_foreign, within
 from featherweight.storage.run.publishing import occupants
 from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
-from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.system.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
 from featherweight.system.threads import thread_reason, use_threads
 from featherweight.system.units import parse_size, size_text
 from featherweight.tasks.compress.allocate import Measuring, decided
@@ -33,44 +34,14 @@ from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.device_memory import placed
 from featherweight.tasks.compress.device_share import limit_on
 from featherweight.tasks.compress.fates import counts_in
+from featherweight.tasks.compress.forecast import Forecast
 from featherweight.tasks.compress.identity import same_identity
 from featherweight.tasks.compress.loadable import loading_note
 from featherweight.tasks.compress.plan import SHARD_BYTES, Plan, check_memory, make_plan
+from featherweight.tasks.compress.record import Beginning, record_of
+from featherweight.tasks.compress.result import Compression
 from featherweight.tasks.compress.workers import Order, Workers, check_workers, share_of
 from featherweight.version import __version__
-
-
-@dataclass(frozen=True)
-class Compression:
-    """The result of `compress`.
-
-    bits_per_weight : of the compressed layers of the blocks, everything stored for them
-    bits_per_weight_linear : of all linear layers of the blocks, compressed or not
-    bits_per_weight_outside : of embedding and output layer; None where they are kept
-    layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
-    resumed : layers found finished by an earlier run of the same command
-    fates : how many tensors of the source were replaced, copied, changed, renamed, dropped; adds up to all of them
-    """
-
-    out: Path
-    seconds: float
-    peak_memory_bytes: int
-    weights: int
-    bits_per_weight: float
-    bits_per_weight_linear: float
-    bits_per_weight_model: float
-    bytes: int
-    layers: list[dict[str, Any]] = field(repr=False)
-    tensors: dict[str, Any]
-    recipe: dict[str, Any] = field(repr=False)
-    resumed: int = 0
-    already_complete: bool = False
-    fates: dict[str, int] = field(default_factory=dict)
-    bits_per_weight_outside: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return plain | {"out": str(self.out)}
 
 
 def compress(
@@ -140,7 +111,8 @@ def compress(
         Processes that share the layers of a recipe without data, this one among them. `threads` and `max_memory` are
         those of all together, and results do not depend on it.
     observer : callable, optional
-        Called with every event that goes to the log, a mapping that can be written as JSON.
+        Called with every event that goes to the log, a mapping that can be written as JSON. Default: in a notebook,
+        a bar with the time left.
 
     Returns
     -------
@@ -163,8 +135,8 @@ def compress(
     FeatherError
         Any other setting is wrong, or the memory does not suffice; it is the base of all of these.
     """
-    begun = time.monotonic()
-    reset_peak_memory()
+    begun, resident = time.monotonic(), _begin_measuring()
+    observer = observer or progress_here("compressing")
     out = _absolute(out)
     chosen = load_recipe(recipe, changes)
     check_calibration(chosen, calibration, base_model)
@@ -216,13 +188,20 @@ def compress(
                 place = str(model) if Path(model).is_file() else str(checkpoint.folder)
                 order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)
                 executor = _executor(workers, order, run, events)
-                resumed = _Work(plan, checkpoint, run, events, identity, data).make(executor)
+                beginning = Beginning.of((begun, resident), _name_of(model), told, run)
+                work = _Work(plan, checkpoint, run, Forecast(plan, events), identity, data, beginning)
+                resumed = work.make(executor)
                 manifest = read_manifest(out)
                 assert manifest is not None
                 result = _result(out, manifest, checkpoint, begun, resumed)
-                short = {k: v for k, v in result.to_json().items() if k not in ("layers", "recipe")}
-                events({"event": "done", **short})
+                events({"event": "done", **result.in_short()})
     return result
+
+
+def _begin_measuring() -> int:
+    """Peak memory counts from now; returns what is resident already."""
+    reset_peak_memory()
+    return resident_bytes()
 
 
 def _executor(workers: int, order: Order, run: RunFolder, events: Events) -> Executor:
@@ -250,9 +229,10 @@ class _Work:
     plan: Plan
     checkpoint: Checkpoint
     run: RunFolder
-    events: Events
+    events: Observer
     identity: dict[str, Any]
     data: CalibrationData
+    beginning: Beginning
 
     def make(self, executor: Executor) -> int:
         """Do it; returns how many layers were found finished."""
@@ -269,7 +249,7 @@ class _Work:
                 self.events({"event": "shard", "file": file, "number": number, "of": of})
 
             write_shards(run, assembly, checkpoint, plan, told)
-            write_rest(run, assembly, checkpoint, plan, self.identity)
+            write_rest(run, assembly, checkpoint, plan, self.identity, record_of(plan, self.beginning, resumed))
         run.publish()
         return resumed
 
@@ -368,6 +348,12 @@ def _check_out(out: Path, checkpoint: Checkpoint, model: str | Path, base_model:
         raise OutputError(f"--out {out} is the current folder or holds it; choose a folder of its own")
     if is_file:
         raise OutputError(f"--out {out} is a file; choose a folder")
+
+
+def _name_of(model: str | Path) -> str:
+    """A model's name for the record: a hub id as it is, the last part of a path, which says nothing of this machine."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else str(model)
 
 
 def _folder_of(model: str | Path | None) -> Path | None:

@@ -46,6 +46,12 @@ def estimate_seconds(plan: Plan) -> float:
     return solving + _Passes(plan).seconds + _Guiding(plan).seconds + _Tuning(plan).seconds
 
 
+def tuning_seconds(plan: Plan) -> list[tuple[str, float]]:
+    """(kind, seconds) of the trainings of a whole model that a plan ends with, as far as they can be foretold."""
+    found = [one for one in plan.recipe.corrections if plan.recipe.calibrated and _tunes_model(one)]
+    return [(one.kind, _Tuning(plan).seconds_of(one)) for one in found]
+
+
 def _timed(work: Callable[[], object], tries: int = 2) -> float:
     """The least of some tries, in seconds; the first call of all warms up."""
     work()
@@ -241,9 +247,10 @@ class _Tuning:
 
     @property
     def seconds(self) -> float:
-        return sum(self._seconds(one) for one in self.plan.recipe.corrections if _tunes_model(one))
+        return sum(self.seconds_of(one) for one in self.plan.recipe.corrections if _tunes_model(one))
 
-    def _seconds(self, tuning: Any) -> float:
+    def seconds_of(self, tuning: Any) -> float:
+        """Of one of them."""
         settings, passes = self.plan.recipe.calibration, _Passes(self.plan)
         held_out = settings.held_out_of(settings.sequences) if settings.held_out and settings.sequences > 1 else 0
         work = tuning.model_work(settings.sequences - held_out, held_out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.statistics_file import is_statistics
 from featherweight.methods.recipe import explain
 from featherweight.registry import nearest
+from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
+from featherweight.system.files import disk_errors
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.device_memory import gathering_share
@@ -85,6 +89,11 @@ def gather_statistics(
             for note in notes:
                 notify({"event": "note", "text": note})
         ids = text_windows(checkpoint, mixture, chosen, out, runs_on, notify)
+        size = expected_bytes(anatomy, needs, len(ids) * ids.shape[1], chosen)
+        _check_disk(out, size)
+        if notify is not None:
+            facts = {"blocks": anatomy.blocks, "bytes": size, "windows": len(ids), "length": ids.shape[1]}
+            notify({"event": "gathering", "file": str(out), "layers": len(anatomy.layers), **facts})
         share = gathering_share(anatomy, checkpoint, chosen, needs, runs_on, limit)
         share.check()
         with Calibration.open(
@@ -94,6 +103,49 @@ def gather_statistics(
             calibration.spare_bytes = share.spare_bytes(calibration.spare_bytes)
             save_statistics(calibration, out, checkpoint, needs, windows_digest(ids))
     return out
+
+
+def expected_bytes(anatomy: Anatomy, needs: Collection[str], tokens: int, settings: CalibrationSettings) -> int:
+    """Bytes of the tensors of a file of statistics: those of every input once; of every layer where tokens are weighed
+    layer by layer. With experts that no token reaches, or an output layer that the network lacks, it is less.
+
+    tokens : that calibration reads, held-out ones among them
+    """
+    from featherweight.methods.calibrate.statistics import known_statistics
+    from featherweight.methods.calibrate.statistics.inputs import SAMPLE
+
+    known = known_statistics()
+    layers = list(anatomy.layers)
+    last = anatomy.head if anatomy.head is not None else anatomy.embedding if anatomy.tied_head else None
+    layers += [last] if last is not None else []
+    widths: dict[str, int] = {}
+    for layer in layers:
+        widths[layer.name if settings.guidance else layer.input_group] = layer.shape[1]
+    total = 0
+    for width in widths.values():
+        sizes = {"in": width, "tokens": min(tokens, SAMPLE)}
+        for name in {*needs, "tokens"}:
+            width_of = 8 if name == "tokens" else 4  # a count in int64; all others are float32
+            total += width_of * math.prod(sizes.get(axis, 1) for axis in known[name].axes)
+        if settings.guidance and "held_out_gram" in needs:
+            total += 4 * width * width
+        if settings.guidance > 1 and "gram" in needs:
+            total += 4 * settings.guidance * width * width
+    return total
+
+
+def _check_disk(out: Path, nbytes: int) -> None:
+    """OutputError where the disk has no room for the statistics, block by block and then in one file."""
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    with disk_errors(out):
+        free = shutil.disk_usage(place).free
+    if free < 2 * nbytes:
+        raise OutputError(
+            f"the disk of {place} has {free / 1e6:,.0f} MB free, the statistics need {2 * nbytes / 1e6:,.0f} MB while "
+            f"they are written, half of it in the end: free some space, choose another --out, or gather fewer --needs"
+        )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

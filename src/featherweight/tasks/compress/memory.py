@@ -22,6 +22,7 @@ from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.quantize.base import HeldWeight, SolveOptions, WeightSource
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
@@ -111,7 +112,7 @@ def quantize(
     grid and rounding can be (`portable`) and the device has float64; codes are put there. If it fails half-way, layers
     may have been rounded already: load the model again.
     """
-    notify = observer or silent
+    notify = observer or progress_here("compressing") or silent
     chosen = load_recipe(recipe, changes)
     _check(chosen, calibration, convolutions)
     feed = Feed(calibration, tokenizer, forward, blocks, convolutions)

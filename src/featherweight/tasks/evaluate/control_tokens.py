@@ -23,8 +23,8 @@ from featherweight.model.text.documents import read_documents
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.model.text.windows import conversation_tokens
 from featherweight.system.transformers_calls import asking_transformers
-from featherweight.tasks.evaluate.divergence import kl_divergence
-from featherweight.tasks.evaluate.perplexity import CHUNK_ELEMENTS, LogitsReader, ratio_error
+from featherweight.tasks.evaluate.divergence import kl_divergence, ratio_error
+from featherweight.tasks.evaluate.perplexity import CHUNK_ELEMENTS, LogitsReader
 
 SAMPLE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 TIMES_WORSE = 2.0

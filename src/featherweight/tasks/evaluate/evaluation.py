@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,101 +16,28 @@ from torch import Tensor
 
 from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.model.layers.modules import CodedModule
-from featherweight.model.text.files import read_text
 from featherweight.model.text.tokenizer import Tokenizer
+from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.size import Size, measure_size
 from featherweight.system.devices import device_named
-from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
+from featherweight.system.memory import available_bytes, peak_memory_bytes, reset_peak_memory
 from featherweight.system.places import ASSETS
 from featherweight.system.threads import chosen_threads, use_threads
-from featherweight.system.transformers_calls import one_line
 from featherweight.tasks.evaluate.control_tokens import ControlTokens, compare, control_tokens, read_conversations
-from featherweight.tasks.evaluate.divergence import Divergence
+from featherweight.tasks.evaluate.model_checks import check_causal, check_same_tokenizer, own_context, tokenizer_sha256
 from featherweight.tasks.evaluate.opening import ModelLike, evaluating, open_model
-from featherweight.tasks.evaluate.perplexity import LogitsReader, Measurement, Progress, measure
+from featherweight.tasks.evaluate.perplexity import KeptReader, LogitsReader, Measurement, Progress, measure
 from featherweight.tasks.evaluate.protocols import Setting, protocol_named
+from featherweight.tasks.evaluate.result import Evaluation
+from featherweight.tasks.evaluate.texts import named_text
+from featherweight.tasks.evaluate.trust import warnings_of
 
 Report = Callable[[str], None]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 BUNDLED_TEXT = "evaluation.txt"
-# Where configurations keep the number of positions; the first is the common name, the others are families' own.
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The numbers of one evaluation. Losses in nats a token, KL in nats; `size` None for a model given as an object;
-    `control` what was measured on conversations.
-
-    `log_ratio` is log(perplexity / perplexity of the original), paired over windows, with its standard error.
-    """
-
-    perplexity: float
-    perplexity_standard_error: float | None
-    tokens: int
-    windows: int
-    setting: Setting
-    description: str
-    seconds: float
-    peak_memory_bytes: int
-    size: Size | None = None
-    against: str | None = None
-    perplexity_against: float | None = None
-    log_ratio: float | None = None
-    log_ratio_standard_error: float | None = None
-    divergence: Divergence | None = None
-    window_losses: tuple[float, ...] = ()
-    control: ControlTokens | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able; numbers that are not finite become null, as are `kl` and `top1_agreement` without an original."""
-        protocol, size, kl = self.setting.protocol, self.size, self.divergence
-        report = {
-            "perplexity": self.perplexity,
-            "perplexity_standard_error": self.perplexity_standard_error,
-            "tokens": self.tokens,
-            "text_tokens": self.setting.tokens,
-            "windows": self.windows,
-            "protocol": protocol.name,
-            "context": protocol.context,
-            "stride": protocol.stride,
-            "bos": self.setting.bos,
-            "dtype": self.setting.dtype,
-            "tokenizer_sha256": self.setting.tokenizer_sha256,
-            "text_sha256": self.setting.text_sha256,
-            "description": self.description,
-            "against": self.against,
-            "perplexity_against": self.perplexity_against,
-            "log_ratio": self.log_ratio,
-            "log_ratio_standard_error": self.log_ratio_standard_error,
-            "kl": None if kl is None else kl.mean,
-            "kl_standard_error": None if kl is None else kl.standard_error,
-            "kl_median": None if kl is None else kl.median,
-            "kl_percentile_99": None if kl is None else kl.percentile_99,
-            "kl_maximum": None if kl is None else kl.maximum,
-            "top1_agreement": None if kl is None else kl.top1_agreement,
-            "bits_per_weight": {
-                "linear": None if size is None else size.linear_bits,
-                "model": None if size is None else size.model_bits,
-            },
-            "bytes": None if size is None else size.bytes,
-            "size": None if size is None else asdict(size),
-            "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "window_losses": list(self.window_losses),
-            "control_tokens": None if self.control is None else self.control.to_json(),
-        }
-        finite: dict[str, Any] = _finite(report)
-        return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+KEPT_SHARE = 4
+"""The part of free memory that is one over this may hold what an original made of the text."""
 
 
 def evaluate(
@@ -140,7 +65,9 @@ def evaluate(
     against : str, Path or tuple, optional
         The original, to compare with token by token. Both must have the same tokenizer.
     text : str or Path, optional
-        A UTF-8 file, plain, .xz or .gz. Default: the evaluation text that comes with the package.
+        A UTF-8 file, plain, .xz or .gz; "wikitext-2", its test part as papers have it; or "hf:NAME[:CONFIG[:SPLIT
+        [:COLUMN]]]", a data set of the Hugging Face hub, its texts joined by empty lines. The last two need the package
+        datasets, and a network the first time. Default: the evaluation text that comes with the package.
     conversations : str or Path, optional
         JSON lines with `messages`, such as `feather converse` writes. In the form of the chat template they are what
         the divergence at its control tokens (ends of turns, marks of thinking and of tool calls) is measured on, which
@@ -154,7 +81,7 @@ def evaluate(
     limit : int, optional
         Use the first so many tokens of the text, at least 2.
     progress : callable, optional
-        Called with the windows that are done and their number, both int.
+        Called with the windows that are done and their number, both int. Default: in a notebook, a bar.
     threads : int, optional
         Of PyTorch and the native kernels. Default: FEATHERWEIGHT_THREADS, else as PyTorch has it.
     trust_remote_code : bool
@@ -171,7 +98,8 @@ def evaluate(
         dtype and the hashes of text and tokenizer; `size` in bytes and bits a weight (None for a model given as an
         object). With `against` also `divergence` (KL in nats a token, share of equal top-1 predictions) and
         `log_ratio` of the perplexities, paired over windows. With `conversations` also `control`: divergence at control
-        tokens and elsewhere; a FeatherWarning where it is much larger there.
+        tokens and elsewhere; a FeatherWarning where it is much larger there. A FeatherWarning, too, where so few
+        tokens were scored that the result is uncertain, and where the KL says that the model is of no use: `warnings`.
 
     Raises
     ------
@@ -188,6 +116,76 @@ def evaluate(
     >>> result = featherweight.evaluate("small", against="original")
     >>> print(result.perplexity, result.divergence.mean, result.size.linear_bits)
     """
+    progress = progress or _notebook_progress()
+    asked = _asked(text, conversations, protocol, context, dtype, limit, progress, trust_remote_code, device, against)
+    with _threads(threads), contextlib.ExitStack() as stack:
+        reset_peak_memory()
+        begun = time.perf_counter()
+        original = None if against is None else _Original.open(against, asked, stack)
+        return _evaluate(model, original, asked, begun)
+
+
+def evaluate_each(
+    models: Sequence[str | Path],
+    against: ModelLike | None = None,
+    text: str | Path | None = None,
+    *,
+    conversations: str | Path | None = None,
+    protocol: str = "own",
+    context: int | None = None,
+    dtype: str = "auto",
+    limit: int | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "auto",
+) -> Iterator[Evaluation]:
+    """`evaluate` of several models, one after the other, in the order given.
+
+    The original is loaded once, and run once over each window as far as memory has room for what it made of it. One of
+    the others is in memory at a time. `progress` counts the windows of all models; parameters, results and errors are
+    those of `evaluate`.
+    """
+    asked = _asked(text, conversations, protocol, context, dtype, limit, None, trust_remote_code, device, against)
+    with _threads(threads), contextlib.ExitStack() as stack:
+        original = None if against is None else _Original.open(against, asked, stack, keep=len(models) > 1)
+        for number, model in enumerate(models):
+            reset_peak_memory()
+            part = None if progress is None else _part_of(progress, number, len(models))
+            yield _evaluate(model, original, replace(asked, progress=part), time.perf_counter())
+
+
+def _notebook_progress() -> Progress | None:
+    """For whoever gave no progress, in a notebook."""
+    shown = progress_here("evaluating")
+    return None if shown is None else shown.count
+
+
+def _part_of(progress: Progress, number: int, of: int) -> Progress:
+    """Progress of one of several measurements of about the same length."""
+    return lambda done, total: progress(number * total + done, of * total)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `evaluate`, checked; `content` is the text."""
+
+    content: str
+    conversations: str | Path | None
+    protocol: str
+    context: int | None
+    dtype: str
+    limit: int | None
+    progress: Progress | None
+    trust_remote_code: bool
+    device: torch.device
+
+
+def _asked(
+    text: str | Path | None, conversations: str | Path | None, protocol: str, context: int | None, dtype: str,
+    *rest: Any,
+) -> _Asked:  # fmt: skip
+    limit, progress, trust_remote_code, device, against = rest
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     runs_on = device_named(device)
@@ -197,45 +195,74 @@ def evaluate(
         raise EvaluationError(f"the limit is {limit} tokens, and at least 2 are needed to score one")
     if conversations is not None and against is None:
         raise EvaluationError("conversations are for comparing with the original: name it with --against")
-    content = read_text(Path(text), EvaluationError) if text is not None else bundled_text()
+    content = bundled_text() if text is None else named_text(text)
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
-    # A number of threads that nobody has decided on stays as PyTorch has it.
-    counted = contextlib.nullcontext() if chosen_threads(threads) is None else use_threads(threads)
-    with counted, contextlib.ExitStack() as stack:
-        reset_peak_memory()
-        begun = time.perf_counter()
-        subject, tokenizer = open_model(model, dtype, runs_on, trust_remote_code)
-        original, other_tokenizer = (None, None)
-        if against is not None:
-            original, other_tokenizer = open_model(against, dtype, runs_on, trust_remote_code, False)
-        for one in (subject, original):
-            if one is not None:
-                stack.enter_context(evaluating(one))
-                check_causal(one)
-        if other_tokenizer is not None:
-            check_same_tokenizer(tokenizer, other_tokenizer, content)
-        read = _read(tokenizer, content, protocol)
-        tokens = read.tokens[:limit]
-        for one in (subject, original):
+    return _Asked(content, conversations, protocol, context, dtype, limit, progress, trust_remote_code, runs_on)
+
+
+def _threads(threads: int | None) -> contextlib.AbstractContextManager[Any]:
+    """A number of threads that nobody has decided on stays as PyTorch has it."""
+    return contextlib.nullcontext() if chosen_threads(threads) is None else use_threads(threads)
+
+
+@dataclass(frozen=True)
+class _Original:
+    """What others are compared with, open: its name, its tokenizer if it has one, and what reads its predictions."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    reader: LogitsReader
+    size: Size | None
+
+    @classmethod
+    def open(cls, against: ModelLike, asked: _Asked, stack: contextlib.ExitStack, keep: bool = False) -> _Original:
+        """keep : what it makes of a window is kept for the next model, in up to a quarter of the free memory"""
+        model, tokenizer = open_model(against, asked.dtype, asked.device, asked.trust_remote_code, False)
+        stack.enter_context(evaluating(model))
+        check_causal(model)
+        if isinstance(against, tuple):
+            name, size = "a model in memory", None
+        else:
+            name, size = str(against), measure_size(against)
+        reader = KeptReader(model, room_bytes=available_bytes() // KEPT_SHARE) if keep else LogitsReader(model)
+        return cls(name, model, tokenizer, reader, size)
+
+
+def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun: float) -> Evaluation:
+    """One model, by what was asked for; with warnings where the result is none to rely on."""
+    with contextlib.ExitStack() as stack:
+        subject, tokenizer = open_model(model, asked.dtype, asked.device, asked.trust_remote_code)
+        stack.enter_context(evaluating(subject))
+        check_causal(subject)
+        if original is not None and original.tokenizer is not None:
+            check_same_tokenizer(tokenizer, original.tokenizer, asked.content)
+        read = _read(tokenizer, asked.content, asked.protocol)
+        tokens = read.tokens[: asked.limit]
+        for one in (subject, None if original is None else original.model):
             if one is not None:
                 _check_rows(one, tokens)
+        protocol = protocol_named(asked.protocol, own_context(subject), len(tokens), asked.context, len(read.prefix))
         setting = Setting(
-            protocol=protocol_named(protocol, own_context(subject), len(tokens), context, len(read.prefix)),
+            protocol=protocol,
             tokens=len(tokens),
             bos=read.words,
             dtype=_dtype_of(subject),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
-            text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+            text_sha256=hashlib.sha256(asked.content.encode()).hexdigest(),
         )
-        measured = measure(
-            subject, tokens, setting.protocol, original, bos=read.bos, progress=progress, prefix=read.prefix
-        )
+        reader = None if original is None else original.reader
+        measured = measure(subject, tokens, protocol, reader, bos=read.bos, progress=asked.progress, prefix=read.prefix)
         control = None
-        if conversations is not None:
-            control = _control((subject, original), tokenizer, conversations, context, progress)
+        if asked.conversations is not None and original is not None:
+            models = (subject, original.model)
+            control = _control(models, tokenizer, asked.conversations, asked.context, asked.progress)
         seconds = time.perf_counter() - begun
-    return replace(_evaluation(measured, setting, seconds, model, against), control=control)
+    said = warnings_of(measured)
+    for warning in said:
+        warnings.warn(warning, FeatherWarning, stacklevel=3)
+    return replace(_evaluation(measured, setting, seconds, model, original), control=control, warnings=tuple(said))
 
 
 def _control(
@@ -257,14 +284,13 @@ def _control(
 
 
 def _evaluation(
-    measured: Measurement, setting: Setting, seconds: float, model: ModelLike, against: ModelLike | None
+    measured: Measurement, setting: Setting, seconds: float, model: ModelLike, original: _Original | None
 ) -> Evaluation:
     loss, other = measured.loss, measured.against
     ratio, ratio_error = (None, None) if other is None else loss.log_ratio(other)
-    error = loss.standard_error
     return Evaluation(
         perplexity=loss.perplexity,
-        perplexity_standard_error=None if error is None else error * loss.perplexity,
+        perplexity_standard_error=loss.perplexity_error,
         tokens=loss.tokens,
         windows=len(loss.counts),
         setting=setting,
@@ -272,8 +298,10 @@ def _evaluation(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         size=None if isinstance(model, tuple) else measure_size(model),
-        against=None if against is None else "a model in memory" if isinstance(against, tuple) else str(against),
+        against=None if original is None else original.name,
         perplexity_against=None if other is None else other.perplexity,
+        perplexity_against_standard_error=None if other is None else other.perplexity_error,
+        size_against=None if original is None else original.size,
         log_ratio=ratio,
         log_ratio_standard_error=ratio_error,
         divergence=measured.divergence,
@@ -287,69 +315,6 @@ def bundled_text(name: str = BUNDLED_TEXT) -> str:
         return (ASSETS / name).read_text(encoding="utf-8")
     except OSError:
         raise EvaluationError(f"this installation lacks the bundled text {name}: give one with --text") from None
-
-
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """What a tokenizer does, as a hash: of its whole definition if it is a fast one, else of class and vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        definition = json.loads(backend.to_str())
-        # Settings of the last call, which do not change what a text becomes here.
-        definition.pop("truncation", None)
-        definition.pop("padding", None)
-    else:
-        definition = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-
-
-def own_context(model: Any) -> int | None:
-    """Positions the model was made for, by its configuration; None where that does not say."""
-    config = getattr(model, "config", None)
-    nested = getattr(config, "get_text_config", None)
-    config = nested() if nested is not None else config
-    for name in CONTEXT_FIELDS:
-        value = getattr(config, name, None)
-        if isinstance(value, int | float) and value == int(value) > 0:
-            return int(value)
-    return None
-
-
-def check_causal(model: Any) -> None:
-    """EvaluationError unless a token's logits depend only on the tokens before it, tried on two tokens."""
-    kind = type(model).__name__
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise EvaluationError(f"{kind} is an encoder-decoder, for which perplexity of a plain text is not defined")
-    device = LogitsReader(model).device
-    try:
-        with torch.inference_mode():
-            pairs = [model(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in ([0, 1], [0, 2])]
-    except (TypeError, ValueError) as error:  # encoders do not know `use_cache`, models of images no `input_ids`
-        raise EvaluationError(f"{kind} is not a causal language model, so it has no next-token perplexity") from error
-    except Exception as error:
-        raise EvaluationError(f"{kind} cannot be run on two tokens: {one_line(error)}") from error
-    outputs = [logits for pair in pairs if isinstance(logits := getattr(pair, "logits", None), Tensor)]
-    if len(outputs) < 2 or any(logits.shape[:2] != (1, 2) for logits in outputs):
-        raise EvaluationError(f"{kind} gives no logits for every token, so it has no next-token perplexity")
-    first, second = (logits[0, 0].cpu().double() for logits in outputs)
-    # Exact on most backends; kernels that choose their tiling by the data may differ in the last bits.
-    tolerance = max(1e-4, 8 * torch.finfo(outputs[0].dtype).eps) * float(first.abs().max())
-    if float((first - second).abs().max()) > tolerance:
-        raise EvaluationError(
-            f"{kind} sees the tokens that follow (an encoder such as BERT), so it has no next-token perplexity"
-        )
-
-
-def check_same_tokenizer(one: Any, other: Any, text: str) -> None:
-    """EvaluationError unless tokens mean the same to both models: by definition, or by vocabulary and on this text."""
-    if tokenizer_sha256(one) == tokenizer_sha256(other):
-        return
-    first, second = Tokenizer.of(one), Tokenizer.of(other)
-    if one.get_vocab() != other.get_vocab() or first.encode(text) != second.encode(text):
-        raise EvaluationError(
-            "the two models have different tokenizers, so their predictions are about different tokens and cannot be "
-            "compared: measure each by itself"
-        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from featherweight.errors import EvaluationError, FeatherWarning
 from featherweight.system.devices import give_back
 from featherweight.system.transformers_calls import asking_transformers
-from featherweight.tasks.evaluate.divergence import Divergence, DivergenceSum
+from featherweight.tasks.evaluate.divergence import Divergence, DivergenceSum, ratio_error
 from featherweight.tasks.evaluate.protocols import Protocol, Window
 
 Progress = Callable[[int, int], None]
@@ -54,6 +54,12 @@ class Loss:
         """Of `mean`, from the spread between windows; None for a single window."""
         return ratio_error(self.sums, self.counts)
 
+    @property
+    def perplexity_error(self) -> float | None:
+        """Standard error of `perplexity`, to first order."""
+        error = self.standard_error
+        return None if error is None else error * self.perplexity
+
     def log_ratio(self, other: Loss) -> tuple[float, float | None]:
         """log(perplexity / perplexity of `other`) on the same windows, and its standard error.
 
@@ -64,16 +70,6 @@ class Loss:
             raise ValueError("the two losses are of different windows")
         differences = tuple(a - b for a, b in zip(self.sums, other.sums, strict=True))
         return math.fsum(differences) / self.tokens, ratio_error(differences, self.counts)
-
-
-def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of sum(sums) / sum(counts) over windows, the linearised ratio estimator."""
-    n, total = len(sums), sum(counts)
-    if n < 2:
-        return None
-    mean = math.fsum(sums) / total
-    residuals = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
-    return math.sqrt(n / (n - 1) * residuals) / total
 
 
 @dataclass(frozen=True)
@@ -148,6 +144,31 @@ class LogitsReader:
         return kept[0] if self.sliceable else None
 
 
+@dataclass
+class KeptReader(LogitsReader):
+    """A reader that runs its model once over each window, and gives later callers what it kept of it.
+
+    Kept are the hidden states before the output layer (or the logits, where that is not all that the model does with
+    them), float [context, width] a window in main memory: bit for bit what the model gave.
+
+    room_bytes : what may be kept; windows beyond it are run again
+    """
+
+    room_bytes: int = 0
+    _kept: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, ids: Tensor) -> _Positions:
+        keys = [row.numpy().tobytes() for row in ids.cpu()]
+        if all(key in self._kept for key in keys):
+            states = torch.stack([self._kept[key] for key in keys]).to(self.device)
+            return _Positions(states, self._head() if self.sliceable else None)
+        positions = super().__call__(ids)
+        if positions.states.nbytes <= self.room_bytes:
+            self.room_bytes -= positions.states.nbytes
+            self._kept |= {key: row.clone() for key, row in zip(keys, positions.states.cpu(), strict=True)}
+        return positions
+
+
 def measure(
     model: Any,
     tokens: Tensor,
@@ -163,8 +184,8 @@ def measure(
 
     Models are called as `model(input_ids=[batch, context], use_cache=False).logits`. `prefix`, `protocol.prefix`
     tokens, stands before each window; `bos` replaces the first token of each where the protocol asks for it (None: the
-    tokenizer adds none). `batch` is windows a forward pass; `progress(done, total)` counts windows. EvaluationError
-    where a model fails, or its output is not usable.
+    tokenizer adds none). `against` may be a reader, which then keeps what it made. `batch` is windows a forward pass;
+    `progress(done, total)` counts windows. EvaluationError where a model fails, or its output is not usable.
     """
     if len(prefix) != protocol.prefix:
         raise ValueError(f"the protocol has {protocol.prefix} tokens before a window, and {len(prefix)} are given")
@@ -172,7 +193,7 @@ def measure(
     windows = list(protocol.windows(len(tokens)))
     batch = batch or max(1, BATCH_TOKENS // protocol.context)
     reader = LogitsReader(model)
-    other = None if against is None else LogitsReader(against)
+    other = against if against is None or isinstance(against, LogitsReader) else LogitsReader(against)
     sums: list[float] = []
     other_sums: list[float] = []
     divergence = DivergenceSum()
@@ -193,6 +214,7 @@ def measure(
                 place = window.first - window.start + len(before)
                 scored = _Scored(row, targets[row], window, place)
                 loss, other_loss = _losses(positions, other_positions, scored, divergence)
+                divergence.end_window()
                 sums.append(loss)
                 other_sums.append(other_loss)
             if progress is not None:

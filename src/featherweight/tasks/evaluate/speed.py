@@ -23,7 +23,7 @@ from featherweight.storage.checkpoint.size import bytes_per_token
 from featherweight.system.devices import device_named, give_back, peak_bytes, synchronise
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory
 from featherweight.system.transformers_calls import asking_transformers, cache_name
-from featherweight.tasks.evaluate.evaluation import own_context
+from featherweight.tasks.evaluate.model_checks import own_context
 from featherweight.tasks.evaluate.opening import open_model
 
 if TYPE_CHECKING:

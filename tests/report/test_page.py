@@ -19,8 +19,10 @@ from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.analyse.levels import histogram_of
-from featherweight.tasks.evaluate import plots
-from featherweight.tasks.evaluate.report import Variant, _findings, _Page, write_report
+from featherweight.tasks.report import plots
+from featherweight.tasks.report.page import write_report
+from featherweight.tasks.report.variants import Page as Variants
+from featherweight.tasks.report.variants import Variant, findings
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "cite"}
@@ -138,7 +140,8 @@ def test_it_says_what_it_was_given(tmp_path: Path) -> None:
 
 def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     html = write_report(tmp_path / "r.html", variants()).read_text()
-    assert re.findall(r"<td class=best><b>([^<]*)</b>", html) == ["25.250", "+26.25", "1.85", "3.85"]
+    marked = re.findall(r'<td class="best"[^>]*><span class="value"><b>([^<]*)</b>', html)
+    assert marked == ["25.250", "+26.25", "1.85", "3.85"]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -205,10 +208,10 @@ def test_the_smallest_is_the_smallest_file() -> None:
         facts = {"perplexity": perplexity, "perplexity_against": 20.0, "bits_per_weight": {"linear": 3.45}}
         return {"name": name, "evaluation": facts | ({} if nbytes is None else {"bytes": nbytes})}
 
-    page = _Page.of(map(Variant.of, [variant("kept", 21.9, 4_850_000), variant("coded", 20.5, 3_570_000)]))
-    assert [f[1:] for f in _findings(page) if "mallest" in f[0] or "losest" in f[0]] == [("coded", "+2.50 %, 3.57 MB")]
-    page = _Page.of(map(Variant.of, [variant("kept", 21.9, None), variant("coded", 20.5, 3_570_000)]))
-    assert ("Closest to it", "coded", "+2.50 % at 3.45 bits") in _findings(page)
+    page = Variants.of(map(Variant.of, [variant("kept", 21.9, 4_850_000), variant("coded", 20.5, 3_570_000)]))
+    assert [f[1:] for f in findings(page) if "mallest" in f[0] or "losest" in f[0]] == [("coded", "+2.50 %, 3.57 MB")]
+    page = Variants.of(map(Variant.of, [variant("kept", 21.9, None), variant("coded", 20.5, 3_570_000)]))
+    assert ("Closest to it", "coded", "+2.50 % at 3.45 bits") in findings(page)
 
 
 def test_embeddings_stand_beside_the_map() -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -69,10 +69,17 @@ class Point:
     series: int
 
 
-def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, height: int = 470) -> str:
+class Tradeoff(NamedTuple):
+    """The figure, and the names for which it had no room."""
+
+    svg: str
+    unnamed: list[str]
+
+
+def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, height: int = 470) -> Tradeoff:
     """Perplexity against bits per weight; the original as a line, the best variants for their size joined."""
     with rc_context(STYLE):
-        figure, axes = _figure(width, height, left=64, right=62, bottom=50, top=16)
+        figure, axes = _figure(width, height, left=78, right=62, bottom=50, top=16)
         _scale_bits(axes, [p.bits for p in points])
         _scale_perplexity(axes, [p.perplexity for p in points], original)
         axes.set_xlabel("bits per weight, linear layers")
@@ -84,8 +91,8 @@ def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, 
             marker, colour = MARKERS[p.series % len(MARKERS)], SERIES[p.series % len(SERIES)]
             axes.plot([p.bits], [p.perplexity], marker, color=colour, mec=SURFACE, mew=1.4, ms=10.5, zorder=4)
         taken = _mark_original(axes, original) if original else []
-        _label(axes, points, taken)
-        return _svg(figure)
+        unnamed = _label(axes, points, taken)
+        return Tradeoff(_svg(figure), unnamed)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -150,6 +157,8 @@ def excess_ticks(original: float, low: float, high: float) -> list[tuple[float, 
 
 
 def _short_number(value: float) -> str:
+    if value >= 1e5:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -180,18 +189,27 @@ def _mark_original(axes: Axes, original: float) -> list[Bbox]:
     return [text.get_window_extent(_renderer(axes)).padded(2), line]
 
 
-def _label(axes: Axes, points: Sequence[Point], taken: list[Bbox]) -> None:
-    """Names beside their points, each at the nearest place where it covers no point, line end or other name."""
+def _label(axes: Axes, points: Sequence[Point], taken: list[Bbox]) -> list[str]:
+    """Names beside their points, each at the nearest place where it covers no point, line end or other name; returns
+    those for which there is none. The best variants for their size are named first."""
     renderer = _renderer(axes)
     places = axes.transData.transform([(p.bits, p.perplexity) for p in points])
     taken = taken + [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]
+    taken += [text.get_window_extent(renderer) for text in axes.texts]  # excesses at the right end
     frame = axes.get_window_extent(renderer)
-    for i in np.lexsort((places[:, 0], -places[:, 1])):
+    unnamed: list[str] = []
+    best = {id(p) for p in frontier(points)}
+    for i in sorted(range(len(points)), key=lambda i: (id(points[i]) not in best, -places[i][1], places[i][0])):
         probe = axes.text(0, 0, points[i].name, size=12)
         size = probe.get_window_extent(renderer)
         probe.remove()
         offset = _free_place(places[i], size.width, size.height, taken, frame)
-        taken.append(_box(places[i], offset, size.width, size.height))
+        box = _box(places[i], offset, size.width, size.height)
+        whole = box.x0 >= frame.x0 and box.x1 <= axes.figure.bbox.x1 and box.y0 >= frame.y0 and box.y1 <= frame.y1 + 8
+        if not whole or sum(_overlap(box, other) for other in taken) > 0:
+            unnamed.append(points[i].name)
+            continue
+        taken.append(box)
         far = math.hypot(*offset) > 26
         axes.annotate(
             points[i].name,
@@ -204,12 +222,13 @@ def _label(axes: Axes, points: Sequence[Point], taken: list[Bbox]) -> None:
             zorder=6,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.8, "shrinkB": 6} if far else None,
         )
+    return unnamed
 
 
 def _free_place(place: np.ndarray, width: float, height: float, taken: list[Bbox], frame: Bbox) -> tuple[float, float]:
     angles = [math.radians(a) for a in (0, 90, 180, 270, 35, 325, 145, 215, 60, 300, 120, 240)]
     best, least = (12.0, 0.0), math.inf
-    for radius in (12, 17, 24, 34, 46, 60, 78):
+    for radius in (12, 17, 24, 34, 46, 60, 78, 100, 130):
         for rank, angle in enumerate(angles):
             offset = (radius * math.cos(angle), radius * math.sin(angle))
             box = _box(place, offset, width, height)
