@@ -60,7 +60,7 @@ def talks(tmp_path: Path) -> Path:
 def compared(table: torch.Tensor, talks: Path, **settings: Any) -> Evaluation:
     tokenizer = chat_tokenizer()
     text = talks.with_name("text.txt")
-    text.write_text("some text. and more of it.\n" * 20)
+    text.write_text("some text. and more of it.\n" * 200)
     models = ((Bigram(one, 512), tokenizer) for one in (table, original()))
     return evaluate(*models, text, conversations=talks, device="cpu", **settings)
 

@@ -157,7 +157,7 @@ def test_compressed_texts_are_the_same(suffix: str, pack: Any, letters: Path) ->
         ("cut.xz", lzma.compress(b"a" * 1000)[:40], "whole .xz"),
         ("broken.gz", b"not gzip", "whole .gz"),
         ("one.txt", b"a", "1 token"),
-        (None, b"", "cannot read"),
+        (None, b"", "there is no text file"),
     ],
 )
 def test_bad_texts_are_one_sentence(name: str | None, content: bytes, words: str, tmp_path: Path) -> None:
