@@ -1,19 +1,21 @@
 #!/usr/bin/env python
 """Draw the plots of docs/ again from the tables that docs/results.md has of their runs; nothing is measured.
 
-python benchmarks/redraw.py                  # docs/quality.png and docs/decode.png
+python benchmarks/redraw.py                  # docs/quality.png, docs/decode.png, docs/real.svg and docs/real-narrow.svg
 python benchmarks/redraw.py --out build
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import decode_vs_llamacpp
 import quality
+from peer_report import COMPRESSED, OURS, Report, Row, write_plots
 
 ROOT = Path(__file__).parents[1]
 THREADS, SHAPE = 2, "1.1b"  # of the table "On Zen 5"
@@ -59,6 +61,27 @@ def decode_result(page: str) -> dict[str, Any]:
     return {"rows": rows, "threads": THREADS, "shape": {"name": SHAPE}}
 
 
+def pretrained_report(page: str) -> Report:
+    """What `peer_report.write_plots` wants, from the first table of the pretrained model. Left out are presets as they
+    were."""
+    section = page.partition("## A pretrained model")[2]
+    table = section[section.index("| | MB, whole file |") :].partition("\n\n")[0]
+    rows = []
+    for label, size, bits, embedding, excess, kl, _ in rows_of(table):
+        if " as it was" in label:
+            continue
+        ours = "`" in label
+        name = label.strip("*").replace("`", "") if ours else label.removeprefix("llama.cpp ")
+        rows.append(
+            Row(
+                name=name, tool=OURS if ours else "llama.cpp", version="", bits=number(bits), perplexity=math.nan,
+                excess=number(excess) / 100, excess_standard_error=None, kl=number(kl), seconds=None, seed=None,
+                embedding=COMPRESSED, embedding_bits=number(embedding), file_bytes=round(1e6 * number(size)),
+            )
+        )  # fmt: skip
+    return Report({}, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
@@ -67,6 +90,7 @@ def main() -> None:
     page = (ROOT / "docs" / "results.md").read_text("utf-8")
     quality.plot(quality_rows(page), options.out / "quality.png")
     decode_vs_llamacpp.plot(decode_result(page), options.out / "decode.png")
+    write_plots(pretrained_report(page), options.out / "real.svg")
 
 
 if __name__ == "__main__":
