@@ -14,6 +14,7 @@ from featherweight.cli import calibrate
 from featherweight.cli.calibrate import GatheringProgress
 from featherweight.errors import OutputError
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.system.units import time_text
 from featherweight.tasks.compress import gather
 from featherweight.tasks.compress.gather import gather_statistics
 from models import make_tiny
@@ -70,7 +71,7 @@ def test_time_left_follows_blocks_and_batches(monkeypatch: pytest.MonkeyPatch) -
             now[0] += 3.0
             watch({"event": "gathered", "block": block, "batch": batch, "batches": 2})
             if block:
-                assert watch.bar.tasks[0].fields["left"] == f"0:{round(50 - now[0]):02d} left"
+                assert watch.bar.tasks[0].fields["left"] == f"{time_text(50 - now[0])} left"
         now[0] += 4.0
         watch({"event": "advanced", "block": block, "of": 5})
-    assert watch.bar.tasks[0].fields["left"] == "0:00 left"
+    assert watch.bar.tasks[0].fields["left"] == "0.0 s left"

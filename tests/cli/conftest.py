@@ -14,8 +14,9 @@ from models import make_tiny
 
 @pytest.fixture(autouse=True)
 def _state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What commands remember between runs is not that of whoever runs the tests."""
+    """What commands remember between runs is not that of whoever runs the tests, nor is the width of their lines."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -328,7 +328,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "recipe": (
         lambda: featherweight.quantize(Vision(), {"grids": {}}),
         RecipeError,
-        "recipe custom: field grid is missing",
+        "recipe custom: there is no field grids .did you mean 'grid'",
     ),
     "file": (
         lambda: featherweight.quantize(Vision(), RECIPE, "/nowhere.txt"),

@@ -158,12 +158,12 @@ def quiet_transformers() -> None:
 
 
 def facts(rows: list[tuple[str, str]]) -> Table:
-    """A two-column table of facts."""
+    """A two-column table of facts. What is too long for a line goes on in the next: no path is cut."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
     return table
