@@ -173,7 +173,7 @@ WRONG_OVERRIDES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "an unknown transform": ({}, {"transforms": [{"kind": "hadamrd"}]}, "no transform called 'hadamrd'"),
     "a list without kinds": ({}, {"corrections": [{"rank": 1}]}, r"overrides\[0\].corrections\[0\] must be a mapping"),
-    "no list": ({}, {"transforms": {"kind": "hadamard"}}, "overrides.0.transforms is .*tuple"),
+    "no list": ({}, {"transforms": {"kind": "hadamard"}}, "overrides.0.transforms is .*but must be a list"),
     "inputs rounded too late": (
         {},
         {"transforms": [{"kind": "hadamard"}, {"kind": "quantize-inputs"}]},
