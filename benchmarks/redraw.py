@@ -38,7 +38,14 @@ def quality_rows(page: str) -> list[dict[str, Any]]:
     rows = []
     for name, bits, excess, *_ in rows_of(table):
         who = "ours" if name.startswith("**") else "preset" if name.startswith("`") else "peer"
-        rows.append({"name": name.strip("*`"), "who": who, "bits": number(bits), "excess": number(excess)})
+        rows.append(
+            {
+                "name": name.split("`")[1] if "`" in name else name,
+                "who": who,
+                "bits": number(bits),
+                "excess": number(excess),
+            }
+        )
     return rows
 
 

@@ -111,8 +111,14 @@ def _legend(found: list[Offer]) -> list[str]:
         f"({models[True]['protocol']}) and on {models[False]['name']} ({models[False]['protocol']}). Other models "
         "differ: measure yours with feather eval."
     )
-    if changed := [f"{o.preset} with {o.quality.changes}" for o in found if o.quality and o.quality.changes]:
-        cost += f" Measured there was {', '.join(changed)}."
+    changed = dict.fromkeys(
+        f"{offer.preset} with {quality.changes} on {PRETRAINED if quality.pretrained else 'the bundled one'}"
+        for offer in found
+        for quality in offer.qualities
+        if quality.changes
+    )
+    if changed:
+        cost += f" What was measured was {', '.join(changed)}."
     memory = (
         f"runs in: memory to write text with the result, {CONTEXT} tokens of context. made in: memory to compress. "
         "time: of compressing on this machine, measured on samples, disk not included."

@@ -24,10 +24,7 @@ def no_recipe(path: Path, name: str, known: Iterable[str]) -> str:
     if path.suffix in (".yaml", ".yml"):
         return f"there is no recipe file {name}; presets need none, and {LIST}"
     if GGUF_TYPE.fullmatch(name):
-        return (
-            f"{name!r} is a type of llama.cpp, not a recipe: near in size are the presets four (4.25 bits) and trit-2 "
-            f"(3.45); {LIST}"
-        )
+        return f"{name!r} is a type of llama.cpp, not a recipe: near in size are the presets four and trit-2; {LIST}"
     return f"there is no recipe called {name!r}{nearest(name, known)}; {LIST}"
 
 

@@ -24,6 +24,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors
+from featherweight.system.units import size_text
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.device_memory import gathering_share
@@ -143,7 +144,7 @@ def _check_disk(out: Path, nbytes: int) -> None:
         free = shutil.disk_usage(place).free
     if free < 2 * nbytes:
         raise OutputError(
-            f"the disk of {place} has {free / 1e6:,.0f} MB free, the statistics need {2 * nbytes / 1e6:,.0f} MB while "
+            f"the disk of {place} has {size_text(free)} free, the statistics need {size_text(2 * nbytes)} while "
             f"they are written, half of it in the end: free some space, choose another --out, or gather fewer --needs"
         )
 

@@ -182,10 +182,18 @@ class _Asked:
 
 
 def _asked(
-    text: str | Path | None, conversations: str | Path | None, protocol: str, context: int | None, dtype: str,
-    *rest: Any,
-) -> _Asked:  # fmt: skip
-    limit, progress, trust_remote_code, device, against = rest
+    text: str | Path | None,
+    conversations: str | Path | None,
+    protocol: str,
+    context: int | None,
+    dtype: str,
+    limit: int | None,
+    progress: Progress | None,
+    trust_remote_code: bool,
+    device: str | torch.device,
+    against: ModelLike | None,
+) -> _Asked:
+    """The arguments of `evaluate`; EvaluationError for those that are wrong or do not go together."""
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     runs_on = device_named(device)

@@ -102,17 +102,18 @@ def quality_columns(page: Page) -> list[Column]:
 def cost_columns() -> list[Column]:
     """What the compression took, and how fast the result is."""
 
-    def seconds(variant: Variant) -> float | None:
-        own = variant.number("record", "seconds")
-        return variant.number("compression", "seconds") if own is None else own
+    def recorded(name: str) -> Callable[[Variant], float | None]:
+        """What the run's own record says, else what was handed over with the result."""
+
+        def value(variant: Variant) -> float | None:
+            own = variant.number("record", name)
+            return variant.number("compression", name) if own is None else own
+
+        return value
 
     def went_on(variant: Variant) -> str:
         found = variant.number("record", "resumed")
         return f"the last part; {found:.0f} layers were found finished" if found else ""
-
-    def peak(variant: Variant) -> float | None:
-        own = variant.number("record", "peak_memory_bytes")
-        return variant.number("compression", "peak_memory_bytes") if own is None else own
 
     def before(variant: Variant) -> str:
         found = variant.number("record", "resident_at_start_bytes")
@@ -126,8 +127,8 @@ def cost_columns() -> list[Column]:
 
     absent = "not recorded"
     return [
-        Column("Time, s", seconds, _plain(1), min, went_on, absent),
-        Column("Peak memory", peak, bytes_text, min, before, absent),
+        Column("Time, s", recorded("seconds"), _plain(1), min, went_on, absent),
+        Column("Peak memory", recorded("peak_memory_bytes"), bytes_text, min, before, absent),
         Column(
             "Writes, tokens/s", lambda v: v.number("speed", "decode_tokens_per_second"), _plain(1), max, after,
             "not measured",
