@@ -32,6 +32,7 @@ FLOORS = (
     "methods.budget",
     "methods.recipe",
     "integrations",
+    "interop",
     "tasks.converse",
     "tasks.compress",
     "tasks.evaluate",

@@ -1,4 +1,4 @@
-"""Names to classes, for codes, statistics and every axis of the recipe space.
+"""Names to classes, for codes, statistics, every axis of the recipe space, and other tools' formats.
 
 A choice on an axis is one file in the axis's package, whose class carries `@register(axis, name)`. The packages are
 scanned on first use, so adding a choice touches no list anywhere. Then the plug-ins are imported that other
@@ -34,6 +34,9 @@ PACKAGES = {
     "correction": "featherweight.methods.quantize.corrections",
     "allocation": "featherweight.methods.budget",
     "statistic": "featherweight.methods.calibrate.statistics",
+    "importer": "featherweight.interop.importers",
+    "exporter": "featherweight.interop.exporters",
+    "target": "featherweight.interop.targets",
 }
 
 _lock = threading.Lock()

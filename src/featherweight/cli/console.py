@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import FeatherError
+from featherweight.events import watch_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ manner = Manner()
 def begin() -> None:
     """A command begins: nobody has asked for anything yet."""
     manner.quiet = manner.json_alone = False
+    watch_steps(steps)
 
 
 def be_quiet(value: bool) -> bool:

@@ -1,17 +1,23 @@
 """What the name of a model means, the same for every command and for Python.
 
 A folder, one .safetensors file with its config.json beside it, or a hub id (owner/name, or a bare name such as gpt2);
-`~` is the home folder. What is none of these gets a sentence of its own: a pickle, a GGUF file, an adapter, a diffusers
-pipeline, a Git LFS pointer, a path that does not exist.
+`~` is the home folder. A file or folder of another tool that an importer knows (axis `importer` of the registry) means
+the folder that it becomes in the cache. What is none of these gets a sentence of its own: a pickle, an adapter, a
+diffusers pipeline, a Git LFS pointer, a path that does not exist.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from featherweight.errors import CheckpointError
+from featherweight.registry import registered
+from featherweight.storage.checkpoint.format import METHOD
+from featherweight.system.files import read_object
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -34,10 +40,12 @@ TOKENIZER_NAMES = (
 class Place:
     """folder : has config.json and the weights
     file : the one weight file that was named instead of its folder, or None
+    read_from : the file or folder of another tool that `folder` was made from, or None
     """
 
     folder: Path
     file: Path | None = None
+    read_from: Path | None = None
 
     @property
     def model(self) -> Path:
@@ -58,11 +66,34 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
     if not exists:
         path = _from_hub(model, path, revision, token)
     elif not is_folder:
+        found = _imported(path, {})
+        if found is not None:
+            return found
         _check_file(path)
         _check_folder(path.parent)
         return Place(path.parent, path)
+    found = _imported(path, read_object(path / "config.json"))
+    if found is not None:
+        return found
     _check_folder(path)
     return Place(path)
+
+
+def _imported(path: Path, config: dict[str, Any]) -> Place | None:
+    """The place of a model that an importer knows, read into the cache unless it is there; else None."""
+    if path.suffix == ".safetensors" or (path.is_dir() and _is_own(config)):
+        return None
+    importer = next((cls for cls in registered("importer").values() if cls.recognises(path, config)), None)  # type: ignore[attr-defined]
+    if importer is None:
+        return None
+    cached = import_module("featherweight.interop.cache").cached  # a room above: by its name, as importers are
+    return Place(cached(importer, path), read_from=path)
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    """A folder of ours, or a plain one: the usual case, for which no importer needs to be asked."""
+    method = config.get("quantization_config") or config.get("compression_config")
+    return bool(config) and (not method or (isinstance(method, dict) and method.get("quant_method") == METHOD))
 
 
 def local_path(model: str | Path) -> Path:

@@ -117,7 +117,10 @@ def evaluate(
     >>> print(result.perplexity, result.divergence.mean, result.size.linear_bits)
     """
     progress = progress or _notebook_progress()
-    asked = _asked(text, conversations, protocol, context, dtype, limit, progress, trust_remote_code, device, against)
+    asked = _asked(
+        text, conversations, protocol, context, dtype=dtype, limit=limit, progress=progress,
+        trust_remote_code=trust_remote_code, device=device, against=against,
+    )  # fmt: skip
     with _threads(threads), contextlib.ExitStack() as stack:
         reset_peak_memory()
         begun = time.perf_counter()
@@ -146,7 +149,10 @@ def evaluate_each(
     the others is in memory at a time. `progress` counts the windows of all models; parameters, results and errors are
     those of `evaluate`.
     """
-    asked = _asked(text, conversations, protocol, context, dtype, limit, None, trust_remote_code, device, against)
+    asked = _asked(
+        text, conversations, protocol, context, dtype=dtype, limit=limit, progress=None,
+        trust_remote_code=trust_remote_code, device=device, against=against,
+    )  # fmt: skip
     with _threads(threads), contextlib.ExitStack() as stack:
         original = None if against is None else _Original.open(against, asked, stack, keep=len(models) > 1)
         for number, model in enumerate(models):
@@ -186,12 +192,13 @@ def _asked(
     conversations: str | Path | None,
     protocol: str,
     context: int | None,
-    dtype: str,
-    limit: int | None,
-    progress: Progress | None,
-    trust_remote_code: bool,
-    device: str | torch.device,
-    against: ModelLike | None,
+    *,
+    dtype: str = "auto",
+    limit: int | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "auto",
+    against: ModelLike | None = None,
 ) -> _Asked:
     """The arguments of `evaluate`; EvaluationError for those that are wrong or do not go together."""
     if dtype not in DTYPES:

@@ -1,0 +1,1 @@
+"""One file for each format that is read, whose class carries `@register("importer", NAME)`."""
