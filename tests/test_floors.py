@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,12 @@ FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 WINGS = {name.rpartition(".")[0] for name in FLOORS} | {"", "recipes", "assets"}
 
 
+@functools.cache
+def nodes_of(name: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module's tree."""
+    return tuple(ast.walk(ast.parse(FILES[name].read_text("utf-8"))))
+
+
 def floor_of(name: str) -> int:
     found = [i for i, floor in enumerate(FLOORS) if name == floor or name.startswith(f"{floor}.")]
     assert found, f"{name} is in no room: give it a floor here and in docs/architecture.md"
@@ -67,7 +74,7 @@ def floor_of(name: str) -> int:
 
 def imports_of(name: str) -> Iterator[tuple[str, int]]:
     """Modules of the package that a module imports anywhere, in functions and for types too; and the lines."""
-    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+    for node in nodes_of(name):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}, line {node.lineno}: imports are written with full names"
             module = node.module or ""
@@ -115,7 +122,7 @@ def test_there_is_no_circle() -> None:
 def test_files_and_functions_can_be_read(name: str) -> None:
     text = FILES[name].read_text("utf-8")
     assert text.count("\n") <= MOST_LINES_OF_A_FILE, f"{FILES[name].name} is longer than {MOST_LINES_OF_A_FILE} lines"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(name):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
             first = node.body[0]
             told = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(node) is not None else 0
@@ -125,7 +132,7 @@ def test_files_and_functions_can_be_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != COMMANDS])
 def test_what_has_many_settings_gets_them_together(name: str) -> None:
-    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
+    for node in nodes_of(name):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
             given = [*node.args.posonlyargs, *node.args.args]
             needed = [
