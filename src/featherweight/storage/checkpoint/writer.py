@@ -59,10 +59,8 @@ def write_safetensors(
     need) and the same content always gives the same bytes. The hashes are in the header, which therefore is written
     twice: first with blanks, then, when all bytes have passed by, in its final form of the same length.
     """
-    about = {**({VERSION_KEY: str(FORMAT_VERSION)} if coded else {}), **metadata}
-    ordered = sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
-    hashes = {blob.name: "0" * 64 for blob in ordered}
-    header = _header(ordered, hashes, about)
+    ordered, about, header = _prepared(blobs, metadata, coded)
+    hashes = {blob.name: "" for blob in ordered}
     with replacing(path, sync) as stream:
         stream.write(header)
         for blob in ordered:
@@ -79,6 +77,18 @@ def write_safetensors(
         stream.seek(0)
         stream.write(final)
     return hashes
+
+
+def header_bytes(blobs: list[Blob], metadata: dict[str, str], coded: bool = True) -> int:
+    """Bytes of a file before its first tensor; the file takes these and the tensors' and no others."""
+    return len(_prepared(blobs, metadata, coded)[2])
+
+
+def _prepared(blobs: list[Blob], metadata: dict[str, str], coded: bool) -> tuple[list[Blob], dict[str, str], bytes]:
+    """The tensors in their order, what the header says beside them, and the header with blank hashes."""
+    about = {**({VERSION_KEY: str(FORMAT_VERSION)} if coded else {}), **metadata}
+    ordered = sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
+    return ordered, about, _header(ordered, {blob.name: "0" * 64 for blob in ordered}, about)
 
 
 def _item_bytes(blob: Blob) -> int:

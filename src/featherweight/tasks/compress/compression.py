@@ -150,7 +150,7 @@ def compress(
     threads = share_of(threads, workers)
     with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
         checkpoint.trust_remote_code = trust_remote_code
-        _check_out(out, checkpoint, model, base_model)
+        check_place(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on, out=out)
         identity = {
@@ -334,7 +334,8 @@ def _absolute(out: str | Path) -> Path:
         raise OutputError(f"--out {out} is not a usable path: {error}") from None
 
 
-def _check_out(out: Path, checkpoint: Checkpoint, model: str | Path, base_model: str | Path | None) -> None:
+def check_place(out: Path, checkpoint: Checkpoint, model: str | Path, base_model: str | Path | None = None) -> None:
+    """OutputError where an output would stand in the way of what is read, or of the user."""
     run = RunFolder(out).path
     with disk_errors(out):
         target, here = out.resolve(), Path.cwd().resolve()

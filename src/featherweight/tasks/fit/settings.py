@@ -1,0 +1,47 @@
+"""What a fit chooses among, and how much it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from featherweight.tasks.fit.choosing import Pool
+from featherweight.tasks.fit.ways import Way, own_ways, ways_named
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is chosen among, and how.
+
+    ways : names of choices for the layers of the blocks (`feather fit --help`); default: planes and bits
+    data_free : no text: rounding to the nearest, errors of weights
+    alike : queries, keys and values go one way together, as do gates and the layers beside them
+    pools : bytes for layers by their names, in place of one budget
+    refine : rounds in which the true model corrects the choice; 0: what adds up is taken
+    windows, length : of calibration text for statistics and for the result
+    tokens : of calibration text on which divergences are taken
+    corrections : of the whole model, as in a recipe, after the layers: [{"kind": "scale-tuning"}]
+    score : tokens of held-out text on which result and original are compared; 0: not
+    """
+
+    ways: tuple[str, ...] = ()
+    data_free: bool = False
+    alike: bool = False
+    pools: tuple[Pool, ...] = ()
+    refine: int = 2
+    windows: int = 64
+    length: int = 1024
+    tokens: int = 2048
+    corrections: tuple[Mapping[str, Any], ...] = ()
+    score: int = 16384
+    seed: int = 0
+
+    @cached_property
+    def choices(self) -> tuple[Way, ...]:
+        return ways_named(self.ways) if self.ways else own_ways()
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        return {"sequences": self.windows, "length": self.length}

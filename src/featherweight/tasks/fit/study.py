@@ -1,0 +1,222 @@
+"""What is known of one model before its bytes are given out: curves, worths, and the choice for a budget, all kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from featherweight.events import Observer
+from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.storage.checkpoint.anatomy import LinearLayer
+from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.storage.run.store import Store
+from featherweight.system.files import read_object, sha256_of, to_json, write_text
+from featherweight.system.memory import available_bytes
+from featherweight.tasks.compress.gather import gather_statistics
+from featherweight.tasks.compress.plan import Plan
+from featherweight.tasks.fit.choosing import Problem, check_budget, groups_of
+from featherweight.tasks.fit.curves import Curves, Measured
+from featherweight.tasks.fit.refining import Assembled, Refined, refine
+from featherweight.tasks.fit.sensitivity import Network, network_of
+from featherweight.tasks.fit.settings import FitSettings
+from featherweight.tasks.fit.sizes import file_bytes
+from featherweight.tasks.fit.ways import Chosen, Way, end_ways
+
+NEEDS = ("gram", "held_out_gram")
+TYPICAL_ERROR = 0.02
+"""Worths are taken with the way whose error is nearest to this: small enough to be quadratic, large enough to stand
+out."""
+LEAST_WORTH = 0.05
+"""Of the median of its role: a layer on which nothing seems to hang may only seem so on this text."""
+WHOLE_SHARE = 2
+"""A model is loaded whole if so many times what it takes is free."""
+
+
+@dataclass
+class Study:
+    """One model, opened.
+
+    windows : of calibration text, token ids int64 [n, T]; None without data
+    folder : what is measured is kept there
+    """
+
+    model: str | Path
+    checkpoint: Checkpoint
+    plan: Plan
+    settings: FitSettings
+    windows: Tensor | None
+    calibration: Any
+    folder: Path
+    notify: Observer
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.folder / "measured")
+        self.store.folder.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []
+        self._specs: dict[str, dict[str, Any]] = {}
+        self.layers: list[LinearLayer] = [job.layer for job in self.plan.jobs]
+        self._outside = {layer.name for layer in self.plan.anatomy.outside}
+        self.curves = Curves(self.plan, self.checkpoint, self.store, self._statistics(), self.settings.seed)
+
+    # Measuring ------------------------------------------------------------------------------------------------------
+
+    def ways(self, layer: LinearLayer) -> tuple[Way, ...]:
+        """What a layer may become."""
+        return end_ways() if layer.name in self._outside else self.settings.choices
+
+    def _statistics(self) -> Path | None:
+        if self.windows is None:
+            return None
+        path = self.folder / "statistics.safetensors"
+        if not path.exists():
+            self.notify({"event": "note", "text": "gathering second moments of all layers' inputs"})
+            gather_statistics(
+                self.model, path, self.calibration, NEEDS, self.settings.calibration,
+                trust_remote_code=self.checkpoint.trust_remote_code, notify=self.notify,
+            )  # fmt: skip
+        return path
+
+    def measured(self) -> Problem:
+        """What each way costs in each layer, and the worth of every layer; both from what is kept, where it is."""
+        self.curves.measure(self.ways, self._telling("measuring choices"))
+        with self.network() as network:
+            worth = self._worths(network)
+        return Problem(self.curves.measured, worth, groups_of(self.layers, self.settings.alike))
+
+    @contextlib.contextmanager
+    def network(self) -> Iterator[Network | None]:
+        """The original in memory; None where there is no text, not the memory, or it predicts no tokens."""
+        needed = WHOLE_SHARE * 4 * self.plan.parameters
+        free = available_bytes()
+        if self.windows is None:
+            yield None
+        elif free and needed > free:
+            self._note("the model does not fit into memory whole: layers count by their weights, and nothing is tried")
+            yield None
+        else:
+            count = max(1, self.settings.tokens // self.windows.shape[1])
+            length = min(self.windows.shape[1], self.settings.tokens)
+            windows = self.windows[-count:, :length]  # the last ones are held out from the statistics
+            settings = CalibrationSettings(**self.settings.calibration)
+            outside = [layer.name for layer in self.layers if layer.name in self._outside]
+            with network_of(self.checkpoint, self.plan.anatomy, windows, settings, outside) as found:
+                if not found.whole.predicts:
+                    self._note("the model predicts no tokens: layers count by their weights")
+                yield found if found.whole.predicts else None
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self.notify({"event": "note", "text": text})
+
+    def _worths(self, network: Network | None) -> dict[str, float]:
+        if network is None:
+            weights = sum(layer.parameters for layer in self.layers)
+            return {layer.name: layer.parameters / weights for layer in self.layers}
+        told, found = self._telling("measuring what hangs on each layer"), dict[str, float]()
+        for number, layer in enumerate(self.layers):
+            told(number, len(self.layers))
+            one = min(self.curves.measured[layer.name], key=lambda m: abs(m.error - TYPICAL_ERROR))
+            key = f"worth-{one.key}-{network.tokens}"
+            record = self.store.record(key)
+            if record is None:
+                divergence = network.divergence({layer.name: self.curves.code(one).decode()})
+                record = {"divergence": divergence, "error": self.store.load(one.key)[0]["error"]}
+                self.store.keep(key, {}, record)
+            found[layer.name] = record["divergence"] / record["error"] if record["error"] > 0 else 0.0
+        told(len(self.layers), len(self.layers))
+        roles: dict[str, list[float]] = {}
+        for layer in self.layers:
+            roles.setdefault(layer.role, []).append(found[layer.name])
+        return {x.name: max(found[x.name], LEAST_WORTH * median(roles[x.role])) for x in self.layers}
+
+    # Sizes ----------------------------------------------------------------------------------------------------------
+
+    def file_bytes(self, problem: Problem, chosen: Mapping[str, int]) -> int:
+        """Of the weight files of a choice."""
+        specs = {name: self._spec(problem.measured[name][place].key) for name, place in chosen.items()}
+        return file_bytes(self.plan, self.checkpoint, specs)
+
+    def _spec(self, key: str) -> dict[str, Any]:
+        if key not in self._specs:
+            self._specs[key] = self.store.load(key)[0]["spec"]
+        return self._specs[key]
+
+    def code_budget(self, problem: Problem, budget: int) -> int:
+        """Bytes that codes may take for files of `budget` bytes. FeatherError where that cannot be."""
+        least = {name: _smallest(ways) for name, ways in problem.measured.items()}
+        smallest = self.file_bytes(problem, least)
+        source = sum(file.size for file in self.checkpoint.files)
+        check_budget(budget, smallest, source, "the budget")
+        return budget - (smallest - problem.nbytes(least))
+
+    # Choosing -------------------------------------------------------------------------------------------------------
+
+    def choose(self, problem: Problem, budget: int | None, less: int = 0) -> tuple[dict[str, int], Refined | None]:
+        """The way of every layer for files of at most `budget` bytes, `less` of them left free; kept, so that the same
+        question has the same answer."""
+        path = self.folder / f"choice-{self._digest(problem, budget, less)}.json"
+        kept = read_object(path)
+        if kept.get("chosen"):
+            refined = Refined(**kept["refined"]) if kept.get("refined") else None
+            return kept["chosen"], refined
+        pools = self.settings.pools
+        room = 0 if budget is None else self.code_budget(problem, budget - less)
+        while True:
+            chosen, refined = self._chosen(problem, room)
+            over = 0 if budget is None else self.file_bytes(problem, chosen) - (budget - less)
+            if over <= 0 or pools:
+                break
+            room -= over
+        write_text(path, to_json({"chosen": chosen, "refined": None if refined is None else vars(refined)}))
+        return chosen, refined
+
+    def _chosen(self, problem: Problem, room: int) -> tuple[dict[str, int], Refined | None]:
+        first = problem.solved(room, self.settings.pools)  # says what is wrong before anything is loaded
+        if not self.settings.refine:
+            return first, None
+        with self.network() as network:
+            if network is None:
+                return first, None
+            refined = refine(
+                problem, self.layers, Assembled(network, self.curves), room, pools=self.settings.pools,
+                rounds=self.settings.refine, told=self._telling("trying choices on the whole model"),
+            )  # fmt: skip
+        return refined.chosen, refined
+
+    def _digest(self, problem: Problem, budget: int | None, less: int) -> str:
+        ways = {name: [(m.way.name, m.nbytes, m.error) for m in found] for name, found in problem.measured.items()}
+        pools = [vars(pool) for pool in self.settings.pools]
+        tried = [self.settings.refine, self.settings.tokens]
+        about: list[Any] = [budget, less, ways, dict(problem.worth), problem.groups, tried, pools]
+        return sha256_of(json.dumps(about, sort_keys=True))[:24]
+
+    def ways_of(self, problem: Problem, chosen: Mapping[str, int]) -> Chosen:
+        """The choice as ways, for a recipe. FeatherError never: every layer has one."""
+        layers, ends = {}, {}
+        anatomy = self.plan.anatomy
+        for name, place in chosen.items():
+            way = problem.measured[name][place].way
+            if name not in self._outside:
+                layers[name] = way
+            elif anatomy.embedding is not None and name == anatomy.embedding.name:
+                ends["embedding"] = way
+                if anatomy.tied_head is not None:
+                    ends["head"] = way
+            else:
+                ends["head"] = way
+        return Chosen(layers, ends)
+
+    def _telling(self, what: str) -> Any:
+        return lambda done, total: self.notify({"event": "step", "what": what, "step": done, "of": total})
+
+
+def _smallest(ways: Sequence[Measured]) -> int:
+    return min(range(len(ways)), key=lambda place: ways[place].nbytes)
