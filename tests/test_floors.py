@@ -39,6 +39,7 @@ FLOORS = (
     "tasks.evaluate",
     "tasks.analyse",
     "tasks.report",
+    "tasks.fit",
     "cli",
     "__main__",
 )
@@ -46,7 +47,7 @@ FLOORS = (
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 450, 80
 MOST_PARAMETERS = 6
 """Beside options, which have a default and are given by name, and `self`."""
-COMMANDS = "cli.main"
+COMMANDS = ("cli.main", "cli.more")
 """Its functions have a parameter for each option of a command."""
 
 
@@ -130,7 +131,7 @@ def test_files_and_functions_can_be_read(name: str) -> None:
             assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} in {FILES[name].name} has {lines} lines"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != COMMANDS])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in COMMANDS])
 def test_what_has_many_settings_gets_them_together(name: str) -> None:
     for node in nodes_of(name):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):

@@ -3,7 +3,7 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`, `report`; `Recipe`; the errors.
+What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `report`; `Recipe`; the errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.memory import quantize
     from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.fit.fitting import fit
+    from featherweight.tasks.fit.result import Fit
+    from featherweight.tasks.fit.settings import FitSettings
     from featherweight.tasks.report.written import report
 
 __all__ = [
@@ -42,6 +45,8 @@ __all__ = [
     "EvaluationError",
     "FeatherError",
     "FeatherWarning",
+    "Fit",
+    "FitSettings",
     "NonFiniteError",
     "OutputError",
     "Recipe",
@@ -49,6 +54,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "fit",
     "load",
     "load_recipe",
     "quantize",
@@ -58,6 +64,9 @@ __all__ = [
 LATER = {
     "compress": "featherweight.tasks.compress.compression",
     "evaluate": "featherweight.tasks.evaluate.evaluation",
+    "fit": "featherweight.tasks.fit.fitting",
+    "Fit": "featherweight.tasks.fit.result",
+    "FitSettings": "featherweight.tasks.fit.settings",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
     "report": "featherweight.tasks.report.written",

@@ -108,7 +108,9 @@ def test_the_front_falls_and_its_ends_are_the_smallest_and_the_dearest() -> None
 
 def test_what_cannot_be_met_is_said_with_the_least_that_can() -> None:
     items = [[Option(3_000_000, 1.0)], [Option(2_000_000, 1.0), Option(4_000_000, 0.1)]]
-    with pytest.raises(FeatherError, match=r"the budget is 4 MB, and with the smallest choice everywhere it takes 5 MB"):
+    with pytest.raises(
+        FeatherError, match=r"the budget is 4 MB, and with the smallest choice everywhere it takes 5 MB"
+    ):
         solve(items, 4_000_000)
 
 

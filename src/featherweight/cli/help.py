@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "calibrate", "converse"),
+    "Compress": ("compress", "fit", "calibrate", "converse"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
 }
@@ -25,10 +25,11 @@ GROUPS = {
         "--protocol",
         "--context",
         "--limit",
+        "--windows",
         "--tokens",
         "--repeats",
     ),
-    "Goal": ("--ram", "--size", "--quality", "--data-free"),
+    "Goal": ("--ram", "--size", "--bits", "--budget", "--quality", "--data-free", "--choices", "--alike", "--rounds"),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
     "Sampling": ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"),
     "Conversations": ("--count", "--turns"),
@@ -54,6 +55,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("feather compress MODEL --recipe rtn-4 --out small", "seconds, without data"),
         ("feather compress MODEL --recipe trit-2 --out small --calibration texts.jsonl", "with text of your own"),
         ("feather compress MODEL --recipe gptq --set grid.bits=3 embedding=6bit --out small", "a recipe, changed"),
+    ),
+    "fit": (
+        ("feather fit MODEL --size 60MB --out small", "the best file of at most this size"),
+        ("feather fit MODEL --bits 3 --out small --html front.html", "with a page about what other sizes would give"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from featherweight.cli import more  # noqa: F401  # adds its commands
+from featherweight.cli.app import app
 from featherweight.cli.entry import run, run_process
-from featherweight.cli.help import Command, Group
+from featherweight.cli.help import Command
 from featherweight.cli.options import (
     Calibration,
     Changes,
@@ -29,29 +31,6 @@ from featherweight.cli.options import (
     preset_names,
 )
 from featherweight.cli.sampling import MinP, RepetitionPenalty, SamplingSeed, Temperature, TopK, TopP
-
-app = typer.Typer(
-    name="feather",
-    cls=Group,
-    help=(
-        "Make the weights of language models small, measure what it costs, and run the result.\n\n"
-        "FEATHERWEIGHT_THREADS in the environment sets the number of threads, as --threads does for one command. "
-        "Ctrl-C ends every command, with exit code 130."
-    ),
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        from featherweight.version import __version__
-
-        print(f"featherweight {__version__}")
-        raise typer.Exit
 
 
 @app.command(cls=Command)

@@ -154,20 +154,20 @@ def _offer(name: str, plan: Plan, run_bytes: int, timed: bool) -> Offer:
     )
 
 
-def run_memory(config: Mapping[str, Any], weights: int) -> int:
+def run_memory(config: Mapping[str, Any], weights: int, context: int = CONTEXT) -> int:
     """Bytes of a process that writes text with a model: weights, keys and values in 16 bits, and what Python takes."""
-    return weights + _cache_bytes(config) + resident_bytes()
+    return weights + _cache_bytes(config, context) + resident_bytes()
 
 
-def _cache_bytes(config: Mapping[str, Any]) -> int:
-    """Of keys and values of CONTEXT tokens; 0 where the configuration does not say what they are."""
+def _cache_bytes(config: Mapping[str, Any], context: int) -> int:
+    """Of keys and values of so many tokens; 0 where the configuration does not say what they are."""
 
     def number(*names: str) -> int:
         return next((value for name in names if isinstance(value := config.get(name), int)), 0)
 
     heads = number("num_attention_heads", "n_head")
     width = number("head_dim") or number("hidden_size", "n_embd") // max(1, heads)
-    tokens = min(CONTEXT, number("max_position_embeddings", "n_positions") or CONTEXT)
+    tokens = min(context, number("max_position_embeddings", "n_positions") or context)
     return 2 * 2 * number("num_hidden_layers", "n_layer") * (number("num_key_value_heads") or heads) * width * tokens
 
 

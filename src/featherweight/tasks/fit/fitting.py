@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.errors import FeatherError
+from featherweight.errors import FeatherError, OutputError
 from featherweight.events import Observer, silent
 from featherweight.methods.recipe import Recipe, recipe_from
 from featherweight.model.text.windows import windows_digest
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
-from featherweight.system.files import sha256_of, to_json, write_text
+from featherweight.storage.run.ownership import first_foreign
+from featherweight.storage.run.publishing import occupants
+from featherweight.system.files import disk_errors, sha256_of, to_json, write_text
 from featherweight.system.locks import FileLock
 from featherweight.system.places import cache_folder
 from featherweight.system.threads import use_threads
 from featherweight.system.units import size_text
 from featherweight.tasks.compress.account import accounted_anatomy
+from featherweight.tasks.compress.assemble import read_manifest
 from featherweight.tasks.compress.compression import check_place, compress
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.plan import make_plan
@@ -34,7 +37,7 @@ from featherweight.tasks.fit.refining import Refined
 from featherweight.tasks.fit.result import Fit, FrontPoint, LayerChoice
 from featherweight.tasks.fit.settings import FitSettings
 from featherweight.tasks.fit.study import Study
-from featherweight.tasks.fit.ways import Chosen, end_ways, recipe_of
+from featherweight.tasks.fit.ways import NAME, Chosen, end_ways, recipe_of
 
 ATTEMPTS = 4
 """Times that a result larger than foreseen is made anew with as much less."""
@@ -98,6 +101,7 @@ def fit(
     with Checkpoint.open(model) as checkpoint, use_threads(threads):
         checkpoint.trust_remote_code = trust_remote_code
         check_place(out, checkpoint, model)
+        _check_held(out, checkpoint, overwrite)
         base = _base(checkpoint, settings)
         plan = make_plan(checkpoint, base)
         windows = None if settings.data_free else _windows(checkpoint, base, calibration, out, observer)
@@ -119,6 +123,24 @@ def fit(
     return result
 
 
+def _check_held(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """OutputError now, and not after all the measuring, for what `compress` would not replace."""
+    with disk_errors(out):
+        held = occupants(out)
+    foreign = first_foreign(out, held, [path.name for path in checkpoint.other_files()]) if held else None
+    if foreign is not None:
+        raise OutputError(
+            f"--out {out} is not empty and holds {foreign.name}, which featherweight did not write and never replaces; "
+            "choose another folder"
+        )
+    made = (read_manifest(out) or {}).get("recipe", {}).get("name") if held else NAME
+    if made != NAME and not overwrite:
+        raise OutputError(
+            f"--out {out} exists already and is the output of another command; choose another folder or replace it "
+            "with --overwrite"
+        )
+
+
 def _base(checkpoint: Checkpoint, settings: FitSettings) -> Recipe:
     """A recipe that treats whatever a fit chooses for: all layers, and the ends where the model has them apart."""
     anatomy, _, _ = accounted_anatomy(checkpoint)
@@ -129,7 +151,7 @@ def _base(checkpoint: Checkpoint, settings: FitSettings) -> Recipe:
     if anatomy.head is not None or (anatomy.tied_head is not None and ends):
         ends["head"] = way
     chosen = Chosen(layers, ends)
-    return recipe_from(recipe_of(chosen, settings.calibration, data=not settings.data_free), "fit")
+    return recipe_from(recipe_of(chosen, settings.calibration, data=not settings.data_free), NAME)
 
 
 def _windows(checkpoint: Checkpoint, base: Recipe, calibration: Any, out: Path, notify: Observer) -> Tensor:
@@ -189,20 +211,18 @@ def _result(
     study: Study, problem: Problem, made: _Made, budget: int | None, scores: Evaluation | None, seconds: float
 ) -> Fit:
     divergence = None if scores is None or scores.divergence is None else scores.divergence.mean
-    layers = tuple(
-        LayerChoice(
-            layer.name, layer.role, layer.block, one.way.name, one.nbytes, problem.worth[layer.name] * one.error
-        )
-        for layer in study.layers
-        for one in [problem.measured[layer.name][made.chosen[layer.name]]]
-    )
+    layers = []
+    for layer in study.layers:
+        one = problem.measured[layer.name][made.chosen[layer.name]]
+        bits, cost = 8 * one.nbytes / layer.parameters, problem.worth[layer.name] * one.error
+        layers.append(LayerChoice(layer.name, layer.role, layer.block, one.way.name, one.nbytes, bits, cost))
     refined = made.refined
     return Fit(
         out=made.out,
         bytes=made.nbytes,
         budget=budget,
         parameters=study.plan.parameters,
-        layers=layers,
+        layers=tuple(layers),
         front=_front(study, problem, made, scores),
         recipe=made.recipe,
         kl=divergence,

@@ -12,13 +12,14 @@ from featherweight.system.units import size_text
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer: the name of its way, bytes stored, and the divergence that its error was taken to be worth."""
+    """One layer: its way's name, bytes stored, bits a weight, and the divergence its error was taken to be worth."""
 
     name: str
     role: str
     block: int | None
     choice: str
     bytes: int
+    bits: float
     cost: float
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -214,8 +215,20 @@ class Study:
                 ends["head"] = way
         return Chosen(layers, ends)
 
-    def _telling(self, what: str) -> Any:
-        return lambda done, total: self.notify({"event": "step", "what": what, "step": done, "of": total})
+    def _telling(self, what: str) -> Callable[[int, int], None]:
+        """Tells of steps, with the time that is left if the others take as long."""
+        begun: list[tuple[float, int]] = []
+
+        def told(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not begun:
+                begun.append((now, done))
+            (start, first), left = begun[0], None
+            if done > first and now - start > 1:
+                left = (now - start) / (done - first) * (total - done)
+            self.notify({"event": what, "step": done, "of": total, "seconds_left": left})
+
+        return told
 
 
 def _smallest(ways: Sequence[Measured]) -> int:

@@ -21,7 +21,8 @@ PLANES = {"kind": "trit-planes", "group_size": 32, "scale_dtype": "log8", "fitti
 TIED = {**PLANES, "tied": True}
 DESCENT = {"kind": "trit-descent", "alpha": 1.0, "damping": 0.1, "descent_damping": 0.05}
 SWEEP = {"kind": "hessian", "alpha": 1.0, "damping": 0.1}
-ENDS = "embedding and output layer"
+NAME = "fit"
+"""Of the recipe that a fit makes."""
 
 
 def _uniform(bits: int, group: int = 128) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def recipe_of(
         counts[way.name] = counts.get(way.name, 0) + 1
     usual = max(counts, key=lambda name: (counts[name], name))
     own = next(way for way in chosen.layers.values() if way.name == usual)
-    recipe: dict[str, Any] = {"name": "fit", **own.treatment(data=data).settings()}
+    recipe: dict[str, Any] = {"name": NAME, **own.treatment(data=data).settings()}
     recipe["title"] = "A way for every layer, chosen by `feather fit`"
     recipe["corrections"] = [*recipe["corrections"], *corrections]
     overrides = []

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-# Colours that stand for variables of the style sheet; `_svg` puts the variables in.
+# Colours that stand for variables of the style sheet; `svg_of` puts the variables in.
 INK, MUTED, GRID, SURFACE, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 SERIES = tuple(f"#0101{n:02x}" for n in range(16, 22))
 VARIABLES = {
@@ -79,7 +79,7 @@ class Tradeoff(NamedTuple):
 def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, height: int = 470) -> Tradeoff:
     """Perplexity against bits per weight; the original as a line, the best variants for their size joined."""
     with rc_context(STYLE):
-        figure, axes = _figure(width, height, left=78, right=62, bottom=50, top=16)
+        figure, axes = figure_of(width, height, left=78, right=62, bottom=50, top=16)
         _scale_bits(axes, [p.bits for p in points])
         _scale_perplexity(axes, [p.perplexity for p in points], original)
         axes.set_xlabel("bits per weight, linear layers")
@@ -92,7 +92,7 @@ def tradeoff(points: Sequence[Point], original: float | None, width: int = 960, 
             axes.plot([p.bits], [p.perplexity], marker, color=colour, mec=SURFACE, mew=1.4, ms=10.5, zorder=4)
         taken = _mark_original(axes, original) if original else []
         unnamed = _label(axes, points, taken)
-        return Tradeoff(_svg(figure), unnamed)
+        return Tradeoff(svg_of(figure), unnamed)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -312,7 +312,7 @@ def error_map(grid: ErrorGrid, limits: tuple[float, float], width: int = 330) ->
     rows, columns = grid.errors.shape
     margin = 8 + 6.6 * max(len(role) for role in grid.roles)
     with rc_context(STYLE):
-        figure, axes = _figure(width, 42 + 17 * rows, left=margin, right=4, bottom=36, top=2)
+        figure, axes = figure_of(width, 42 + 17 * rows, left=margin, right=4, bottom=36, top=2)
         values = np.ma.masked_where(~(grid.errors > 0), grid.errors)  # no layer, or stored exactly: left blank
         axes.pcolormesh(values, cmap=ERROR_MAP, norm=LogNorm(*limits), edgecolor="none", linewidth=0)
         axes.set_yticks(np.arange(rows) + 0.5, grid.roles, size=11)
@@ -323,7 +323,7 @@ def error_map(grid: ErrorGrid, limits: tuple[float, float], width: int = 330) ->
         axes.tick_params(length=0)
         for side in axes.spines.values():
             side.set_visible(False)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def histogram(data: Mapping[str, Any], series: int = 0, width: int = 330, height: int = 148) -> str:
@@ -331,7 +331,7 @@ def histogram(data: Mapping[str, Any], series: int = 0, width: int = 330, height
     edges, counts = np.asarray(data["edges"], float), np.asarray(data["counts"], float)
     density = counts / max(counts.max(initial=0.0), 1.0)
     with rc_context(STYLE):
-        figure, axes = _figure(width, height, left=16, right=16, bottom=22, top=4)
+        figure, axes = figure_of(width, height, left=16, right=16, bottom=22, top=4)
         axes.stairs(density, edges, fill=True, color=GRID, zorder=1)
         axes.stairs(density, edges, color=MUTED, linewidth=0.9, zorder=2, baseline=None)
         levels = data.get("levels") or []
@@ -344,10 +344,10 @@ def histogram(data: Mapping[str, Any], series: int = 0, width: int = 330, height
         axes.xaxis.set_major_locator(MaxNLocator(5, symmetric=True))
         axes.tick_params(labelsize=11, length=3, color=GRID)
         axes.spines["left"].set_visible(False)
-        return _svg(figure)
+        return svg_of(figure)
 
 
-def _figure(width: float, height: float, left: float, right: float, bottom: float, top: float) -> tuple[Figure, Axes]:
+def figure_of(width: float, height: float, left: float, right: float, bottom: float, top: float) -> tuple[Figure, Axes]:
     """A figure measured in pixels, as are its margins."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
     FigureCanvasAgg(figure)
@@ -359,7 +359,7 @@ def _renderer(axes: Axes) -> Any:
     return FigureCanvasAgg(axes.figure).get_renderer()
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     """An <svg> element for use inside HTML."""
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
