@@ -17,11 +17,14 @@ def test_it_compresses_measures_and_reports(
 ) -> None:
     monkeypatch.setattr(demo, "RECIPES", ("rtn-4", "ptqtp"))
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(demo, "FIT_WINDOWS", 4)
     out = tmp_path / "out"
     for _ in range(2):  # again over its own output
         demo.run_demo(out, 2100, None)
     results = json.loads((out / demo.RESULTS).read_text())
-    assert list(results) == ["original", "rtn-4", "ptqtp"]
+    assert list(results) == ["original", "rtn-4", "ptqtp", "fit, 3 MB"]
+    assert results["fit, 3 MB"]["evaluation"]["bytes"] <= demo.FIT_BYTES
+    assert "made" in (out / "fit.html").read_text()
     losses = {name: run["evaluation"]["perplexity"] for name, run in results.items()}
     assert losses["original"] < losses["rtn-4"] < losses["ptqtp"]
     shown = capsys.readouterr().out

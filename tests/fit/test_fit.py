@@ -149,7 +149,9 @@ def test_killed_it_goes_on_to_the_same_bytes(model: Path, text: Path, tmp_path: 
 def test_layers_that_go_together_go_one_way(fit) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
-    found = {layer.name: layer.choice for layer in fit(54_000, settings=replace(QUICK, alike=True)).layers}
+    found = {
+        layer.name: layer.choice for layer in fit(54_000, "alike", settings=replace(QUICK, alike=True, score=0)).layers
+    }
     for block in range(2):
         attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"
         assert len({found[f"{attention}.{x}_proj"] for x in "qkv"}) == 1
@@ -160,7 +162,7 @@ def test_pools_are_kept_each(fit) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
     pools = (Pool("mlp", 12_000), Pool("rest", 30_000))
-    result = fit(None, settings=replace(QUICK, pools=pools))
+    result = fit(None, "pools", settings=replace(QUICK, pools=pools, score=0))
     mlp = sum(layer.bytes for layer in result.layers if ".mlp." in layer.name)
     assert 0.8 * 12_000 < mlp <= 12_000
     assert sum(layer.bytes for layer in result.layers if ".mlp." not in layer.name) <= 30_000
@@ -169,7 +171,7 @@ def test_pools_are_kept_each(fit) -> None:  # type: ignore[no-untyped-def]
 def test_without_text_layers_count_by_their_weights(fit) -> None:  # type: ignore[no-untyped-def]
     from dataclasses import replace
 
-    result = fit(54_000, settings=replace(QUICK, data_free=True, score=0))
+    result = fit(54_000, "data-free", settings=replace(QUICK, data_free=True, score=0))
     assert result.kl is None
     assert result.predicted_kl is None
     assert result.bytes <= 54_000

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from featherweight.cli.console import claim_json, error_console, out_console, quiet_transformers, steps, write_json
+from featherweight.cli.fit import show
 from featherweight.cli.progress import Watcher
 from featherweight.errors import OutputError
 from featherweight.system.places import ASSETS
@@ -31,6 +32,8 @@ SHORTENED: dict[str, tuple[str, ...]] = {
     "trit-2": (*TEXT, f"corrections={tuning(5e-3)}"),
     "trit-1": (*TEXT, f"corrections={tuning(1e-2)}"),
 }
+FIT_BYTES, FIT_WINDOWS = 3_000_000, 16
+"""Of the model that the demo fits, between what trit-1 and trit-2 make; and of the text that it reads for it."""
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
 RESULTS = "demo.json"
@@ -48,6 +51,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     from featherweight.tasks.analyse.levels import pictures_of
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.report.fit_page import write_fit_page
     from featherweight.tasks.report.page import write_report
     from featherweight.tasks.report.variants import Variant
 
@@ -56,7 +60,9 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     original, say = reference_model(), error_console()
     _claim(out)
     variants = []
-    say.print(f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes; output in {out}")
+    say.print(
+        f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes and a fit; output in {out}"
+    )
     with steps("original") as notify:
         measured = evaluate(original, limit=tokens, progress=notify, threads=threads)
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
@@ -82,6 +88,21 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
                 command=_command(original, recipe, changes, folder),
             )
         )
+    found = _fit(original, out / "fit", threads)
+    with steps("fit") as notify:
+        measured = evaluate(found.out, original, limit=tokens, progress=notify, threads=threads)
+    variants.append(
+        Variant(
+            f"fit, {size_text(FIT_BYTES)}",
+            measured.to_json(),
+            {**found.compression.to_json(), "seconds": found.seconds},
+            record=read_record(found.out)["compression"],
+            family="fit",
+            sample=_sample(found.out),
+            histograms=pictures_of(found.out, original, PICTURED),
+            command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --windows {FIT_WINDOWS} --out {found.out}",
+        )
+    )
     results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
     write_json(out / RESULTS, results)
     write_json(json_file, results)
@@ -89,6 +110,23 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
         out / "report.html", variants, model="The bundled reference model", prompt=PROMPT, commands=["feather demo"]
     )
     _show(variants, report)
+    out_console().print()
+    show(found)
+    page = write_fit_page(out / "fit.html", found.to_json(), "The bundled reference model")
+    out_console().print(f"\nwhat other sizes would give: {page}", soft_wrap=True)
+
+
+def _fit(original: Path, out: Path, threads: int | None) -> Any:
+    """The best model of so many bytes, with little text; what is measured stays beside it."""
+    from featherweight.tasks.fit.fitting import fit
+    from featherweight.tasks.fit.settings import FitSettings
+
+    settings = FitSettings(windows=FIT_WINDOWS, score=0)
+    with Watcher(error_console()) as watcher:
+        return fit(
+            original, out, FIT_BYTES, settings=settings, work=out.with_name("fit-measured"), threads=threads,
+            overwrite=True, observer=watcher,
+        )  # fmt: skip
 
 
 def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path) -> str:

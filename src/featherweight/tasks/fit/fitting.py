@@ -30,6 +30,7 @@ from featherweight.tasks.compress.assemble import read_manifest
 from featherweight.tasks.compress.compression import check_place, compress
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.plan import make_plan
+from featherweight.tasks.compress.result import Compression
 from featherweight.tasks.evaluate.evaluation import evaluate
 from featherweight.tasks.evaluate.result import Evaluation
 from featherweight.tasks.fit.choosing import Problem
@@ -171,11 +172,11 @@ def _folder(work: str | Path | None, checkpoint: Checkpoint, windows: Tensor | N
 
 @dataclass(frozen=True)
 class _Made:
-    out: Path
     chosen: dict[str, int]
     refined: Refined | None
     recipe: dict[str, Any]
     nbytes: int
+    compression: Compression
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,10 @@ class _Making:
             recipe = recipe_of(
                 ways, settings.calibration, data=not settings.data_free, corrections=settings.corrections
             )
-            compress(self.study.model, recipe, self.out, overwrite=overwrite or attempt > 0, **self.options)
+            done = compress(self.study.model, recipe, self.out, overwrite=overwrite or attempt > 0, **self.options)
             nbytes = sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
             if self.budget is None or nbytes <= self.budget:
-                return _Made(self.out, chosen, refined, recipe, nbytes)
+                return _Made(chosen, refined, recipe, nbytes, done)
             less += nbytes - self.budget
         raise FeatherError(
             f"{self.out} takes {size_text(nbytes)}, more than the budget, also after {ATTEMPTS} attempts: allow more"
@@ -218,7 +219,7 @@ def _result(
         layers.append(LayerChoice(layer.name, layer.role, layer.block, one.way.name, one.nbytes, bits, cost))
     refined = made.refined
     return Fit(
-        out=made.out,
+        out=made.compression.out,
         bytes=made.nbytes,
         budget=budget,
         parameters=study.plan.parameters,
@@ -233,6 +234,7 @@ def _result(
         unrefined_kl=None if refined is None else refined.before,
         notes=tuple(study.notes),
         seconds=seconds,
+        compression=made.compression,
     )
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.system.units import size_text
+from featherweight.tasks.compress.result import Compression
+
+BESIDE = ("out", "layers", "front", "recipe", "compression")
+"""Fields that JSON has in another form, or not."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Fit:
     recipe : what `compress` was given
     notes : what was left out, a sentence each
     seconds : of this call
+    compression : what `compress` gave back
     """
 
     out: Path
@@ -70,6 +75,7 @@ class Fit:
     unrefined_kl: float | None = None
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
+    compression: Compression | None = field(default=None, repr=False)
 
     @property
     def bits(self) -> float:
@@ -86,7 +92,7 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; what is not known is null."""
-        kept = {name: value for name, value in vars(self).items() if name not in ("out", "layers", "front", "recipe")}
+        kept = {name: value for name, value in vars(self).items() if name not in BESIDE}
         return {
             **kept,
             "notes": list(self.notes),
