@@ -100,7 +100,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
             family="fit",
             sample=_sample(found.out),
             histograms=pictures_of(found.out, original, PICTURED),
-            command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --windows {FIT_WINDOWS} --out {found.out}",
+            command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --out {found.out}",
         )
     )
     results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
