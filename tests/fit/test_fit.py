@@ -89,6 +89,10 @@ def test_results_are_models_within_their_budgets(made: list[featherweight.Fit]) 
 def test_more_bytes_are_less_divergence(made: list[featherweight.Fit]) -> None:
     first, second, third = (result.kl or 0.0 for result in made)
     assert first > second > third > 0
+    for result in made:
+        assert result.assembled_kl is not None
+        assert result.assembled_kl <= (result.unrefined_kl or 0)
+        assert result.uniform_kl is not None
 
 
 def test_no_budget_is_exceeded_and_little_is_left(fit, model: Path, text: Path, work: Path) -> None:  # type: ignore[no-untyped-def]

@@ -83,6 +83,21 @@ class Problem:
             found |= self._expanded(own, solution)
         return found
 
+    def uniform(self, budget: int) -> dict[str, int] | None:
+        """One way for all layers that have the same ones, and for the others the best that then fits: what a preset of
+        the best of these ways would be. None where no way fits everywhere."""
+        names = [one.way.name for one in max(self.measured.values(), key=len)]
+        alike = {n for n, ways in self.measured.items() if [one.way.name for one in ways] == names}
+        others = tuple(group for group in self.groups if group[0] not in alike)
+        found: list[dict[str, int]] = []
+        for place in range(len(names)):
+            chosen = dict.fromkeys(alike, place)
+            room = budget - self.nbytes(chosen)
+            items = [self.options(group) for group in others]
+            if room >= sum(min(option.nbytes for option in item) for item in items):
+                found.append(chosen | self._expanded(others, solve(items, room)) if items else chosen)
+        return min(found, key=self.cost, default=None)
+
     def front(self, points: int) -> list[dict[str, int]]:
         """Choices from the smallest model to that of the least divergence, about `points` of them, evenly in bytes."""
         found = frontier([self.options(group) for group in self.groups])

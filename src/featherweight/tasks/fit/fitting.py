@@ -232,6 +232,7 @@ def _result(
         predicted_kl=problem.cost(made.chosen) if refined is not None else None,
         assembled_kl=None if refined is None else refined.divergence,
         unrefined_kl=None if refined is None else refined.before,
+        uniform_kl=None if refined is None else refined.uniform,
         notes=tuple(study.notes),
         seconds=seconds,
         compression=made.compression,

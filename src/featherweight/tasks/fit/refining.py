@@ -31,6 +31,7 @@ class Refined:
     before : that of the first choice
     predicted : by the linear model, of the choice
     evaluations : how many models were put together
+    uniform : true divergence of the best model of one way everywhere within the budget; None where there is none
     """
 
     chosen: dict[str, int]
@@ -38,6 +39,7 @@ class Refined:
     before: float
     predicted: float
     evaluations: int
+    uniform: float | None = None
 
 
 class Assembled:
@@ -98,8 +100,10 @@ def refine(
         if found >= best:
             break
         chosen, best = other, found
+    one_way = None if pools else problem.uniform(budget)
+    uniform = None if one_way is None else assembled.divergence(one_way)
     told(most, most)
-    return Refined(chosen, best, before, problem.cost(chosen), assembled.evaluations)
+    return Refined(chosen, best, before, problem.cost(chosen), assembled.evaluations, uniform)
 
 
 def _sets(layers: Sequence[LinearLayer], chosen: Mapping[str, int]) -> list[list[str]]:

@@ -54,6 +54,7 @@ class Fit:
     kl, perplexity, perplexity_of_original : on held-out text; None where that was not asked for
     predicted_kl, assembled_kl : on calibration text: of the choice by adding up, and truly, of the model put together
         from measured codes; None without text
+    unrefined_kl, uniform_kl : likewise, of the first choice, and of the best of one way in all layers
     recipe : what `compress` was given
     notes : what was left out, a sentence each
     seconds : of this call
@@ -73,6 +74,7 @@ class Fit:
     predicted_kl: float | None = None
     assembled_kl: float | None = None
     unrefined_kl: float | None = None
+    uniform_kl: float | None = None
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
     compression: Compression | None = field(default=None, repr=False)
