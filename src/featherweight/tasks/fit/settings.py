@@ -44,4 +44,4 @@ class FitSettings:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        return {"sequences": self.windows, "length": self.length}
+        return {"sequences": self.windows, "length": self.length, "seed": self.seed}
