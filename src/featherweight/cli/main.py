@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from featherweight.cli import more  # noqa: F401  # adds its commands
 from featherweight.cli.app import app
 from featherweight.cli.entry import run, run_process
 from featherweight.cli.help import Command
@@ -401,6 +400,9 @@ def demo(
     from featherweight.cli.demo import run_demo
 
     run_demo(out, tokens, threads, json)
+
+
+from featherweight.cli import more  # noqa: E402, F401  # adds its commands, which come after those above
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -84,7 +84,14 @@ def fit(
         Held-out text on which the result is compared with the original; default: the bundled one.
     work : str or Path, optional
         Folder in which what is measured is kept; default: in the cache, by model and text.
-    threads, overwrite, trust_remote_code, observer : as for `compress`.
+    threads : int, optional
+        Of native kernels and PyTorch.
+    overwrite : bool
+        Replace an existing output of featherweight's.
+    trust_remote_code : bool
+        Run the code that the model's folder brings for its class or tokenizer.
+    observer : callable, optional
+        Called with every event, as for `compress`.
 
     Returns
     -------
