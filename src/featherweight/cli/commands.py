@@ -86,7 +86,7 @@ class PlanOptions:
 
 def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -> None:
     from featherweight.methods.recipe import load_recipe
-    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.model.network.source import open_source
     from featherweight.system.devices import device_named
     from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
     from featherweight.tasks.compress.device_memory import placed
@@ -99,9 +99,8 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
     chosen = load_recipe(recipe, options.changes)
     runs_on = device_named(options.device)
     device_limit = limit_on(runs_on, options.device, options.max_device_memory)
-    with Checkpoint.open(model) as checkpoint:
+    with open_source(model, options.trust_remote_code) as checkpoint:
         limit = parse_size(options.max_memory, "--max-memory") if options.max_memory else None
-        checkpoint.trust_remote_code = options.trust_remote_code
         made = make_plan(checkpoint, chosen, options.threads, limit)
         if made.candidates and can_measure(made, Measuring()):
             with steps("measuring layers") as notify:

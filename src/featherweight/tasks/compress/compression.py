@@ -14,6 +14,7 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.model.network.source import open_source
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
@@ -148,8 +149,7 @@ def compress(
     limit = parse_size(max_memory, "--max-memory") if isinstance(max_memory, str) else max_memory
     limit = None if limit is None else limit // workers
     threads = share_of(threads, workers)
-    with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
-        checkpoint.trust_remote_code = trust_remote_code
+    with open_source(model, trust_remote_code) as checkpoint, use_threads(threads) as count:
         _check_out(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on, out=out)
