@@ -200,7 +200,10 @@ class DecodedCheckpoint(Checkpoint):
         if self._stacked(name):
             if last - first == 1:
                 return self._held(name, first)[None]
-            return torch.stack([self._slice(name, number) for number in range(first, last)])
+            found = torch.empty(last - first, *shape[1:])
+            for number in range(first, last):
+                self._slice(name, number, found[number - first])
+            return found
         if name in self._turned:
             return self._held(name, None)[first:last]
         return self._code_of(self._view.compressed[name][0]).decode_rows(first, last).view(last - first, *shape[1:])

@@ -34,6 +34,7 @@ from featherweight.tasks.compress.data import CalibrationData, check_calibration
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.device_memory import placed
 from featherweight.tasks.compress.device_share import limit_on
+from featherweight.tasks.compress.earlier import decoded_texts
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.forecast import Forecast
 from featherweight.tasks.compress.identity import same_identity
@@ -267,6 +268,8 @@ class _Work:
         else:
             records, resumed = solve_all(plan, checkpoint, run, self.events, seed, executor)
         changed, verdicts = run.changed_tensors(), run.all_verdicts()
+        for text in decoded_texts((name for name in plan.copied if name in changed), checkpoint):
+            self.events({"event": "note", "text": text})
         assembly = lay_out(
             plan, checkpoint, records, shard_bytes, run.store, changed=changed, config=config, whole_model=verdicts
         )

@@ -58,6 +58,15 @@ def kept_codes(names: Iterable[str], checkpoint: Checkpoint) -> dict[str, dict[s
     return {module: spec for name in names for module, spec in checkpoint.codes_of(name).items()}
 
 
+def decoded_texts(changed: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    """A sentence for each changed tensor that was coded and that the recipe leaves as it is: it becomes plain."""
+    return [
+        f"{name} was coded, and calibration changes its values: it is stored as plain {checkpoint.plain_dtype(name)}"
+        for name in changed
+        if checkpoint.codes_of(name)
+    ]
+
+
 def most_error(manifest: Mapping[str, Any]) -> tuple[float, str] | None:
     """The largest error that any layer can have against what its source was made from, by what both runs measured, and
     that layer's name; None where the source is plain or its errors are not known."""
