@@ -200,7 +200,9 @@ def run_inspect(model: str, json: Path | None) -> None:
         ("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in report["bits_per_weight"].items() if v is not None)),
         ("tied", ", ".join(f"{head} to {table}" for head, table in report["tied"]) or "nothing"),
     ]
-    if report["recipe"]:
+    if report["recipe"] and report["recipe"]["name"] == "imported":
+        rows.insert(1, ("imported from", str(report["recipe"].get("notes"))))
+    elif report["recipe"]:
         rows.insert(1, ("recipe", f"{report['recipe']['name']}, format version {report['format_version']}"))
     console.print(facts(rows))
     table = Table(box=None, pad_edge=False)

@@ -339,6 +339,22 @@ def inspect(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -
     run_inspect(model, json)
 
 
+@app.command("import", cls=Command)
+def import_(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; nothing may be there.")],
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a folder of what another tool has written: a .gguf file, a quantised folder.
+
+    Values stay the very same: codes of ours where there are such, else plain numbers. Every command also takes such a
+    file or folder as its MODEL, and keeps what it becomes in a cache; this is for a folder of your own."""
+    from featherweight.cli.imports import run_import
+
+    run_import(model, out, json)
+
+
 @app.command(cls=Command)
 def verify(model: ModelArgument, json: JsonFile = None, quiet: Quiet = False) -> None:
     """Check every tensor of a folder against its hash and its spec. Exit code 1 if anything is wrong."""
