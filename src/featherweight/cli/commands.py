@@ -64,6 +64,7 @@ def run_compress(model: str, recipe: str, out: Path, options: CompressOptions, j
                 ("size", size_text(result.bytes)),
                 ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
                 ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
+                *result.loss_before,
                 ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
                 ("time", time_text(result.seconds)),
                 ("peak memory", size_text(result.peak_memory_bytes)),

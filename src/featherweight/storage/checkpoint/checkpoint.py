@@ -176,7 +176,7 @@ class Checkpoint:
         """Module -> spec of the codes that a tensor is stored as; empty for plain values."""
         return {}
 
-    def reading_bytes(self, name: str) -> int:
+    def reading_bytes(self, name: str, window_bytes: int) -> int:
         """Memory that reading windows of rows takes beside the window and its pages."""
         return 0
 

@@ -26,10 +26,11 @@ from featherweight.storage.checkpoint.writer import blob_of
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.base import DTYPES, WHOLE_BYTES, input_rounding
 
-WINDOW_BYTES = 4 << 20
+WINDOW_BYTES = 1 << 20
 """Of float32 values that are decoded at a time where a whole matrix is wanted."""
-TEMPORARY = 6
-"""A decoder's own memory, in sizes of the values that it makes; docs/results.md says what was measured."""
+TEMPORARY = 7
+"""A decoder's own memory, in sizes of the float32 values that it makes. Measured on windows of 8 MiB of a matrix [4096,
+1024]: 6.1 for pyramid codes behind a rotation, 4.0 for uniform ones, less than 1 for planes of trits."""
 
 
 def is_coded(checkpoint: Checkpoint) -> bool:
@@ -239,9 +240,11 @@ class DecodedCheckpoint(Checkpoint):
             self._kept = self._code = None
         self.coded.close()
 
-    def reading_bytes(self, name: str) -> int:
-        """The pages of its codes, and what decoders of rows take for themselves."""
-        return self._view.stored_bytes(name) + TEMPORARY * WINDOW_BYTES if name in self._entries else 0
+    def reading_bytes(self, name: str, window_bytes: int) -> int:
+        """The pages of its codes, and what decoders take for themselves."""
+        if name not in self._entries:
+            return 0
+        return self._view.stored_bytes(name) + TEMPORARY * max(window_bytes, WINDOW_BYTES)
 
     # Decoding ---------------------------------------------------------------------------------------------------------
 

@@ -311,6 +311,7 @@ def _result(
         already_complete=already_complete,
         fates=counts_in(manifest["tensors"], checkpoint.has),
         bits_per_weight_outside=manifest.get("bits_per_weight_outside"),
+        source=manifest.get("source"),
         **{
             name: manifest[name]
             for name in (

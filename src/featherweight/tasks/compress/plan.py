@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -74,7 +75,7 @@ class Plan:
     max_memory : resident memory that must not be passed, if it was said
     bytes_are : what `code_bytes` says: "at most" so many, the "planned" ones, or these "after measuring" layers
     keeps_codes : something of an earlier compression stays in the output: codes, or biases that it gave
-    decoding : of tensors that are codes in the source, the memory that reading rows of them takes
+    decoding : of tensors that are codes in the source, the memory that reading takes by windows of so many bytes
     """
 
     anatomy: Anatomy
@@ -92,7 +93,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     keeps_codes: bool = False
-    decoding: Mapping[str, int] = field(default_factory=dict)
+    decoding: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
 
     @property
     def fates(self) -> tuple[Fate, ...]:
@@ -264,9 +265,9 @@ class Plan:
 
     def _pages(self, layer: LinearLayer) -> int:
         """Mapped pages of the source that are resident at once."""
-        whole, decoding = 4 * layer.parameters, self.decoding.get(layer.tensor, 0)
-        by_windows = not layer.transposed and not layer.fused_slice
-        return decoding + (min(whole, 4 * self.options.window_bytes) if by_windows else whole)
+        whole, window = 4 * layer.parameters, self.options.window_bytes
+        decoding = self.decoding[layer.tensor](window) if layer.tensor in self.decoding else 0
+        return decoding + (whole if layer.transposed or layer.fused_slice else min(whole, 4 * window))
 
     def summary(self) -> dict[str, Any]:
         """JSON-able account."""
@@ -360,7 +361,7 @@ def make_plan(
         most_code_bytes=_most_bytes(recipe, candidates, jobs) if measures else None,
         bytes_are="at most" if measures else "planned",
         keeps_codes=bool(checkpoint.given_biases) or any(checkpoint.codes_of(name) for name in copied),
-        decoding={name: checkpoint.reading_bytes(name) for name in checkpoint.names if checkpoint.codes_of(name)},
+        decoding={n: partial(checkpoint.reading_bytes, n) for n in checkpoint.names if checkpoint.codes_of(n)},
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
