@@ -346,10 +346,7 @@ def import_(
     json: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make a folder of what another tool has written: a .gguf file, a quantised folder.
-
-    Values stay the very same: codes of ours where there are such, else plain numbers. Every command also takes such a
-    file or folder as its MODEL, and keeps what it becomes in a cache; this is for a folder of your own."""
+    """Make a folder of what another tool has written, values unchanged. Other commands take such a MODEL as it is."""
     from featherweight.cli.imports import run_import
 
     run_import(model, out, json)
