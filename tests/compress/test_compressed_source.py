@@ -289,3 +289,32 @@ def test_damaged_codes_are_one_sentence(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "once" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="up_proj|belong together"):
         compress(tmp_path / "once", "rtn-4", tmp_path / "out", threads=1)
+
+
+def test_convolutions_have_their_kernels_again(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", "rtn-8", tmp_path / "once", threads=1)
+    with Checkpoint.open(tmp_path / "model") as plain, open_source(tmp_path / "once") as source:
+        assert isinstance(source, DecodedCheckpoint)
+        kernels = [name for name in source.compressed if len(source.entry(name).shape) == 4]
+        assert len(kernels) == 9
+        for name in kernels:
+            assert source.entry(name).shape == plain.entry(name).shape
+            assert distance(plain.tensor(name), source.tensor(name)) < 0.01
+            assert torch.equal(source.rows(name, 2, 5), source.tensor(name)[2:5])
+    assert compress(tmp_path / "once", "rtn-4", tmp_path / "twice", threads=1).tensors["replaced"] == 9
+
+
+def test_divergence_from_a_compressed_folder(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All that is gold does glitter now and then. " * 12)
+    compress(llama, "rtn-4", tmp_path / "once", threads=1)
+    compress(tmp_path / "once", "rtn-8", tmp_path / "twice", threads=1)
+    settings: dict[str, Any] = {"text": tmp_path / "text.txt", "context": 64}
+    near = featherweight.evaluate(tmp_path / "twice", against=tmp_path / "once", **settings)
+    far = featherweight.evaluate(tmp_path / "twice", against=llama, **settings)
+    assert near.divergence is not None
+    assert far.divergence is not None
+    assert near.divergence.mean < far.divergence.mean / 4
