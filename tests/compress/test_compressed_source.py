@@ -20,6 +20,7 @@ from featherweight.storage.checkpoint.decoded import DecodedCheckpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.checkpoint.stored_code import load_code
 from featherweight.storage.checkpoint.weights import sample_digest
+from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import make_plan
@@ -115,6 +116,8 @@ def test_compressing_it_again_works_and_is_said(pair: tuple[Path, Path], tmp_pat
     assert manifest["source"]["relative_errors"] == errors
     card = (tmp_path / "twice" / "README.md").read_text()
     assert "compressed before (recipe rtn-8," in card
+    assert inspect_folder(tmp_path / "twice")["source"] == manifest["source"] == result.source
+    assert result.loss_before[0][1].startswith("compressed before (recipe rtn-8,")
     with open_source(once) as source, open_source(tmp_path / "twice") as twice, Checkpoint.open(original) as plain:
         for record in result.layers[:4]:
             name, error, before = f"{record['name']}.weight", record["relative_error"], errors[record["name"]]

@@ -189,6 +189,7 @@ def _time_note(plan: Any) -> str:
 
 def run_inspect(model: str, json: Path | None) -> None:
     from featherweight.tasks.analyse.inspect import inspect_folder
+    from featherweight.tasks.compress.earlier import earlier_text
 
     claim_json(json, ("architecture", "layers"))
     report = inspect_folder(model)
@@ -205,6 +206,8 @@ def run_inspect(model: str, json: Path | None) -> None:
         rows.insert(1, ("imported from", str(report["recipe"].get("notes"))))
     elif report["recipe"]:
         rows.insert(1, ("recipe", f"{report['recipe']['name']}, format version {report['format_version']}"))
+    if earlier_text(report):
+        rows.append(("the source", f"{earlier_text(report)}; errors are against it as it decodes"))
     console.print(facts(rows))
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "shape", "code", "bits", "error"):

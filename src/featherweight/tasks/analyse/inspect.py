@@ -35,6 +35,8 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
             "tensors": len(checkpoint.names),
             "bytes": checkpoint.total_bytes,
         }
+        if isinstance(manifest.get("source"), dict):
+            report["source"] = manifest["source"]
         if specs:
             return report | _compressed(checkpoint, specs, manifest)
         report |= {"recipe": manifest.get("recipe"), "format_version": manifest.get("format_version")}  # a plain output

@@ -87,4 +87,5 @@ def earlier_text(manifest: Mapping[str, Any]) -> str:
     if not isinstance(source, dict):
         return ""
     what = f"imported from {source['origin']}" if source.get("origin") else f"recipe {source.get('recipe')}"
-    return f"compressed before ({what}, {source['bits_per_weight']:.2f} bits a weight)"
+    bits = source.get("bits_per_weight")
+    return f"compressed before ({what}{f', {bits:.2f} bits a weight' if isinstance(bits, float) else ''})"
