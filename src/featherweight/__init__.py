@@ -3,7 +3,8 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `report`; `Recipe`; the errors.
+What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `import_model`, `report`;
+`Recipe`; the errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -30,6 +31,7 @@ from featherweight.version import __version__
 
 if TYPE_CHECKING:
     from featherweight.integrations.load import load
+    from featherweight.interop.importing import import_model
     from featherweight.methods.recipe import Recipe, load_recipe
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.memory import quantize
@@ -55,6 +57,7 @@ __all__ = [
     "compress",
     "evaluate",
     "fit",
+    "import_model",
     "load",
     "load_recipe",
     "quantize",
@@ -67,6 +70,7 @@ LATER = {
     "fit": "featherweight.tasks.fit.fitting",
     "Fit": "featherweight.tasks.fit.result",
     "FitSettings": "featherweight.tasks.fit.settings",
+    "import_model": "featherweight.interop.importing",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
     "report": "featherweight.tasks.report.written",

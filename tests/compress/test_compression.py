@@ -15,7 +15,7 @@ from outputs import contents
 from torch import Tensor
 
 import featherweight
-from featherweight.errors import CheckpointError, FeatherError, NonFiniteError, RecipeError
+from featherweight.errors import FeatherError, NonFiniteError, RecipeError
 from featherweight.methods.recipe import load_recipe, presets, recipe_from
 from featherweight.storage.checkpoint.anatomy import LinearLayer, read_anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
@@ -413,12 +413,6 @@ def test_constant_layers(tiny: Any, tmp_path: Path, value: float, recipe: str) -
     if value == 0:
         assert result.layers[0]["relative_error"] == 0
     assert result.layers[0]["relative_error"] < 1e-3
-
-
-def test_compressed_models_are_refused(tiny: Any, tmp_path: Path) -> None:
-    compress(tiny("llama"), "rtn-4", tmp_path / "once")
-    with pytest.raises(CheckpointError, match=r"is quantised already \(quant_method 'featherweight'\); start from"):
-        compress(tmp_path / "once", "rtn-4", tmp_path / "twice")
 
 
 def test_the_python_interface_works_more_than_once(tiny: Any, tmp_path: Path) -> None:

@@ -44,15 +44,17 @@ def run_choice(model: str, options: PlanOptions, json: Path | None) -> None:
 
 
 def _offers(model: str, threads: int | None, trust_remote_code: bool, timed: bool) -> list[Offer]:
-    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.model.network.source import open_source
     from featherweight.system.threads import use_threads
+    from featherweight.tasks.compress.earlier import earlier_notes
     from featherweight.tasks.compress.presets import offers
 
     shown = (
         steps("presets") if timed else nullcontext(lambda done, total: None)
     )  # planning alone is a matter of seconds
-    with use_threads(threads), shown as notify, Checkpoint.open(model) as checkpoint:
-        checkpoint.trust_remote_code = trust_remote_code
+    with use_threads(threads), shown as notify, open_source(model, trust_remote_code) as checkpoint:
+        for text in earlier_notes(checkpoint):
+            note(text)
         return offers(checkpoint, threads, timed=timed, notify=notify)
 
 

@@ -64,6 +64,7 @@ def run_compress(model: str, recipe: str, out: Path, options: CompressOptions, j
                 ("size", size_text(result.bytes)),
                 ("source tensors", f"{result.tensors['source']}: {counts_text(result.fates)}"),
                 ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
+                *result.loss_before,
                 ("layers found finished", f"{result.resumed} of {len(result.layers)}"),
                 ("time", time_text(result.seconds)),
                 ("peak memory", size_text(result.peak_memory_bytes)),
@@ -86,7 +87,7 @@ class PlanOptions:
 
 def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -> None:
     from featherweight.methods.recipe import load_recipe
-    from featherweight.storage.checkpoint.checkpoint import Checkpoint
+    from featherweight.model.network.source import open_source
     from featherweight.system.devices import device_named
     from featherweight.tasks.compress.allocate import Measuring, allocated, can_measure
     from featherweight.tasks.compress.device_memory import placed
@@ -99,9 +100,8 @@ def run_plan(model: str, recipe: str, options: PlanOptions, json: Path | None) -
     chosen = load_recipe(recipe, options.changes)
     runs_on = device_named(options.device)
     device_limit = limit_on(runs_on, options.device, options.max_device_memory)
-    with Checkpoint.open(model) as checkpoint:
+    with open_source(model, options.trust_remote_code) as checkpoint:
         limit = parse_size(options.max_memory, "--max-memory") if options.max_memory else None
-        checkpoint.trust_remote_code = options.trust_remote_code
         made = make_plan(checkpoint, chosen, options.threads, limit)
         if made.candidates and can_measure(made, Measuring()):
             with steps("measuring layers") as notify:
@@ -189,6 +189,7 @@ def _time_note(plan: Any) -> str:
 
 def run_inspect(model: str, json: Path | None) -> None:
     from featherweight.tasks.analyse.inspect import inspect_folder
+    from featherweight.tasks.compress.earlier import earlier_text
 
     claim_json(json, ("architecture", "layers"))
     report = inspect_folder(model)
@@ -201,8 +202,12 @@ def run_inspect(model: str, json: Path | None) -> None:
         ("bits per weight", ", ".join(f"{v:.3f} {k}" for k, v in report["bits_per_weight"].items() if v is not None)),
         ("tied", ", ".join(f"{head} to {table}" for head, table in report["tied"]) or "nothing"),
     ]
-    if report["recipe"]:
+    if report["recipe"] and report["recipe"]["name"] == "imported":
+        rows.insert(1, ("imported from", str(report["recipe"].get("notes"))))
+    elif report["recipe"]:
         rows.insert(1, ("recipe", f"{report['recipe']['name']}, format version {report['format_version']}"))
+    if earlier_text(report):
+        rows.append(("the source", f"{earlier_text(report)}; errors are against it as it decodes"))
     console.print(facts(rows))
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "shape", "code", "bits", "error"):

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "fit", "calibrate", "converse"),
+    "Compress": ("compress", "fit", "calibrate", "converse", "import"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
 }
@@ -92,6 +92,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("feather chat small", "/help there lists what can be typed"),
         ('feather chat small --system "Answer in one sentence."', "with instructions"),
     ),
+    "import": (("feather import model.gguf --out model", "another tool's file as a folder"),),
     "inspect": (("feather inspect small", "layers, codes, bits, errors"),),
     "verify": (("feather verify small", "every byte against its hash"),),
     "methods": (

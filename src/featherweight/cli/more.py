@@ -80,3 +80,16 @@ def fit(
         names, calibration, text, data_free, alike, rounds, windows, limit, threads, seed, overwrite, trust_remote_code
     )
     run_fit(model, out, Goal(size, bits, ram, context, budget), options, html, json)
+
+
+@app.command("import", cls=Command)
+def import_(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; nothing may be there.")],
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a folder of what another tool has written, values unchanged. Other commands take such a MODEL as it is."""
+    from featherweight.cli.imports import run_import
+
+    run_import(model, out, json)

@@ -46,7 +46,7 @@ def cached(importer: type[Importer], path: Path) -> Path:
         if not (folder / "config.json").exists():  # another process may have made it meanwhile
             imported = importer.open(path)
             try:
-                _check_room(imported, part)
+                check_room(imported, part, "set FEATHERWEIGHT_CACHE to a folder on another disk")
                 with steps(f"reading {path.name} ({imported.origin}), MB") as told:
                     write_imported(imported, part, _in_megabytes(told))
             finally:
@@ -70,13 +70,13 @@ def _digest(importer: type[Importer], path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_room(imported: Imported, part: Path) -> None:
-    """OutputError before anything is written, where the disk is too small."""
+def check_room(imported: Imported, part: Path, remedy: str) -> None:
+    """OutputError before anything is written, where the disk is too small. remedy : what to do beside making room"""
     needed = sum(tensor.nbytes for tensor in imported.tensors)
     there = sum(file.stat().st_size for file in part.glob("*")) if part.exists() else 0
     free = shutil.disk_usage(part.parent).free
     if needed - there > free:
         raise OutputError(
             f"reading this model takes {size_text(needed)} in {part.parent}, where {size_text(free)} are free: free "
-            "some, or set FEATHERWEIGHT_CACHE to a folder on another disk"
+            f"some, or {remedy}"
         )

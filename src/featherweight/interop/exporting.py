@@ -56,14 +56,14 @@ def export(
                 verdicts = _write(exporter, stored, part, told)
                 os.rename(part, out)
         except BaseException:
-            _remove(part)
+            remove(part)
             raise
     sizes = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
     return Exported(out, verdicts, sum(path.stat().st_size for path in sizes))
 
 
 def _write(exporter: Exporter, stored: StoredModel, part: Path, told: Told | None) -> tuple[Verdict, ...]:
-    _remove(part)  # of an attempt that was killed
+    remove(part)  # of an attempt that was killed
     if not exporter.is_file:
         part.mkdir()
     return tuple(exporter.write(stored, part, told or (lambda done, total: None)))
@@ -71,15 +71,21 @@ def _write(exporter: Exporter, stored: StoredModel, part: Path, told: Told | Non
 
 def check_out(out: Path, stored: StoredModel) -> None:
     """OutputError where the result has no place: something is there, its folder is not, or it is within the model."""
+    check_place(out, stored.folder)
+
+
+def check_place(out: Path, model: Path) -> None:
+    """`check_out`, of a model that is this file or folder."""
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out} is there already: choose another name, or move it away")
     if not out.parent.is_dir():
         raise OutputError(f"the folder {out.parent} is not there: make it first")
-    if within(out, stored.folder):
+    if within(out, model):
         raise OutputError(f"{out} lies within the model's own folder: choose a place outside of it")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Take away what an attempt has left, if anything."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -72,6 +72,8 @@ def check_complete(checkpoint: Checkpoint) -> Verdict:
     if is_whole(checkpoint):
         return Verdict(checkpoint.notes)
     account = account_of(checkpoint, checkpoint.trust_remote_code)
+    given = {f"{module}.bias" for module in checkpoint.given_biases}
+    account = replace(account, unexpected=tuple(name for name in account.unexpected if name not in given))
     gaps = expert_gaps(checkpoint)
     if account.unknown:
         lost = gaps or listed_missing(checkpoint)
@@ -272,7 +274,7 @@ def account_from(model: Any, info: Mapping[str, Any], source: TensorIndex) -> Ac
     return Account(
         asked=type(model).__name__,
         missing=tuple(sorted(str(name) for name in info.get("missing_keys", ()))),
-        unexpected=tuple(sorted(_as_stored(str(name), source) for name in info.get("unexpected_keys", ()))),
+        unexpected=tuple(sorted(as_stored(str(name), source) for name in info.get("unexpected_keys", ()))),
         mismatched=tuple(_mismatch(item, model, source) for item in sorted(info.get("mismatched_keys", ()), key=str)),
     )
 
@@ -282,12 +284,12 @@ def _mismatch(item: Any, model: Any, source: TensorIndex) -> tuple[str, tuple[in
     if not isinstance(item, str):
         name, stored, wanted = item
         return str(name), tuple(stored), tuple(wanted)
-    found = _as_stored(item, source)
+    found = as_stored(item, source)
     wanted = model.state_dict().get(item)
     return item, source.entry(found).shape if found in source.names else (), () if wanted is None else wanted.shape
 
 
-def _as_stored(name: str, source: TensorIndex) -> str:
+def as_stored(name: str, source: TensorIndex) -> str:
     """A name of the class as the checkpoint has it: its base model may stand there without the prefix, or with one."""
     if name in source.names:
         return name

@@ -61,7 +61,7 @@ class Placement:
         self.model = model
         self.parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.buffers: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
-        self.rename, self.parts = _conversions(model)
+        self.rename, self.parts = conversions(model)
         self.slots: dict[str, Slot] = {}
         self.unplaced: list[str] = []
         for name in names:
@@ -129,7 +129,7 @@ class Placement:
         return bool(getattr(self.model.get_submodule(experts), "is_transposed", False))
 
 
-def _conversions(model: Any) -> tuple[Callable[[str], str], Sequence[tuple[str, tuple[str, ...]]]]:
+def conversions(model: Any) -> tuple[Callable[[str], str], Sequence[tuple[str, tuple[str, ...]]]]:
     """How the class renames tensors while loading, and which per-expert matrices make up its 3-D parameters."""
     if not hasattr(model, "base_model_prefix"):
         return str, PARTS

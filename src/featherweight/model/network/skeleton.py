@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.errors import CalibrationError
+from featherweight.errors import CalibrationError, shown
+from featherweight.model.layers.replace import give_biases
 from featherweight.model.network.host import parameter_of
-from featherweight.model.network.placement import Placement, Slot
+from featherweight.model.network.placement import Placement, Slot, conversions
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.anatomy.anatomy import architectures
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
@@ -50,6 +51,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint, self.anatomy, self.dtype, self.device = checkpoint, anatomy, dtype, torch.device(device)
         self.model: Any = build_model(checkpoint, dtype, attention, own_head=anatomy.head is not None)
+        give_biases(self.model, sorted(checkpoint.given_biases), conversions(self.model)[0])
         self.placement = Placement(self.model, checkpoint.names, lambda name: checkpoint.entry(name).shape)
         ends = [layer for layer in anatomy.outside if layer is anatomy.head or layer.name in outside]
         every = (*anatomy.layers, *ends)
@@ -149,7 +151,7 @@ class Skeleton:
     def as_stored(self, tensor_name: str, value: Tensor) -> Tensor:
         names = self.checkpoint.names
         like = tensor_name if tensor_name in names else names[0]
-        return value.detach().to(self.checkpoint.entry(like).torch_dtype)
+        return value.detach().to(self.checkpoint.plain_dtype(like))
 
     def revert(self, replaced: Mapping[str, Tensor]) -> None:
         """See `Host`. Blocks that are loaded must be loaded again; what stands outside of them is set here."""
@@ -226,13 +228,16 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str, own_
 
     if checkpoint.quantization_config:
         raise CalibrationError(
-            f"{checkpoint.folder} is compressed already (config.json has a quantization_config): calibrate the original"
+            f"{checkpoint.folder} is compressed already (config.json has a quantization_config, of the method "
+            f"{shown(checkpoint.quantization_config.get('quant_method'))}): calibrate the original"
         )
     hint = f"correct config.json, or install a version that knows this model ({transformers.__version__} is installed)"
     with asking_transformers(f"read the configuration in {checkpoint.folder}", hint, CalibrationError):
         config = transformers.AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
         )
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # what is loaded is decoded
     if getattr(config, "is_encoder_decoder", False):
         raise CalibrationError(
             f"{checkpoint.folder} is an encoder-decoder, whose blocks do not follow each other: "

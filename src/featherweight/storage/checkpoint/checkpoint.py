@@ -41,9 +41,12 @@ class Checkpoint:
     names : tuple[str, ...], all tensors by shard and, within it, by offset; without the prefix of a wrapper
     notes : tuple[str, ...], what is odd about the folder, a sentence each
     trust_remote_code : bool, whether the code that the folder brings for its class or tokenizer may run; False at first
+    given_biases : frozenset[str], names of linear modules to which an earlier compression gave a bias that their class
+        lacks
     """
 
     trust_remote_code = False
+    given_biases: frozenset[str] = frozenset()
 
     def __init__(
         self, folder: Path, config_bytes: bytes, files: tuple[SafetensorsFile, ...], notes: tuple[str, ...] = ()
@@ -160,6 +163,26 @@ class Checkpoint:
 
     def has(self, name: str) -> bool:
         return name in self._file_of
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that stand for a tensor in the folder: its own, or those of its codes."""
+        return self.entry(name).nbytes
+
+    def stored_as(self, name: str) -> tuple[Checkpoint, tuple[str, ...]]:
+        """A checkpoint that has the bytes that stand for a tensor, and their names there: its own, or its codes'."""
+        return self, (name,)
+
+    def codes_of(self, name: str) -> dict[str, dict[str, Any]]:
+        """Module -> spec of the codes that a tensor is stored as; empty for plain values."""
+        return {}
+
+    def reading_bytes(self, name: str, window_bytes: int) -> int:
+        """Memory that reading windows of rows takes beside the window and its pages."""
+        return 0
+
+    def plain_dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is stored if its values change."""
+        return self.entry(name).torch_dtype
 
     def file_of(self, name: str) -> SafetensorsFile:
         try:

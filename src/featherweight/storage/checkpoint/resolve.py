@@ -58,36 +58,36 @@ def resolve(model: str | Path, revision: str | None = None, token: str | None = 
 
     Raises CheckpointError, in one sentence, for whatever is not a model.
     """
+    path = located(model, revision, token)
+    importer = find_importer(path)
+    if importer is not None:
+        cached = import_module("featherweight.interop.cache").cached  # a room above: by its name, as importers are
+        return Place(cached(importer, path), read_from=path)
+    if path.is_dir():
+        _check_folder(path)
+        return Place(path)
+    _check_file(path)
+    _check_folder(path.parent)
+    return Place(path.parent, path)
+
+
+def located(model: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """The file or folder that a name means; a hub id is fetched. CheckpointError where there is none."""
     path = local_path(model)
     try:
-        exists, is_folder = path.exists(), path.is_dir()
+        exists = path.exists()
     except (OSError, ValueError) as error:  # too long a name, a NUL byte
         raise CheckpointError(f"{str(model)[:200]!r} is neither a path nor a hub id ({error})") from error
-    if not exists:
-        path = _from_hub(model, path, revision, token)
-    elif not is_folder:
-        found = _imported(path, {})
-        if found is not None:
-            return found
-        _check_file(path)
-        _check_folder(path.parent)
-        return Place(path.parent, path)
-    found = _imported(path, read_object(path / "config.json"))
-    if found is not None:
-        return found
-    _check_folder(path)
-    return Place(path)
+    return path if exists else _from_hub(model, path, revision, token)
 
 
-def _imported(path: Path, config: dict[str, Any]) -> Place | None:
-    """The place of a model that an importer knows, read into the cache unless it is there; else None."""
+def find_importer(path: Path) -> Any:
+    """The importer (a class of the axis `importer`) that knows a file or folder; None where it is no other tool's."""
+    config = read_object(path / "config.json") if path.is_dir() else {}
     if path.suffix == ".safetensors" or (path.is_dir() and _is_own(config)):
         return None
-    importer = next((cls for cls in registered("importer").values() if cls.recognises(path, config)), None)  # type: ignore[attr-defined]
-    if importer is None:
-        return None
-    cached = import_module("featherweight.interop.cache").cached  # a room above: by its name, as importers are
-    return Place(cached(importer, path), read_from=path)
+    found: list[Any] = list(registered("importer").values())
+    return next((importer for importer in found if importer.recognises(path, config)), None)
 
 
 def _is_own(config: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,7 +67,7 @@ def measure_size(folder: str | Path) -> Size:
         anatomy = original.anatomy()
         twice = _stored_twice(original, anatomy)
         kept = [name for name in original.names if name not in twice]
-        linears = original.compressed if anatomy is None else {layer.tensor for layer in anatomy.layers}
+        linears = set(original.compressed) if anatomy is None else {layer.tensor for layer in anatomy.layers}
         return Size(
             bytes=on_disk,
             tensor_bytes=sum(original.stored_bytes(name) for name in kept),
@@ -126,44 +126,52 @@ class OriginalView:
 
     Of a compressed module `m` the stored tensors `m.trits`, `m.scales`, ... are hidden and `m.weight` is shown; slices
     `m[0]`, `m[1]`, ... are shown as one stacked tensor `m`.
+
+    names : in the order of the files, a compressed tensor where the first of what stands for it lies
+    compressed : tensor -> the modules whose codes it is, in the order of their slices
+    specs : module -> spec of its code
+    stored : module -> names of its stored tensors
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    shapes : Mapping[str, tuple[int, ...]], optional
+        Of compressed tensors that are not [out, in] in the original.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.folder = checkpoint.folder
         self.config = checkpoint.config
         self.file_of, self._differ = checkpoint.file_of, checkpoint.differ
+        config = checkpoint.quantization_config
+        self.specs = module_specs(config) if config else {}
+        self.stored = {m: tuple(f"{m}.{name}" for name in module_layout(m, spec)) for m, spec in self.specs.items()}
+        self.compressed = _modules_by_tensor(self.specs)
         self._shapes: dict[str, _Shape] = {}
         self._bytes: dict[str, int] = {}
-        self.compressed: set[str] = set()
-        hidden = self._show_compressed(checkpoint)
+        tensor_of = {n: t for t, ms in self.compressed.items() for m in ms for n in self.stored[m]}
         for name in checkpoint.names:
-            if name not in hidden:
-                entry = checkpoint.entry(name)
-                self._shapes[name] = _Shape(entry.dtype, entry.shape)
-                self._bytes[name] = entry.nbytes
+            entry, tensor = checkpoint.entry(name), tensor_of.get(name, name)
+            self._bytes[tensor] = self._bytes.get(tensor, 0) + entry.nbytes
+            if tensor not in self._shapes:
+                self._shapes[tensor] = self._shape(tensor) if name in tensor_of else _Shape(entry.dtype, entry.shape)
+        self._shapes |= {name: _Shape("F16", shape) for name, shape in (shapes or {}).items()}
+        for name in tensor_of:
+            checkpoint.entry(name)  # a CheckpointError where it is not there
         self.names = tuple(self._shapes)
 
-    def _show_compressed(self, checkpoint: Checkpoint) -> set[str]:
-        config, hidden, slices = checkpoint.quantization_config, set(), dict[str, list[tuple[int, ...]]]()
-        for module, spec in (module_specs(config) if config else {}).items():
-            stored = list(_stored_names(module, spec))
-            hidden.update(stored)
-            part = SLICE.fullmatch(module)
-            tensor = part[1] if part else f"{module}.weight"
-            slices.setdefault(tensor, []).append(tuple(spec["shape"]))
-            self._bytes[tensor] = self._bytes.get(tensor, 0) + sum(checkpoint.entry(name).nbytes for name in stored)
-            self._shapes[tensor] = _Shape(
-                "F16", (len(slices[tensor]), *spec["shape"]) if part else tuple(spec["shape"])
-            )
-            self.compressed.add(tensor)
-        return hidden
+    def _shape(self, tensor: str) -> _Shape:
+        """Of a compressed tensor, as if it were stored [out, in]."""
+        modules = self.compressed[tensor]
+        matrix = tuple(self.specs[modules[0]]["shape"])
+        return _Shape("F16", (len(modules), *matrix) if SLICE.fullmatch(modules[0]) else matrix)
 
     def entry(self, name: str) -> _Shape:
         return self._shapes[name]
 
     def differ(self, one: str, other: str) -> bool:
         """See Checkpoint.differ; what is compressed is no copy of what is not."""
-        return bool({one, other} & self.compressed) or self._differ(one, other)
+        return bool({one, other} & self.compressed.keys()) or self._differ(one, other)
 
     def stored_bytes(self, name: str) -> int:
         """Bytes stored for a tensor of the original."""
@@ -179,6 +187,10 @@ class OriginalView:
             return None
 
 
-def _stored_names(module: str, spec: dict[str, Any]) -> Iterator[str]:
-    for name in module_layout(module, spec):
-        yield f"{module}.{name}"
+def _modules_by_tensor(specs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Tensor of the original -> the compressed modules that it is, slices in their order."""
+    found: dict[str, dict[int, str]] = {}
+    for module in specs:
+        part = SLICE.fullmatch(module)
+        found.setdefault(part[1] if part else f"{module}.weight", {})[int(part[2]) if part else 0] = module
+    return {tensor: tuple(module for _, module in sorted(slices.items())) for tensor, slices in found.items()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, FeatherError
@@ -50,6 +53,18 @@ def load_code(checkpoint: Checkpoint, module: str, terms: int | None = None) -> 
             spec, cuts = code_prefix(spec, terms)
         except ValueError as error:
             raise FeatherError(f"the module {module!r} of {checkpoint.folder} has no such part: {error}") from None
+    return read_code(checkpoint, module, spec, cuts)
+
+
+def read_code(checkpoint: Checkpoint, module: str, spec: dict[str, Any], cuts: Mapping[str, Cut] | None = None) -> Code:
+    """The code of a module whose spec is known; `cuts`, of a part, what its tensors are cut from.
+
+    Raises
+    ------
+    CheckpointError
+        It is damaged.
+    """
+    cuts = {name: Cut(name) for name in module_layout(module, spec)} if cuts is None else cuts
     try:
         return code_from(spec, {name: _read(checkpoint, module, cut) for name, cut in cuts.items()})
     except ValueError as error:

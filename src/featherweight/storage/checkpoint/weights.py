@@ -43,10 +43,11 @@ class LayerWeight:
             return self.checkpoint.rows(layer.tensor, first, last).flatten(1)
         if not layer.transposed and not layer.fused_slice:
             return self.checkpoint.rows(layer.tensor, first, last)
-        matrix = self.checkpoint.tensor(layer.tensor)
         if layer.fused_slice:
             assert layer.expert is not None
-            matrix = matrix[layer.expert]
+            matrix = self.checkpoint.rows(layer.tensor, layer.expert, layer.expert + 1)[0]
+        else:
+            matrix = self.checkpoint.tensor(layer.tensor)
         return (matrix[:, first:last].t() if layer.transposed else matrix[first:last]).contiguous()
 
     def release(self, first: int, last: int) -> None:

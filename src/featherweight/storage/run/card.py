@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+Before = tuple[str, tuple[float, str] | None]
+"""What the source was if it was compressed before, else empty; and the most that is lost since then, with the layer."""
 
-def model_card(manifest: dict[str, Any], config: dict[str, Any]) -> str:
+
+def model_card(manifest: dict[str, Any], config: dict[str, Any], before: Before = ("", None)) -> str:
     """README.md of an output folder."""
     recipe = manifest["recipe"]
     tensors = manifest["tensors"]
@@ -32,7 +35,7 @@ tags: [featherweight, quantized]
 | bytes of tensors | {manifest["bytes"]:,} |
 | source tensors | {tensors["source"]}: {fates} |
 | largest relative error of a layer | {worst["relative_error"]:.4f} (`{worst["name"]}`) |
-
+{_before(*before)}
 ## Loading it
 
 The package must be imported before the model is loaded; it teaches transformers the format.
@@ -51,7 +54,7 @@ import it.
 """
 
 
-def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str) -> str:
+def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str, before: Before = ("", None)) -> str:
     """README.md of an output that is a checkpoint like any other.
 
     Parameters
@@ -60,6 +63,7 @@ def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str) -> 
         featherweight.json and config.json of the output.
     fates : str
         How many tensors of the source were changed, copied, ...
+    before : Before
     """
     recipe, tensors = manifest["recipe"], manifest["tensors"]
     architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
@@ -81,7 +85,15 @@ original reads this. featherweight.json says what was done.
 | parameters | {manifest["parameters"]:,} |
 | bytes of tensors | {manifest["bytes"]:,} |
 | source tensors | {tensors["source"]}: {fates} |
-"""
+{_before(*before)}"""
+
+
+def _before(text: str, most: tuple[float, str] | None) -> str:
+    """The rows about a source that was compressed before."""
+    rows = f"| the source | {text}; errors are against it as it decodes |\n" if text else ""
+    if most is not None:
+        rows += f"| against what that was made from, at most | {most[0]:.4f} (`{most[1]}`) |\n"
+    return rows
 
 
 def _outside(manifest: dict[str, Any]) -> str:

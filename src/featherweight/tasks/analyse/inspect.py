@@ -11,6 +11,7 @@ from featherweight.storage.checkpoint.accounting import architecture_of
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer, read_anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_layout, module_specs
+from featherweight.storage.checkpoint.size import OriginalView
 from featherweight.storage.codes import describe_code
 from featherweight.tasks.compress.assemble import read_manifest
 
@@ -34,6 +35,8 @@ def inspect_folder(model: str | Path) -> dict[str, Any]:
             "tensors": len(checkpoint.names),
             "bytes": checkpoint.total_bytes,
         }
+        if isinstance(manifest.get("source"), dict):
+            report["source"] = manifest["source"]
         if specs:
             return report | _compressed(checkpoint, specs, manifest)
         report |= {"recipe": manifest.get("recipe"), "format_version": manifest.get("format_version")}  # a plain output
@@ -67,14 +70,18 @@ def _compressed(checkpoint: Checkpoint, specs: dict[str, dict[str, Any]], manife
             }
         )
     weights = sum(math.prod(spec["shape"]) for spec in specs.values())
+    view = OriginalView(checkpoint)
+    anatomy = view.anatomy()
+    linear = {layer.tensor for layer in anatomy.layers} if anatomy else set(view.compressed)
+    linear_bits = 8 * sum(map(view.stored_bytes, linear)) / max(1, sum(view.entry(name).elements for name in linear))
     others = sum(checkpoint.entry(name).elements for name in checkpoint.names if name not in stored)
     parameters = manifest.get("parameters", weights + others)
     return {
-        "family": manifest.get("family", "unknown family"),
-        "blocks": len(blocks),
+        "family": manifest.get("family", anatomy.family if anatomy else "unknown family"),
+        "blocks": len(blocks) or (anatomy.blocks if anatomy else 0),
         "parameters": parameters,
         "bits_per_weight": {
-            "linear": manifest.get("bits_per_weight_linear", 8 * sum(row["nbytes"] for row in layers) / weights),
+            "linear": manifest.get("bits_per_weight_linear", linear_bits),
             "model": 8 * checkpoint.total_bytes / parameters,
         },
         "tied": [["lm_head", "embedding"]] if checkpoint.config.get("tie_word_embeddings") else [],

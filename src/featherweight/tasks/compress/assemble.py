@@ -21,6 +21,7 @@ from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.ownership import MANIFEST, RECORD
 from featherweight.storage.run.store import Store
 from featherweight.system.files import PART_SUFFIX, disk_errors, read_object, to_json, write_text
+from featherweight.tasks.compress.earlier import earlier_loss, earlier_text, kept_codes, most_error
 from featherweight.tasks.compress.fates import counts_in, counts_text
 from featherweight.tasks.compress.plain import COPY_WINDOW, is_plain, plain_blob, with_true_dtype
 from featherweight.tasks.compress.plan import Plan
@@ -55,7 +56,7 @@ def lay_out(
     size = 0
     names = [name for name in checkpoint.names if name not in plan.dropped]
     added = [name for name in changed if name not in names]
-    plain = is_plain(records, [job.layer for job in plan.jobs], added)
+    plain = not plan.keeps_codes and is_plain(records, [job.layer for job in plan.jobs], added)
     for name in [*names, *added]:
         if name in jobs_of and plain:
             size_of_all = sum(records[index]["nbytes"] for index in jobs_of[name])
@@ -65,7 +66,7 @@ def lay_out(
         elif name in changed:
             entries = [({"changed": name, "key": changed[name]}, sizes[name])]
         else:
-            entries = [({"copy": name}, checkpoint.entry(name).nbytes)]
+            entries = [({"copy": name}, checkpoint.stored_bytes(name))]
         for entry, nbytes in entries:
             if shards[-1] and size + nbytes > shard_bytes:
                 shards.append([])
@@ -142,7 +143,7 @@ def _blobs(
     run: RunFolder, entry: dict[str, Any], records: list[dict[str, Any]], checkpoint: Checkpoint, plan: Plan
 ) -> list[Blob]:
     if "copy" in entry:
-        return [_copied(checkpoint, entry["copy"])]
+        return _copied(checkpoint, entry["copy"])
     if "plain" in entry:
         parts = [(plan.jobs[index].layer, run.latest(index)) for index in entry["jobs"]]
         return [plain_blob(run.store, checkpoint.entry(entry["plain"]).shape, parts)]
@@ -165,10 +166,16 @@ def _artifact_windows(store: Store, key: str, name: str) -> Iterator[memoryview]
         yield from artifact.raw_windows(name, COPY_WINDOW)
 
 
-def _copied(checkpoint: Checkpoint, name: str) -> Blob:
-    """A tensor of the source, read in windows so that its pages do not stay resident."""
-    entry = checkpoint.entry(name)
-    return Blob(name, entry.dtype, entry.shape, entry.nbytes, lambda: checkpoint.raw_windows(name, COPY_WINDOW))
+def _copied(checkpoint: Checkpoint, name: str) -> list[Blob]:
+    """A tensor of the source, or the codes that it is there, read in windows so that their pages do not stay
+    resident."""
+    source, names = checkpoint.stored_as(name)
+    blobs = []
+    for stored in names:
+        entry = source.entry(stored)
+        chunks = partial(source.raw_windows, stored, COPY_WINDOW)
+        blobs.append(Blob(stored, entry.dtype, entry.shape, entry.nbytes, chunks))
+    return blobs
 
 
 def write_rest(
@@ -191,6 +198,8 @@ def write_rest(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / "model.safetensors.index.json", to_json(index))
     manifest = manifest_of(plan, assembly, identity, total)
+    if (earlier := earlier_loss(checkpoint)) is not None:
+        manifest["source"] = earlier
     with disk_errors(folder):
         for path in checkpoint.other_files():
             if path.name not in (MANIFEST, RECORD):  # the source is an output of ours itself
@@ -199,10 +208,11 @@ def write_rest(
     manifest["files"] = sorted(written | {MANIFEST, RECORD, "README.md", "config.json"})  # what --overwrite may replace
     write_text(folder / MANIFEST, to_json(manifest))
     write_text(folder / RECORD, made)
+    before = (earlier_text(manifest), most_error(manifest))
     if assembly.get("plain"):
-        card = plain_card(manifest, config, counts_text(counts_in(manifest["tensors"], checkpoint.has)))
+        card = plain_card(manifest, config, counts_text(counts_in(manifest["tensors"], checkpoint.has)), before)
     else:
-        card = model_card(manifest, config)
+        card = model_card(manifest, config, before)
     write_text(folder / "README.md", card)
     write_text(folder / "config.json", to_json(config))
 
@@ -216,9 +226,11 @@ def _config_of(assembly: dict[str, Any], checkpoint: Checkpoint, plan: Plan) -> 
     if assembly.get("plain"):
         return config
     records = assembly["layers"]
-    specs = {record["name"]: record["spec"] for record in records}
-    kept = set(checkpoint.names) - plan.dropped.keys()
-    added = [name for name in assembly.get("changed", []) if name not in kept]
+    copied = [entry["copy"] for shard in assembly["shards"] for entry in shard["entries"] if "copy" in entry]
+    specs = {record["name"]: record["spec"] for record in records} | kept_codes(copied, checkpoint)
+    before = {f"{module}.bias" for module in checkpoint.given_biases} - plan.dropped.keys()
+    kept = set(checkpoint.names) - plan.dropped.keys() - before
+    added = sorted({name for name in assembly.get("changed", []) if name not in kept} | before)
     for name in _of_codes(added, records):
         layer = name.removesuffix(".bias")
         specs[layer] = {**specs[layer], "bias": True}

@@ -14,6 +14,7 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, load_recipe
+from featherweight.model.network.source import open_source
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest, scan_tensor
@@ -33,6 +34,7 @@ from featherweight.tasks.compress.data import CalibrationData, check_calibration
 from featherweight.tasks.compress.data_free import solve_all, solve_alone
 from featherweight.tasks.compress.device_memory import placed
 from featherweight.tasks.compress.device_share import limit_on
+from featherweight.tasks.compress.earlier import decoded_texts
 from featherweight.tasks.compress.fates import counts_in
 from featherweight.tasks.compress.forecast import Forecast
 from featherweight.tasks.compress.identity import same_identity
@@ -148,8 +150,7 @@ def compress(
     limit = parse_size(max_memory, "--max-memory") if isinstance(max_memory, str) else max_memory
     limit = None if limit is None else limit // workers
     threads = share_of(threads, workers)
-    with Checkpoint.open(model) as checkpoint, use_threads(threads) as count:
-        checkpoint.trust_remote_code = trust_remote_code
+    with open_source(model, trust_remote_code) as checkpoint, use_threads(threads) as count:
         check_place(out, checkpoint, model, base_model)
         beside = tuple(path.name for path in checkpoint.other_files())
         data = CalibrationData.of(chosen, checkpoint, calibration, base_model, observer, runs_on, out=out)
@@ -267,6 +268,8 @@ class _Work:
         else:
             records, resumed = solve_all(plan, checkpoint, run, self.events, seed, executor)
         changed, verdicts = run.changed_tensors(), run.all_verdicts()
+        for text in decoded_texts((name for name in plan.copied if name in changed), checkpoint):
+            self.events({"event": "note", "text": text})
         assembly = lay_out(
             plan, checkpoint, records, shard_bytes, run.store, changed=changed, config=config, whole_model=verdicts
         )
@@ -308,6 +311,7 @@ def _result(
         already_complete=already_complete,
         fates=counts_in(manifest["tensors"], checkpoint.has),
         bits_per_weight_outside=manifest.get("bits_per_weight_outside"),
+        source=manifest.get("source"),
         **{
             name: manifest[name]
             for name in (

@@ -15,6 +15,7 @@ from featherweight.errors import CalibrationError, RecipeError
 from featherweight.events import Observer, silent
 from featherweight.methods.quantize.treatment import scope_of
 from featherweight.methods.recipe import Recipe
+from featherweight.model.network.source import open_source
 from featherweight.model.text.mixture import SELF, STATISTICS_SUFFIX, Mixture
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
@@ -77,7 +78,7 @@ class CalibrationData:
     def check(self, plan: Plan, checkpoint: Checkpoint) -> None:
         """RecipeError where the base model does not fit, before weights are read."""
         if self.base_model is not None:
-            with Checkpoint.open(self.base_model) as base:
+            with open_source(self.base_model) as base:
                 check_base([job.layer for job in plan.jobs], checkpoint, base)
 
     def identity(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class CalibrationData:
             assert self.stored is not None
             found = {"calibration": _file_digest(self.stored)}
         if self.base_model is not None:
-            with Checkpoint.open(self.base_model) as base:
+            with open_source(self.base_model) as base:
                 found["base_model"] = sample_digest(base)
         return found
 
@@ -108,7 +109,7 @@ class CalibrationData:
             return run_on_stored(plan, checkpoint, run, notify, seed, self.stored)
         assert self.windows is not None
         with ExitStack() as stack:
-            base = None if self.base_model is None else stack.enter_context(Checkpoint.open(self.base_model))
+            base = None if self.base_model is None else stack.enter_context(open_source(self.base_model))
             calibration = stack.enter_context(
                 Calibration.open(
                     checkpoint,

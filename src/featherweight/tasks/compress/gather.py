@@ -18,9 +18,9 @@ from featherweight.events import Observer
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.calibrate.statistics_file import is_statistics
 from featherweight.methods.recipe import explain
+from featherweight.model.network.source import open_source
 from featherweight.registry import nearest
 from featherweight.storage.checkpoint.anatomy import Anatomy
-from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.ownership import within
 from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors
@@ -78,13 +78,12 @@ def gather_statistics(
     mixture.check()
     runs_on = device_named(device)
     limit = limit_on(runs_on, device, max_device_memory)
-    with Checkpoint.open(model) as checkpoint:
+    with open_source(model, trust_remote_code) as checkpoint:
         if within(out, checkpoint.folder) and not Path(model).expanduser().is_file():
             raise OutputError(
                 f"--out {out} lies in the folder of the model, where it would count as weights of it; "
                 "choose a place outside of it"
             )
-        checkpoint.trust_remote_code = trust_remote_code
         anatomy, notes, _ = accounted_anatomy(checkpoint)
         if notify is not None:
             for note in notes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
+
+import torch
 
 from featherweight.errors import CheckpointError, FeatherError, shown
 from featherweight.methods.budget.base import LayerCandidates
@@ -19,7 +21,6 @@ from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.storage.checkpoint.format import METHOD, module_specs
 from featherweight.storage.codes import code_layout, describe_code
 from featherweight.system.memory import available_bytes, resident_bytes
 from featherweight.system.units import size_text
@@ -31,11 +32,11 @@ from featherweight.tasks.compress.refusals import check_ends, check_layers, chec
 SHARD_BYTES = 4_000_000_000
 WINDOWS = tuple(1 << bits for bits in range(23, 17, -1))  # 8 MiB down to 256 KiB
 MARGIN = 32 << 20  # allocator and thread stacks; docs/results.md has estimates beside measured peaks
-SOURCE_DTYPES: dict[str, Literal["float32", "float16", "bfloat16"]] = {
-    "F64": "float32",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
+SOURCE_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float64: "float32",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
 }
 
 
@@ -73,6 +74,8 @@ class Plan:
     most_code_bytes : until then, an upper bound of `code_bytes`
     max_memory : resident memory that must not be passed, if it was said
     bytes_are : what `code_bytes` says: "at most" so many, the "planned" ones, or these "after measuring" layers
+    keeps_codes : something of an earlier compression stays in the output: codes, or biases that it gave
+    decoding : of tensors that are codes in the source, the memory that reading takes by windows of so many bytes
     """
 
     anatomy: Anatomy
@@ -89,6 +92,8 @@ class Plan:
     options: SolveOptions
     notes: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    keeps_codes: bool = False
+    decoding: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
 
     @property
     def fates(self) -> tuple[Fate, ...]:
@@ -113,7 +118,7 @@ class Plan:
             if spec["kind"] != "dense":
                 return False
             dtypes.setdefault(job.layer.tensor, set()).add(spec["dtype"])
-        return kinds <= {"model"} and all(len(found) == 1 for found in dtypes.values())
+        return not self.keeps_codes and kinds <= {"model"} and all(len(found) == 1 for found in dtypes.values())
 
     candidates: Mapping[str, tuple[Treatment, ...]] = field(default_factory=dict)
     most_code_bytes: int | None = None
@@ -198,6 +203,7 @@ class Plan:
         whole = "model" in wide or "fisher" in needs
         held = 4 * (self.parameters if whole else block * (1 + two_streams))
         held += 4 * sum(job.layer.parameters for job in self.outside)  # what they decode to
+        held += self._largest_decoded()
         held += 4 * block * ("block" in wide)  # the weights the block was loaded with
         held += max((self._training_bytes(choice, block) for choice in choices), default=0)
         if "fisher" in needs:  # gradients and their squares; the squares stay
@@ -213,6 +219,14 @@ class Plan:
             held += self._passing_bytes(max(settings.batch_tokens, settings.length), False)
         # moments and their copies in a transformed space, a float64 factor, the weight with its error and target
         return held + stream + widest * (widest * (8 * moments + 16) + 4 * tallest * 4)
+
+    def _largest_decoded(self) -> int:
+        """Bytes of the largest tensor that is decoded as a whole before it is put into the network."""
+        sizes: dict[str, int] = {}
+        for layer in (*self.anatomy.layers, *self.anatomy.outside):
+            if layer.tensor in self.decoding:
+                sizes[layer.tensor] = sizes.get(layer.tensor, 0) + 4 * layer.parameters
+        return max(sizes.values(), default=0)
 
     def _training_bytes(self, choice: Choice, block: int) -> int:
         """Memory of a choice that trains, on top of the network's float weights."""
@@ -251,8 +265,9 @@ class Plan:
 
     def _pages(self, layer: LinearLayer) -> int:
         """Mapped pages of the source that are resident at once."""
-        whole = 4 * layer.parameters
-        return whole if layer.transposed or layer.fused_slice else min(whole, 4 * self.options.window_bytes)
+        whole, window = 4 * layer.parameters, self.options.window_bytes
+        decoding = self.decoding[layer.tensor](window) if layer.tensor in self.decoding else 0
+        return decoding + (whole if layer.transposed or layer.fused_slice else min(whole, 4 * window))
 
     def summary(self) -> dict[str, Any]:
         """JSON-able account."""
@@ -316,7 +331,7 @@ def make_plan(
         if layer.name in given:
             jobs.append(Job(layer, given[layer.name]))
         elif layer.tensor in chosen_tensors:  # the other slices of a tensor of which some are compressed
-            stored = SOURCE_DTYPES.get(checkpoint.entry(layer.tensor).dtype, "bfloat16")
+            stored = SOURCE_DTYPES.get(checkpoint.plain_dtype(layer.tensor), "bfloat16")
             jobs.append(Job(layer, Treatment(DenseGrid(dtype=stored), Nearest())))
     check_ends(recipe, anatomy, checkpoint, [job.layer.name for job in jobs])
     check_layers(
@@ -335,16 +350,18 @@ def make_plan(
         replaced=tuple(name for name in checkpoint.names if name in chosen_tensors),
         dropped=dropped,
         notes=notes,
-        copied_bytes=sum(checkpoint.entry(name).nbytes for name in copied),
+        copied_bytes=sum(checkpoint.stored_bytes(name) for name in copied),
         source_bytes=checkpoint.total_bytes,
         parameters=checkpoint.parameters,
         linear_weights=sum(checkpoint.entry(name).elements for name in linear),
-        linear_dense_bytes=sum(checkpoint.entry(name).nbytes for name in linear - chosen_tensors),
+        linear_dense_bytes=sum(checkpoint.stored_bytes(name) for name in linear - chosen_tensors),
         options=SolveOptions(threads=threads),
         renamed={name: stored for stored, name in checkpoint.renamed.items() if stored != name},
         candidates=treatments if measures else {},
         most_code_bytes=_most_bytes(recipe, candidates, jobs) if measures else None,
         bytes_are="at most" if measures else "planned",
+        keeps_codes=bool(checkpoint.given_biases) or any(checkpoint.codes_of(name) for name in copied),
+        decoding={n: partial(checkpoint.reading_bytes, n) for n in checkpoint.names if checkpoint.codes_of(n)},
     )
     assert len(plan.copied) + len(plan.replaced) + len(plan.dropped) == len(checkpoint.names)
     return plan if max_memory is None else _within(plan, max_memory)
@@ -357,15 +374,7 @@ def _copies_of(anatomy: Anatomy, chosen: set[str], checkpoint: Checkpoint) -> di
 
 
 def _quantised(checkpoint: Checkpoint, found: dict[str, Any]) -> str:
-    """Why a compressed folder is no source, and what to do."""
-    if found.get("quant_method") == METHOD and not found.get("biases"):
-        with contextlib.suppress(CheckpointError):
-            if all(spec.get("kind") == "dense" for spec in module_specs(found).values()):
-                return (
-                    f"{checkpoint.folder} holds plain values that an earlier featherweight stored as codes; make it "
-                    "again from its original with the same command and --overwrite, and it is a checkpoint like any "
-                    "other"
-                )
+    """Why a folder of another tool is no source, and what to do."""
     return (
         f"{checkpoint.folder} is quantised already (quant_method {shown(found.get('quant_method'))}); "
         "start from the original weights"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.pages.render import bytes_text, render
+from featherweight.tasks.compress.earlier import earlier_text, most_error
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Compression:
     bits_per_weight_outside : of embedding and output layer; None where they are kept
     layers : per layer name, code, spec, bits_per_weight, relative_error (Frobenius, of what is stored), nbytes
     resumed : layers found finished by an earlier run of the same command
+    source : of a source that was compressed before, what is known of that (`earlier_loss`); None for plain weights
     fates : how many tensors of the source were replaced, copied, changed, renamed, dropped; adds up to all of them
     """
 
@@ -36,14 +38,23 @@ class Compression:
     already_complete: bool = False
     fates: dict[str, int] = field(default_factory=dict)
     bits_per_weight_outside: float | None = None
+    source: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def loss_before(self) -> list[tuple[str, str]]:
+        """Rows about a source that was compressed before: what it was, and how much both losses are at most."""
+        known = {"source": self.source, "layers": self.layers}
+        most, text = most_error(known), earlier_text(known)
+        bound = [("error against what that was made from", f"at most {most[0]:.4f} ({most[1]})")] if most else []
+        return [("the source", text), *bound] if text else []
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return plain | {"out": str(self.out)}
 
     def in_short(self) -> dict[str, Any]:
-        """`to_json` without the records of layers and the recipe."""
-        return {name: value for name, value in self.to_json().items() if name not in ("layers", "recipe")}
+        """`to_json` without the records of layers, the recipe and what is known of the source."""
+        return {name: value for name, value in self.to_json().items() if name not in ("layers", "recipe", "source")}
 
     def _repr_html_(self) -> str:
         """For notebooks."""
@@ -55,6 +66,7 @@ class Compression:
             ("bits per weight, whole model", f"{self.bits_per_weight_model:.3f}"),
             ("size", bytes_text(self.bytes)),
             ("largest relative error", f"{worst['relative_error']:.4f} ({worst['name']})"),
+            *self.loss_before,
             ("time", f"{self.seconds:.1f} s"),
             ("peak memory", bytes_text(self.peak_memory_bytes)),
         ]

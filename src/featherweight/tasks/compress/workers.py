@@ -25,7 +25,7 @@ import torch
 from featherweight.errors import CheckpointError, FeatherError, OutputError
 from featherweight.events import Observer
 from featherweight.methods.recipe import Recipe, recipe_from
-from featherweight.storage.checkpoint.checkpoint import Checkpoint
+from featherweight.model.network.source import open_source
 from featherweight.storage.checkpoint.weights import sample_digest
 from featherweight.storage.run.executor import take_part
 from featherweight.storage.run.folder import RunFolder
@@ -174,8 +174,7 @@ def work(order: Order) -> int:
         Whatever keeps a layer from being solved. CheckpointError also if model or run are no longer those of the order.
     """
     run = RunFolder(Path(order.out))
-    with Checkpoint.open(order.model) as checkpoint, use_threads(order.threads):
-        checkpoint.trust_remote_code = order.trust_remote_code
+    with open_source(order.model, order.trust_remote_code) as checkpoint, use_threads(order.threads):
         read = {"source": checkpoint.identity(), "weights": sample_digest(checkpoint)}
         if not same_identity(run.identity(), order.identity) or read != {name: order.identity[name] for name in read}:
             raise CheckpointError(f"{order.model} or {run.path} changed while the work went on: run the command again")

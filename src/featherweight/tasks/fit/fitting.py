@@ -14,6 +14,7 @@ from torch import Tensor
 from featherweight.errors import FeatherError, OutputError
 from featherweight.events import Observer, silent
 from featherweight.methods.recipe import Recipe, recipe_from
+from featherweight.model.network.source import open_source
 from featherweight.model.text.windows import windows_digest
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
@@ -106,8 +107,7 @@ def fit(
     if (budget is None) == (not settings.pools):
         raise FeatherError("a fit needs a budget for the whole model, or pools for its layers, and not both")
     begun, out = time.monotonic(), Path(out).expanduser()
-    with Checkpoint.open(model) as checkpoint, use_threads(threads):
-        checkpoint.trust_remote_code = trust_remote_code
+    with open_source(model, trust_remote_code) as checkpoint, use_threads(threads):
         check_place(out, checkpoint, model)
         _check_held(out, checkpoint, overwrite)
         base = _base(checkpoint, settings)
