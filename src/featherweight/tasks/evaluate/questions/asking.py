@@ -143,14 +143,16 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "accuracy": self.accuracy,
-            "interval": list(self.interval),
+            "interval_low": self.interval.low,
+            "interval_high": self.interval.high,
             "right": [int(one) for one in self.right],
         }
         if self.against is not None:
             other = self.against
             found |= {
                 "accuracy_against": other.accuracy,
-                "interval_against": list(other.interval),
+                "interval_low_against": other.interval.low,
+                "interval_high_against": other.interval.high,
                 "lost": other.lost,
                 "won": other.won,
                 "flipped": (other.lost + other.won) / len(self.right),
