@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import EvaluationError
+from featherweight.model.text.files import read_text
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.registry import nearest
 from featherweight.tasks.evaluate.questions.items import (
@@ -74,8 +75,7 @@ def choose(names: str | Path | Sequence[str | Path], items: int | None = None, e
     given = [names] if isinstance(names, str | Path) else list(names)
     if not given:
         raise EvaluationError(f"no task is named: give one of {', '.join(BUNDLED)}, a file, or a task of {HARNESS}")
-    finder = _Finder(items)
-    tasks = [finder.find(str(name)) for name in given]
+    tasks = [_find(str(name), items) for name in given]
     known = [task.name for task in tasks]
     twice = next((name for i, name in enumerate(known) if name in known[:i]), None)
     if twice is not None:
@@ -83,43 +83,38 @@ def choose(names: str | Path | Sequence[str | Path], items: int | None = None, e
     return Chosen(tuple(tasks), engine)
 
 
-@dataclass
-class _Finder:
-    """Tasks by name; reads the harness's list once, if at all."""
+def _find(name: str, items: int | None) -> Task | HarnessTask:
+    """One task, of which the first so many items are asked."""
+    path = Path(name).expanduser()
+    if name.endswith(HARNESS_FILES):
+        if not path.is_file():
+            raise EvaluationError(f"there is no task file {name}")
+        alone = "group" not in read_text(path, EvaluationError, "task")  # a group may name tasks of the harness's
+        return HarnessTask(path.name, path.absolute(), _manager(name, shipped=not alone), items)
+    if name.endswith(SUFFIXES) or path.is_file():
+        return read_task(path).first(items)
+    if name in BUNDLED:
+        return bundled_task(name).first(items)
+    manager = _manager(name)
+    known = [*BUNDLED, *manager.all_tasks]
+    if name not in known:
+        raise EvaluationError(
+            f"there is no task called {name!r}{nearest(name, known)}: the package brings {', '.join(BUNDLED)}, "
+            f"others are those of {HARNESS} and files (.jsonl, .yaml)"
+        )
+    return HarnessTask(name, name, manager, items)
 
-    items: int | None
-    _manager: Any = None
 
-    def find(self, name: str) -> Task | HarnessTask:
-        path = Path(name).expanduser()
-        if name.endswith(HARNESS_FILES):
-            if not path.is_file():
-                raise EvaluationError(f"there is no task file {name}")
-            return HarnessTask(path.name, path.absolute(), self.manager(name), self.items)
-        if name.endswith(SUFFIXES) or path.is_file():
-            return read_task(path).first(self.items)
-        if name in BUNDLED:
-            return bundled_task(name).first(self.items)
-        manager = self.manager(name)
-        known = [*BUNDLED, *manager.all_tasks]
-        if name not in known:
-            raise EvaluationError(
-                f"there is no task called {name!r}{nearest(name, known)}: the package brings {', '.join(BUNDLED)}, "
-                f"others are those of {HARNESS} and files (.jsonl, .yaml)"
-            )
-        return HarnessTask(name, name, manager, self.items)
+def _manager(name: str, shipped: bool = True) -> Any:
+    """What finds the harness's tasks; EvaluationError where that package is missing, which is needed for `name`."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError(
+            f"there is no task called {name!r}{nearest(name, BUNDLED)} here: the package brings "
+            f"{', '.join(BUNDLED)}, files end in .jsonl, and tasks of {HARNESS} need that package: {INSTALL}"
+        )
+    from featherweight.tasks.evaluate.questions.harness import task_manager
 
-    def manager(self, name: str) -> Any:
-        if importlib.util.find_spec("lm_eval") is None:
-            raise EvaluationError(
-                f"there is no task called {name!r}{nearest(name, BUNDLED)} here: the package brings "
-                f"{', '.join(BUNDLED)}, files end in .jsonl, and tasks of {HARNESS} need that package: {INSTALL}"
-            )
-        if self._manager is None:
-            from featherweight.tasks.evaluate.questions.harness import task_manager
-
-            self._manager = task_manager()
-        return self._manager
+    return task_manager(shipped)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -115,10 +116,14 @@ def sampling_of(settings: Mapping[str, Any]) -> Sampling:
     )
 
 
-def task_manager() -> Any:
-    """The harness's tasks by name; its index takes a second to read."""
+@functools.cache
+def task_manager(shipped: bool = True) -> Any:
+    """What knows the harness's tasks by name. It reads the descriptions of all of them, which takes seconds.
+
+    shipped : False for what needs none of these, as a task that a file describes
+    """
     with _quietly():
-        return TaskManager()
+        return TaskManager(include_defaults=shipped)
 
 
 def harness_answer(
