@@ -12,7 +12,7 @@ import pytest
 import torch
 from known_models import Counter, Words
 
-from featherweight.errors import EvaluationError
+from featherweight.errors import EvaluationError, FeatherError
 from featherweight.model.decoder.model import NativeModel
 from featherweight.model.decoder.sampling import Sampling
 from featherweight.model.text.tokenizer import Tokenizer
@@ -248,6 +248,16 @@ def test_the_native_decoder_answers_alike(llama: Path, tmp_path: Path) -> None:
         for logits, request in zip(fresh, requests, strict=True)
     ]
     assert [one.nats for one in NativeEngine(native, tokenizer).likelihoods(requests)] == pytest.approx(sums, abs=1e-3)
+
+
+def test_what_is_kept_of_a_cache_is_what_was_fed(llama: Path) -> None:
+    native = NativeModel.open(llama, threads=1, precision="float")
+    whole = native.forward([5, 6, 7, 8, 9])
+    native.keep(2)
+    assert native.length() == 2
+    assert torch.allclose(native.feed_all([7, 8, 9]), whole[2:], atol=1e-4)
+    with pytest.raises(FeatherError, match="sequence 0 has 5 tokens, of which 6 are to stay"):
+        native.keep(6)
 
 
 def test_both_engines_write_the_same_and_stop_at_a_text(llama: Path) -> None:
