@@ -74,6 +74,11 @@ def test_every_command_of_a_page_runs(
     (tmp_path / "own.txt").write_text(text)
     lines = [json.dumps({"text": text[i : i + 1000]}) for i in range(0, len(text), 1000)]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    questions = [
+        {"question": "What is frozen water?", "choices": ["ice", "steam"], "answer": 0},
+        {"context": "The river was frozen, and they walked over the", "target": "ice"},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "bundled_text", lambda *_: text)
     monkeypatch.setattr(speed, "BUFFER_BYTES", 1 << 22)

@@ -86,3 +86,30 @@ def uniform(vocabulary: int, context: int | None = None) -> Bigram:
 def random_bigram(vocabulary: int, context: int | None = None, seed: int = 0) -> Bigram:
     generator = torch.Generator().manual_seed(seed)
     return Bigram(torch.randn(vocabulary, vocabulary, generator=generator).log_softmax(-1), context)
+
+
+class Words:
+    """Token = place of a word in a list; white space parts words and is nothing else."""
+
+    def __init__(self, words: str, bos: int | None = None) -> None:
+        self.words, self.bos_token_id, self.eos_token_id = words.split(), bos, None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        start = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": start + [self.words.index(word) for word in text.split()]}
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return " ".join(self.words[token] for token in tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: place for place, word in enumerate(self.words)}
+
+    def bigram(self, following: dict[str, dict[str, float]], context: int | None = None) -> Bigram:
+        """A model that gives words the probabilities named, after a word; what is left goes to all others alike."""
+        count = len(self.words)
+        table = torch.full((count, count), 1 / count)
+        for word, probabilities in following.items():
+            left = (1 - sum(probabilities.values())) / (count - len(probabilities))
+            row = [probabilities.get(other, left) for other in self.words]
+            table[self.words.index(word)] = torch.tensor(row)
+        return Bigram(table.log(), context)

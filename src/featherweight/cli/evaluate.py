@@ -21,6 +21,9 @@ class EvalOptions:
     against: str | None
     text: str | None
     conversations: Path | None
+    tasks: list[str] | None
+    items: int | None
+    engine: str
     protocol: str
     context: int | None
     dtype: str
@@ -69,6 +72,9 @@ def run_eval(models: Sequence[str], options: EvalOptions, outputs: Outputs) -> N
         console.print(facts(_rows(results[0], reports[0])))
     else:
         console.print(_table(models, results, reports))
+        if results[0].answers:
+            console.print()
+            console.print(_task_table(models, results))
     for description in dict.fromkeys(result.description for result in results):
         console.print(f"protocol: {description}", soft_wrap=True)
     if outputs.html is not None:
@@ -82,6 +88,7 @@ def _record(model: str, report: dict[str, Any]) -> None:
     from featherweight.system.machine import machine_facts, now_text
 
     kept = {name: value for name, value in report.items() if name not in ("model", "window_losses", "size")}
+    kept["tasks"] = [_without_items(task) for task in report["tasks"]]
     if kept["against"] is not None:
         kept["against"] = Path(kept["against"]).name
     kept |= {"date": now_text(), "machine": machine_facts()}
@@ -89,6 +96,12 @@ def _record(model: str, report: dict[str, Any]) -> None:
         add_measurement(model, "evaluations", kept)
     except OutputError as error:
         print(f"note: the result is not recorded: {error}", file=sys.stderr, flush=True)
+
+
+def _without_items(task: dict[str, Any]) -> dict[str, Any]:
+    """A task's result as it is recorded: what became of each item is for the JSON file alone."""
+    scores = {name: {k: v for k, v in score.items() if k != "right"} for name, score in task["scores"].items()}
+    return {**task, "scores": scores}
 
 
 def _write_page(path: Path, reports: Sequence[dict[str, Any]]) -> None:
@@ -137,6 +150,31 @@ def _table(models: Sequence[str], results: Sequence[Any], reports: Sequence[dict
             cells.append(with_error(result.divergence.mean, result.divergence.standard_error, 4))
             cells.append(f"{100 * result.divergence.top1_agreement:.1f} %")
         table.add_row(*cells)
+    return table
+
+
+def _task_table(models: Sequence[str], results: Sequence[Any]) -> Table:
+    """The original's accuracy in each task, by its first scorer, and under it every model's, with what changed."""
+    from featherweight.tasks.evaluate.questions.asking import p_text, share_text
+
+    table = Table(box=None, pad_edge=False)
+    compared = results[0].against is not None
+    for name in ["task", "model", "accuracy (95 %)", *(["lost", "won", "McNemar p", "kappa"] if compared else [])]:
+        table.add_column(name, justify="left" if name in ("task", "model") else "right", overflow="fold")
+    for place, task in enumerate(results[0].answers):
+        for number, score in enumerate(task.scores):
+            name = f"{task.name}, {score.name}"
+            if score.against is not None:
+                known = share_text(score.against.accuracy, score.against.interval)
+                table.add_row(name, f"{results[0].against} (original)", known)
+            for model, result in zip(models, results, strict=True):
+                own = result.answers[place].scores[number]
+                cells = [name, model, share_text(own.accuracy, own.interval)]
+                if own.against is not None:
+                    cells += [str(own.against.lost), str(own.against.won)]
+                    cells.append("-" if own.against.p is None else p_text(own.against.p))
+                    cells.append("-" if own.against.kappa is None else f"{own.against.kappa:.3f}")
+                table.add_row(*cells)
     return table
 
 

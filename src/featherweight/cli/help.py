@@ -22,6 +22,8 @@ GROUPS = {
         "--original",
         "--text",
         "--conversations",
+        "--tasks",
+        "--items",
         "--protocol",
         "--context",
         "--limit",
@@ -77,6 +79,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "eval": (
         ("feather eval small --against MODEL", "perplexity, divergence from the original, size"),
         ("feather eval small --against MODEL --text mine.txt --limit 4096", "on a part of your own text"),
+        ("feather eval small --against MODEL --tasks novels-choice,novels-cloze", "right answers, and which were lost"),
         ("feather eval one two --against MODEL --html both.html", "two results beside each other"),
     ),
     "report": (

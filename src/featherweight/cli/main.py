@@ -12,12 +12,14 @@ from featherweight.cli.app import app
 from featherweight.cli.entry import run, run_process
 from featherweight.cli.help import Command
 from featherweight.cli.options import (
+    Answering,
     Calibration,
     Changes,
     Device,
     DeviceMemory,
     Dtype,
     Engine,
+    Items,
     JsonFile,
     KvCache,
     ModelArgument,
@@ -25,9 +27,11 @@ from featherweight.cli.options import (
     Quiet,
     Recipe,
     RunDevice,
+    Tasks,
     Threads,
     Trust,
     preset_names,
+    task_names,
 )
 from featherweight.cli.sampling import MinP, RepetitionPenalty, SamplingSeed, Temperature, TopK, TopP
 
@@ -209,6 +213,9 @@ def evaluate(
             "--against.",
         ),
     ] = None,
+    tasks: Tasks = None,
+    items: Items = None,
+    engine: Answering = "transformers",
     protocol: Annotated[str, typer.Option("--protocol", help="own, 2048, 4096, strided or llama.cpp.")] = "own",
     context: Annotated[int | None, typer.Option("--context", min=2, help="Window length in tokens.")] = None,
     dtype: Dtype = "auto",
@@ -232,8 +239,9 @@ def evaluate(
     from featherweight.cli.evaluate import EvalOptions, Outputs, run_eval
 
     options = EvalOptions(
-        against, text, conversations, protocol, context, dtype, limit, threads, device, trust_remote_code
-    )
+        against, text, conversations, task_names(tasks), items, engine, protocol, context, dtype, limit, threads,
+        device, trust_remote_code,
+    )  # fmt: skip
     run_eval(models, options, Outputs(json, html, record))
 
 

@@ -17,6 +17,11 @@ def preset_names(incomplete: str) -> list[str]:
     return sorted(path.stem for path in PRESETS.glob(f"{incomplete}*.yaml"))
 
 
+def task_names(given: list[str] | None) -> list[str] | None:
+    """Of `--tasks`, which may stand several times, with commas between names."""
+    return None if given is None else [name.strip() for part in given for name in part.split(",") if name.strip()]
+
+
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - prints it, and nothing else."),
@@ -73,6 +78,21 @@ Calibration = Annotated[
     ),
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, native (the decoder for CPUs) or transformers.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAMES",
+        help="Questions with right answers, commas between: novels-choice, novels-cloze (shipped), a .jsonl file; with "
+        "featherweight[tasks] also those of lm-evaluation-harness. Adds accuracies, and paired tests with --against.",
+    ),
+]
+Items = Annotated[
+    int | None, typer.Option("--items", metavar="N", min=1, help="Use only the first N items of each task.")
+]
+Answering = Annotated[
+    str, typer.Option("--engine", help="What answers the tasks: transformers, or native (the decoder for CPUs).")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]

@@ -222,6 +222,20 @@ class NativeModel:
             self._feed(sequence, self._tokens(tokens, self.length(sequence)), logits)
         return logits
 
+    def feed_all(self, tokens: Sequence[int], sequence: int = 0) -> Tensor:
+        """As `feed`; logits float32 [n, vocabulary] behind each of the n tokens."""
+        logits = torch.empty(len(tokens), self.network.vocabulary)
+        with self._worker.turn():
+            self._feed(sequence, self._tokens(tokens, self.length(sequence)), logits)
+        return logits
+
+    def keep(self, tokens: int, sequence: int = 0) -> None:
+        """Forget what a sequence has in the cache behind its first `tokens` tokens."""
+        if not 0 <= tokens <= self.length(sequence):
+            raise FeatherError(f"sequence {sequence} has {self.length(sequence)} tokens, of which {tokens} are to stay")
+        with self._worker.turn():
+            self._worker.run_here(lambda: self._c.fw_decoder_truncate(self._place, sequence, tokens))
+
     def _feed(self, sequence: int, flat: Tensor, logits: Tensor) -> None:
         """In a turn: tokens into the cache; logits of all of them, or, if they are a vector, of the last one."""
         arguments = (self._place, sequence, flat.data_ptr(), len(flat), logits.data_ptr(), int(logits.dim() == 2))

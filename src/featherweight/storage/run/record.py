@@ -22,7 +22,10 @@ LAYOUT = 1
 KEPT = 32
 """Of evaluations and of speeds: the last so many different ones."""
 SAME = {
-    "evaluations": ("protocol", "context", "stride", "text_sha256", "text_tokens", "dtype", "against", "conversations"),
+    "evaluations": (
+        *("protocol", "context", "stride", "text_sha256", "text_tokens", "dtype", "against", "conversations"),
+        "task_settings",
+    ),
     "speeds": ("engine", "threads", "device", "prompt_tokens", "new_tokens", "context_tokens", "cache"),
 }
 """Measurements that agree in these settings are of the same thing: the new one takes the place of the old one."""

@@ -7,15 +7,13 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from featherweight.errors import EvaluationError, FeatherWarning
-from featherweight.model.layers.modules import CodedModule
 from featherweight.model.text.tokenizer import Tokenizer
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.checkpoint.size import Size, measure_size
@@ -28,6 +26,11 @@ from featherweight.tasks.evaluate.model_checks import check_causal, check_same_t
 from featherweight.tasks.evaluate.opening import ModelLike, evaluating, open_model
 from featherweight.tasks.evaluate.perplexity import KeptReader, LogitsReader, Measurement, Progress, measure
 from featherweight.tasks.evaluate.protocols import Setting, protocol_named
+from featherweight.tasks.evaluate.questions.asking import Chosen, TaskResult, choose, results_of
+from featherweight.tasks.evaluate.questions.engines import open_engine
+from featherweight.tasks.evaluate.questions.items import Answers
+from featherweight.tasks.evaluate.questions.paired import INSTALL, can_test
+from featherweight.tasks.evaluate.reading import check_rows, dtype_of, read_tokens
 from featherweight.tasks.evaluate.result import Evaluation
 from featherweight.tasks.evaluate.texts import named_text
 from featherweight.tasks.evaluate.trust import warnings_of
@@ -46,6 +49,9 @@ def evaluate(
     text: str | Path | None = None,
     *,
     conversations: str | Path | None = None,
+    tasks: str | Path | Sequence[str | Path] | None = None,
+    items: int | None = None,
+    engine: str = "transformers",
     protocol: str = "own",
     context: int | None = None,
     dtype: str = "auto",
@@ -72,6 +78,15 @@ def evaluate(
         JSON lines with `messages`, such as `feather converse` writes. In the form of the chat template they are what
         the divergence at its control tokens (ends of turns, marks of thinking and of tool calls) is measured on, which
         needs `against`; see `featherweight.tasks.evaluate.control_tokens`.
+    tasks : str, Path or list of these, optional
+        Questions with right and wrong answers: "novels-choice" and "novels-cloze", which come with the package; files
+        of JSON lines (see `featherweight.tasks.evaluate.questions.items`); with the extra `tasks` also any task of
+        lm-evaluation-harness, by name or as its .yaml file.
+    items : int, optional
+        Only the first so many items of each task.
+    engine : str
+        What answers them: "transformers", computing as for the perplexity, or "native", the decoder for CPUs as it
+        runs, with rounded activations.
     protocol : str
         How the text is cut into windows: "own" (the model's context), "2048", "4096", "strided" or "llama.cpp".
     context : int, optional
@@ -98,14 +113,17 @@ def evaluate(
         dtype and the hashes of text and tokenizer; `size` in bytes and bits a weight (None for a model given as an
         object). With `against` also `divergence` (KL in nats a token, share of equal top-1 predictions) and
         `log_ratio` of the perplexities, paired over windows. With `conversations` also `control`: divergence at control
-        tokens and elsewhere; a FeatherWarning where it is much larger there. A FeatherWarning, too, where so few
-        tokens were scored that the result is uncertain, and where the KL says that the model is of no use: `warnings`.
+        tokens and elsewhere; a FeatherWarning where it is much larger there. With `tasks` also `answers`: the accuracy
+        of each by every scorer, with its 95 % interval, and with `against` what became of the original's answers on the
+        same items: lost and won ones, McNemar's test, Cohen's kappa (both by statsmodels). A FeatherWarning, too, where
+        so few tokens were scored that the result is uncertain, and where the KL says that the model is of no use:
+        `warnings`.
 
     Raises
     ------
     EvaluationError
-        A setting is none of the above; the text is missing, empty or too short; a model has no tokenizer, is no causal
-        language model, or the two have different tokenizers.
+        A setting is none of the above; there is no such task, or a line of its file is malformed; the text is missing,
+        empty or too short; a model has no tokenizer, is no causal language model, or the two have different tokenizers.
     CheckpointError
         A model cannot be found or loaded; see `featherweight.load`.
     FeatherError
@@ -118,8 +136,9 @@ def evaluate(
     """
     progress = progress or _notebook_progress()
     asked = _asked(
-        text, conversations, protocol, context, dtype=dtype, limit=limit, progress=progress,
-        trust_remote_code=trust_remote_code, device=device, against=against,
+        text, against, conversations=conversations, tasks=tasks, items=items, engine=engine, protocol=protocol,
+        context=context, dtype=dtype, limit=limit, progress=progress, threads=threads,
+        trust_remote_code=trust_remote_code, device=device,
     )  # fmt: skip
     with _threads(threads), contextlib.ExitStack() as stack:
         reset_peak_memory()
@@ -134,6 +153,9 @@ def evaluate_each(
     text: str | Path | None = None,
     *,
     conversations: str | Path | None = None,
+    tasks: str | Path | Sequence[str | Path] | None = None,
+    items: int | None = None,
+    engine: str = "transformers",
     protocol: str = "own",
     context: int | None = None,
     dtype: str = "auto",
@@ -150,8 +172,8 @@ def evaluate_each(
     those of `evaluate`.
     """
     asked = _asked(
-        text, conversations, protocol, context, dtype=dtype, limit=limit, progress=None,
-        trust_remote_code=trust_remote_code, device=device, against=against,
+        text, against, conversations=conversations, tasks=tasks, items=items, engine=engine, protocol=protocol,
+        context=context, dtype=dtype, limit=limit, threads=threads, trust_remote_code=trust_remote_code, device=device,
     )  # fmt: skip
     with _threads(threads), contextlib.ExitStack() as stack:
         original = None if against is None else _Original.open(against, asked, stack, keep=len(models) > 1)
@@ -178,27 +200,33 @@ class _Asked:
 
     content: str
     conversations: str | Path | None
+    tasks: Chosen | None
     protocol: str
     context: int | None
     dtype: str
     limit: int | None
     progress: Progress | None
+    threads: int | None
     trust_remote_code: bool
     device: torch.device
 
 
 def _asked(
     text: str | Path | None,
-    conversations: str | Path | None,
-    protocol: str,
-    context: int | None,
+    against: ModelLike | None,
     *,
+    conversations: str | Path | None = None,
+    tasks: str | Path | Sequence[str | Path] | None = None,
+    items: int | None = None,
+    engine: str = "transformers",
+    protocol: str = "own",
+    context: int | None = None,
     dtype: str = "auto",
     limit: int | None = None,
     progress: Progress | None = None,
+    threads: int | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device = "auto",
-    against: ModelLike | None = None,
 ) -> _Asked:
     """The arguments of `evaluate`; EvaluationError for those that are wrong or do not go together."""
     if dtype not in DTYPES:
@@ -210,10 +238,15 @@ def _asked(
         raise EvaluationError(f"the limit is {limit} tokens, and at least 2 are needed to score one")
     if conversations is not None and against is None:
         raise EvaluationError("conversations are for comparing with the original: name it with --against")
+    if tasks is None and (items is not None or engine != "transformers"):
+        raise EvaluationError("items and an engine are for tasks: name some with --tasks")
+    chosen = None if tasks is None else choose(tasks, items, engine)
     content = bundled_text() if text is None else named_text(text)
     if not content.strip():
         raise EvaluationError(f"the text {text} is empty: there is nothing to score")
-    return _Asked(content, conversations, protocol, context, dtype, limit, progress, trust_remote_code, runs_on)
+    return _Asked(
+        content, conversations, chosen, protocol, context, dtype, limit, progress, threads, trust_remote_code, runs_on
+    )
 
 
 def _threads(threads: int | None) -> contextlib.AbstractContextManager[Any]:
@@ -230,6 +263,9 @@ class _Original:
     tokenizer: Any
     reader: LogitsReader
     size: Size | None
+    source: ModelLike
+    kept: dict[str, Answers] = field(default_factory=dict)
+    """Its answers to the tasks, once it was asked."""
 
     @classmethod
     def open(cls, against: ModelLike, asked: _Asked, stack: contextlib.ExitStack, keep: bool = False) -> _Original:
@@ -242,7 +278,7 @@ class _Original:
         else:
             name, size = str(against), measure_size(against)
         reader = KeptReader(model, room_bytes=available_bytes() // KEPT_SHARE) if keep else LogitsReader(model)
-        return cls(name, model, tokenizer, reader, size)
+        return cls(name, model, tokenizer, reader, size, against)
 
 
 def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun: float) -> Evaluation:
@@ -253,17 +289,17 @@ def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun
         check_causal(subject)
         if original is not None and original.tokenizer is not None:
             check_same_tokenizer(tokenizer, original.tokenizer, asked.content)
-        read = _read(tokenizer, asked.content, asked.protocol)
+        read = read_tokens(tokenizer, asked.content, asked.protocol)
         tokens = read.tokens[: asked.limit]
         for one in (subject, None if original is None else original.model):
             if one is not None:
-                _check_rows(one, tokens)
+                check_rows(one, tokens)
         protocol = protocol_named(asked.protocol, own_context(subject), len(tokens), asked.context, len(read.prefix))
         setting = Setting(
             protocol=protocol,
             tokens=len(tokens),
             bos=read.words,
-            dtype=_dtype_of(subject),
+            dtype=dtype_of(subject),
             tokenizer_sha256=tokenizer_sha256(tokenizer),
             text_sha256=hashlib.sha256(asked.content.encode()).hexdigest(),
         )
@@ -273,11 +309,37 @@ def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun
         if asked.conversations is not None and original is not None:
             models = (subject, original.model)
             control = _control(models, tokenizer, asked.conversations, asked.context, asked.progress)
+        found, notes = _answers(model, (subject, tokenizer), original, asked)
         seconds = time.perf_counter() - begun
-    said = warnings_of(measured)
+    said = warnings_of(measured) + notes
     for warning in said:
         warnings.warn(warning, FeatherWarning, stacklevel=3)
-    return replace(_evaluation(measured, setting, seconds, model, original), control=control, warnings=tuple(said))
+    result = _evaluation(measured, setting, seconds, model, original)
+    return replace(result, control=control, answers=found, warnings=tuple(said))
+
+
+def _answers(
+    model: ModelLike, loaded: tuple[Any, Any], original: _Original | None, asked: _Asked
+) -> tuple[tuple[TaskResult, ...], list[str]]:
+    """What the tasks gave, beside the original, which is asked once; and what was cut of them, in sentences."""
+    if asked.tasks is None:
+        return (), []
+    subject, tokenizer = loaded
+    if original is not None and not original.kept:
+        engine = open_engine(original.source, (original.model, tokenizer), asked.tasks.engine, asked.threads)
+        original.kept.update(asked.tasks.ask(engine, tokenizer, asked.progress))
+    engine = open_engine(model, (subject, tokenizer), asked.tasks.engine, asked.threads)
+    own = asked.tasks.ask(engine, tokenizer, asked.progress)
+    if original is not None and not can_test():
+        text = f"p-values and kappa of tasks need statsmodels, which is missing: {INSTALL}"
+        warnings.warn(text, FeatherWarning, stacklevel=4)
+    notes = [
+        f"{one.cut} context{'s' * (one.cut != 1)} of the task {name} are longer than the model's context of "
+        f"{engine.context} tokens: their beginnings were left out"
+        for name, one in own.items()
+        if one.cut
+    ]
+    return results_of(asked.tasks, own, None if original is None else original.kept), notes
 
 
 def _control(
@@ -291,7 +353,7 @@ def _control(
     if not talks:
         raise EvaluationError(f"the conversations {path} are empty: there is nothing to compare")
     for model in models:
-        _check_rows(model, torch.tensor([token for ids in talks for token in ids]))
+        check_rows(model, torch.tensor([token for ids in talks for token in ids]))
     found = compare(*models, talks, marks, progress)
     if found.warning is not None:
         warnings.warn(found.warning, FeatherWarning, stacklevel=3)
@@ -330,54 +392,3 @@ def bundled_text(name: str = BUNDLED_TEXT) -> str:
         return (ASSETS / name).read_text(encoding="utf-8")
     except OSError:
         raise EvaluationError(f"this installation lacks the bundled text {name}: give one with --text") from None
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A text for a protocol: `tokens` int64 [n] without `prefix`, which stands before each window; `bos` in its first
-    place instead; in words."""
-
-    tokens: Tensor
-    prefix: tuple[int, ...]
-    bos: int | None
-    words: str
-
-
-def _read(tokenizer: Any, text: str, protocol: str) -> _Read:
-    """The whole text as tokens, and what is done with the tokens that the tokenizer puts before one."""
-    reader = Tokenizer.of(tokenizer)
-    tokens = reader.encode(text)
-    prefix, _ = reader.around()
-    replaced = protocol == "llama.cpp"
-    if not prefix or tokens[: len(prefix)] != prefix or (replaced and prefix[0] != reader.bos):
-        return _Read(torch.tensor(tokens, dtype=torch.int64), (), None, "no BOS, as the tokenizer adds none")
-    if replaced:
-        first = prefix[0]
-        words = f"BOS (token {first}) in place of the first token of every window"
-        return _Read(torch.tensor(tokens, dtype=torch.int64), (), first, words)
-    name = "BOS" if prefix == [reader.bos] else "what the tokenizer puts before a text"
-    numbers = ", ".join(str(token) for token in prefix)
-    words = f"{name} ({'token' if len(prefix) == 1 else 'tokens'} {numbers}) before every window"
-    return _Read(torch.tensor(tokens[len(prefix) :], dtype=torch.int64), tuple(prefix), None, words)
-
-
-def _check_rows(model: Any, tokens: Tensor) -> None:
-    """EvaluationError where a token has no row in the embedding."""
-    get = getattr(model, "get_input_embeddings", None)
-    weight = getattr(get() if get is not None else None, "weight", None)
-    if weight is not None and len(tokens) and int(tokens.max()) >= weight.shape[0]:
-        raise EvaluationError(
-            f"the text has token {int(tokens.max())} and the model a vocabulary of {weight.shape[0]}: "
-            "the tokenizer does not belong to this model"
-        )
-
-
-def _dtype_of(model: Any) -> str:
-    """What the first module with weights computes in: a compressed one in another type than its parts are stored in."""
-    for module in model.modules():
-        if isinstance(module, CodedModule):
-            return str(module.compute_dtype).removeprefix("torch.")
-        parameter = next((p for p in module.parameters(recurse=False) if p.is_floating_point()), None)
-        if parameter is not None:
-            return str(parameter.dtype).removeprefix("torch.")
-    return "float32"

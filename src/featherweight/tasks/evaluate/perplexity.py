@@ -207,7 +207,7 @@ def measure(
             with asking_transformers("run the model on the text", error=EvaluationError):
                 run = _run(ids, reader, other)
             if run is None:
-                batch = _smaller(len(group), reader.device)
+                batch = smaller_batch(len(group), reader.device)
                 continue
             positions, other_positions = run
             for row, window in enumerate(group):
@@ -233,16 +233,21 @@ def _run(ids: Tensor, reader: LogitsReader, other: LogitsReader | None) -> tuple
         return None
 
 
-def _smaller(windows: int, device: torch.device) -> int:
-    """How many windows go together after so many did not fit; EvaluationError after one."""
-    if windows == 1:
+def smaller_batch(
+    count: int, device: torch.device, what: str = "window", hint: str = "use a shorter --context, "
+) -> int:
+    """How many windows, or others, go together after so many did not fit; EvaluationError after one.
+
+    hint : what else may help where one does not fit, for the error
+    """
+    if count == 1:
         raise EvaluationError(
-            f"the memory of {device} does not suffice for one window: use a shorter --context, free memory of the "
+            f"the memory of {device} does not suffice for one {what}: {hint}free memory of the "
             "device, or take --device cpu"
         )
     give_back(device)
-    left = windows // 2
-    text = f"{device} ran out of memory: batches are of {left} window{'s' * (left != 1)} from here on"
+    left = count // 2
+    text = f"{device} ran out of memory: batches are of {left} {what}{'s' * (left != 1)} from here on"
     warnings.warn(text, FeatherWarning, stacklevel=2)
     return left
 

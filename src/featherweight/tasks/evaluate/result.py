@@ -11,12 +11,13 @@ from featherweight.storage.checkpoint.size import Size
 from featherweight.tasks.evaluate.control_tokens import ControlTokens
 from featherweight.tasks.evaluate.divergence import Divergence
 from featherweight.tasks.evaluate.protocols import Setting
+from featherweight.tasks.evaluate.questions.asking import TaskResult
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The numbers of one evaluation. Losses in nats a token, KL in nats; `size` None for a model given as an object;
-    `control` what was measured on conversations.
+    `control` what was measured on conversations, `answers` what each task gave.
 
     `log_ratio` is log(perplexity / perplexity of the original), paired over windows. Standard errors, its own and the
     others, are from the spread between windows, whose tokens are not independent; None for a single window.
@@ -42,6 +43,7 @@ class Evaluation:
     perplexity_against_standard_error: float | None = None
     size_against: Size | None = None
     warnings: tuple[str, ...] = ()
+    answers: tuple[TaskResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; numbers that are not finite become null, as are `kl` and `top1_agreement` without an original."""
@@ -83,6 +85,8 @@ class Evaluation:
             "peak_memory_bytes": self.peak_memory_bytes,
             "window_losses": list(self.window_losses),
             "control_tokens": None if self.control is None else self.control.to_json(),
+            "tasks": [one.to_json() for one in self.answers],
+            "task_settings": [one.setting for one in self.answers] or None,
             "warnings": list(self.warnings),
         }
         finite: dict[str, Any] = _finite(report)
@@ -106,7 +110,7 @@ class Evaluation:
             )
             agreed = with_error(100 * kl.top1_agreement, _times(kl.top1_standard_error, 100), 2)
             found.append(("top-1 agreement", f"{agreed} %"))
-        return found
+        return [*found, *(row for one in self.answers for row in one.rows())]
 
     def excess_text(self) -> str:
         """Excess perplexity over the original's in per cent, with its standard error; "" without an original."""

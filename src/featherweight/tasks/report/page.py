@@ -11,7 +11,7 @@ import yaml
 from featherweight.pages.render import render, style
 from featherweight.system.files import disk_errors, replacing
 from featherweight.tasks.report import plots
-from featherweight.tasks.report.tables import cost_columns, origins, quality_columns, shares, table_of
+from featherweight.tasks.report.tables import cost_columns, origins, quality_columns, shares, table_of, task_columns
 from featherweight.tasks.report.variants import Page, Variant, findings, first_of
 
 
@@ -54,6 +54,7 @@ def report_html(
         findings=findings(page),
         tradeoff=_tradeoff(page),
         quality=table_of(page, quality_columns(page), page.rows),
+        tasks=table_of(page, task_columns(page), page.rows),
         control=any(v.number("control_tokens", "kl") is not None for v in page.rows),
         cost=table_of(page, cost_columns(), page.variants),
         origins=origins(page),

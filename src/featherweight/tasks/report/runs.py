@@ -101,6 +101,7 @@ def _variant(
     fitting = [found for found in evaluations if _settings(found) == chosen]
     fitting.sort(key=lambda found: (found.get("kl") is not None, str(found.get("date"))))
     evaluation = dict(fitting[-1]) if fitting else {}
+    tasks = _tasks_of(evaluations)
     shown = shlex.quote(given)
     missing = []
     if not made:
@@ -121,6 +122,7 @@ def _variant(
     if not evaluation:  # sizes are known all the same
         size = measure_size(place)
         evaluation = {"bytes": size.bytes, "bits_per_weight": {"linear": size.linear_bits, "model": size.model_bits}}
+    evaluation |= {"tasks": tasks} if tasks else {}
     recipe = manifest.get("recipe")
     return Variant(
         name,
@@ -135,6 +137,31 @@ def _variant(
     )
 
 
+def _tasks_of(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all measurements, the latest of each task; those beside the original's answers before others."""
+    found: dict[str, dict[str, Any]] = {}
+    for measured in sorted(evaluations, key=lambda one: (one.get("against") is not None, str(one.get("date")))):
+        tasks = measured.get("tasks")
+        for task in tasks if isinstance(tasks, list) else ():
+            if isinstance(task, dict) and isinstance(task.get("scores"), dict):
+                found[str(task.get("setting"))] = task
+    return list(found.values())
+
+
+def _tasks_against(runs: Sequence[Variant]) -> list[dict[str, Any]]:
+    """The original's own results, as far as those of others beside them say what they are."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in (task for run in runs for task in run.tasks):
+        scores = {}
+        for scorer, score in task["scores"].items():
+            if isinstance(score, dict) and score.get("accuracy_against") is not None:
+                names = ("accuracy", "interval_low", "interval_high")
+                scores[scorer] = {name: score.get(f"{name}_against") for name in names}
+        if scores:
+            found.setdefault(str(task.get("setting")), {**task, "scores": scores})
+    return list(found.values())
+
+
 def original_of(runs: Sequence[Variant]) -> list[Variant]:
     """The model they come from, as far as a measurement against it says something of it."""
     for run in runs:
@@ -143,5 +170,6 @@ def original_of(runs: Sequence[Variant]) -> list[Variant]:
             facts = {"perplexity": known["perplexity_against"], "tokens": known.get("tokens")}
             facts["perplexity_standard_error"] = known.get("perplexity_against_standard_error")
             facts["bytes"] = known.get("bytes_against")
+            facts["tasks"] = _tasks_against(runs)
             return [Variant("original", facts, original=True, family="original")]
     return []

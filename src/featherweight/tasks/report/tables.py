@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.pages.render import DASH, bytes_text, perplexity_text
-from featherweight.tasks.report.variants import Page, Variant
+from featherweight.tasks.report.variants import Page, Variant, number_in
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,49 @@ def cost_columns() -> list[Column]:
             "not measured",
         ),
     ]  # fmt: skip
+
+
+def task_columns(page: Page) -> list[Column]:
+    """Accuracies of each task that was asked, by each scorer; results of other items are columns of their own."""
+    asked = dict.fromkeys(
+        (str(task.get("setting")), str(task.get("name")), str(scorer))
+        for variant in page.rows
+        for task in variant.tasks
+        for scorer in task.get("scores") or ()
+    )
+    percent = lambda x: f"{100 * x:.1f} %"  # noqa: E731
+    return [
+        Column(
+            f"{name}, {scorer}",
+            _score_of(setting, scorer, "accuracy"), percent, max, _changes_of(setting, scorer), "not measured",
+        )
+        for setting, name, scorer in asked
+    ]  # fmt: skip
+
+
+def _score_of(setting: str, scorer: str, *path: str) -> Callable[[Variant], float | None]:
+    def value(variant: Variant) -> float | None:
+        found = next((task for task in variant.tasks if task.get("setting") == setting), {})
+        return number_in(found, "scores", scorer, *path)
+
+    return value
+
+
+def _changes_of(setting: str, scorer: str) -> Callable[[Variant], str]:
+    """The interval, and what became of the original's answers."""
+
+    def told(variant: Variant) -> str:
+        low, high, lost, won, p, kappa = (
+            _score_of(setting, scorer, name)(variant)
+            for name in ("interval_low", "interval_high", "lost", "won", "p", "kappa")
+        )
+        parts = [f"{100 * low:.1f} to {100 * high:.1f}"] if low is not None and high is not None else []
+        parts += [f"{lost:.0f} lost, {won:.0f} won"] if lost is not None and won is not None else []
+        parts += [f"p {p:.3f}" if p >= 0.001 else f"p {p:.1e}"] if p is not None else []
+        parts += [f"κ {kappa:.3f}"] if kappa is not None else []
+        return "; ".join(parts)
+
+    return told
 
 
 def table_of(page: Page, columns: Sequence[Column], rows: Sequence[Variant]) -> Table | None:

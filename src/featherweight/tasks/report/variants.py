@@ -52,11 +52,7 @@ class Variant:
     def number(self, *path: str) -> float | None:
         """A finite number of the evaluation, or of another part after its name; None if there is none."""
         parts = {"compression": self.compression, "record": self.record, "speed": self.speed}
-        value: Any = parts.get(path[0], self.evaluation)
-        for key in path[1:] if path[0] in parts else path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if usable else None
+        return number_in(parts.get(path[0], self.evaluation), *(path[1:] if path[0] in parts else path))
 
     def text(self, *path: str) -> str:
         """Something of the record in words; "" if it is not there."""
@@ -78,6 +74,12 @@ class Variant:
         """Records of its compressed layers."""
         found = self.compression.get("layers")
         return [layer for layer in found if isinstance(layer, Mapping)] if isinstance(found, list | tuple) else []
+
+    @property
+    def tasks(self) -> list[Mapping[str, Any]]:
+        """What was recorded of each task."""
+        found = self.evaluation.get("tasks")
+        return [task for task in found if isinstance(task, Mapping)] if isinstance(found, list | tuple) else []
 
     @property
     def group(self) -> str:
@@ -117,6 +119,14 @@ class Page:
         if variant.perplexity is None or not self.perplexity or variant.original:
             return None
         return 100 * (variant.perplexity / self.perplexity - 1)
+
+
+def number_in(data: Any, *path: str) -> float | None:
+    """A finite number within mappings; None if there is none."""
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    usable = isinstance(data, int | float) and not isinstance(data, bool) and math.isfinite(data)
+    return float(data) if usable else None
 
 
 def first_of(*values: float | None) -> float | None:

@@ -1,0 +1,1 @@
+"""Tasks with right and wrong answers: accuracies with intervals, and paired tests against the original's answers."""
