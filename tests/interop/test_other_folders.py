@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,36 @@ def test_a_truncated_file_is_said_to_be_so(cut: int, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:cut])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read(folder)
+
+
+def test_hqq_is_decoded_by_its_owner(tmp_path: Path) -> None:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    linear = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
+    layer = quantize.HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cpu")
+    layer.encoded_state_dict = True
+    parts = {name: value for name, value in layer.state_dict().items() if isinstance(value, torch.Tensor)}
+    folder = model_with(tmp_path / "model", parts, {"quant_method": "hqq", "quant_config": {}})
+    assert torch.equal(read(folder), layer.dequantize())
+
+
+def test_torchao_is_decoded_by_its_owner(tmp_path: Path) -> None:
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    api = pytest.importorskip("torchao.quantization")
+    layer = torch.nn.Sequential(torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False)).bfloat16()
+    api.quantize_(layer, api.Int8WeightOnlyConfig(version=2))
+    data, about = support.flatten_tensor_state_dict({f"{MODULE}.weight": layer[0].weight})
+    folder = model_with(tmp_path / "model", {}, {"quant_method": "torchao", "quant_type": "int8_weight_only"})
+    tensors = load_file(folder / "model.safetensors") | data
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"} | about)
+    assert torch.equal(read(folder), layer[0].weight.dequantize())
+
+
+@pytest.mark.parametrize(("method", "part"), [("hqq", "W_q"), ("torchao", "_weight_qdata")])
+def test_without_the_owner_a_sentence_names_it(
+    method: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, method, None)
+    folder = model_with(tmp_path / "model", {part: torch.zeros(64, 64, dtype=torch.uint8)}, {"quant_method": method})
+    with pytest.raises(CheckpointError, match=f"pip install {method}"):
+        resolve(folder)
