@@ -19,8 +19,8 @@ from featherweight.registry import register
 
 SETTINGS = (
     "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
-    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize",
-    "round_zero",
+    "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+    "optimize", "round_zero",
 )  # fmt: skip
 LAYERS = Layers(".W_q", (".scale", ".zero", *(f".{name}" for name in SETTINGS)))
 
