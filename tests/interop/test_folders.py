@@ -292,3 +292,44 @@ def test_an_embedding_in_codes_is_decoded(tmp_path: Path, folders: dict[str, Pat
     assert verdict.error is not None
     assert 0 < verdict.error < 0.003
     assert re.search("embedding", verdict.why)
+
+
+def test_a_verdict_says_which_layers_a_server_cannot_put_into_one(tmp_path: Path, folders: dict[str, Path]) -> None:
+    recipe = {"grid": {"kind": "uniform", "bits": 4, "group_size": 32}, "layers": {"skip": ["k_proj"]}}
+    featherweight.compress(folders["model"], recipe, tmp_path / "small")
+    done = export(tmp_path / "small", "compressed-tensors", tmp_path / "out")
+    said = {verdict.tensor: verdict.why for verdict in done.verdicts}
+    assert "k_proj plain" in said["model.layers.0.self_attn.q_proj.weight"]
+    assert said["model.layers.0.mlp.up_proj.weight"] == ""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3-moe", "gemma3"])
+def test_a_plain_folder_of_any_family_is_the_model_for_transformers(family: str, tmp_path: Path) -> None:
+    """GPT-2 keeps its matrices transposed, experts lie one by one in the file, Gemma ties embedding and head."""
+    import transformers
+
+    make_tiny(family, tmp_path / "model")
+    featherweight.compress(
+        tmp_path / "model", "rtn-4", tmp_path / "small", changes=("grid.group_size=32", "embedding=6bit")
+    )
+    export(tmp_path / "small", "dense", tmp_path / "out", settings={"dtype": "float32"})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(16).view(1, -1)
+    with torch.no_grad():
+        expected, found = (
+            featherweight.load(tmp_path / "small", dtype=torch.float32)[0](tokens).logits,
+            model(tokens).logits,
+        )
+    assert torch.allclose(expected, found, atol=1e-5)
+
+
+def test_experts_go_out_and_in(tmp_path: Path) -> None:
+    make_tiny("qwen3-moe", tmp_path / "model")
+    featherweight.compress(tmp_path / "model", "rtn-4", tmp_path / "small", changes=("grid.group_size=32",))
+    for to in ("compressed-tensors", "gptq", "awq"):
+        export(tmp_path / "small", to, tmp_path / to)
+        same_models(tmp_path / "small", tmp_path / to)
+    tokens = torch.arange(16).view(1, -1)
+    with torch.no_grad():
+        before, after = (featherweight.load(tmp_path / name)[0](tokens).logits for name in ("small", "gptq"))
+    assert torch.equal(before, after)

@@ -137,7 +137,7 @@ class FeatherLinearMethod(LinearMethodBase):  # type: ignore[misc]
             _register(layer, key, _Collector(made, key))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _, _, parts = layer.feather_parts
+        parts = _held(layer)[2]
         for (name, _), part in zip(self.parts, parts, strict=True):
             lacking = [key for key, value in part.named_parameters() if not getattr(value, "feather_loaded", False)]
             if lacking:
@@ -147,11 +147,17 @@ class FeatherLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 part.packed()
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        number, width, _ = layer.feather_parts
+        number, width, _ = _held(layer)
         flat = x.reshape(-1, x.shape[-1])
         product: Tensor = torch.ops.featherweight.vllm_parts(flat, number, width)
         product = product.view(*x.shape[:-1], width)
         return product if bias is None else product + bias
+
+
+def _held(layer: nn.Module) -> tuple[int, int, tuple[nn.Module, ...]]:
+    """Number, width and parts of a layer."""
+    found: tuple[int, int, tuple[nn.Module, ...]] = layer.__dict__["feather_parts"]
+    return found
 
 
 class FeatherEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]

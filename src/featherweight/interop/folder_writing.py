@@ -53,8 +53,8 @@ class Rounding:
         self.missed = self.whole = 0.0
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        self.missed += float((after.float() - before).double().square().sum())
-        self.whole += float(before.double().square().sum())
+        self.missed += float(torch.linalg.vector_norm(after.float() - before, dtype=torch.float64)) ** 2
+        self.whole += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
 
     @property
     def error(self) -> float:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featherweight.native.packing import unpack_bits
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.base import DTYPES, groups_of, matrix_shape
 from featherweight.storage.codes.nested import part_spec
 from featherweight.storage.codes.permuted import Permuted
 from featherweight.storage.codes.trit_planes import LOG8, TritPlanes, tied_weights
 from featherweight.storage.codes.uniform import Uniform
+
+NONE = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -84,32 +87,42 @@ def grid_of(spec: dict[str, Any]) -> Grid | None:
     return None
 
 
-def integers_of(code: Code) -> Integers:
-    """The integers of a code whose spec has a grid. ValueError for others."""
+def integers_of(code: Code, *, codes: bool = True) -> Integers:
+    """The integers of a code whose spec has a grid. ValueError for others.
+
+    codes : whether the codes themselves are wanted; else they are an empty tensor, and little is unpacked
+    """
     if isinstance(code, Permuted):
-        inner = integers_of(code.inner)
+        inner = integers_of(code.inner, codes=codes)
         order, size = code.order.long(), _group_size(code.inner)
         places = torch.arange(order.numel())
-        codes, index = torch.empty_like(inner.codes), torch.empty(order.numel(), dtype=torch.int32)
-        codes[:, order] = inner.codes
+        found, index = torch.empty_like(inner.codes), torch.empty(order.numel(), dtype=torch.int32)
+        if codes:
+            found[:, order] = inner.codes
         index[order] = (places // size).to(torch.int32)
-        return Integers(codes, inner.scales, inner.zero_points, index)
+        return Integers(found, inner.scales, inner.zero_points, index)
     if isinstance(code, Uniform):
-        codes, zero_points = code.unpack()
-        return Integers(codes, code.scales, None if code.symmetric else zero_points)
-    if isinstance(code, TritPlanes):
-        grid = grid_of(code.spec)
-        if grid is not None:
-            weights = torch.tensor(_weights(code.spec), dtype=torch.int8).view(-1, 1, 1)
-            signed = (code.unpack() * weights).sum(0, dtype=torch.int8)
-            scales = code.scales if code.scales.dim() == 2 else code.scales[:, :, 0]
-            if bool((scales < 0).any()):  # a sign belongs to the digits
-                size = min(code.group_size, code.shape[1])
-                flip = torch.where(scales < 0, -1, 1).to(torch.int8)
-                signed = signed * flip[:, torch.arange(code.shape[1]) // size]
-                scales = scales.abs()
-            return Integers((signed + (1 << (grid.bits - 1))).to(torch.uint8), scales, None)
+        found = unpack_bits(code.codes, code.shape[0] * code.shape[1], code.bits).view(code.shape) if codes else NONE
+        points = code.zero_points
+        if points is not None:
+            points = unpack_bits(points, code.scales.numel(), code.bits).view(code.scales.shape)
+        return Integers(found, code.scales, points)
+    if isinstance(code, TritPlanes) and grid_of(code.spec) is not None:
+        return _of_planes(code, codes)
     raise ValueError(f"a code of the kind {code.kind} is no integers with scales")
+
+
+def _of_planes(code: TritPlanes, codes: bool) -> Integers:
+    """Digits weighted and added up; a sign of a scale belongs to its digits."""
+    scales = code.scales if code.scales.dim() == 2 else code.scales[:, :, 0]
+    if not codes:
+        return Integers(NONE, scales.abs(), None)
+    weights = _weights(code.spec)
+    signed = (code.unpack() * torch.tensor(weights, dtype=torch.int8).view(-1, 1, 1)).sum(0, dtype=torch.int8)
+    if bool((scales < 0).any()):
+        flip = torch.where(scales < 0, -1, 1).to(torch.int8)
+        signed = signed * flip[:, torch.arange(code.shape[1]) // _group_size(code)]
+    return Integers((signed + (1 << sum(weights).bit_length())).to(torch.uint8), scales.abs(), None)
 
 
 def _weights(spec: dict[str, Any]) -> tuple[int, ...]:

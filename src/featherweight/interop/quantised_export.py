@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +32,7 @@ from featherweight.interop.folder_writing import (
     write_config,
     write_folder,
 )
+from featherweight.interop.fused import unlike
 from featherweight.interop.integers import Grid, Integers, grid_of, integers_of
 from featherweight.interop.stored import StoredModel, StoredTensor
 from featherweight.storage.codes import describe_code
@@ -38,6 +40,8 @@ from featherweight.storage.codes.base import dtype_name
 
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 PlainType = Literal["auto", "bfloat16", "float16", "float32"]
+CODES, SCALES = ("weight_packed", "qweight"), ("weight_scale", "scales")
+"""What the formats call the integers of a layer, and their scales."""
 OUTSIDE = "the format keeps embedding and output layer plain"
 
 
@@ -91,12 +95,15 @@ class QuantisedExporter(Exporter):
         places = places_of(model)
         grids, refused = self._sorted(model, places)
         biased = given_bias(model)
-        return tuple(
-            Verdict(name, "nothing", "impossible", 0.0, NO_BIAS)
-            if name in biased
-            else self._verdict(model, tensor, grids.get(name), refused.get(name, ""), name in places.outside)
-            for name, tensor in model.tensors.items()
-        )
+        found = []
+        odd = {f"{module}.weight": said for modules, said in unlike(model) for module in modules}
+        for name, tensor in model.tensors.items():
+            if name in biased:
+                found.append(Verdict(name, "nothing", "impossible", 0.0, NO_BIAS))
+                continue
+            verdict = self._verdict(model, tensor, grids.get(name), refused.get(name, ""), name in places.outside)
+            found.append(replace(verdict, why=odd[name]) if name in odd and not verdict.why else verdict)
+        return tuple(found)
 
     def write(self, model: StoredModel, out: Path, told: Told) -> Sequence[Verdict]:
         places = places_of(model)
@@ -168,11 +175,11 @@ class QuantisedExporter(Exporter):
     def _parts(self, tensor: StoredTensor, grid: Grid, rounding: Rounding) -> list[Part]:
         def make(which: str) -> Callable[[], list[Tensor]]:
             def chunks() -> list[Tensor]:
-                code = tensor.code()
-                integers = integers_of(code)
+                measured = which in SCALES and grid.scale_dtype not in self.scale_dtypes
+                integers = integers_of(tensor.code(), codes=which in CODES or measured)
                 if grid.scale_dtype not in self.scale_dtypes:
                     rounded = integers.scales.to(self.scale_dtypes[0])
-                    if which == "scales" or which.endswith("_scale"):
+                    if measured:
                         _measure(tensor.name, integers, rounded, grid, rounding)
                     integers = Integers(integers.codes, rounded, integers.zero_points, integers.index)
                 try:

@@ -34,11 +34,11 @@ class AwqExporter(QuantisedExporter):
         return "" if grid.shape[0] % PER_WORD == 0 else f"its {grid.shape[0]} outputs are no multiple of {PER_WORD}"
 
     def unlike(self, grids: Mapping[str, Grid]) -> dict[str, str]:
-        size = commonest(grids, _size)
+        size = _common_size(grids)
         return {
             name: f"its groups are of {grid.group_size} columns, those of most of {size}, and the format has one size"
             for name, grid in grids.items()
-            if _size(grid) != size
+            if not (_is_whole(grid) if size == -1 else grid.group_size == size)
         }
 
     def layouts(self, grid: Grid) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -63,15 +63,20 @@ class AwqExporter(QuantisedExporter):
         return {
             "quant_method": "awq",
             "bits": BITS,
-            "group_size": commonest(grids, _size),
+            "group_size": _common_size(grids),
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": list(plain) or None,
         }
 
 
-def _size(grid: Grid) -> int:
-    return -1 if grid.group_size >= grid.shape[1] else grid.group_size
+def _is_whole(grid: Grid) -> bool:
+    return grid.group_size >= grid.shape[1]
+
+
+def _common_size(grids: Mapping[str, Grid]) -> int:
+    """The group size of most layers; -1, whole rows, where all are such."""
+    return -1 if all(map(_is_whole, grids.values())) else int(commonest(grids, lambda grid: grid.group_size))
 
 
 def _words(values: Tensor) -> Tensor:

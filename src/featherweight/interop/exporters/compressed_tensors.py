@@ -93,4 +93,5 @@ class CompressedTensorsExporter(QuantisedExporter):
         return -(-count // (WORD // bits)) if self.packing == "padded" else -(-count * bits // WORD)
 
     def _pack(self, values: Tensor, bits: int) -> Tensor:
-        return pack_padded(values, bits) if self.packing == "padded" else pack_words(values, bits)
+        padded = self.packing == "padded" and WORD % bits  # else both are the same
+        return pack_padded(values, bits) if padded else pack_words(values, bits)

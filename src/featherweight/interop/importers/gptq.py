@@ -113,7 +113,10 @@ def _order(folder: ForeignFolder, module: str, columns: int, groups: int) -> tup
     size = stated if type(stated) is int and 0 < stated <= columns else columns
     if not folder.has(f"{module}.g_idx"):
         if groups_of(columns, size) != groups:
-            raise folder.refuse(f"{module} has {groups} groups, where {columns} inputs in groups of {size} have others")
+            raise folder.refuse(
+                f"{module} has scales of {groups} groups, where {columns} inputs in groups of {size} have "
+                f"{groups_of(columns, size)}"
+            )
         return None, size
     try:
         return column_order(folder.tensor(f"{module}.g_idx"), groups)

@@ -62,7 +62,7 @@ def _put_together(folder: ForeignFolder, module: str) -> Tensor:
     start = module + PART
     parts = {key: folder.tensor(key) for key in folder.checkpoint.names if key.startswith(start)}
     try:
-        found = unflatten_tensor_state_dict(parts, {"tensor_names": json.dumps([name]), name: about})[0][name]
+        found: Tensor = unflatten_tensor_state_dict(parts, {"tensor_names": json.dumps([name]), name: about})[0][name]
     except Exception as error:  # whatever a foreign package raises
         raise folder.refuse(f"torchao cannot read {name}: {type(error).__name__} {str(error)[:100]}") from None
     if found.dim() != 2 or not found.dtype.is_floating_point:

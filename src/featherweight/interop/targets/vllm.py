@@ -12,17 +12,17 @@ from collections.abc import Iterator
 from featherweight.interop.engines import Answer, Target
 from featherweight.interop.exporters.compressed_tensors import CompressedTensorsExporter
 from featherweight.interop.exports import Verdict
-from featherweight.interop.integers import Grid, grid_of
+from featherweight.interop.fused import FUSED, grids_of, unlike
+from featherweight.interop.integers import Grid
 from featherweight.interop.quantised_export import model_dtype
-from featherweight.interop.stored import StoredModel, StoredTensor
+from featherweight.interop.stored import StoredModel
 from featherweight.registry import register
 from featherweight.storage.codes.base import dtype_name
 
 PLUGIN = "as it is, on CPUs, by the plugin that featherweight brings for vLLM"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that vLLM puts into one, by the last part of their names."""
 BY_COLUMNS = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "fc2")
 """Layers whose input, not output, is shared among processes."""
+ROLES = (*(part for parts in FUSED for part in parts), *BY_COLUMNS)
 SIDE, BITS = 32, 4
 """Of the kernels on CPUs."""
 
@@ -38,7 +38,7 @@ class Vllm(Target):
         shared = tuple(_heads(model, tensor_parallel))
         if not model.coded:
             return Answer(not shared, "as it is", shared)
-        verdicts = CompressedTensorsExporter().verdicts(model)  # type: ignore[call-arg]
+        verdicts = CompressedTensorsExporter().verdicts(model)
         reasons = (*_kernels(model, verdicts), *shared, *_shares(model, tensor_parallel))
         if not reasons:
             return Answer(
@@ -63,19 +63,8 @@ def _lost(model: StoredModel, verdicts: tuple[Verdict, ...]) -> tuple[str, ...]:
 
 
 def _grids(model: StoredModel) -> dict[str, Grid | None]:
-    """The grids of linear layers, None of those that are no integers with scales."""
-    return {
-        tensor.module: grid_of(_bare(tensor))
-        for tensor in model.tensors.values()
-        if tensor.spec is not None and tensor.module.endswith(_ROLES)
-    }
-
-
-_ROLES = tuple({part for parts in FUSED for part in parts} | set(BY_COLUMNS))
-
-
-def _bare(tensor: StoredTensor) -> dict[str, object]:
-    return {key: value for key, value in (tensor.spec or {}).items() if key != "bias"}
+    """The grids of coded linear layers."""
+    return {module: grid for module, grid in grids_of(model).items() if module.endswith(ROLES)}
 
 
 def _kernels(model: StoredModel, verdicts: tuple[Verdict, ...]) -> Iterator[str]:
@@ -91,32 +80,7 @@ def _kernels(model: StoredModel, verdicts: tuple[Verdict, ...]) -> Iterator[str]
         if any(side % SIDE for side in grid.shape):
             yield f"{module} is {grid.shape[0]} x {grid.shape[1]}, and its kernels take multiples of {SIDE}"
             break
-    yield from unlike(model)
-
-
-def unlike(model: StoredModel) -> Iterator[str]:
-    """A sentence on the first layers that vLLM fuses and that are not stored alike."""
-    grids = _grids(model)
-    modules = {name.removesuffix(".weight") for name in model.tensors if name.endswith(".weight")}
-    for module in sorted(modules):
-        for parts in FUSED:
-            prefix, _, role = module.rpartition(".")
-            if role != parts[0]:
-                continue
-            kinds = [_kind(grids, f"{prefix}.{part}") for part in parts if f"{prefix}.{part}" in modules]
-            if len(set(kinds)) > 1:
-                told = ", ".join(f"{part} {kind}" for part, kind in zip(parts, kinds, strict=False))
-                yield f"{prefix} has {told}, and vLLM puts them into one layer: store them alike"
-                return
-
-
-def _kind(grids: dict[str, Grid | None], module: str) -> str:
-    if module not in grids:
-        return "plain"
-    grid = grids[module]
-    if grid is None:
-        return "of another code"
-    return f"{grid.text} {'symmetric' if grid.symmetric else 'asymmetric'}{'' if grid.ordered else ' reordered'}"
+    yield from sorted(said for _, said in unlike(model))[:1]
 
 
 def _heads(model: StoredModel, processes: int) -> Iterator[str]:
