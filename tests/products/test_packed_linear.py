@@ -129,6 +129,26 @@ def test_layers_compute_with_the_decoded_matrix(name: str, with_bias: bool) -> N
         assert close(packed(x, "int8"), expected, code, x, 0.02)
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+@pytest.mark.parametrize("name", CODES)
+def test_the_default_type_of_torch_changes_nothing(name: str, default: torch.dtype) -> None:
+    """Who loads a model may have set it, as vLLM does; results are written to memory of the type they have."""
+    code = CODES[name]
+    x = numbers(3, COLUMNS, seed=9)
+    expected, decoded = pack_linear(code.spec, code.tensors())(x), code.decode()
+    torch.set_default_dtype(default)
+    try:
+        packed = pack_linear(code.spec, code.tensors())
+        found, traced = packed(x), apply_terms(x, packed.terms, packed.bias, ROWS, "float")
+        again = code.decode()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert traced.dtype == torch.float32
+    assert close(traced, expected, code, x)
+    assert torch.equal(again, decoded)
+
+
 @pytest.mark.parametrize("name", CODES)
 def test_layers_give_the_same_bits_on_every_instruction_set(name: str) -> None:
     packed, x = pack_code(CODES[name]), numbers(6, COLUMNS)

@@ -99,7 +99,7 @@ def _polynomial(coefficients: tuple[float | Tensor, ...], x: Tensor) -> Tensor:
 
 def summed(errors: Tensor) -> Tensor:
     """Sums over the last axis, a multiple of LANES: part by part, then the parts by halves."""
-    sums = torch.zeros(*errors.shape[:-1], LANES, device=errors.device)
+    sums = torch.zeros(*errors.shape[:-1], LANES, dtype=torch.float32, device=errors.device)
     for part in torch.split(errors, LANES, dim=-1):
         sums += part
     while sums.shape[-1] > 1:

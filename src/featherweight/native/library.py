@@ -365,9 +365,11 @@ def _self_check(native: NativeLibrary) -> bool:
         trits = (found.codes[0] % 3).to(torch.int8) - 1
         packed = [native.unpack_trits(native.pack_trits(trits, p), 128, p) for p in PACKINGS]
         decoded = [
-            native.decode_trit_planes(native.pack_trits(trits, p)[None], torch.full((2, 1, 1), 0.5), 64, p, out, 1)
+            native.decode_trit_planes(
+                native.pack_trits(trits, p)[None], torch.full((2, 1, 1), 0.5, dtype=torch.float32), 64, p, out, 1
+            )
             for p in PACKINGS
-            for out in [torch.empty(2, 64)]
+            for out in [torch.empty(2, 64, dtype=torch.float32)]
         ]
         missed, total = native.squared_errors(wave.to(torch.bfloat16).view(2, 64), 0.5 * trits.view(2, 64).float(), 1)
     except (OSError, ValueError, MemoryError):

@@ -77,7 +77,7 @@ def _trusted(isa: str) -> bool:
     if library.job_function("fw_moment") is None:  # a library of an earlier version
         return False
     values = torch.arange(70 * 50, device="cpu").remainder(17).sub(8).view(70, 50).bfloat16()
-    moment = PairMoment(torch.full((37, 50), 3.0, device="cpu"), threads=1)
+    moment = PairMoment(torch.full((37, 50), 3.0, dtype=torch.float32, device="cpu"), threads=1)
     moment.add(values[:, :37], values, 2.0, 0.5)
     if torch.equal(moment.sums, 6 + 0.5 * (values[:, :37].float().T @ values.float())):
         return True

@@ -217,13 +217,13 @@ def _sweep_native(native: Callable[[int, int], int], columns: Columns, threads: 
     levels = columns.levels.to(torch.float32).contiguous()
     group_of = columns.group_of.to(torch.int32).contiguous()
     indices = torch.empty(weight.shape, dtype=torch.uint8)
-    errors = torch.empty(weight.shape)
-    residuals = None if feedback is None else torch.empty(weight.shape)
+    errors = torch.empty(weight.shape, dtype=torch.float32)
+    residuals = None if feedback is None else torch.empty(weight.shape, dtype=torch.float32)
     apart = rule.tail != "pre"
     tail_errors = torch.empty_like(errors) if apart else errors
     tail_residuals = torch.empty_like(errors) if apart and residuals is not None else residuals
     loss, clipped = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
-    drift = torch.zeros(rows)
+    drift = torch.zeros(rows, dtype=torch.float32)
 
     def address(tensor: Tensor | None, wanted: bool = True) -> int | None:
         return None if tensor is None or not wanted else tensor.data_ptr()

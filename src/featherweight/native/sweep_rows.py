@@ -96,10 +96,13 @@ class _Kept:
         self.levels = columns.levels.to(torch.float32).contiguous()
         self.group_of = columns.group_of.to(torch.int32).contiguous()
         self.indices = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        self.errors, self.row_errors = torch.empty(shape, device="cpu"), torch.empty(shape, device="cpu")
+        self.errors, self.row_errors = (
+            torch.empty(shape, dtype=torch.float32, device="cpu"),
+            torch.empty(shape, dtype=torch.float32, device="cpu"),
+        )
         self.loss = torch.zeros(rows, dtype=torch.float64, device="cpu")
         self.clipped = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        self.drift = torch.zeros(rows, device="cpu")
+        self.drift = torch.zeros(rows, dtype=torch.float32, device="cpu")
 
 
 def _job(columns: Columns, between: Tensor) -> tuple[_Job, _Kept]:

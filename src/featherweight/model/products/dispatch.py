@@ -88,7 +88,7 @@ def _say_none(path: str) -> None:
 
 
 def _verdicts() -> Iterator[tuple[str, bool]]:
-    x = torch.randn(max(TOKENS), COLUMNS, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(max(TOKENS), COLUMNS, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     for code in _samples():
         try:
             packed = pack_code(code, threads=1)
@@ -134,14 +134,14 @@ def _samples() -> Iterator[Code]:
     """A small matrix of each kind, whose rows and columns are no multiple of anything."""
     g = torch.Generator().manual_seed(0)
     shape, groups = (ROWS, COLUMNS), -(-COLUMNS // 64)
-    scales = torch.rand(ROWS, groups, generator=g) + 0.1
+    scales = torch.rand(ROWS, groups, generator=g, dtype=torch.float32) + 0.1
 
     def integers(low: int, high: int, *size: int) -> Tensor:
         return torch.randint(low, high, size or shape, generator=g)
 
     for planes, weights in ((1, None), (2, None), (2, (3, 2)), (3, None)):
         trits = integers(-1, 2, planes, *shape).to(torch.int8)
-        free = scales.unsqueeze(-1) * torch.tensor([1.0, 0.6, 0.3])[:planes]
+        free = scales.unsqueeze(-1) * torch.tensor([1.0, 0.6, 0.3], dtype=torch.float32)[:planes]
         tied = weights is not None
         yield TritPlanes.encode(trits, scales if tied else free, 64, tied=tied, weights=weights)
     for bits, symmetric in ((2, True), (3, False), (4, True), (5, False), (8, True)):
@@ -149,20 +149,25 @@ def _samples() -> Iterator[Code]:
         yield Uniform.encode(integers(0, 1 << bits), scales, zeros, bits, 64)
     for bits in (4, 8):  # codes of eight bits must not be taken for signed ones
         yield Uniform.encode(integers(0, 1 << bits), scales, None, bits, 64, offsets=-scales * (1 << bits) / 3)
-    yield Codebook.encode(integers(0, 8), torch.randn(ROWS, 1, 8, generator=g))
-    yield Dense(torch.randn(shape, generator=g).bfloat16())
+    yield Codebook.encode(integers(0, 8), torch.randn(ROWS, 1, 8, generator=g, dtype=torch.float32))
+    yield Dense(torch.randn(shape, generator=g, dtype=torch.float32).bfloat16())
     zero_lane = integers(0, 4, ROWS, COLUMNS // 4, 1)
     quartets = (integers(0, 2, ROWS, COLUMNS // 4, 4) * 2 - 1).scatter_(2, zero_lane, 0)
     yield Sherry.encode(quartet_codes(quartets), scales.half(), shape, 64)
     yield Hadamard(
         ColumnScaled(Permuted.encode(_sum(g), torch.randperm(COLUMNS, generator=g)), scales.new_ones(COLUMNS) / 2), 8, 3
     )
-    yield Hadamard(Dense(torch.randn(shape, generator=g)), COLUMNS, 3)  # a rotation with a dense factor
+    yield Hadamard(
+        Dense(torch.randn(shape, generator=g, dtype=torch.float32)), COLUMNS, 3
+    )  # a rotation with a dense factor
 
 
 def _sum(g: torch.Generator) -> Code:
     """A matrix of every kind of term."""
-    factors = torch.randn(ROWS, 4, generator=g), torch.randn(4, COLUMNS, generator=g)
-    dense = torch.randn(ROWS, COLUMNS, generator=g)
+    factors = (
+        torch.randn(ROWS, 4, generator=g, dtype=torch.float32),
+        torch.randn(4, COLUMNS, generator=g, dtype=torch.float32),
+    )
+    dense = torch.randn(ROWS, COLUMNS, generator=g, dtype=torch.float32)
     terms = Dense(dense), LowRank.encode(*factors, torch.int8), Sparse.encode(dense, dense > 2)
     return Sum.of(*terms)

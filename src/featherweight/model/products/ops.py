@@ -59,7 +59,7 @@ def matmul(x: Tensor, operand: Tensor, out_features: int, precision: str) -> Ten
             f"the operand is [{header.rows}, {header.cols}]"
         )
     inputs = _rows(x)
-    out = torch.empty(len(inputs), out_features)
+    out = torch.empty(len(inputs), out_features, dtype=torch.float32)
     status = native.product(
         operand.data_ptr(), operand.numel(), inputs.data_ptr(), inputs.numel(), len(inputs), inputs.shape[1],
         out.data_ptr(), out.numel(), out_features, c.PRECISIONS[precision], 0, c.threads_of(),
@@ -237,7 +237,7 @@ def _apply_step(native: c.Native, step: Step, x: Tensor) -> Tensor:
 
 
 def _signs(x: Tensor, signs: Tensor | None) -> Tensor:
-    return torch.ones(x.shape[-1]) if signs is None else signs.float().contiguous()
+    return torch.ones(x.shape[-1], dtype=torch.float32) if signs is None else signs.float().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

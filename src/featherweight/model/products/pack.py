@@ -183,7 +183,7 @@ class PackedLinear:
         if x.shape[-1] != self.cols:
             raise ValueError(f"the input has {x.shape[-1]} columns, the layer {self.cols}")
         inputs = x.detach().to(torch.float32).contiguous()
-        out = torch.empty(*x.shape[:-1], self.rows)
+        out = torch.empty(*x.shape[:-1], self.rows, dtype=torch.float32)
         if out.numel() and self.address:
             status = self._apply(
                 self.address, inputs.data_ptr(), inputs.numel(), out.numel() // self.rows, self.cols,
@@ -191,7 +191,7 @@ class PackedLinear:
             )  # fmt: skip
             c.check(status, "a linear layer")
         elif not self.address:
-            out.copy_(torch.zeros(self.rows) if self.bias is None else self.bias)
+            out.copy_(torch.zeros(self.rows, dtype=torch.float32) if self.bias is None else self.bias)
         for left, right in (term.layers for term in self.products):
             out += left(right(inputs, precision, threads), "float", threads)
         return out.to(x.dtype)
@@ -200,7 +200,7 @@ class PackedLinear:
         """Rows of the matrix, float32 [len(rows), in]; None unless it is a single operand of the input itself."""
         if len(self.terms) != 1 or self.terms[0].kind != "operand" or self.terms[0].steps:
             return None
-        memory, out = self.operands[0].memory, torch.empty(len(rows), self.cols)
+        memory, out = self.operands[0].memory, torch.empty(len(rows), self.cols, dtype=torch.float32)
         decode, place, size = c.needed().operand_rows, out.data_ptr(), self.cols * out.element_size()
         for i, row in enumerate(rows):
             status = decode(memory.data_ptr(), memory.numel(), row, row + 1, place + i * size, self.cols)
@@ -360,7 +360,9 @@ class _Packer:
         )
         member = torch.arange(groups).unsqueeze(1) == torch.arange(columns) // code.group_size
         packed = pack_trits(member.to(torch.int8), "2bit").unsqueeze(0)
-        sums = TritPlanes(packed, torch.ones(groups, 1, 1), (groups, columns), columns, packing="2bit")
+        sums = TritPlanes(
+            packed, torch.ones(groups, 1, 1, dtype=torch.float32), (groups, columns), columns, packing="2bit"
+        )
         return Term(steps, self._own(plane)), Term(steps, self.dense(code.offsets), self._auto()._own(sums))
 
     def _auto(self) -> _Packer:

@@ -21,7 +21,7 @@ STEP_BYTES = TILE_ROWS * LANE_BYTES
 TRITS_A_VECTOR, TRIT_ESCAPE = 5, 216
 QUARTETS_A_UNIT = 32
 LOG8, INT8 = 4, 5
-SMALLEST_SCALE = torch.tensor(1e-35, device="cpu")  # the inverse of smaller ones is not finite
+SMALLEST_SCALE = torch.tensor(1e-35, dtype=torch.float32, device="cpu")  # the inverse of smaller ones is not finite
 SMALLEST_STEP, LARGEST_STEP = 1e-5, 1e4  # of `codes.quantized_input`
 SPLIT_CODES = {
     3: (((0, 6), (0, 7), (1, 6)), ((1, 7), (2, 6), (2, 7))),

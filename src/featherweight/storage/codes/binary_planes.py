@@ -161,7 +161,7 @@ class BinaryPlanes(Code):
         group = torch.arange(self.shape[1]) // self.group_size
         scales = self.scale_values()[int(strip[0]) : int(strip[-1]) + 1]
         strip = strip - strip[0]
-        total = torch.zeros(last - first, self.shape[1])
+        total = torch.zeros(last - first, self.shape[1], dtype=torch.float32)
         for k in range(self.planes):
             total += scales[:, :, k][strip][:, group] * signs[k]
         return total

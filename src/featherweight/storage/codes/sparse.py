@@ -76,7 +76,7 @@ class Sparse(Code):
         return {"row_pointers": self.row_pointers, "columns": self.columns, "values": self.values}
 
     def decode(self) -> Tensor:
-        flat = torch.zeros(self.shape[0] * self.shape[1])
+        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.float32)
         flat[self.places()] = self.values.float()
         return flat.view(self.shape)
 

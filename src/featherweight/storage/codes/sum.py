@@ -59,7 +59,7 @@ class Sum(Code):
 
     def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
         """The first term, for what the others leave it."""
-        rest = sum((term.decode() for term in self.terms[1:]), torch.zeros(self.shape))
+        rest = sum((term.decode() for term in self.terms[1:]), torch.zeros(self.shape, dtype=torch.float32))
         return open_further(self.terms[0], matrix - rest, "less the other terms")
 
     @classmethod
