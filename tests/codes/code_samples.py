@@ -77,6 +77,12 @@ def uniform(rows: int, columns: int, bits: int = 4) -> Uniform:
     return Uniform.encode(whole(0, 1 << bits, rows, columns), numbers(rows, groups), zeros, bits, 8)
 
 
+def with_offsets(rows: int, columns: int, bits: int = 4) -> Uniform:
+    groups = -(-columns // 8)
+    codes, offsets = whole(0, 1 << bits, rows, columns), numbers(rows, groups, seed=2)
+    return Uniform.encode(codes, numbers(rows, groups), None, bits, 8, offsets=offsets)
+
+
 def tied(rows: int, columns: int, dtype: torch.dtype | str = torch.float16) -> TritPlanes:
     trits = whole(-1, 2, 3, rows, columns).to(torch.int8)
     return TritPlanes.encode(trits, numbers(rows, -(-columns // 8)).abs(), 8, tied=True, scale_dtype=dtype)
@@ -107,6 +113,7 @@ def dictionary(rows: int, columns: int, atoms: int = 3) -> Product:
 KINDS: dict[str, Callable[[int, int], Code]] = {
     "dense": lambda n, d: Dense(numbers(n, d).bfloat16()),
     "uniform": uniform,
+    "uniform-offsets": with_offsets,
     "uniform-symmetric": lambda n, d: Uniform.encode(whole(0, 8, n, d), numbers(n, -(-d // 8)), None, 3, 8),
     "trit-planes": trit_planes,
     "trit-planes-tied": tied,

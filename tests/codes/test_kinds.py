@@ -79,7 +79,8 @@ def test_digits_and_scales_are_the_matrix(name: str) -> None:
         assert not isinstance(code, TritPlanes | OffsetTrits)
         return
     scales = code.scales.float().reshape(7, digits.shape[2], -1)
-    scales = torch.cat([scales, code.offsets.float().unsqueeze(-1)], -1) if hasattr(code, "offsets") else scales
+    if getattr(code, "offsets", None) is not None:
+        scales = torch.cat([scales, code.offsets.float().unsqueeze(-1)], -1)
     found = torch.einsum("pogs,ogp->ogs", digits.float(), scales).reshape(7, -1)[:, :20]
     assert torch.allclose(found, code.decode(), rtol=1e-5, atol=1e-6)
 
@@ -193,6 +194,7 @@ def test_parts_of_a_nested_spec_have_no_shape_of_their_own() -> None:
 DESCRIPTIONS = {
     "dense": "dense bfloat16",
     "uniform": "4 bit asymmetric g8",
+    "uniform-offsets": "4 bit with offsets g8",
     "uniform-symmetric": "3 bit symmetric g8",
     "uniform-output": "3 bit asymmetric g4 of outputs",
     "trit-planes": "2 trit-planes g8",

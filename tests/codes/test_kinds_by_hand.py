@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from code_samples import numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featherweight.storage.codes import code_layout
+from featherweight.storage.codes import code_from, code_layout
 from featherweight.storage.codes.binary_planes import BinaryPlanes, power_of_two_terms, values_of_shifts
 from featherweight.storage.codes.codebook import Codebook
 from featherweight.storage.codes.column_scaled import ColumnScaled
@@ -186,10 +187,57 @@ def test_uniform_in_groups_of_outputs_by_hand() -> None:
     assert code.spec["axis"] == "output"
 
 
-def test_a_uniform_spec_without_axis_means_what_it_did() -> None:
+def test_a_uniform_spec_without_axis_and_offsets_means_what_it_did() -> None:
     code = Uniform.encode(torch.zeros(2, 8), torch.ones(2, 2), None, 4, 4)
-    assert "axis" not in code.spec
+    assert not {"axis", "offsets"} & set(code.spec)
     assert code_layout(code.spec)["scales"].shape == (2, 2)
+    assert set(code_layout({**code.spec, "offsets": False})) == {"codes", "scales"}
+
+
+def test_uniform_with_offsets_by_hand() -> None:
+    codes = torch.tensor([[1, 3, 0], [2, 2, 1]])
+    scales, offsets = torch.tensor([[0.5, 4.0], [1.0, 8.0]]), torch.tensor([[-0.75, -1.0], [0.25, 0.0]])
+    code = Uniform.encode(codes, scales, None, 2, 2, offsets=offsets)
+    assert code.codes.tolist() == [1 | 3 << 2 | 0 << 4 | 2 << 6, 2 | 1 << 2]
+    assert code.decode().tolist() == [[-0.25, 0.75, -1.0], [2.25, 2.25, 8.0]]
+    assert code.nbytes == 2 + 2 * 8
+    assert (code.spec["offsets"], code.spec["symmetric"], code.symmetric) == (True, False, False)
+    assert code.group_levels(0, 0) == [-0.75, -0.25, 0.25, 0.75]
+    below = Uniform.of_rows([code, code])
+    assert torch.equal(below.decode(), code.decode().repeat(2, 1))
+    for wrong in ({"zero_points": torch.zeros(2, 2)}, {"zero_points": None, "axis": "output"}):
+        with pytest.raises(ValueError, match="offsets stand in the place of zero points"):
+            Uniform.encode(codes, scales, bits=2, group_size=2, offsets=offsets, **wrong)  # type: ignore[arg-type]
+
+
+def in_blocks(levels: int, blocks: int, size: int, dtype: type[np.floating[Any]]) -> tuple[np.ndarray, ...]:
+    """q [blocks, size], d and m [blocks] as other tools have them, of any size: subnormal halves are among them."""
+    drawn = np.random.default_rng(levels)
+    d, m = (drawn.standard_normal(blocks) * 2.0 ** drawn.integers(-20, 6, blocks) for _ in range(2))
+    return drawn.integers(0, levels, (blocks, size)), d.astype(dtype), m.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (5, 32), (2, 16), (8, 32)])
+def test_blocks_of_other_tools_are_stored_exactly(bits: int, size: int, dtype: type[np.floating[Any]]) -> None:
+    """GGUF's Q4_1, Q5_1 and their kin: w = d q + m of a block, in float32 first the product, then the sum."""
+    rows, columns = 24, 160
+    q, d, m = in_blocks(1 << bits, rows * columns // size, size, dtype)
+    expected = (d.astype(np.float32)[:, None] * q.astype(np.float32) + m.astype(np.float32)[:, None]).reshape(rows, -1)
+    groups = (rows, columns // size)
+    code = Uniform.encode(
+        torch.from_numpy(q.reshape(rows, columns)),
+        torch.from_numpy(d.reshape(groups)),
+        None,
+        bits,
+        size,
+        scale_dtype=torch.from_numpy(d).dtype,
+        offsets=torch.from_numpy(m.reshape(groups)),
+    )
+    assert code.decode().numpy().tobytes() == expected.tobytes()
+    again = code_from(code.spec, code.tensors())
+    assert again.decode().numpy().tobytes() == expected.tobytes()
+    assert again.decode_rows(7, 13).numpy().tobytes() == expected[7:13].tobytes()
 
 
 # Powers of two -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,9 @@ DENSE = {"kind": "dense", "dtype": "float32"}
         ({"kind": "binary-planes", "planes": 2, "group_size": 8, "shift_terms": 3, "exponent_bias": 200}, "exponent"),
         ({"kind": "offset-trits", "group_size": 8, "packing": "base4"}, "packing"),
         ({"kind": "uniform", "bits": 3, "group_size": 8, "axis": "rows"}, "axis"),
+        ({"kind": "uniform", "bits": 3, "group_size": 8, "offsets": 1}, "offsets is 1, expected true or false"),
+        ({"kind": "uniform", "bits": 3, "group_size": 8, "offsets": True, "symmetric": True}, "offsets is true"),
+        ({"kind": "uniform", "bits": 3, "group_size": 8, "offsets": True, "axis": "output"}, "offsets is true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -166,6 +166,7 @@ void test_sources() {
   matrices.push_back(make.trits(5, 24, 8, 2, FW_BASE3, {}, FW_FLOAT32, Fill::kRandom));
   matrices.push_back(make.trits(5, 24, 8, 3, FW_2BIT, {9, 3, 1}, FW_LOG8, Fill::kRandom));
   matrices.push_back(make.uniform(5, 24, 8, 3, true, FW_FLOAT16, Fill::kRandom));
+  matrices.push_back(make.uniform_with_offsets(5, 24, 8, 4, FW_FLOAT16, Fill::kRandom));
   matrices.push_back(make.codebook(5, 24, 8, 3, FW_BFLOAT16));
   matrices.push_back(make.sherry(5, 24, 8, 2, FW_FLOAT32, Fill::kRandom));
   matrices.push_back(make.dense(5, 24, FW_BFLOAT16));
@@ -178,7 +179,8 @@ void test_sources() {
     accepted(fw_operand_pack(&m.source, FW_AUTO, space.get(), bytes, 1, &bad), m.name.c_str());
     refused(fw_operand_pack(&m.source, FW_AUTO, space.get(), bytes - 1, 1, &bad), "too little room for an operand");
     refused(fw_operand_pack(&m.source, FW_AUTO, static_cast<char*>(space.get()) + 4, bytes, 1, &bad), "room that is not aligned");
-    for (int64_t fw_code::*length : {&fw_code::codes_bytes, &fw_code::scales_bytes, &fw_code::zero_bytes, &fw_code::sign_bytes}) {
+    for (int64_t fw_code::*length : {&fw_code::codes_bytes, &fw_code::scales_bytes, &fw_code::zero_bytes, &fw_code::sign_bytes,
+                                     &fw_code::offset_bytes}) {
       if (m.source.*length == 0) continue;
       fw_code cut = m.source;
       cut.*length -= 1;

@@ -170,7 +170,7 @@ class LinearMaker {
     const int32_t float_type = dtype == FW_LOG8 ? FW_BFLOAT16 : dtype;
     const int64_t multiple = random_.one_of<int64_t>({1, 4, 4});
     const int packing = random_.below(2), planes = 1 + random_.below(3), bits = 1 + random_.below(8);
-    switch (random_.below(8)) {
+    switch (random_.below(9)) {
       case 0: return make_.trits(rows, cols, group_for(cols, multiple), planes, packing, {}, dtype, Fill::kRandom);
       case 1: {
         static const std::vector<int> kWeights[] = {{1}, {3, 1}, {3, 2}, {9, 3, 1}};
@@ -183,6 +183,7 @@ class LinearMaker {
         return make_.sherry(rows, cols, group_for(cols, random_.below(3) ? 4 * stride : 1), stride, dtype, Fill::kRandom);
       }
       case 4: return make_.dense(rows, cols, float_type);
+      case 5: return make_.uniform_with_offsets(rows, cols, group_for(cols, multiple), bits, float_type, Fill::kRandom);
       default: return make_.uniform(rows, cols, group_for(cols, multiple), bits, random_.below(2) == 1, dtype, Fill::kRandom);
     }
   }
@@ -192,14 +193,20 @@ class LinearMaker {
     const bool dense = m.source.kind == FW_DENSE, free = dense || m.source.kind == FW_CODEBOOK;
     const float levels = m.source.kind == FW_UNIFORM ? static_cast<float>(1 << m.source.bits) / 4.0F : 1.0F;
     const float size = 1.5F / (std::sqrt(static_cast<float>(m.source.cols)) * levels);
-    std::vector<uint8_t>& bytes = dense ? m.codes : m.stored_scales;
-    const int64_t width = scale_bytes(m.source.scale_dtype), count = static_cast<int64_t>(bytes.size()) / width;
     if (m.source.scale_dtype == FW_LOG8) {
       m.source.scale_exponent = static_cast<int32_t>(std::floor(std::log2(size)));
       return;
     }
+    draw(dense ? m.codes : m.stored_scales, m, [&] { return size * (free ? random_.symmetric() : 0.5F + random_.uniform()); });
+    // So that weights lie about 0, as they do with the middle one of the codes for a zero point.
+    draw(m.stored_offsets, m, [&] { return -2.0F * levels * size * (0.5F + random_.uniform()); });
+  }
+
+  template <typename Number>
+  static void draw(std::vector<uint8_t>& bytes, const Matrix& m, const Number& number) {
+    const int64_t width = scale_bytes(m.source.scale_dtype), count = static_cast<int64_t>(bytes.size()) / width;
     for (int64_t i = 0; i < count; ++i) {
-      const float value = size * (free ? random_.symmetric() : 0.5F + random_.uniform());
+      const float value = number();
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof bits);
       const auto half = static_cast<uint16_t>(m.source.scale_dtype == FW_FLOAT16 ? half_from_float(value) : bits >> 16);

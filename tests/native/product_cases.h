@@ -25,8 +25,9 @@ struct Matrix {
   int64_t groups = 1;
   std::vector<int32_t> levels;        // [planes][rows][cols], without their scale
   std::vector<float> scales;          // [rows][groups][planes]
+  std::vector<float> offsets;         // [rows][groups], or none
   std::vector<float> values;          // codebooks and dense matrices: [rows][cols]
-  std::vector<uint8_t> codes, zeros, signs, stored_scales;
+  std::vector<uint8_t> codes, zeros, signs, stored_scales, stored_offsets;
 
   int32_t level(int plane, int64_t row, int64_t col) const {
     return levels[static_cast<size_t>((plane * source.rows + row) * source.cols + col)];
@@ -35,6 +36,10 @@ struct Matrix {
     const int64_t group = std::min(col / source.group_size, groups - 1);
     return scales[static_cast<size_t>((row * groups + group) * planes + plane)];
   }
+  float offset(int64_t row, int64_t col) const {
+    const int64_t group = std::min(col / source.group_size, groups - 1);
+    return offsets.empty() ? 0.0F : offsets[static_cast<size_t>(row * groups + group)];
+  }
   float value(int64_t row, int64_t col) const {  // as fw_operand_rows gives it
     if (!values.empty()) return values[static_cast<size_t>(row * source.cols + col)];
     float sum = 0.0F;
@@ -42,13 +47,15 @@ struct Matrix {
       const float term = scale(row, col, k) * static_cast<float>(level(k, row, col));
       sum = k == 0 ? term : sum + term;
     }
-    return sum;
+    return offsets.empty() ? sum : sum + offset(row, col);
   }
   void finish() {  // the vectors have their final places
     source.codes = codes.data();
     source.scales = stored_scales.data();
     source.zero_points = zeros.empty() ? nullptr : zeros.data();
     source.signs = signs.data();
+    source.offsets = stored_offsets.empty() ? nullptr : stored_offsets.data();
+    source.offset_bytes = static_cast<int64_t>(stored_offsets.size());
     source.codes_bytes = static_cast<int64_t>(codes.size());
     source.scales_bytes = static_cast<int64_t>(stored_scales.size());
     source.zero_bytes = static_cast<int64_t>(zeros.size());
@@ -102,6 +109,21 @@ class Maker {
     }
     m.name += " bits " + std::to_string(bits) + (zero_points ? " zero points" : "");
     return with_scales(std::move(m), dtype);
+  }
+
+  // Codes from 0, and floats of the scales' type in the place of zero points.
+  Matrix uniform_with_offsets(int64_t rows, int64_t cols, int64_t group, int bits, int32_t dtype, Fill fill) {
+    Matrix m = start(FW_UNIFORM, rows, cols, group, "uniform");
+    m.layouts = {FW_FIELDS};
+    m.source.bits = bits;
+    const std::vector<uint8_t> values = picked(rows * cols, 1 << bits, fill);
+    m.codes = bit_string(values, bits);
+    m.levels.assign(values.begin(), values.end());
+    m.name += " bits " + std::to_string(bits) + " offsets";
+    m.scales = stored(m, dtype, rows * m.groups, m.stored_scales);
+    m.offsets = stored(m, dtype, rows * m.groups, m.stored_offsets);
+    m.finish();
+    return m;
   }
 
   // A pattern has the place of the zero in its upper two bits, then which of the later two signs differ from the first.

@@ -89,6 +89,24 @@ std::vector<int8_t> activations(Random& random, int64_t tokens, int64_t cols, Ac
   return x;
 }
 
+// What offsets add to a product: each times the sum of its group's activations.
+float part_of_offsets(const Matrix& m, const fw_operand& h, const std::vector<int8_t>& x, const std::vector<float>& x_scales,
+                      int64_t token, int64_t row) {
+  float part = 0.0F;
+  for (int64_t segment = 0; segment < h.segments;) {
+    const int64_t end = std::min(h.segments, segment + h.segments_per_group), first = segment * h.segment;
+    float sum = 0.0F;
+    for (; segment < end; ++segment) {
+      int64_t of_segment = 0;
+      for (int64_t c = segment * h.segment; c < std::min(m.source.cols, (segment + 1) * h.segment); ++c)
+        of_segment += x[static_cast<size_t>(token * m.source.cols + c)];
+      sum += x_scales[static_cast<size_t>(token * h.segments + segment)] * static_cast<float>(of_segment);
+    }
+    part += m.offset(row, first) * sum;
+  }
+  return part;
+}
+
 // Sums in 64 bits; what the operators then do to them, in the same order.
 std::vector<float> expected_product(const Matrix& m, const fw_operand& h, const std::vector<int8_t>& x,
                                     const std::vector<float>& x_scales, int64_t tokens) {
@@ -106,6 +124,7 @@ std::vector<float> expected_product(const Matrix& m, const fw_operand& h, const 
           total += static_cast<float>(sum) * (m.scale(row, first, k) * x_scale);
         }
       }
+      if (!m.offsets.empty()) total += part_of_offsets(m, h, x, x_scales, t, row);
       out[static_cast<size_t>(t * (rows + kMargin) + row)] = total;
     }
   return out;
@@ -161,6 +180,8 @@ void check_near(const FloatProblem& p, const std::vector<float>& out) {
           sum += term;
           size += std::fabs(term);
         }
+        sum += x * p.m.offset(row, c);
+        size += std::fabs(x * p.m.offset(row, c));
       }
       near &= std::fabs(out[static_cast<size_t>(t * (rows + kMargin) + row)] - sum) <= 1e-5 * size;
     }
@@ -309,6 +330,8 @@ void test_shapes(int rounds) {
     test(make.trits(s.rows, s.cols, s.group, static_cast<int>(weights.size()), packing, weights, dtype, fill), s);
     s = random_shape(random, random.one_of<int64_t>({1, 4}));
     test(make.uniform(s.rows, s.cols, s.group, bits, random.below(2) == 1, dtype, fill), s);
+    s = random_shape(random, random.one_of<int64_t>({1, 4}));
+    test(make.uniform_with_offsets(s.rows, s.cols, s.group, bits, float_type, fill), s);
     const int stride = random.one_of({1, 1, 2, 8, 16});
     s = random_shape(random, random.below(3) ? 4 * stride : 1);
     test(make.sherry(s.rows, s.cols, s.group, stride, dtype, fill), s);
@@ -328,6 +351,7 @@ void test_long_segments(int64_t cols) {
   for (const Fill fill : {Fill::kLow, Fill::kHigh}) {
     for (const int bits : {1, 2, 3, 4, 5, 6, 7, 8})
       matrices.push_back(make.uniform(rows, cols, cols, bits, bits != 4, FW_FLOAT32, fill));
+    for (const int bits : {2, 4, 8}) matrices.push_back(make.uniform_with_offsets(rows, cols, cols, bits, FW_FLOAT32, fill));
     matrices.push_back(make.trits(rows, cols, cols, 2, FW_2BIT, {}, FW_FLOAT32, fill));
     matrices.push_back(make.trits(rows, cols, cols, 3, FW_BASE3, {27, 27, 27}, FW_FLOAT32, fill));
     matrices.push_back(make.sherry(rows, cols, cols, 16, FW_FLOAT32, fill));
@@ -385,6 +409,29 @@ void test_refusals() {
   refused("negative segment", [](fw_code& s) { s.segment = -4; });
   refused("too large", [](fw_code& s) { s.rows = s.cols = int64_t{1} << 40; });
   check(fw_operand_bytes(&m.source, FW_TABLES) == -1, "a layout of another kind is refused");
+  refused("offsets of trits", [](fw_code& s) {
+    s.offsets = s.scales;
+    s.offset_bytes = s.scales_bytes;
+  });
+  const Matrix offsets = make.uniform_with_offsets(5, 12, 4, 3, FW_FLOAT16, Fill::kRandom);
+  const auto refused_with_offsets = [&](const char* what, const auto& change) {
+    fw_code s = offsets.source;
+    s.codes = offsets.codes.data();
+    s.scales = offsets.stored_scales.data();
+    s.offsets = offsets.stored_offsets.data();
+    check(fw_operand_bytes(&s, FW_AUTO) > 0, "offsets are taken");
+    change(s);
+    check(fw_operand_bytes(&s, FW_AUTO) == -1, std::string("refused beside offsets: ") + what);
+  };
+  refused_with_offsets("zero points", [](fw_code& s) {
+    s.zero_points = static_cast<const uint8_t*>(s.codes);
+    s.zero_bytes = s.codes_bytes;
+  });
+  refused_with_offsets("scales of one byte", [](fw_code& s) { s.scale_dtype = FW_LOG8; });
+  refused_with_offsets("one scale for all rows", [](fw_code& s) {
+    s.scale_rows = s.rows;
+    s.group_size = s.cols;
+  });
   m.codes[1] = 255;
   int64_t bad = -1;
   std::vector<float> out(64);

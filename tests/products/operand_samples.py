@@ -76,6 +76,21 @@ def uniform(
     return Uniform.encode(codes, scales_of(rows, groups), zeros, bits, group_size, scale_dtype=scale_dtype)
 
 
+def with_offsets(
+    rows: int,
+    columns: int,
+    bits: int = 4,
+    group_size: int = 32,
+    scale_dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> Uniform:
+    """Weights on both sides of 0, as those of min-max grids are."""
+    g, groups = generator(seed), groups_of(columns, group_size)
+    codes, scales = torch.randint(0, 1 << bits, (rows, columns), generator=g), scales_of(rows, groups)
+    offsets = -scales * ((1 << bits) - 1) * torch.rand(rows, groups, generator=g)
+    return Uniform.encode(codes, scales, None, bits, group_size, scale_dtype=scale_dtype, offsets=offsets)
+
+
 def codebook(rows: int, columns: int, bits: int = 3, group_size: int | None = None, seed: int = 0) -> Codebook:
     g, groups = generator(seed), 1 if group_size is None else groups_of(columns, group_size)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=g)
@@ -117,15 +132,12 @@ def trit_codes(draw: st.DrawFn) -> TritPlanes:
 
 @st.composite
 def uniform_codes(draw: st.DrawFn) -> Uniform:
-    return uniform(
-        draw(st.integers(1, 50)),
-        draw(st.integers(1, 300)),
-        draw(st.integers(1, 8)),
-        draw(st.sampled_from(GROUP_SIZES)),
-        draw(st.booleans()),
-        draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))),
-        draw(st.integers(0, 99)),
-    )
+    rows, columns, bits = draw(st.integers(1, 50)), draw(st.integers(1, 300)), draw(st.integers(1, 8))
+    size, zero = draw(st.sampled_from(GROUP_SIZES)), draw(st.sampled_from(("middle", "points", "offsets")))
+    dtype, seed = draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), draw(st.integers(0, 99))
+    if zero == "offsets":
+        return with_offsets(rows, columns, bits, size, dtype, seed)
+    return uniform(rows, columns, bits, size, zero == "middle", dtype, seed)
 
 
 @st.composite
@@ -210,7 +222,14 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 def magnitude(code: Code, x: Tensor) -> Tensor:
-    """Sums of |w x|: what rounding errors of a product are measured by. float64 [tokens, rows]."""
+    """Sums of |w x|: what rounding errors of a product are measured by. float64 [tokens, rows].
+
+    Of weights that are a product and an offset, those of both.
+    """
+    if isinstance(code, Uniform) and code.offsets is not None:
+        scaled = code.replaced({"offsets": torch.zeros_like(code.offsets)})
+        offsets = code.replaced({"scales": torch.zeros_like(code.scales)})
+        return x.double().abs() @ (scaled.decode().double().abs() + offsets.decode().double().abs()).T
     return x.double().abs() @ code.decode().double().abs().T
 
 

@@ -19,6 +19,7 @@ from operand_samples import (
     sherry,
     trits,
     uniform,
+    with_offsets,
 )
 
 from featherweight.model.products import pack_code, pack_dense, reference
@@ -60,6 +61,7 @@ LAYOUTS = [
     (trits(21, 333, 2, 20, tied=True), ("fields", "trits")),
     (trits(21, 333, 1, 128, tied=True, weights=(2,)), ("fields", "trits")),
     (uniform(21, 333, 5, 64, symmetric=False), ("fields",)),
+    (with_offsets(21, 333, 5, 32), ("fields",)),
     (codebook(21, 333, 4, 64), ("tables",)),
     (dense(21, 333), ("plain",)),
     (sherry(21, 333, 64, 16), ("fields", "quartets")),
@@ -83,7 +85,8 @@ def test_layouts_can_be_chosen(code: Code, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_bytes_do_not_depend_on_threads_or_instruction_sets(threads: int) -> None:
-    for code in (trits(70, 200), uniform(70, 200, 3, 64, symmetric=False), codebook(70, 200), dense(70, 200)):
+    zeros, offsets = uniform(70, 200, 3, 64, symmetric=False), with_offsets(70, 200)
+    for code in (trits(70, 200), zeros, offsets, codebook(70, 200), dense(70, 200)):
         layout = pack_code(code).layouts[0]
         expected = memory_of(pack_code(code, layout=layout, threads=1))
         assert torch.equal(memory_of(pack_code(code, layout=layout, threads=threads)), expected)
@@ -93,7 +96,8 @@ def test_bytes_do_not_depend_on_threads_or_instruction_sets(threads: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "code", [trits(21, 333), uniform(21, 333, 3), codebook(21, 333), dense(21, 333), sherry(21, 333)]
+    "code",
+    [trits(21, 333), uniform(21, 333, 3), with_offsets(21, 333), codebook(21, 333), dense(21, 333), sherry(21, 333)],
 )
 def test_damaged_operands_are_refused(code: Code) -> None:
     whole = memory_of(pack_code(code))

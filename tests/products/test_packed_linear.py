@@ -15,6 +15,7 @@ from operand_samples import (
     sherry,
     trits,
     uniform,
+    with_offsets,
 )
 from torch import Tensor
 
@@ -71,6 +72,10 @@ CODES: dict[str, Code] = {
     "sparse": sparse(),
     "sparse-empty": sparse(0.0),
     "offset-trits": offset_trits(),
+    "uniform-offsets": with_offsets(ROWS, COLUMNS),
+    "uniform-offsets-16": with_offsets(ROWS, COLUMNS, 2, 16, torch.float32),
+    "offsets-in-a-basis": permuted(column_scaled(Sum.of(sparse(), with_offsets(ROWS, COLUMNS, 5, 80)))),
+    "offsets-product": Product(with_offsets(ROWS, 70, 4, 35), with_offsets(70, COLUMNS, 8, 240)),
     "binary-1": binary(1),
     "binary-3": binary(3, None),
     "binary-5": binary(5, 10),

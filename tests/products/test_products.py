@@ -24,6 +24,7 @@ from operand_samples import (
     trits,
     uniform,
     uniform_codes,
+    with_offsets,
 )
 from torch import Tensor
 
@@ -40,6 +41,7 @@ EVERY_LAYOUT = [
     *[trits(37, 300, planes, 64, tied=True) for planes in (1, 2, 3)],
     trits(37, 300, 2, 32, tied=True, weights=(3, 2), scale_dtype="log8"),
     *[uniform(37, 300, bits, 64, symmetric=bits % 2 == 0) for bits in range(1, 9)],
+    *[with_offsets(37, 300, bits, size) for bits, size in ((2, 16), (3, 32), (4, 32), (5, 32), (8, 100), (4, 300))],
     *[codebook(37, 300, bits, None) for bits in (1, 2, 3, 4, 8)],
     *[dense(37, 300, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
     *[sherry(37, 300, 64, stride) for stride in (1, 16)],
@@ -84,7 +86,9 @@ def test_integer_parts_are_exact(code: Code, tokens: int, data: st.DataObject) -
         code = TritPlanes(code.trits, ones, code.shape, code.group_size, code.tied, code.packing, "float", code.weights)
     else:
         assert isinstance(code, Uniform)
-        code = Uniform(code.codes, ones, code.zero_points, code.shape, code.bits, code.group_size)
+        whole = None if code.offsets is None else code.offsets.float().clamp(-9, 9).round().to(ones.dtype)
+        shape, bits, size = code.shape, code.bits, code.group_size
+        code = Uniform(code.codes, ones, code.zero_points, shape, bits, size, offsets=whole)
     fill = data.draw(st.sampled_from((None, 127, -128, 1)))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x = torch.randint(-128, 128, (tokens, code.shape[1]), generator=g).to(torch.int8)

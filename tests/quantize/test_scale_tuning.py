@@ -26,6 +26,7 @@ from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
+from featherweight.storage.codes.uniform import Uniform
 
 GRIDS = {
     "uniform": UniformGrid(bits=3, group_size=32),
@@ -52,6 +53,8 @@ def codes() -> dict[str, Code]:
     found: dict[str, Code] = {name: grid.quantize(weight) for name, grid in GRIDS.items()}
     trits = random(12, 72, seed=1).round().clamp(-1, 1).to(torch.int8)
     found["offset"] = OffsetTrits.encode(trits, random(12, 3).abs(), 0.1 * random(12, 3), 32)
+    steps = torch.randint(0, 256, (12, 72), generator=torch.Generator().manual_seed(2))
+    found["offsets"] = Uniform.encode(steps, random(12, 3).abs() / 99, None, 8, 32, offsets=-random(12, 3).abs())
     signs = random(2, 12, 72).sign().to(torch.int8)
     found["binary"] = BinaryPlanes.encode(signs, random(12, 3, 2).abs(), 32)
     found["codebook"] = Codebook.encode(torch.randint(0, 8, (12, 72)).to(torch.uint8), random(12, 8).sort().values)

@@ -13,6 +13,7 @@ from featherweight.model.products import triton as gpu
 from featherweight.model.products.triton.operand import ROW_TILE
 from featherweight.model.products.triton.repack import _fraction
 from featherweight.storage.codes.sum import Sum
+from featherweight.storage.codes.uniform import Uniform
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -87,6 +88,9 @@ def test_what_cannot_be_packed_is_refused() -> None:
     stored = {"codes": torch.zeros(16, dtype=torch.uint8), "scales": torch.ones(2, 8, dtype=torch.float16)}
     with pytest.raises(ValueError, match="along the output"):
         gpu.pack_for_gpu(output, stored)
+    offsets = Uniform.encode(torch.zeros(4, 8), torch.ones(4, 2), None, 4, 4, offsets=torch.ones(4, 2))
+    with pytest.raises(ValueError, match="no GPU operator for uniform codes with offsets"):
+        gpu.pack_for_gpu(offsets.spec, offsets.tensors())
     planes = {"kind": "offset-trits", "shape": [1, 5], "group_size": 5}
     stored = {name: torch.ones(1, 1, dtype=torch.float16) for name in ("scales", "offsets")}
     with pytest.raises(ValueError, match="no GPU operator for codes of kind 'offset-trits'"):

@@ -147,6 +147,8 @@ def _samples() -> Iterator[Code]:
     for bits, symmetric in ((2, True), (3, False), (4, True), (5, False), (8, True)):
         zeros = None if symmetric else integers(0, 1 << bits, ROWS, groups)
         yield Uniform.encode(integers(0, 1 << bits), scales, zeros, bits, 64)
+    for bits in (4, 8):  # codes of eight bits must not be taken for signed ones
+        yield Uniform.encode(integers(0, 1 << bits), scales, None, bits, 64, offsets=-scales * (1 << bits) / 3)
     yield Codebook.encode(integers(0, 8), torch.randn(ROWS, 1, 8, generator=g))
     yield Dense(torch.randn(shape, generator=g).bfloat16())
     zero_lane = integers(0, 4, ROWS, COLUMNS // 4, 1)

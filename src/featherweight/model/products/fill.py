@@ -20,7 +20,13 @@ from featherweight.storage.codes.uniform import Uniform
 
 Filled = tuple[c.CodeStruct, list[Tensor]]  # a struct, and the tensors it points to
 
-LENGTHS = {"codes": "codes_bytes", "scales": "scales_bytes", "zero_points": "zero_bytes", "signs": "sign_bytes"}
+LENGTHS = {
+    "codes": "codes_bytes",
+    "scales": "scales_bytes",
+    "zero_points": "zero_bytes",
+    "signs": "sign_bytes",
+    "offsets": "offset_bytes",
+}
 """Fields of `structs.CodeStruct` for the lengths of what others point to."""
 
 
@@ -67,7 +73,8 @@ def _trit_planes(code: TritPlanes) -> Filled:
 def _uniform(code: Uniform) -> Filled:
     scales = _scales(code.scales)
     zeros = None if code.zero_points is None else code.zero_points.contiguous()
-    keep = {"codes": code.codes.contiguous(), "scales": scales, "zero_points": zeros}
+    offsets = None if code.offsets is None else _scales(code.offsets)
+    keep = {"codes": code.codes.contiguous(), "scales": scales, "zero_points": zeros, "offsets": offsets}
     return _source(code, code.group_size, keep, bits=code.bits, scale_dtype=DTYPES[scales.dtype])
 
 

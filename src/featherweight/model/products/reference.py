@@ -39,10 +39,11 @@ DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16, INT8: torch.int
 
 @dataclass(frozen=True)
 class Parts:
-    """What an operand of integers holds: W = sum over k of scales[k] (integers[k] - zeros), per group of columns.
+    """What an operand of integers holds: W = sum over k of scales[k] (integers[k] - zeros), per group of columns, and
+    then plus `offsets` where there are any.
 
-    integers int64 [planes, rows, cols], scales float32 [planes, rows, groups], zeros int64 [rows, groups]; `group` and
-    `segment` int64 [cols] say to which group and segment a column belongs.
+    integers int64 [planes, rows, cols], scales float32 [planes, rows, groups], zeros int64 [rows, groups], offsets
+    float32 [rows, groups]; `group` and `segment` int64 [cols] say to which group and segment a column belongs.
     """
 
     integers: Tensor
@@ -50,6 +51,7 @@ class Parts:
     zeros: Tensor
     group: Tensor
     segment: Tensor
+    offsets: Tensor | None = None
 
 
 def decode_operand(memory: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def decode_operand(memory: Tensor) -> Tensor:
     total = parts.scales[0][:, parts.group] * centred[0].float()
     for k in range(1, len(centred)):
         total = total + parts.scales[k][:, parts.group] * centred[k].float()
-    return total
+    return total if parts.offsets is None else total + parts.offsets[:, parts.group]
 
 
 def read_parts(memory: Tensor) -> Parts:
@@ -83,12 +85,16 @@ def read_parts(memory: Tensor) -> Parts:
     if header.has_zeros:
         zeros = _tiled(memory, header.zeros_at, header.zeros_per_tile, header).long().view(header.tiles, -1, TILE_ROWS)
         zeros = _by_row(zeros[:, : header.groups], header)
-    scales = _scales(memory, header)
+    planes = 1 if header.tied else header.planes
+    scales = _scales(memory, header.scales_at, header.scales_per_tile, planes, header)
+    offsets = None
+    if header.has_offsets:
+        offsets = _scales(memory, header.zeros_at, header.zeros_per_tile, 1, header)[0]
     if header.tied and layout == "trits":  # in fields they are one integer already
         weights = torch.tensor(list(header.weights)[: header.planes])
         integers = (integers * weights.view(-1, 1, 1)).sum(0, keepdim=True)
     segment = torch.arange(header.cols) // header.segment
-    return Parts(integers, scales, zeros, segment // header.segments_per_group, segment)
+    return Parts(integers, scales, zeros, segment // header.segments_per_group, segment, offsets)
 
 
 def matmul(x: Tensor, memory: Tensor, precision: str = "float") -> Tensor:
@@ -124,6 +130,9 @@ def matmul_int8(codes: Tensor, scales: Tensor, memory: Tensor) -> Tensor:
         for k in range(len(centred)):
             sums = codes[:, inside].long() @ centred[k].T  # exact
             out += scales[:, s : s + 1].double() * parts.scales[k][:, group].double() * sums.double()
+        if parts.offsets is not None:
+            sums = codes[:, inside].sum(1, keepdim=True, dtype=torch.int64)
+            out += scales[:, s : s + 1].double() * parts.offsets[:, group].double() * sums.double()
     return out
 
 
@@ -182,10 +191,9 @@ def _by_row(values: Tensor, header: Header) -> Tensor:
     return values.transpose(1, 2).reshape(header.tiles * TILE_ROWS, -1)[: header.rows]
 
 
-def _scales(memory: Tensor, header: Header) -> Tensor:
-    """float32 [planes, rows, groups]; one plane if tied."""
-    planes = 1 if header.tied else header.planes
-    raw = _tiled(memory, header.scales_at, header.scales_per_tile, header)
+def _scales(memory: Tensor, at: int, per_tile: int, planes: int, header: Header) -> Tensor:
+    """float32 [planes, rows, groups]: scales, or offsets, which are of the same type."""
+    raw = _tiled(memory, at, per_tile, header)
     if header.scale_dtype == LOG8:
         values = log8_decode(raw, header.scale_exponent)
     else:

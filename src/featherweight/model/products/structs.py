@@ -41,6 +41,8 @@ class CodeStruct(ctypes.Structure):
         ("plane_bytes", _i64),
         *[(name, _pointer) for name in ("scales", "zero_points", "signs")],
         *[(name, _i64) for name in ("segment", "codes_bytes", "scales_bytes", "zero_bytes", "sign_bytes")],
+        ("offsets", _pointer),
+        ("offset_bytes", _i64),
     ]
 
 
@@ -57,7 +59,7 @@ class Header(ctypes.Structure):
         *[(name, _i64) for name in ("segments_per_group", "groups")],
         *[(name, _i64) for name in ("codes_at", "codes_per_tile", "scales_at", "scales_per_tile")],
         *[(name, _i64) for name in ("zeros_at", "zeros_per_tile", "bytes", "weight_bytes")],
-        *[(name, _i32) for name in ("lane_stride", "last_steps")],
+        *[(name, _i32) for name in ("lane_stride", "last_steps", "has_offsets", "reserved")],
     ]
 
 

@@ -186,17 +186,25 @@ void product_share(const fw_operand* operand, const InputShape& shape, const Inp
                    int64_t last, const Output& out, void* work) {
   if (first >= last) return;
   const ProductKernels& kernels = product_kernels();
+  float* sums = nullptr;
+  if (operand->has_offsets) {
+    sums = reinterpret_cast<float*>(static_cast<uint8_t*>(work) + round_up(kernels.work_bytes(operand, tokens), 64));
+    sum_groups(operand, shape, input, tokens, sums);
+  }
   if (shape.integer) {
-    const IntegerInput x = {input.codes(), input.scales(), input.sums(), tokens, shape.columns, shape.segments};
+    const IntegerInput x = {input.codes(), input.scales(), input.sums(), tokens, shape.columns, shape.segments, sums};
     return kernels.integer_tiles(operand, x, first, last, out, work);
   }
   if (shape.plain) return kernels.plain_tiles(operand, {input.values(), tokens, shape.rounded}, first, last, out, work);
-  const FloatInput x = {input.values(), tokens, shape.columns};
+  const FloatInput x = {input.values(), tokens, shape.columns, sums};
   if (operand->layout == FW_TABLES) return kernels.float_rows(operand, x, first, last, out, work);
   kernels.float_tiles(operand, x, first, last, out, work);
 }
 
-int64_t product_work_bytes(const fw_operand* operand, int64_t tokens) { return product_kernels().work_bytes(operand, tokens); }
+int64_t product_work_bytes(const fw_operand* operand, int64_t tokens) {
+  const int64_t bytes = product_kernels().work_bytes(operand, tokens), sums = tokens * operand->groups * 4;
+  return operand->has_offsets ? round_up(bytes, 64) + sums : bytes;
+}
 
 namespace {
 
@@ -324,13 +332,14 @@ void lane_rows(const fw_operand& h, int64_t first, int64_t last, float* out) {
         for (int64_t segment = 0; segment < h.segments; ++segment) {
           const int64_t group = segment / h.segments_per_group;
           const float scale = stored_value(tile_scales(&h, tile), h, (group * planes + plane) * kTileRows + lane);
+          const float offset = h.has_offsets ? stored_value(tile_zeros(&h, tile), h, group * kTileRows + lane) : 0.0F;
           const int zero = h.has_zeros ? tile_zeros(&h, tile)[group * kTileRows + lane] : h.offset;
           for (int64_t c = 0; c < h.steps * 4; ++c) {
             const int64_t column = segment * h.segment + (h.lane_stride > 1 ? source_column(c, h.lane_stride) : c);
             if (column >= std::min(h.cols, (segment + 1) * h.segment) || (h.lane_stride == 1 && c >= h.segment)) continue;
             const int code = unpacked[(segment * h.steps + c / 4) * kStepBytes + 4 * lane + c % 4];
             const float value = scale * static_cast<float>(code - zero);
-            to[column] = plane == 0 ? value : to[column] + value;
+            to[column] = h.has_offsets ? value + offset : plane == 0 ? value : to[column] + value;
           }
         }
       }

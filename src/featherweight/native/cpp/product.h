@@ -1,10 +1,10 @@
 // Matrix products with compressed weights: packed operands, quantised activations, the operators themselves.
 //
 // An operand is one block of memory, aligned to 64 bytes and without pointers, so that it can be kept in a file: a header,
-// then codes, scales, zero points. Sixteen rows make a tile. A step is four input columns of a tile: 64 codes, those of row r
-// in bytes 4r .. 4r + 3, which is what the dot-product instructions of all processors take; each 32-bit lane then adds up one
-// row, and nothing is ever summed across lanes. A segment is a run of columns with one activation scale; a group of weights
-// is one segment or several.
+// then codes, scales, zero points or offsets. Sixteen rows make a tile. A step is four input columns of a tile: 64 codes,
+// those of row r in bytes 4r .. 4r + 3, which is what the dot-product instructions of all processors take; each 32-bit lane
+// then adds up one row, and nothing is ever summed across lanes. A segment is a run of columns with one activation scale; a
+// group of weights is one segment or several.
 #ifndef FEATHERWEIGHT_PRODUCT_H
 #define FEATHERWEIGHT_PRODUCT_H
 
@@ -39,6 +39,8 @@ typedef struct fw_code {
   const uint8_t* signs;    // sherry
   int64_t segment;         // columns with one activation scale; 0: chosen (the group, at most 128 columns a segment)
   int64_t codes_bytes, scales_bytes, zero_bytes, sign_bytes;  // of memory at the pointers: a source that needs more is invalid
+  const void* offsets;     // uniform: [rows, groups] of the scales' type, which is none of one byte, or null; then no zero_points
+  int64_t offset_bytes;
 } fw_code;
 
 typedef struct fw_operand {  // the header of an operand
@@ -55,6 +57,8 @@ typedef struct fw_operand {  // the header of an operand
   int64_t weight_bytes;            // read by one matrix-vector product
   int32_t lane_stride;
   int32_t last_steps;              // FIELDS: those of the last segment, which may be short; else 0
+  int32_t has_offsets;             // FIELDS: floats of the scales' type where zero points would be; `offset` is then 0
+  int32_t reserved;
 } fw_operand;
 
 // The instruction set of the operators: "baseline", "avx2", "avxvnni", "avx512" (with VNNI), "vbmi", "bf16", "amx", "neon", "i8mm".

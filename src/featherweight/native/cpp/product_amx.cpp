@@ -17,6 +17,7 @@
 #include "product_kernels.h"
 #include "product_lanes.h"
 #include "product_layout.h"
+#include "product_offsets.h"
 
 namespace {
 
@@ -91,7 +92,7 @@ struct Block {  // 32 tokens by 32 rows
 };
 
 // What is common to all groups is taken off the codes once, which then are signed and need no correction of their sums; zero
-// points of groups leave them unsigned.
+// points and offsets of groups leave them unsigned.
 #define FW_TILE_PRODUCT(to, x, codes) \
   if constexpr (Signed)               \
     _tile_dpbssd(to, x, codes);       \
@@ -162,6 +163,18 @@ void add_sums(const Block& b, const Work& work, const int32_t* all, int64_t segm
   }
 }
 
+// What offsets add to the totals of a block, whose tokens' sums of groups are at `group_sums`.
+void add_offsets(const fw_operand* operand, const Block& b, int64_t tile, const float* group_sums, float* totals) {
+  for (int t = 0; t < b.tiles; ++t)
+    for (int first = 0; first < b.tokens; first += 8) {
+      const int count = std::min(8, b.tokens - first);
+      Floats part[8];
+      offset_parts(operand, tile + t, group_sums + first * operand->groups, count, part);
+      float* to = totals + (first / kTokens * 2 + t) * 256 + first % kTokens * 16;
+      for (int m = 0; m < count; ++m) store_floats(to + 16 * m, add(load_floats(to + 16 * m), part[m]));
+    }
+}
+
 void put_block(const fw_operand* operand, const Block& b, int64_t token, int64_t tile, const float* totals, const Output& out) {
   for (int m = 0; m < b.tokens; ++m)
     for (int t = 0; t < b.tiles; ++t) {
@@ -207,6 +220,7 @@ void take_off(int32_t offset, uint8_t* codes, int64_t bytes) {
 void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first, int64_t last, const Output& out, void* memory) {
   const Work work = divide(operand, x.tokens, memory);
   const int planes = planes_of(operand);
+  const bool unsigned_codes = operand->has_zeros || operand->has_offsets;
   const int64_t steps = operand->steps, block = block_steps(steps), bytes = code_bytes(operand), scales = scale_count(operand);
   configure_tiles(kTokens, 4 * block, block);
   pack_tokens(x, block, work.x);
@@ -216,7 +230,7 @@ void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first
       for (int p = 0; p < planes; ++p) {
         uint8_t* codes = work.codes + (t * planes + p) * bytes;
         product_kernels_vbmi()->unpack(operand, tile + t, p, codes);
-        if (!operand->has_zeros) take_off(operand->offset, codes, bytes);
+        if (!unsigned_codes) take_off(operand->offset, codes, bytes);
       }
       for (int64_t i = 0; i < operand->groups * planes; ++i)
         store_floats(work.scales + t * scales + i * kTileRows, one_scale(operand, tile + t, i));
@@ -239,7 +253,7 @@ void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first
           if (i < products) {
             for (int t = 0; t < b.tiles; ++t) b.codes[t] = work.codes + ((pair + t) * planes + i % planes) * bytes;
             int32_t* sums = work.sums + i % 2 * 1024;
-            if (operand->has_zeros)
+            if (unsigned_codes)
               multiply<false>(b, i / planes * steps, steps, block, sums);
             else
               multiply<true>(b, i / planes * steps, steps, block, sums);
@@ -248,6 +262,7 @@ void many_tokens(const fw_operand* operand, const IntegerInput& x, int64_t first
           const int64_t last_segment = (i - 1) / planes, group = last_segment / operand->segments_per_group;
           add_sums(b, work, work.sums + (i - 1) % 2 * 1024, last_segment, group * planes + (i - 1) % planes, group, i == 1);
         }
+        if (x.group_sums) add_offsets(operand, b, tile + pair, x.group_sums + token * operand->groups, work.totals);
         put_block(operand, b, token, tile + pair, work.totals, out);
       }
     }

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "product_many_tokens.h"
+#include "product_offsets.h"
 
 namespace {  // compiled for several instruction sets
 
@@ -42,6 +43,11 @@ FW_INLINE void float_block(const fw_operand* operand, const FloatInput& x, int64
       const Floats scale = load_scales(operand, scales.scales, group * planes + plane);
       for (int m = 0; m < Tokens; ++m) total[m] = add(total[m], times(sum[m], scale));
     }
+  }
+  if (x.group_sums) {
+    Floats part[Tokens];
+    offset_parts(operand, tile, x.group_sums + first_token * operand->groups, count, part);
+    for (int m = 0; m < Tokens; ++m) total[m] = add(total[m], part[m]);
   }
   for (int m = 0; m < count; ++m) put(out, operand->rows, tile, first_token + m, total[m]);
 }

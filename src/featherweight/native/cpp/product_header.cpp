@@ -64,6 +64,7 @@ bool valid(const fw_code& s) {
   const bool floats = s.scale_dtype == FW_FLOAT32 || s.scale_dtype == FW_BFLOAT16 || s.scale_dtype == FW_FLOAT16;
   if (!floats && (s.scale_dtype != FW_LOG8 || s.kind == FW_CODEBOOK || s.kind == FW_DENSE)) return false;
   if (!floats && (s.scale_exponent < kLeastExponent || s.scale_exponent > kMostExponent)) return false;
+  if (s.offsets && (s.kind != FW_UNIFORM || s.zero_points || !floats || s.scale_rows != 1)) return false;
   switch (s.kind) {
     case FW_TRIT_PLANES:
       if (s.planes < 1 || s.planes > 3 || (s.packing != FW_BASE3 && s.packing != FW_2BIT)) return false;
@@ -108,6 +109,7 @@ bool long_enough(const fw_code& s) {
     }
     case FW_UNIFORM:
       if (s.zero_points && s.zero_bytes < divide_up(s.rows * groups * s.bits, 8)) return false;
+      if (s.offsets && s.offset_bytes < scales) return false;
       return s.codes_bytes >= divide_up(elements * s.bits, 8) && s.scales_bytes >= scales;
     case FW_CODEBOOK:
       return s.codes_bytes >= divide_up(elements * s.bits, 8) && s.scales_bytes >= scales << s.bits;
@@ -143,7 +145,8 @@ bool make_header(const fw_code& s, int32_t layout, fw_operand& h) {
   h.scale_exponent = s.scale_exponent;
   h.lane_stride = s.kind == FW_SHERRY && layout == FW_QUARTETS ? s.lane_stride : 1;
   h.bits = s.kind == FW_DENSE ? 0 : joint(s, layout) ? bits_for(2 * sum_of_weights(s) + 1) : trits ? 2 : s.bits;
-  h.offset = h.tied ? sum_of_weights(s) : trits ? 1 : s.kind == FW_UNIFORM ? 1 << (s.bits - 1) : 0;
+  h.has_offsets = s.offsets != nullptr;
+  h.offset = h.tied ? sum_of_weights(s) : trits ? 1 : s.kind == FW_UNIFORM && !s.offsets ? 1 << (s.bits - 1) : 0;
   h.has_zeros = s.kind == FW_UNIFORM && s.zero_points;
 
   h.segment = choose_segment(s);
@@ -173,7 +176,7 @@ bool make_header(const fw_code& s, int32_t layout, fw_operand& h) {
     h.scales_per_tile = kTileRows * h.groups * (int64_t{1} << h.bits) * 4;
   } else if (layout != FW_PLAIN) {
     h.scales_per_tile = kTileRows * h.groups * (h.tied ? 1 : h.planes) * scale_bytes(s.scale_dtype);
-    h.zeros_per_tile = h.has_zeros ? kTileRows * h.groups : 0;
+    h.zeros_per_tile = kTileRows * h.groups * (h.has_offsets ? scale_bytes(s.scale_dtype) : h.has_zeros ? 1 : 0);
   }
   h.codes_at = round_up(sizeof(fw_operand), 64);
   h.scales_at = h.codes_at + round_up(h.tiles * h.codes_per_tile, 64);
@@ -218,8 +221,9 @@ int32_t fw_operand_check(const void* operand, int64_t bytes) {
   s.codes = s.scales = operand;
   s.signs = static_cast<const uint8_t*>(operand);
   s.zero_points = h.has_zeros ? s.signs : nullptr;
+  s.offsets = h.has_offsets ? operand : nullptr;
   fw_operand expected;
   if (!make_header(s, h.layout, expected)) return FW_INVALID;
-  if (s.kind == FW_UNIFORM) expected.offset = h.offset == 1 ? 1 : expected.offset;  // trits of a single plane
+  if (s.kind == FW_UNIFORM && !s.offsets) expected.offset = h.offset == 1 ? 1 : expected.offset;  // trits of a single plane
   return std::memcmp(&h, &expected, sizeof h) == 0 ? FW_OK : FW_INVALID;
 }

@@ -42,6 +42,10 @@ class InputBuffers {
 void prepare_input(const InputShape& shape, const float* x, int64_t token, int64_t tokens, InputBuffers& to, int64_t first,
                    int64_t last, float* spare);
 
+// For each token and group of an operand with offsets the sum of its activations as the product takes them, float
+// [tokens, groups]. In one order on all instruction sets: segment by segment, or of floats every fourth column apart.
+void sum_groups(const fw_operand* operand, const InputShape& shape, const InputBuffers& input, int64_t tokens, float* to);
+
 // Tiles [first, last) of a product. `work`: product_work_bytes() of memory.
 void product_share(const fw_operand* operand, const InputShape& shape, const InputBuffers& input, int64_t tokens, int64_t first,
                    int64_t last, const Output& out, void* work);

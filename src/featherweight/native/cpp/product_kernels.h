@@ -7,17 +7,19 @@
 #include "product.h"
 
 // Activations of some tokens, laid out in the padded columns of an operand: codes int8 [tokens, columns],
-// scales and sums [tokens, segments].
+// scales and sums [tokens, segments]. For operands with offsets also the sums of groups, float [tokens, groups]; else null.
 struct IntegerInput {
   const int8_t* codes;
   const float* scales;
   const int32_t* sums;
   int64_t tokens, columns, segments;
+  const float* group_sums;
 };
 
 struct FloatInput {
   const float* values;  // [tokens, columns], padding zero
   int64_t tokens, columns;
+  const float* group_sums;  // as in IntegerInput
 };
 
 // What a matrix of plain values takes: `cols` columns, padded with zeros to `columns`; rounded to bfloat16 or not.

@@ -7,7 +7,8 @@
 //   each other from the lowest bits up (step s of vector s b / 8). Of others as many as fit stand whole in each vector, one of
 //   5, 6 or 7 bits or two of 3; the remaining bits of all vectors hold the rest of the unit in pieces: see field_parts.
 //   W = scale (code - zero), zero = offset or the group's zero point; several planes: W = sum of scale_k (code_k - offset),
-//   tied: W = scale sum of weights_k (code_k - offset).
+//   tied: W = scale sum of weights_k (code_k - offset). With offsets of groups W = scale code + offset of the group, the product
+//   rounded before the sum.
 // TRITS, lanes are rows, five steps a vector, digits t + 1. Vectors of the planes alternate. Segments of 8, 16 or 32 steps
 //   follow each other without padding (a vector may span two), others are padded to whole vectors. Byte for the digits
 //   d0 .. d4 of a row and column at steps 5v .. 5v + 4, r = d0 + 3 d1 + 9 d2, q = (2 - d3) + 3 (2 - d4):
@@ -21,7 +22,7 @@
 // PLAIN, lanes are rows. Values column by column, padded with zeros to a multiple of 64 columns; those of a column are sixteen
 //   neighbours. Of bfloat16 it is pairs of columns: the two values of row r are lane r.
 //
-// Scales [tile][group][plane][16], zero points uint8 [tile][group][16].
+// Scales [tile][group][plane][16], zero points uint8 [tile][group][16], or in their place offsets of the scales' type.
 #ifndef FEATHERWEIGHT_PRODUCT_LAYOUT_H
 #define FEATHERWEIGHT_PRODUCT_LAYOUT_H
 
@@ -33,7 +34,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kStepBytes = 64;
 constexpr int64_t kPlainPadding = 64;
 constexpr uint32_t kOperandMagic = 0x646e7066;  // "fpnd"
-constexpr uint32_t kOperandVersion = 3;
+constexpr uint32_t kOperandVersion = 4;
 constexpr int kEscape = 216;
 // Exponents of one-byte scales: with smaller ones the least scales would be subnormal, which kernels put together from their
 // bits do not know.
@@ -96,7 +97,7 @@ inline const uint8_t* tile_codes(const fw_operand* operand, int64_t tile) {
 inline const uint8_t* tile_scales(const fw_operand* operand, int64_t tile) {
   return bytes_of(operand) + operand->scales_at + tile * operand->scales_per_tile;
 }
-inline const uint8_t* tile_zeros(const fw_operand* operand, int64_t tile) {
+inline const uint8_t* tile_zeros(const fw_operand* operand, int64_t tile) {  // or offsets
   return bytes_of(operand) + operand->zeros_at + tile * operand->zeros_per_tile;
 }
 

@@ -12,6 +12,7 @@
 
 #include "product_codes.h"
 #include "product_kernels.h"
+#include "product_offsets.h"
 #include "product_plain.h"
 #include "product_scales.h"
 
@@ -261,10 +262,21 @@ FW_INLINE void gemm_segment(const fw_operand* operand, const TokenBlock<Tokens>&
   });
 }
 
+// What offsets add to the sums of a block, whose tokens' sums of groups are at `group_sums`.
+template <int Tiles, int Tokens>
+__attribute__((noinline)) void add_offsets(const fw_operand* operand, const UnpackedTile* tiles, const float* group_sums, int count,
+                                           float (&totals)[Tokens][Tiles][kTileRows]) {
+  for (int t = 0; t < Tiles; ++t) {
+    Floats part[Tokens];
+    offset_parts(operand, tiles[t].tile, group_sums, count, part);
+    for (int m = 0; m < Tokens; ++m) store_floats(totals[m][t], add(load_floats(totals[m][t]), part[m]));
+  }
+}
+
 // Not inlined: GCC 12 then keeps fewer of the sums' surroundings in registers, and is a twentieth slower.
 template <int Tiles, int Tokens, Range Of>
-__attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, int64_t first_token,
-                                          const UnpackedTile* tiles, const Output& out) {
+__attribute__((noinline)) void gemm_block(const fw_operand* operand, const TokenBlock<Tokens>& block, const float* group_sums,
+                                          int64_t first_token, const UnpackedTile* tiles, const Output& out) {
   const int planes = unpacked_planes(operand);
   const int64_t chunk = Of == Range::kNarrow ? narrow_steps(operand) : 0;
   // Results go to as many pages as there are tokens: asked for now, their lines have come when the sums are done.
@@ -278,6 +290,7 @@ __attribute__((noinline)) void gemm_block(const fw_operand* operand, const Token
       else
         gemm_segment<Tiles, Tokens, Of, false>(operand, block, segment, plane, planes, chunk, tiles, totals);
     }
+  if (group_sums) add_offsets(operand, tiles, group_sums + first_token * operand->groups, block.count, totals);
   for (int m = 0; m < block.count; ++m)
     for (int t = 0; t < Tiles; ++t) put(out, operand->rows, tiles[t].tile, first_token + m, load_floats(totals[m][t]));
 }
@@ -296,18 +309,21 @@ int64_t work_bytes(const fw_operand* operand, int64_t tokens) {
 }
 
 template <int Tiles, Range Of, int... T>
-void many_tokens(const fw_operand* operand, int64_t tokens, const uint8_t* blocks, int64_t first, int64_t last,
+void many_tokens(const fw_operand* operand, const IntegerInput& x, const uint8_t* blocks, int64_t first, int64_t last,
                  const Output& out, uint8_t* space, std::integer_sequence<int, T...>) {
+  const int64_t tokens = x.tokens;
   for (int64_t tile = first; tile + Tiles <= last; tile += Tiles) {
     const UnpackedTile tiles[Tiles] = {UnpackedTile(operand, tile + T, space + T * UnpackedTile::bytes(operand))...};
     const uint8_t* block = blocks;
     int64_t token = 0;
     for (; tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand)) {
       const TokenBlock<kGemmTokens> some(operand, block, std::min<int64_t>(kGemmTokens, tokens - token));
-      gemm_block<Tiles, kGemmTokens, Of>(operand, some, token, tiles, out);
+      gemm_block<Tiles, kGemmTokens, Of>(operand, some, x.group_sums, token, tiles, out);
     }
-    if (token < tokens)
-      gemm_block<Tiles, kGemmTail, Of>(operand, TokenBlock<kGemmTail>(operand, block, tokens - token), token, tiles, out);
+    if (token < tokens) {
+      const TokenBlock<kGemmTail> some(operand, block, tokens - token);
+      gemm_block<Tiles, kGemmTail, Of>(operand, some, x.group_sums, token, tiles, out);
+    }
   }
 }
 
@@ -321,10 +337,10 @@ void many_tokens_of(const fw_operand* operand, const IntegerInput& x, int64_t fi
   for (; x.tokens - token > kGemmTail; token += kGemmTokens, block += TokenBlock<kGemmTokens>::bytes(operand))
     TokenBlock<kGemmTokens>::fill(operand, x, token, block);
   if (token < x.tokens) TokenBlock<kGemmTail>::fill(operand, x, token, block);
-  many_tokens<kGemmTiles, Of>(operand, x.tokens, blocks, first, last, out, space, std::make_integer_sequence<int, kGemmTiles>());
+  many_tokens<kGemmTiles, Of>(operand, x, blocks, first, last, out, space, std::make_integer_sequence<int, kGemmTiles>());
   const int64_t left = (last - first) % kGemmTiles;
   if (left)
-    many_tokens<1, Of>(operand, x.tokens, blocks, last - left, last, out, space, std::integer_sequence<int, 0>());
+    many_tokens<1, Of>(operand, x, blocks, last - left, last, out, space, std::integer_sequence<int, 0>());
 }
 
 }  // namespace

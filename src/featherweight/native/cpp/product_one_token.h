@@ -11,6 +11,7 @@
 
 #include "product_codes.h"
 #include "product_kernels.h"
+#include "product_offsets.h"
 #include "product_scales.h"
 
 namespace {  // compiled for several instruction sets
@@ -48,6 +49,7 @@ FW_INLINE void one_token(const fw_operand* operand, const IntegerInput& x, const
       left = operand->segments_per_group;
     }
   }
+  if (x.group_sums) add_offsets(operand, tiles, x.group_sums, total);
   for (int t = 0; t < live; ++t) put(out, operand->rows, tiles[t], 0, total[t]);
 }
 

@@ -141,7 +141,8 @@ float value_of(const void* from, int32_t dtype, int64_t index) {
   return dtype == FW_FLOAT16 ? float_from_half(half) : float_from_bfloat16(half);
 }
 
-void pack_scales(const fw_code& s, const fw_operand& h, int64_t tile, uint8_t* to) {
+// `values`: scales, or offsets, which are laid out like those of a single plane.
+void pack_scales(const fw_code& s, const fw_operand& h, const void* values, int64_t tile, uint8_t* to) {
   const int64_t size = scale_bytes(s.scale_dtype), planes = h.tied ? 1 : h.planes;
   const int64_t groups = s.scale_rows > 1 ? 1 : h.groups;
   for (int64_t g = 0; g < h.groups; ++g)
@@ -151,7 +152,7 @@ void pack_scales(const fw_code& s, const fw_operand& h, int64_t tile, uint8_t* t
         const int64_t source_row = s.scale_rows > 1 ? row / s.scale_rows : row;
         const int64_t index = (source_row * groups + (groups == 1 ? 0 : g)) * planes + k;
         if (row < s.rows)
-          std::memcpy(to, static_cast<const char*>(s.scales) + index * size, static_cast<size_t>(size));
+          std::memcpy(to, static_cast<const char*>(values) + index * size, static_cast<size_t>(size));
         else
           std::memset(to, s.scale_dtype == FW_LOG8 ? 255 : 0, static_cast<size_t>(size));
       }
@@ -245,8 +246,10 @@ void pack_tile(const fw_code& s, const fw_operand& h, int64_t tile, PackWork& wo
   if (h.layout == FW_TABLES)
     pack_codebooks(s, h, tile, reinterpret_cast<float*>(scales));
   else
-    pack_scales(s, h, tile, scales);
-  if (h.has_zeros) pack_zeros(s, h, tile, operand + h.zeros_at + tile * h.zeros_per_tile);
+    pack_scales(s, h, s.scales, tile, scales);
+  uint8_t* zeros = operand + h.zeros_at + tile * h.zeros_per_tile;
+  if (h.has_zeros) pack_zeros(s, h, tile, zeros);
+  if (h.has_offsets) pack_scales(s, h, s.offsets, tile, zeros);
 }
 
 constexpr int64_t kTilesAtOnce = 4;               // that a thread takes

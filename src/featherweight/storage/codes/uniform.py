@@ -4,6 +4,10 @@ Stored: `codes` uint8, a dense little-endian bit string of b bits an element, ro
 [out, groups]; asymmetric also `zero_points` uint8, a bit string of b bits a group. Symmetric codes have the fixed zero
 point 2^(b-1). With `axis: output` (AdaDim, arXiv 2309.15531) a group is `group_size` consecutive rows of one column,
 and scales and zero points are [output groups, in].
+
+With `offsets: true` floating-point `offsets` [out, groups], of the type of the scales, are in the place of zero points:
+W = scale q + offset, in float32 first the product, then the sum. So blocks of other tools whose zero is no whole number
+of steps are stored as they are (GGUF's Q4_1 and Q5_1, sub-blocks of its K-quants).
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Uniform(Code):
     bits: int
     group_size: int
     axis: Axis = "input"
+    offsets: Tensor | None = None  # [out, groups], of the type of the scales
 
     @classmethod
     def encode(
@@ -58,16 +63,27 @@ class Uniform(Code):
         *,
         scale_dtype: torch.dtype = torch.float16,
         axis: Axis = "input",
+        offsets: Tensor | None = None,
     ) -> Uniform:
-        """Pack `codes` [out, in] and `zero_points`, of the shape of `scales`, whole numbers in [0, 2^bits)."""
+        """Pack `codes` [out, in] and `zero_points`, of the shape of `scales`, whole numbers in [0, 2^bits).
+
+        `offsets` [out, groups] in place of `zero_points` are rounded to `scale_dtype`, as scales are.
+        """
+        if offsets is not None and (zero_points is not None or axis != "input"):
+            raise ValueError(
+                "offsets stand in the place of zero points and belong to groups of input columns: "
+                "leave out zero_points, and the axis output"
+            )
         rows, columns = codes.shape
         packed = pack_bits(codes.reshape(-1).to(torch.uint8), bits)
         packed_zeros = None if zero_points is None else pack_bits(zero_points.reshape(-1).to(torch.uint8), bits)
-        return cls(packed, scales.to(scale_dtype), packed_zeros, (rows, columns), bits, group_size, axis)
+        stored = None if offsets is None else offsets.to(scale_dtype)
+        return cls(packed, scales.to(scale_dtype), packed_zeros, (rows, columns), bits, group_size, axis, stored)
 
     @property
     def symmetric(self) -> bool:
-        return self.zero_points is None
+        """Whether the zero point is 2^(bits - 1) everywhere."""
+        return self.zero_points is None and self.offsets is None
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -79,24 +95,28 @@ class Uniform(Code):
             "group_size": self.group_size,
             "scale_dtype": dtype_name(self.scales.dtype),
             **({} if self.axis == "input" else {"axis": self.axis}),
+            **({} if self.offsets is None else {"offsets": True}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"codes": self.codes, "scales": self.scales}
-        return stored if self.zero_points is None else stored | {"zero_points": self.zero_points}
+        named = {"zero_points": self.zero_points, "offsets": self.offsets}
+        beside = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {"codes": self.codes, "scales": self.scales, **beside}
 
     def unpack(self) -> tuple[Tensor, Tensor]:
-        """Codes [out, in] and zero points of the shape of `scales`, uint8."""
+        """Codes [out, in] and zero points of the shape of `scales`, uint8; with offsets the zero points are 0."""
         codes = unpack_bits(self.codes, self.shape[0] * self.shape[1], self.bits).view(self.shape)
         if self.zero_points is None:
-            return codes, torch.full_like(self.scales, 1 << (self.bits - 1), dtype=torch.uint8)
+            zero = 1 << (self.bits - 1) if self.symmetric else 0
+            return codes, torch.full_like(self.scales, zero, dtype=torch.uint8)
         zero_points = unpack_bits(self.zero_points, self.scales.numel(), self.bits)
         return codes, zero_points.view(self.scales.shape)
 
     def decode(self) -> Tensor:
         codes, zero_points = self.unpack()
         scales, zero_points = self._spread(self.scales.float()), self._spread(zero_points)
-        return (codes.to(torch.int16) - zero_points.to(torch.int16)).float() * scales
+        scaled = (codes.to(torch.int16) - zero_points.to(torch.int16)).float() * scales
+        return scaled if self.offsets is None else scaled + self._spread(self.offsets.float())
 
     def _spread(self, parameters: Tensor) -> Tensor:
         """A parameter of each group to a parameter of each weight."""
@@ -113,8 +133,9 @@ class Uniform(Code):
             for t, n in ((self.codes, columns), (self.zero_points, groups))
         ]
         assert parts[0] is not None
-        shape = (last - first, columns)
-        return Uniform(parts[0], self.scales[first:last], parts[1], shape, self.bits, self.group_size).decode()
+        offsets = None if self.offsets is None else self.offsets[first:last]
+        shape, scales = (last - first, columns), self.scales[first:last]
+        return Uniform(parts[0], scales, parts[1], shape, self.bits, self.group_size, offsets=offsets).decode()
 
     @classmethod
     def layout(cls, spec: dict[str, Any]) -> dict[str, TensorLayout]:
@@ -129,26 +150,36 @@ class Uniform(Code):
             "codes": TensorLayout((-(-rows * columns * bits // 8),), torch.uint8),
             "scales": TensorLayout(grouped, dtype_from(spec, "scale_dtype", "float16")),
         }
-        if not spec.get("symmetric", False):
+        offsets, symmetric = spec.get("offsets", False), spec.get("symmetric", False)
+        if type(offsets) is not bool:
+            raise ValueError(f"offsets is {shown(offsets)}, expected true or false")
+        if offsets and (symmetric or axis != "input"):
+            raise ValueError("offsets is true, which codes that are symmetric or have the axis output cannot have")
+        if offsets:
+            stored["offsets"] = stored["scales"]
+        elif not symmetric:
             stored["zero_points"] = TensorLayout((-(-grouped[0] * grouped[1] * bits // 8),), torch.uint8)
         return stored
 
     @classmethod
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Uniform:
+        offsets = spec.get("offsets", False)
         return cls(
             tensors["codes"],
             tensors["scales"],
-            tensors.get("zero_points"),
+            None if offsets else tensors.get("zero_points"),
             matrix_shape(spec),
             spec["bits"],
             spec["group_size"],
             spec.get("axis", "input"),
+            tensors["offsets"] if offsets else None,
         )
 
     @classmethod
     def describe(cls, spec: dict[str, Any]) -> str:
         along = " of outputs" if spec.get("axis") == "output" else ""
-        return f"{spec['bits']} bit {'symmetric' if spec['symmetric'] else 'asymmetric'}{group_text(spec)}{along}"
+        zero = "with offsets" if spec.get("offsets") else "symmetric" if spec["symmetric"] else "asymmetric"
+        return f"{spec['bits']} bit {zero}{group_text(spec)}{along}"
 
     def grouping(self) -> Grouping:
         along = 1 if self.axis == "input" else 0
@@ -158,7 +189,8 @@ class Uniform(Code):
         if self.axis == "output":
             row, group = group, row
         scale, zero_point = float(self.scales[row, group]), int(self.unpack()[1][row, group])
-        return sorted({scale * (q - zero_point) for q in range(1 << self.bits)})
+        offset = 0.0 if self.offsets is None else float(self.offsets[row, group])
+        return sorted({scale * (q - zero_point) + offset for q in range(1 << self.bits)})
 
     @classmethod
     def of_rows(cls, parts: Sequence[Code]) -> Uniform:
@@ -167,15 +199,21 @@ class Uniform(Code):
             raise ValueError("groups of outputs cannot be made row by row: set calibration.guidance to 1")
         codes, zeros = (torch.cat(values) for values in zip(*(part.unpack() for part in own), strict=True))
         scales, first = torch.cat([part.scales for part in own]), own[0]
-        zero_points = None if first.symmetric else zeros
-        return cls.encode(codes, scales, zero_points, first.bits, first.group_size, scale_dtype=scales.dtype)
+        zero_points = None if first.zero_points is None else zeros
+        below = [part.offsets for part in own if part.offsets is not None]
+        offsets = torch.cat(below) if below else None
+        bits, size = first.bits, first.group_size
+        return cls.encode(codes, scales, zero_points, bits, size, scale_dtype=scales.dtype, offsets=offsets)
 
     def row_fields(self) -> tuple[str, ...]:
-        return ("scales",) if self.axis == "input" else ()
+        if self.axis != "input":
+            return ()
+        return ("scales",) if self.offsets is None else ("scales", "offsets")
 
     def digits(self) -> Tensor | None:
         if self.axis != "input":
             return None
         codes, zero_points = (t.to(torch.int16) for t in self.unpack())
         integers = codes - zero_points.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
-        return grouped(integers.unsqueeze(0), self.group_size, self.scales.shape[1])
+        planes = [integers] if self.offsets is None else [integers, torch.ones_like(integers)]
+        return grouped(torch.stack(planes), self.group_size, self.scales.shape[1])

@@ -155,6 +155,8 @@ def _uniform(code: Uniform) -> Parts:
         raise ValueError(
             "there is no GPU operator for uniform codes with groups along the output; decode them to dense"
         )
+    if code.offsets is not None:
+        raise ValueError("there is no GPU operator for uniform codes with offsets; decode them to dense")
     codes, zeros = code.unpack()
     layout = _field_layout(code.bits, code.shape, code.group_size, 1, 1 << (code.bits - 1), None)
     tensors = {"codes": _fields(codes.unsqueeze(0), layout), "scales": _by_group(code.scales.unsqueeze(0))}
