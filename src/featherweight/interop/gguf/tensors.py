@@ -24,12 +24,9 @@ from featherweight.interop.imports import ImportedTensor
 from featherweight.native.packing import pack_bits, pack_trits
 from featherweight.storage.codes import Code, code_from
 from featherweight.storage.codes.base import WHOLE_BYTES, dtype_name
-from featherweight.storage.codes.uniform import Uniform
 
 WINDOW_WEIGHTS = 1 << 22
 """So many are in memory as whole numbers or floats at a time."""
-WITH_OFFSETS = "offsets" in Uniform.__dataclass_fields__
-"""Whether `uniform` codes take offsets."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Order = npt.NDArray[np.int64]
@@ -74,7 +71,7 @@ class Source:
         kind = self.kind
         if not self.coded or len(self.shape) != 2:
             return None
-        if kind in AFFINE and (not AFFINE[kind].offsets or WITH_OFFSETS):
+        if kind in AFFINE:
             return self._uniform_spec(AFFINE[kind])
         if kind in SIGNS:
             settings: dict[str, Any] = {"planes": 1, "group_size": SIGNS[kind].group, "rows_per_scale": 1}
