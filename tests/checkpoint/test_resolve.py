@@ -95,7 +95,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(folder: Path, monkeypatch: pyte
 
 def test_other_kinds_of_files(folder: Path) -> None:
     for name, words in {
-        "model.gguf": "model.gguf is a GGUF file",
+        "model.gguf": "model.gguf is not a valid GGUF file",
         "model.bin": "model.bin is a pickle",
         "notes.txt": "notes.txt is not a model",
         "adapter_model.safetensors": "is a PEFT adapter",

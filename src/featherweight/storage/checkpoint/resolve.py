@@ -133,11 +133,8 @@ def pickle_text(path: Path) -> str:
 
 
 def gguf_text(path: Path) -> str:
-    """Why a GGUF file is refused, and what to do."""
-    return (
-        f"{path} is a GGUF file, which is not read: give the model it was made from, as a folder of safetensors "
-        "(transformers writes one: from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(DIR))"
-    )
+    """That a folder's model is a GGUF file, which is named by itself."""
+    return f"{path.parent} has no safetensors, and {path.name} in it is a GGUF file: give that file's name, {path}"
 
 
 def adapter_text(folder: Path) -> str:
@@ -165,8 +162,6 @@ def _from_hub(model: str | Path, path: Path, revision: str | None, token: str | 
 def _check_file(path: Path) -> None:
     """Only one kind of file is a model."""
     suffix = path.suffix.lower()
-    if suffix == ".gguf":
-        raise CheckpointError(gguf_text(path))
     if suffix in PICKLE_SUFFIXES:
         raise CheckpointError(pickle_text(path))
     if path.suffix != ".safetensors":
