@@ -3,7 +3,8 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`, `report`; `Recipe`; the errors.
+What users import is here: the calls `compress`, `quantize`, `evaluate`, `load`, `export`, `report`; `Recipe`; the
+errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -30,6 +31,7 @@ from featherweight.version import __version__
 
 if TYPE_CHECKING:
     from featherweight.integrations.load import load
+    from featherweight.interop.exporting import export
     from featherweight.methods.recipe import Recipe, load_recipe
     from featherweight.tasks.compress.compression import compress
     from featherweight.tasks.compress.memory import quantize
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "quantize",
@@ -58,6 +61,7 @@ __all__ = [
 LATER = {
     "compress": "featherweight.tasks.compress.compression",
     "evaluate": "featherweight.tasks.evaluate.evaluation",
+    "export": "featherweight.interop.exporting",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
     "report": "featherweight.tasks.report.written",
