@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,60 @@ def values_in(path: Path, name: str, config: dict[str, Any], kind: gguf.MODEL_AR
     if "GEMMA" in kind.name and name.endswith("norm.weight"):
         values = values - 1
     return torch.from_numpy(values.copy())
+
+
+@dataclass(frozen=True)
+class Raw:
+    kind: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of values by their type's number; 8 is a string, 9 an array."""
+
+
+def raw_tensor(path: Path, name: str) -> Raw:
+    """A tensor of a file whose types the package may not know, from the format's own description; Q2_0 alone has its
+    size worked out."""
+    data, at = path.read_bytes(), 0
+
+    def number(size: int) -> int:
+        nonlocal at
+        at += size
+        return int.from_bytes(data[at - size : at], "little")
+
+    def text() -> str:
+        nonlocal at
+        length = number(8)
+        at += length
+        return data[at - length : at].decode()
+
+    def skip(kind: int) -> None:
+        nonlocal at
+        if kind == 8:
+            text()
+        elif kind == 9:
+            inner, count = number(4), number(8)
+            for _ in range(count):
+                skip(inner)
+        else:
+            at += SIZES[kind]
+
+    assert data[:4] == b"GGUF"
+    at = 4
+    assert number(4) == 3
+    tensors, pairs = number(8), number(8)
+    for _ in range(pairs):
+        text()
+        skip(number(4))
+    found: dict[str, tuple[int, tuple[int, ...], int]] = {}
+    for _ in range(tensors):
+        key, dimensions = text(), number(4)
+        shape = tuple(number(8) for _ in range(dimensions))[::-1]
+        found[key] = (number(4), shape, number(8))
+    begin = -(-at // 32) * 32
+    kind, shape, offset = found[name]
+    assert kind == 42
+    size = shape[0] * shape[1] // 64 * 18
+    return Raw(kind, shape, data[begin + offset : begin + offset + size])

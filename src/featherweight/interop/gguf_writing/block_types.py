@@ -108,10 +108,12 @@ def decode_blocks(kind: BlockType, blocks: Bytes) -> NDArray[np.float32]:
     if kind.name in ("Q2_0", "Q1_0"):  # which releases of the `gguf` package do not know
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         if kind.name == "Q1_0":
-            bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
-            return (2 * bits - 1) * scales
-        fields = [(blocks[:, 2:] >> (2 * k)) & 3 for k in range(4)]
-        return (np.stack(fields, -1).reshape(len(blocks), -1).astype(np.float32) - 1) * scales
+            integers = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32) * 2 - 1
+        else:
+            fields = [(blocks[:, 2:] >> (2 * k)) & 3 for k in range(4)]
+            integers = np.stack(fields, -1).reshape(len(blocks), -1).astype(np.float32) - 1
+        values: NDArray[np.float32] = integers * scales
+        return values
     if kind.name == "F32":
         plain: NDArray[np.float32] = blocks.view(np.float32)
         return plain
