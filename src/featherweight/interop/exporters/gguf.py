@@ -186,12 +186,13 @@ class Gguf(Exporter):
         self, writer: gguf.GGUFWriter, model: StoredModel, found: Architecture, parts: list[Part]
     ) -> None:
         writer.add_type("model")
-        writer.add_name(self.name or model.folder.resolve().name)
+        vocabulary = self._vocabulary(model, parts)
+        writer.add_name(_safe_name(self.name or model.folder.resolve().name, vocabulary))
         writer.add_quantized_by(f"featherweight {__version__}")
         if model.recipe:
             writer.add_string("featherweight.recipe", model.recipe)
         add_hyperparameters(writer, model.config, found)
-        self._vocabulary(model, parts).add_to(writer)
+        vocabulary.add_to(writer)
         most = _most(parts)
         writer.add_file_type(MOSTLY[most.name])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -213,6 +214,14 @@ def _most(parts: list[Part]) -> BlockType:
         if len(part.placed.tensor.shape) == 2:
             counts[part.choice.type.name] = counts.get(part.choice.type.name, 0) + part.placed.tensor.elements
     return TYPES[max(counts, key=lambda name: counts[name])]
+
+
+def _safe_name(name: str, vocabulary: Vocabulary) -> str:
+    """llama.cpp takes a name with "phi3" in it for a sign that the vocabulary is Phi-3's, and fails where it is not."""
+    if not any(part in name.lower() for part in ("phi-3", "phi3")):
+        return name
+    own = {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= set(vocabulary.tokens)
+    return name if own else name.lower().replace("phi-3", "phi_3").replace("phi3", "phi_3")
 
 
 def _source_bytes(part: Part) -> int:

@@ -105,6 +105,11 @@ def pack_blocks(kind: BlockType, integers: Integers8, scales: Halves, offsets: H
 
 def decode_blocks(kind: BlockType, blocks: Bytes) -> NDArray[np.float32]:
     """Values float32 [n, weights] of blocks [n, bytes], of any type here, as ggml decodes them."""
+    if kind.name == "Q8_0":
+        whole: NDArray[np.float32] = blocks[:, 2:].view(np.int8) * blocks[:, :2].copy().view(np.float16).astype(
+            np.float32
+        )
+        return whole
     if kind.name in ("Q2_0", "Q1_0"):  # which releases of the `gguf` package do not know
         scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         if kind.name == "Q1_0":

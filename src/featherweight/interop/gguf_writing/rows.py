@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featherweight.errors import OutputError
-from featherweight.interop.gguf_writing.block_types import BlockType, Bytes, decode_blocks, pack_blocks
+from featherweight.interop.gguf_writing.block_types import TYPES, BlockType, Bytes, decode_blocks, pack_blocks
 from featherweight.interop.gguf_writing.choice import PLAIN, Choice
 from featherweight.interop.gguf_writing.ggml_library import encode_rows
 from featherweight.interop.gguf_writing.integers import Integers, window_rows
@@ -112,12 +112,26 @@ def _encode(kind: BlockType, values: Tensor, tensor: StoredTensor, importance: N
         if not bool(halves.isfinite().all()) and bool(values.isfinite().all()):
             raise OutputError(f"{tensor.name} has values beyond those of {kind.name}: choose bf16 or f32 (other, type)")
         return halves.contiguous().view(torch.uint8).numpy().reshape(rows, -1)
+    if kind.name == "Q8_0":
+        return _eight_bits(values, tensor)
     if kind.name not in OWN or importance is not None:
         return encode_rows(kind, values.numpy(), importance)
     import gguf
 
     made: Bytes = gguf.quantize(values.numpy(), gguf.GGMLQuantizationType(kind.number))
     return made.reshape(rows, -1)
+
+
+def _eight_bits(values: Tensor, tensor: StoredTensor) -> Bytes:
+    """Q8_0 of values: a step is a 127th of the largest of 32, as ggml has it; weights of columns change nothing."""
+    blocks = values.reshape(-1, 32)
+    steps = blocks.abs().amax(dim=1, keepdim=True) / 127
+    halves = steps.half()
+    if not bool(halves.isfinite().all()):
+        raise OutputError(f"{tensor.name} has values beyond those of Q8_0: choose bf16 or f32 (other, type)")
+    integers = (blocks * torch.where(steps > 0, 1 / steps, 0.0)).round_().to(torch.int8)
+    made = pack_blocks(TYPES["Q8_0"], integers.numpy(), halves.view(-1).numpy(), halves.view(-1).numpy())
+    return made.reshape(len(values), -1)
 
 
 def _decoded(kind: BlockType, made: Bytes) -> NDArray[np.float32]:
