@@ -3,8 +3,8 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `import_model`, `report`;
-`Recipe`; the errors.
+What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `import_model`, `export`,
+`report`; `Recipe`; the errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -31,6 +31,7 @@ from featherweight.version import __version__
 
 if TYPE_CHECKING:
     from featherweight.integrations.load import load
+    from featherweight.interop.exporting import export
     from featherweight.interop.importing import import_model
     from featherweight.methods.recipe import Recipe, load_recipe
     from featherweight.tasks.compress.compression import compress
@@ -58,6 +59,7 @@ __all__ = [
     "evaluate",
     "fit",
     "import_model",
+    "export",
     "load",
     "load_recipe",
     "quantize",
@@ -71,6 +73,7 @@ LATER = {
     "Fit": "featherweight.tasks.fit.result",
     "FitSettings": "featherweight.tasks.fit.settings",
     "import_model": "featherweight.interop.importing",
+    "export": "featherweight.interop.exporting",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
     "report": "featherweight.tasks.report.written",

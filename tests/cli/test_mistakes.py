@@ -120,6 +120,22 @@ MISTAKES: dict[str, tuple[int, tuple[str, ...]]] = {
     "calibrate {model} --out {folder}": (1, ("{folder}",)),
     "calibrate {model} --out {out}.safetensors --needs gramm": (1, ("'gramm'", "did you mean 'gram'?")),
     "methods --json {folder}": (1, ("--json {folder}", "no file")),
+    # other tools
+    "convert {model}": (2, ("'convert'", "did you mean 'export'?")),
+    "export {model} --out {out}": (2, ("needs --to FORMAT", "--help")),
+    "export {model} --to gguf": (2, ("needs --out PATH", "--help")),
+    "export {model} --format gguf --out {out}": (2, ("--format", "did you mean '--to'?")),
+    "export {model} --to gguf --out {out} --outtype q8_0": (2, ("--outtype", "--set type=q8_0")),
+    "export {model} --to ggml --out {out}": (1, ("'ggml'", "did you mean 'gguf'?")),
+    "export {model} --to gguf --out {out} --set typ=q8_0": (1, ("'typ'", "did you mean 'type'?")),
+    "export {model} --to gguf --out {out} --set type=q8": (1, ("type is 'q8'", "did you mean 'q8_0'?")),
+    "export {model} --to gguf --out {out} --set type": (2, ("'type'", "--set KEY=VALUE")),
+    "export {model} --to gguf --out {out} --set lossless=perhaps": (1, ("lossless is 'perhaps'", "boolean")),
+    "export {model} --to gguf --out {text}": (1, ("{text}", "is there already")),
+    "export {folder} --to gguf --out {out}": (1, ("{folder}", "has no config.json")),
+    "check {model} --target llamacpp": (1, ("'llamacpp'", "did you mean 'llama.cpp'?")),
+    "check {model}": (2, ("needs --target NAME", "--help")),
+    "check {model} --target llama.cpp --tensor-parallel 0": (2, ("--tensor-parallel is '0'", "1")),
     "demo --out {text}": (1, ("--out {text}", "is a file", "folder")),
 }
 

@@ -12,10 +12,12 @@ COMMANDS = {
     "Compress": ("compress", "fit", "calibrate", "converse", "import"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
+    "Take elsewhere": ("export", "check"),
 }
 """Which commands stand together; a test sees that none is left out."""
 
 GROUPS = {
+    "Other tools": ("--to", "--target", "--tensor-parallel"),
     "Model and recipe": ("--recipe", "--set", "--calibration", "--base-model", "--needs", "--seed"),
     "What is measured": (
         "--against",
@@ -106,6 +108,12 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("feather bench small", "tokens/s"),
         ("feather bench small --prompt 128 --generate 256 --threads 4", "of another length, on four threads"),
     ),
+    "export": (
+        ("feather export small --to gguf --out small.gguf", "one file for llama.cpp, codes as they are"),
+        ("feather export MODEL --to gguf --out q4.gguf --set type=q4_k_m", "by llama.cpp's own encoder"),
+        ("feather export small --to gguf --out exact.gguf --set lossless=true", "the same values, at any size"),
+    ),
+    "check": (("feather check small --target llama.cpp", "whether it runs there, and what is lost"),),
     "demo": (("feather demo --out demo-out", "some minutes; then open demo-out/report.html"),),
 }
 

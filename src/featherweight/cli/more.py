@@ -93,3 +93,41 @@ def import_(
     from featherweight.cli.imports import run_import
 
     run_import(model, out, json)
+
+
+@app.command(cls=Command)
+def check(
+    model: ModelArgument,
+    target: Annotated[str, typer.Option("--target", metavar="NAME", help="The program that is to run it: llama.cpp.")],
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", min=1, help="Processes that share each matrix.")
+    ] = 1,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether a program runs a model and what would be lost, before any work. Exit code 1 if it does not."""
+    from featherweight.cli.export import run_check
+
+    run_check(model, target, tensor_parallel, json)
+
+
+@app.command(cls=Command)
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The other tool's format: gguf.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File or folder to make; nothing may be there.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the format: type=q8_0.")
+    ] = None,
+    threads: Threads = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in another tool's format. What each tensor becomes, exactly or with which error, is shown.
+
+    Codes that the format has a place for are taken over without being rounded again; what cannot be written is said
+    before anything is. A wrong --to or --set lists what there is.
+    """
+    from featherweight.cli.export import run_export
+
+    run_export(model, to, out, changes or [], threads, json)

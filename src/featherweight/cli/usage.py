@@ -43,6 +43,10 @@ GUESSES = {
     "--ram": "--max-memory",
     "--gpu": "--device",
     "--cuda": "--device",
+    "--format": "--to",
+    "--outtype": "--set",
+    "--engine": "--target",
+    "--tp": "--tensor-parallel",
 }
 """What other tools call it -> what it is called here, where the command has that option."""
 HINTS = {
@@ -50,12 +54,14 @@ HINTS = {
     "--verbose": "everything is said unless --quiet is given",
     "--gpu": "a GPU is chosen by --device cuda",
     "--cuda": "a GPU is chosen by --device cuda",
+    "--outtype": "the type of matrices is a setting of the format: --set type=q8_0",
 }
 """Of those, what needs more words than a name."""
 VERBS = {
     "quantize": "compress",
     "quantise": "compress",
-    "convert": "compress",
+    "convert": "export",
+    "save-as": "export",
     "evaluate": "eval",
     "perplexity": "eval",
     "measure": "eval",
@@ -65,7 +71,6 @@ VERBS = {
     "presets": "methods",
     "info": "inspect",
     "show": "inspect",
-    "check": "verify",
     "benchmark": "bench",
     "choose": "recommend",
     "suggest": "recommend",

@@ -89,7 +89,8 @@ def exporter_named(name: str, settings: dict[str, Any]) -> Exporter:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or name
-        raise RecipeError(f"{name}: {place} is {str(first.get('input'))[:80]!r}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{name}: {place} is {str(first.get('input'))[:80]!r}: {reason}") from None
 
 
 def refuse_impossible(verdicts: Sequence[Verdict], format: str) -> None:
