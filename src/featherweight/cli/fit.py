@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from featherweight.cli.console import WrongUse, claim_json, error_console, facts
 from featherweight.cli.progress import Watcher
 from featherweight.system.units import parse_size, size_text, time_text
 
+LLAMA: Literal["llama.cpp"] = "llama.cpp"
 SHOWN = 7
 """Points of the front in the terminal, the made one in their middle."""
 
@@ -74,6 +75,7 @@ class FitOptions:
     seed: int
     overwrite: bool
     trust_remote_code: bool
+    target: str | None
 
 
 def run_fit(model: str, out: Path, goal: Goal, options: FitOptions, html: Path | None, json: Path | None) -> None:
@@ -83,7 +85,10 @@ def run_fit(model: str, out: Path, goal: Goal, options: FitOptions, html: Path |
 
     claim_json(json, ("bytes", "budget", "front"))
     goal.check()
+    if options.target not in (None, LLAMA):
+        raise WrongUse(f"--target {options.target} is no program that a fit makes files for: there is {LLAMA}")
     settings = FitSettings(
+        target=LLAMA if options.target else None,
         ways=tuple(options.choices),
         data_free=options.data_free,
         alike=options.alike,

@@ -49,6 +49,12 @@ def fit(
     data_free: Annotated[
         bool, typer.Option("--data-free", help="Without text: rounding to nearest, layers count by their weights.")
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="NAME", help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them."
+        ),
+    ] = None,
     alike: Annotated[
         bool,
         typer.Option("--alike", help="Queries, keys and values go one way, as do gate and up: what programs fuse."),
@@ -77,8 +83,9 @@ def fit(
 
     names = [name.strip() for name in choices.split(",")] if choices is not None else []
     options = FitOptions(
-        names, calibration, text, data_free, alike, rounds, windows, limit, threads, seed, overwrite, trust_remote_code
-    )
+        names, calibration, text, data_free, alike, rounds, windows, limit, threads, seed, overwrite, trust_remote_code,
+        target,
+    )  # fmt: skip
     run_fit(model, out, Goal(size, bits, ram, context, budget), options, html, json)
 
 

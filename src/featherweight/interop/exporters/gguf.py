@@ -99,6 +99,9 @@ class Gguf(Exporter):
     imatrix: Path | None = Field(
         None, description="An importance matrix of llama.cpp, or statistics of `feather calibrate`, to encode by"
     )
+    types: dict[str, str] = Field(
+        {}, description="Of single matrices, by their names in the folder: {model.embed_tokens.weight: q6_k}"
+    )
     pre: str = Field("", description="llama.cpp's name for how the tokenizer cuts words, where it is not found out")
     name: str = Field("", description="Of the model, in the file; the folder's where not set")
 
@@ -109,6 +112,14 @@ class Gguf(Exporter):
         if value.lower() not in known:
             raise ValueError(f"there is no such type{nearest(value, known)}; types: {', '.join(known)}")
         return value.lower()
+
+    @field_validator("types")
+    @classmethod
+    def _all_known(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value.values():
+            if name.upper() not in TYPES:
+                raise ValueError(f"there is no such type{nearest(name, TYPES)}; types: {', '.join(TYPES)}")
+        return value
 
     def verdicts(self, model: StoredModel) -> tuple[Verdict, ...]:
         found = architecture_of(model)
@@ -159,6 +170,8 @@ class Gguf(Exporter):
             own = wishes
             if self.type != "auto":
                 own = replace(wishes, type=type_in(self.type.upper(), one.name, blocks, tied))
+            if one.tensor.name in self.types:
+                own = replace(wishes, type=self.types[one.tensor.name].upper())
             code = planes_of(one.tensor) if self.planes == "siblings" and self.type == "auto" else None
             if code is None:
                 parts.append(Part(one, choose(one.tensor, own)))

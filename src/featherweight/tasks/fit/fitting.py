@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from featherweight.errors import FeatherError, OutputError
 from featherweight.events import Observer, silent
+from featherweight.interop.exporting import check_place as check_free
 from featherweight.methods.recipe import Recipe, recipe_from
 from featherweight.model.network.source import open_source
 from featherweight.model.text.windows import windows_digest
@@ -25,24 +25,21 @@ from featherweight.system.files import disk_errors, sha256_of, to_json, write_te
 from featherweight.system.locks import FileLock
 from featherweight.system.places import cache_folder
 from featherweight.system.threads import use_threads
-from featherweight.system.units import size_text
 from featherweight.tasks.compress.account import accounted_anatomy
 from featherweight.tasks.compress.assemble import read_manifest
-from featherweight.tasks.compress.compression import check_place, compress
+from featherweight.tasks.compress.compression import check_place
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.compress.plan import make_plan
-from featherweight.tasks.compress.result import Compression
 from featherweight.tasks.evaluate.evaluation import evaluate
 from featherweight.tasks.evaluate.result import Evaluation
 from featherweight.tasks.fit.choosing import Problem
-from featherweight.tasks.fit.refining import Refined
+from featherweight.tasks.fit.ggml import GgmlStudy, make_gguf
+from featherweight.tasks.fit.making import Made, make_folder
 from featherweight.tasks.fit.result import Fit, FrontPoint, LayerChoice
 from featherweight.tasks.fit.settings import FitSettings
 from featherweight.tasks.fit.study import Study
 from featherweight.tasks.fit.ways import NAME, Chosen, end_ways, recipe_of
 
-ATTEMPTS = 4
-"""Times that a result larger than foreseen is made anew with as much less."""
 POINTS = 16
 """Of the front."""
 CPU = torch.device("cpu")
@@ -74,7 +71,7 @@ def fit(
     model : str or Path
         A folder, a file or a hub id.
     out : str or Path
-        Folder to make.
+        Folder to make; with `settings.target` the file.
     budget : int
         Most bytes of the weight files of the result, headers and all; None where `settings.pools` say what layers may
         take.
@@ -108,26 +105,33 @@ def fit(
         raise FeatherError("a fit needs a budget for the whole model, or pools for its layers, and not both")
     begun, out = time.monotonic(), Path(out).expanduser()
     with open_source(model, trust_remote_code) as checkpoint, use_threads(threads):
-        check_place(out, checkpoint, model)
-        _check_held(out, checkpoint, overwrite)
+        if settings.target is None:
+            check_place(out, checkpoint, model)
+            _check_held(out, checkpoint, overwrite)
+        else:
+            check_free(out, checkpoint.folder)
         base = _base(checkpoint, settings)
         plan = make_plan(checkpoint, base)
         windows = None if settings.data_free else _windows(checkpoint, base, calibration, out, observer)
         folder = _folder(work, checkpoint, windows, settings)
         with FileLock(folder / "lock", make_folder=True) as lock:
             lock.acquire(wait=True)
-            study = Study(model, checkpoint, plan, settings, windows, calibration, folder, observer)
+            kind = Study if settings.target is None else GgmlStudy
+            study = kind(model, checkpoint, plan, settings, windows, calibration, folder, observer)
             problem = study.measured()
             options = {"calibration": None if settings.data_free else calibration, "threads": threads}
             options |= {"trust_remote_code": trust_remote_code, "observer": observer, "seed": settings.seed}
-            made = _Making(study, problem, budget, out, options).make(overwrite)
+            if isinstance(study, GgmlStudy):
+                made = make_gguf(study, problem, budget, out)
+            else:
+                made = make_folder(study, problem, budget, out, overwrite=overwrite, **options)
         scores = None
         if settings.score:
             scores = evaluate(
                 out, model, text, limit=settings.score, threads=threads, trust_remote_code=trust_remote_code
             )
         result = _result(study, problem, made, budget, scores, time.monotonic() - begun)
-    write_text(out / RESULT, to_json(result.to_json()))
+    write_text(out.with_name(out.name + ".json") if out.is_file() else out / RESULT, to_json(result.to_json()))
     return result
 
 
@@ -177,46 +181,8 @@ def _folder(work: str | Path | None, checkpoint: Checkpoint, windows: Tensor | N
     return cache_folder() / "fit" / f"{checkpoint.folder.resolve().name[:40]}-{sha256_of(about)[:16]}"
 
 
-@dataclass(frozen=True)
-class _Made:
-    chosen: dict[str, int]
-    refined: Refined | None
-    recipe: dict[str, Any]
-    nbytes: int
-    compression: Compression
-
-
-@dataclass(frozen=True)
-class _Making:
-    """From a choice to the folder; made again with less where it came out larger than foreseen."""
-
-    study: Study
-    problem: Problem
-    budget: int | None
-    out: Path
-    options: dict[str, Any]
-
-    def make(self, overwrite: bool) -> _Made:
-        less = 0
-        for attempt in range(ATTEMPTS):
-            chosen, refined = self.study.choose(self.problem, self.budget, less)
-            settings = self.study.settings
-            ways = self.study.ways_of(self.problem, chosen)
-            recipe = recipe_of(
-                ways, settings.calibration, data=not settings.data_free, corrections=settings.corrections
-            )
-            done = compress(self.study.model, recipe, self.out, overwrite=overwrite or attempt > 0, **self.options)
-            nbytes = sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
-            if self.budget is None or nbytes <= self.budget:
-                return _Made(chosen, refined, recipe, nbytes, done)
-            less += nbytes - self.budget
-        raise FeatherError(
-            f"{self.out} takes {size_text(nbytes)}, more than the budget, also after {ATTEMPTS} attempts: allow more"
-        )
-
-
 def _result(
-    study: Study, problem: Problem, made: _Made, budget: int | None, scores: Evaluation | None, seconds: float
+    study: Study, problem: Problem, made: Made, budget: int | None, scores: Evaluation | None, seconds: float
 ) -> Fit:
     divergence = None if scores is None or scores.divergence is None else scores.divergence.mean
     layers = []
@@ -226,7 +192,7 @@ def _result(
         layers.append(LayerChoice(layer.name, layer.role, layer.block, one.way.name, one.nbytes, bits, cost))
     refined = made.refined
     return Fit(
-        out=made.compression.out,
+        out=made.out,
         bytes=made.nbytes,
         budget=budget,
         parameters=study.plan.parameters,
@@ -243,10 +209,11 @@ def _result(
         notes=tuple(study.notes),
         seconds=seconds,
         compression=made.compression,
+        tensor_types=made.tensor_types,
     )
 
 
-def _front(study: Study, problem: Problem, made: _Made, scores: Evaluation | None) -> tuple[FrontPoint, ...]:
+def _front(study: Study, problem: Problem, made: Made, scores: Evaluation | None) -> tuple[FrontPoint, ...]:
     """Sizes with what is to be expected of them: predictions, times what the measured model has of its own."""
     own = problem.cost(made.chosen)
     kl = own if scores is None or scores.divergence is None else scores.divergence.mean

@@ -58,7 +58,8 @@ class Fit:
     recipe : what `compress` was given
     notes : what was left out, a sentence each
     seconds : of this call
-    compression : what `compress` gave back
+    compression : what `compress` gave back; None for a GGUF
+    tensor_types : options of llama.cpp's quantiser that make the same choice, a line each
     """
 
     out: Path
@@ -78,6 +79,7 @@ class Fit:
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
     compression: Compression | None = field(default=None, repr=False)
+    tensor_types: tuple[str, ...] = ()
 
     @property
     def bits(self) -> float:

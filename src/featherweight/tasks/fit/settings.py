@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from featherweight.tasks.fit.choosing import Pool
 from featherweight.tasks.fit.ways import Way, own_ways, ways_named
@@ -23,6 +23,7 @@ class FitSettings:
     windows, length : of calibration text for statistics and for the result
     tokens : of calibration text on which divergences are taken
     corrections : of the whole model, as in a recipe, after the layers: [{"kind": "scale-tuning"}]
+    target : "llama.cpp" takes ggml's own types as choices and makes a plain GGUF; `ways` then names types
     score : tokens of held-out text on which result and original are compared; 0: not
     """
 
@@ -37,10 +38,11 @@ class FitSettings:
     corrections: tuple[Mapping[str, Any], ...] = ()
     score: int = 16384
     seed: int = 0
+    target: Literal["llama.cpp"] | None = None
 
     @cached_property
     def choices(self) -> tuple[Way, ...]:
-        return ways_named(self.ways) if self.ways else own_ways()
+        return ways_named(self.ways) if self.ways and self.target is None else own_ways()
 
     @property
     def calibration(self) -> dict[str, Any]:

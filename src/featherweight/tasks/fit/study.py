@@ -56,6 +56,8 @@ class Study:
     calibration: Any
     folder: Path
     notify: Observer
+    overhead: int = 0
+    """Bytes of a GGUF beside its blocks, as far as they are known."""
 
     def __post_init__(self) -> None:
         self.store = Store(self.folder / "measured")
@@ -64,13 +66,21 @@ class Study:
         self._specs: dict[str, dict[str, Any]] = {}
         self.layers: list[LinearLayer] = [job.layer for job in self.plan.jobs]
         self._outside = {layer.name for layer in self.plan.anatomy.outside}
-        self.curves = Curves(self.plan, self.checkpoint, self.store, self._statistics(), self.settings.seed)
+        self.curves = self._curves()
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
     def ways(self, layer: LinearLayer) -> tuple[Way, ...]:
         """What a layer may become."""
         return end_ways() if layer.name in self._outside else self.settings.choices
+
+    def _curves(self) -> Curves:
+        return Curves(self.plan, self.checkpoint, self.store, self._statistics(), self.settings.seed)
+
+    @property
+    def statistics(self) -> Path | None:
+        """The file of second moments that errors are measured with."""
+        return self.curves.statistics
 
     def _statistics(self) -> Path | None:
         if self.windows is None:
@@ -195,7 +205,7 @@ class Study:
     def _digest(self, problem: Problem, budget: int | None, less: int) -> str:
         ways = {name: [(m.way.name, m.nbytes, m.error) for m in found] for name, found in problem.measured.items()}
         pools = [vars(pool) for pool in self.settings.pools]
-        tried = [self.settings.refine, self.settings.tokens]
+        tried = [self.settings.refine, self.settings.tokens, self.overhead]
         about: list[Any] = [budget, less, ways, dict(problem.worth), problem.groups, tried, pools]
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
