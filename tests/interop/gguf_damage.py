@@ -50,7 +50,8 @@ def damaged(raw: bytes, number: int, path: Path) -> Outcome:
             imported = GGUF.open(path)
             try:
                 for tensor in imported.tensors:
-                    tensor.load()
+                    if tuple(tensor.load().shape) != tensor.shape:
+                        return Outcome(number, "; ".join(done), False, "", f"{tensor.name} has another shape")
             finally:
                 imported.close()
     except CheckpointError as error:

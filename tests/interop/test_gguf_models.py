@@ -16,6 +16,7 @@ from torch import Tensor
 from written_gguf import write_model
 
 import featherweight
+from featherweight.cli.main import main
 from featherweight.errors import CheckpointError
 from featherweight.interop.gguf.names import FAMILIES as READ
 from featherweight.interop.importers.gguf import GGUF
@@ -247,6 +248,25 @@ def test_several_models_in_a_folder(tmp_path: Path) -> None:
         write_model(make("llama"), tmp_path / f"{name}.gguf")
     with pytest.raises(CheckpointError, match=r"has 2 GGUF models \(a.gguf, b.gguf\): name one of the files"):
         resolve(tmp_path)
+
+
+def test_commands_take_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is read once; a damaged one is an error of one line."""
+    path = tmp_path / "model.gguf"
+    write_model(make("llama"), path, lambda name: Type.Q4_1)
+    for words in (["generate", str(path), "--prompt", "x", "--max-tokens", "3"], ["inspect", str(path)]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code in (0, None), capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "4 bit with offsets g32" in shown.out
+    assert shown.err.count("reading model.gguf") <= 2  # begun, and done
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(path)])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "model.gguf is not a valid GGUF file: it is truncated" in line
 
 
 def test_a_matrix_is_as_small_as_it_is_exact(tmp_path: Path) -> None:

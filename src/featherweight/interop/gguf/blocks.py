@@ -4,7 +4,7 @@ ggml multiplies in float32 a scale of the block by a small whole number, and add
 common; a code of ours that holds the same numbers therefore decodes to the same bits. Where a block has a scale for its
 scales (K-quants), their product, which ggml rounds to float32 as well, is what is stored.
 
-The layouts are facts of ggml's `block_*` structures; tests/interop/test_gguf_blocks.py compares every decoded weight
+The layouts are facts of ggml's `block_*` structures; tests/interop/test_gguf_types.py compares every decoded weight
 with the package gguf.
 """
 

@@ -16,6 +16,7 @@ from featherweight.interop.gguf.blocks import AFFINE, SIGNS, TERNARY
 from featherweight.interop.gguf.file import GGUFFile, Stored
 from featherweight.interop.gguf.tensors import Source
 from featherweight.interop.gguf.types import Q2_0_WIDE, TYPES, BlockType
+from featherweight.model.products import apply_terms, pack_code
 from featherweight.storage.codes import Code
 
 HALVES: dict[str, tuple[int, ...]] = {
@@ -123,6 +124,24 @@ def test_trits_and_signs_become_planes(name: str, tmp_path: Path) -> None:
     assert isinstance(code, Code)
     assert code.kind == ("binary-planes" if name == "Q1_0" else "trit-planes")
     assert np.array_equal(bits(code.decode()), bits(expected(kind, raw)))
+
+
+@pytest.mark.parametrize("name", sorted(AFFINE | TERNARY | SIGNS))
+def test_codes_run_packed(name: str, tmp_path: Path) -> None:
+    """The product with the packed code, one token and several, is that with the decoded matrix."""
+    code = Source("x.weight", (stored(tmp_path / "t.gguf", KINDS[name], blocks(KINDS[name])),), coded=True)
+    found = code.described().load()
+    assert isinstance(found, Code)
+    matrix = found.decode()
+    if name == "MXFP4":  # whose random exponents span what no sum can hold
+        found = found.replaced({"scales": found.scales.float().clamp(1e-3, 1e3).bfloat16()})  # type: ignore[attr-defined]
+        matrix = found.decode()
+    packed = pack_code(found)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(tokens))
+        y = apply_terms(x, packed.terms, None, ROWS, "float")
+        exact, scale = x.double() @ matrix.double().T, x.double().abs() @ matrix.double().abs().T
+        assert float(((y.double() - exact).abs() / scale).max()) < 1e-5
 
 
 def test_every_type_has_a_way() -> None:
