@@ -333,3 +333,18 @@ def test_experts_go_out_and_in(tmp_path: Path) -> None:
     with torch.no_grad():
         before, after = (featherweight.load(tmp_path / name)[0](tokens).logits for name in ("small", "gptq"))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("recipe", ["rtn-4", "rtn-3", "ptqtp-tied"])
+def test_transformers_loads_an_export_by_compressed_tensors(
+    recipe: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    version = pytest.importorskip("compressed_tensors").__version__
+    packing = "padded" if tuple(map(int, version.split(".")[:2])) < (0, 18) else "dense"
+    export(folders[recipe], "compressed-tensors", tmp_path / "out", settings={"packing": packing})
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(16).view(1, -1)
+    with torch.no_grad():
+        expected, found = featherweight.load(folders[recipe], dtype=torch.float32)[0](tokens), model(tokens)
+    assert torch.allclose(expected.logits, found.logits, atol=2e-3)  # their weights are rounded as their scales are

@@ -8,6 +8,7 @@ by side. An embedding in codes is decoded when it is loaded. Processes that shar
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from featherweight.storage.checkpoint.format import METHOD, module_specs
 
 SHARDS = {None: 0, "q": 0, "k": 1, "v": 2}
 """What vLLM calls the parts of a layer that it has put together; others are numbers."""
+
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|embed_in)$")
 
 _numbers = itertools.count()
 _parts: dict[int, tuple[nn.Module, ...]] = {}
@@ -90,13 +93,19 @@ class FeatherConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, VocabParallelEmbedding):
-            return FeatherEmbeddingMethod(self.specs[prefix], prefix) if prefix in self.specs else None
+            name = prefix or self._embedding()
+            return FeatherEmbeddingMethod(self.specs[name], name) if name in self.specs else None
         if not isinstance(layer, LinearBase):
             return None
         names = self._parts_of(prefix)
         if not any(name in self.specs for name in names):
             return UnquantizedLinearMethod()
         return FeatherLinearMethod([(name, self.specs.get(name)) for name in names])
+
+    def _embedding(self) -> str:
+        """The token embedding among the coded modules, which some of vLLM's models make without a name."""
+        found = [name for name in self.specs if EMBEDDING.search(name)]
+        return found[0] if len(found) == 1 else ""
 
     def _parts_of(self, prefix: str) -> list[str]:
         """Names in the file of the layers that vLLM's layer is made of."""
