@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def dequantised(tensor: Any) -> np.ndarray:
 
 
 def tensors_of(path: Path) -> dict[str, Any]:
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, changed: int) -> dict[str, Any]:
+    """Read once: the package takes its time for a vocabulary."""
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 

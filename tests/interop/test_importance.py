@@ -112,11 +112,12 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
+ROWS = 4
 SEARCHED = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
-LARGEST = {"Q2_K": 0.3, "Q3_K": 0.17, "Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.03, "IQ4_NL": 0.09, "IQ4_XS": 0.09}
+LARGEST = {"Q2_K": 0.35, "Q3_K": 0.17, "Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.03, "IQ4_NL": 0.09, "IQ4_XS": 0.09}
 
 
 @LIBRARY
@@ -124,18 +125,18 @@ LARGEST = {"Q2_K": 0.3, "Q3_K": 0.17, "Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.03, 
 def test_encoded_by_ggml(name: str) -> None:
     """Near the values, by the package's decoder; columns of weight are nearer than others."""
     torch.manual_seed(1)
-    values = torch.randn(8, 512)
-    importance = np.ones(512, np.float32)
+    values = torch.randn(ROWS, 256)
+    importance = np.ones(256, np.float32)
     importance[::2] = 100
     kind = TYPES[name]
     made = encode_rows(kind, values.numpy(), importance)
-    assert made.shape == (8, 512 // kind.weights * kind.nbytes)
-    decoded = gguf.dequantize(made, gguf.GGMLQuantizationType[name]).reshape(8, 512)
+    assert made.shape == (ROWS, 256 // kind.weights * kind.nbytes)
+    decoded = gguf.dequantize(made, gguf.GGMLQuantizationType[name]).reshape(ROWS, 256)
     lost = (torch.from_numpy(decoded.copy()) - values).square()
     assert float(lost.sum() / values.square().sum()) ** 0.5 < LARGEST.get(name, 0.6) * 1.5
     assert float(lost[:, ::2].sum()) < float(lost[:, 1::2].sum())
     plain = encode_rows(kind, values.numpy(), None)
-    decoded = gguf.dequantize(plain, gguf.GGMLQuantizationType[name]).reshape(8, 512)
+    decoded = gguf.dequantize(plain, gguf.GGMLQuantizationType[name]).reshape(ROWS, 256)
     assert float((torch.from_numpy(decoded.copy()) - values).norm() / values.norm()) < LARGEST.get(name, 0.6)
 
 

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, OutputError
@@ -73,6 +73,16 @@ class Part:
         return Verdict(name, becomes, choice.fate, bits, choice.why, error)
 
 
+@dataclass
+class _Plan:
+    """What was found out for the verdicts, so that it is not again for the writing."""
+
+    model: StoredModel
+    parts: list[Part]
+    lost: list[str]
+    vocabulary: Vocabulary | None
+
+
 @register("exporter", "gguf")
 class Gguf(Exporter):
     """See the module. What is not set is decided tensor by tensor."""
@@ -104,6 +114,7 @@ class Gguf(Exporter):
     )
     pre: str = Field("", description="llama.cpp's name for how the tokenizer cuts words, where it is not found out")
     name: str = Field("", description="Of the model, in the file; the folder's where not set")
+    _plan: _Plan | None = PrivateAttr(None)
 
     @field_validator("type")
     @classmethod
@@ -125,8 +136,8 @@ class Gguf(Exporter):
         found = architecture_of(model)
         parts, lost = self._parts(model, found)
         self._check_library(parts)
-        if not lost:
-            self._vocabulary(model, parts)
+        vocabulary = None if lost else self._vocabulary(model, parts)
+        self._plan = _Plan(model, parts, lost, vocabulary)
         missing = [
             Verdict(name, "nothing", "impossible", 0.0, f"llama.cpp's {found.name} has no such tensor") for name in lost
         ]
@@ -134,7 +145,10 @@ class Gguf(Exporter):
 
     def write(self, model: StoredModel, out: Path, told: Told) -> Sequence[Verdict]:
         found = architecture_of(model)
-        parts, lost = self._parts(model, found)
+        if self._plan is None or self._plan.model is not model:
+            self.verdicts(model)
+        assert self._plan is not None
+        parts, lost = self._plan.parts, self._plan.lost
         if lost:
             raise OutputError(f"{lost[0]} has no place in a GGUF of {found.name}")
         importance = self._importance(parts)
@@ -199,7 +213,8 @@ class Gguf(Exporter):
         self, writer: gguf.GGUFWriter, model: StoredModel, found: Architecture, parts: list[Part]
     ) -> None:
         writer.add_type("model")
-        vocabulary = self._vocabulary(model, parts)
+        vocabulary = self._plan.vocabulary if self._plan is not None else None
+        assert vocabulary is not None
         writer.add_name(_safe_name(self.name or model.folder.resolve().name, vocabulary))
         writer.add_quantized_by(f"featherweight {__version__}")
         if model.recipe:

@@ -57,62 +57,74 @@ def choose(tensor: StoredTensor, wishes: Wishes) -> Choice:
     if tensor.spec is None:
         wanted = wishes.type or PLAIN.get(tensor.dtype, "F32")
         return _fitting(tensor, wanted) if wishes.type else _plain(tensor, wanted)
-    found = [] if wishes.type in ("F32", "F16", "BF16") else _candidates(tensor, wishes)
-    if found:
-        return found[0]
+    found = None if wishes.type in ("F32", "F16", "BF16") else _of_integers(tensor, wishes)
+    if found is not None:
+        return found
     if wishes.lossless:
         return Choice(TYPES["F32"], "exact", f"no smaller type holds {describe_code(tensor.spec)}")
     return _fitting(tensor, wishes.type or wishes.other or "Q8_0", describe_code(tensor.spec))
 
 
-def _candidates(tensor: StoredTensor, wishes: Wishes) -> list[Choice]:
-    """Types that take the integers over, from the fewest bits up."""
+def _of_integers(tensor: StoredTensor, wishes: Wishes) -> Choice | None:
+    """The type of the fewest bits that takes the integers over."""
     forms = forms_of(tensor.code())
     names = [wishes.type] if wishes.type else list(EXACT)
     ternary = not wishes.type and wishes.ternary is not None
     if ternary and any(form.low >= -1 and form.high <= 1 and form.offsets is None for form in forms):
         names = [str(wishes.ternary), *(name for name in EXACT if name not in TERNARY)]
-    found = []
+    reasons: dict[int, str | None] = {}  # by form: what fp16 does to it is looked at once
     for name in names:
         kind = TYPES.get(name)
         if kind is None or not kind.of_integers:
             continue
-        for form in forms:
-            choice = _taken_over(form, kind, tensor.shape[1])
+        for number, form in enumerate(forms):
+            if not _holds(form, kind, tensor.shape[1]):
+                continue
+            if number not in reasons:
+                reasons[number] = _rounding(form)
+            choice = _taken_over(form, kind, reasons[number], tensor.shape[1])
             if choice is not None and (choice.fate == "exact" or not wishes.lossless):
-                found.append(choice)
-    return found
+                return choice
+    return None
 
 
-def _taken_over(form: Integers, kind: BlockType, columns: int) -> Choice | None:
-    """The choice of a type for these integers; None where it does not hold them."""
+def _holds(form: Integers, kind: BlockType, columns: int) -> bool:
+    """Whether blocks of a type hold these integers, with scales of this sign or the other."""
     size = 16 if kind.name == "Q2_K" else kind.weights
     if not kind.fits_columns(columns) or (form.group_size % size and form.group_size < columns):
-        return None
+        return False
     if kind.offset != (form.offsets is not None) or (kind.name == "Q1_0" and not form.signs):
-        return None
-    negated = not (kind.low <= form.low and form.high <= kind.high)
-    if negated and (kind.offset or not (kind.low <= -form.high and -form.low <= kind.high)):
-        return None
-    reason = _rounding(form)
+        return False
+    negated = not kind.offset and kind.low <= -form.high and -form.low <= kind.high
+    return negated or (kind.low <= form.low and form.high <= kind.high)
+
+
+def _taken_over(form: Integers, kind: BlockType, reason: str | None, columns: int) -> Choice | None:
+    """The choice of a type that holds these integers; None where fp16 would change too much."""
     if reason is None:
         return None
     if kind.name == "Q2_K" and form.group_size % 256 and form.group_size < columns:
         reason = "trits as they are; scales of 16 weights have four bits"
+    negated = not (kind.low <= form.low and form.high <= kind.high)
     return Choice(kind, "rounded" if reason else "exact", reason, form, negated)
 
 
 def _rounding(form: Integers) -> str | None:
     """What fp16 does to scales and offsets, "" where nothing; None where too much."""
-    scales = form.scales
-    halves = scales.half().float()
-    if not bool(halves.isfinite().all()) or not bool(((halves - scales).abs() <= SCALE_LOSS * scales.abs()).all()):
-        return None
-    rounded = [] if torch.equal(halves, scales) else ["scales"]
+    if form.scales.dtype == torch.float16:
+        halves, rounded = form.scales, []
+        if not bool(halves.isfinite().all()):
+            return None
+    else:
+        scales = form.scales.float()
+        halves = scales.half().float()
+        if not bool(halves.isfinite().all()) or not bool(((halves - scales).abs() <= SCALE_LOSS * scales.abs()).all()):
+            return None
+        rounded = [] if torch.equal(halves, scales) else ["scales"]
     if form.offsets is not None:
         halves = form.offsets.half().float()
         lost = (halves - form.offsets).abs()
-        if not bool(halves.isfinite().all()) or not bool((lost <= OFFSET_LOSS * scales.abs()).all()):
+        if not bool(halves.isfinite().all()) or not bool((lost <= OFFSET_LOSS * form.scales.float().abs()).all()):
             return None
         rounded += [] if not bool(lost.any()) else ["offsets"]
     return f"codes as they are; {' and '.join(rounded)} rounded to fp16" if rounded else ""

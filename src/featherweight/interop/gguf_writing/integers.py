@@ -28,7 +28,7 @@ class Integers:
 
     low, high : bounds of the integers
     group_size : columns that share a scale; the last group may be short
-    scales : float32 [out, groups]
+    scales : [out, groups], as they are stored where one scale a group is
     offsets : float32 [out, groups], or None
     rows : the integers of rows [first, last): int8 [last - first, in]; `first` is a multiple of 40
     signs : whether no integer is 0
@@ -58,9 +58,9 @@ def forms_of(code: Code) -> list[Integers]:
     if isinstance(code, OffsetTrits):
         low = code.offsets.double() - code.scales.double()
         rows = _cut(lambda: code.unpack() + 1)
-        return [Integers(0, 2, code.group_size, code.scales.float(), low.float(), rows)]
+        return [Integers(0, 2, code.group_size, code.scales, low.float(), rows)]
     if isinstance(code, Sherry):
-        return [Integers(-1, 1, code.group_size, code.scales.float(), None, _cut(code.unpack))]
+        return [Integers(-1, 1, code.group_size, code.scales, None, _cut(code.unpack))]
     if isinstance(code, BinaryPlanes) and code.planes == 1 and code.rows_per_scale == 1:
         scales = code.scale_values()[:, :, 0]
         return [Integers(-1, 1, code.group_size, scales, None, _cut(lambda: code.unpack()[0]), signs=True)]
@@ -77,8 +77,7 @@ def _trit_planes(code: TritPlanes) -> list[Integers]:
     if code.planes > 1 and not code.tied:
         return []
     weights = code.plane_weights if code.tied else (1,)
-    scales = code.scales.float()
-    scales = scales if scales.dim() == 2 else scales[:, :, 0]
+    scales = code.scales if code.scales.dim() == 2 else code.scales[:, :, 0]
     columns, per_byte = code.shape[1], TRITS_PER_BYTE[code.packing]
 
     def rows(first: int, last: int) -> Tensor:
@@ -97,7 +96,7 @@ def _trit_planes(code: TritPlanes) -> list[Integers]:
 def _uniform(code: Uniform) -> list[Integers]:
     if code.axis != "input":
         return []
-    columns, bits, scales = code.shape[1], code.bits, code.scales.float()
+    columns, bits, scales = code.shape[1], code.bits, code.scales
 
     def codes(first: int, last: int) -> Tensor:
         part = code.codes[first * columns * bits // 8 : -(-last * columns * bits // 8)]

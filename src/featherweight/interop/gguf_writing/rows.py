@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ from featherweight.interop.gguf_writing.choice import PLAIN, Choice
 from featherweight.interop.gguf_writing.ggml_library import encode_rows
 from featherweight.interop.gguf_writing.integers import Integers, window_rows
 from featherweight.interop.stored import StoredTensor
+from featherweight.storage.checkpoint.format import module_layout
+from featherweight.system.threads import thread_count
 
 COPIED_BYTES = 16 << 20
 OWN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "BF16")
@@ -46,6 +50,7 @@ def encoded_rows(
     """Rows uint8 [n, bytes of a row] of a matrix, in the order of the model."""
     if choice.form is not None:
         yield from _taken_over(tensor, choice, choice.form, loss)
+        release(tensor)
         return
     kind = choice.type
     if tensor.spec is None and kind.name == PLAIN.get(tensor.dtype):
@@ -58,6 +63,14 @@ def encoded_rows(
         if choice.fate != "exact":
             loss.add(_decoded(kind, made), values)
         yield made
+    release(tensor)
+
+
+def release(tensor: StoredTensor) -> None:
+    """Give back the pages behind a code that is done with."""
+    if tensor.spec is not None:
+        for name in module_layout(tensor.module, tensor.spec):
+            tensor.checkpoint.release(f"{tensor.module}.{name}")
 
 
 def _copied(tensor: StoredTensor) -> Iterator[Bytes]:
@@ -71,34 +84,68 @@ def _copied(tensor: StoredTensor) -> Iterator[Bytes]:
 
 
 def _taken_over(tensor: StoredTensor, choice: Choice, form: Integers, loss: Loss) -> Iterator[Bytes]:
-    kind, (rows, columns) = choice.type, tensor.shape
-    place = torch.arange(0, columns, kind.weights) // form.group_size  # the group of each block
-    sixteenths = torch.arange(0, columns, 16) // form.group_size
+    """By as many threads as there are for it, in the order of rows."""
+    rows, columns = tensor.shape
     sign = -1.0 if choice.negated else 1.0
-    scales = (form.scales * sign).half()
-    offsets = scales if form.offsets is None else form.offsets.half()
+    packer = _Packer(choice, form, columns, (form.scales * sign).half())
     step = window_rows(columns)
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
-        integers = form.rows(first, last).numpy()
-        if choice.negated:
-            integers = -integers
-        blocks = integers.reshape(-1, kind.weights)
-        if kind.name == "Q2_K":
-            own = form.scales[first:last].index_select(1, sixteenths).reshape(-1, 16).numpy()
-        else:
-            own = scales[first:last].index_select(1, place).reshape(-1).numpy()
-        moved = offsets[first:last].index_select(1, place).reshape(-1).numpy()
-        made = pack_blocks(kind, blocks, own, moved)
+    windows = [(first, min(rows, first + step)) for first in range(0, rows, step)]
+    for (first, last), made in zip(windows, _in_order(packer.window, windows), strict=True):
         if choice.fate != "exact":
             values = _values(form, first, last, columns)
-            loss.add(decode_blocks(kind, made).reshape(values.shape), values)
-        yield made.reshape(last - first, -1)
+            blocks = made.reshape(-1, choice.type.nbytes)
+            loss.add(decode_blocks(choice.type, blocks).reshape(values.shape), values)
+        yield made
+
+
+def _in_order(make: Callable[[int, int], Bytes], windows: list[tuple[int, int]]) -> Iterator[Bytes]:
+    """What `make` gives for each window; threads are ahead by as many windows as there are threads."""
+    threads = thread_count()
+    if threads < 2 or len(windows) < 2:
+        yield from (make(*window) for window in windows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Bytes]] = deque()
+        for window in windows:
+            waiting.append(pool.submit(make, *window))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Blocks of windows of rows; scales : fp16 [out, groups]"""
+
+    choice: Choice
+    form: Integers
+    columns: int
+    scales: Tensor
+
+    def window(self, first: int, last: int) -> Bytes:
+        """Bytes of rows [first, last)."""
+        kind, form = self.choice.type, self.form
+        integers = form.rows(first, last).numpy()
+        blocks = (-integers if self.choice.negated else integers).reshape(-1, kind.weights)
+        if kind.name == "Q2_K":
+            own = self._spread(form.scales[first:last].float(), 16).reshape(-1, 16).numpy()
+        else:
+            own = self._spread(self.scales[first:last], kind.weights).reshape(-1).numpy()
+        moved = own
+        if form.offsets is not None:
+            moved = self._spread(form.offsets[first:last].half(), kind.weights).reshape(-1).numpy()
+        return pack_blocks(kind, blocks, own, moved).reshape(last - first, -1)
+
+    def _spread(self, values: Tensor, size: int) -> Tensor:
+        """A value a group [n, groups] to one for every `size` columns."""
+        place = torch.arange(0, self.columns, size) // self.form.group_size
+        return values.index_select(1, place)
 
 
 def _values(form: Integers, first: int, last: int, columns: int) -> Tensor:
     spread = torch.arange(columns) // form.group_size
-    values = form.rows(first, last).float() * form.scales[first:last].index_select(1, spread)
+    values = form.rows(first, last).float() * form.scales[first:last].float().index_select(1, spread)
     return values if form.offsets is None else values + form.offsets[first:last].index_select(1, spread)
 
 
