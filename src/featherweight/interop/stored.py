@@ -14,7 +14,7 @@ from torch import Tensor
 from featherweight.errors import CheckpointError
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import METHOD, module_layout, module_specs
-from featherweight.storage.checkpoint.stored_code import load_code
+from featherweight.storage.checkpoint.stored_code import read_code
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.dense import Dense
 
@@ -49,7 +49,7 @@ class StoredTensor:
     def code(self) -> Code:
         """What is stored; a matrix of plain values as `Dense`."""
         if self.spec is not None:
-            return load_code(self.checkpoint, self.module)
+            return read_code(self.checkpoint, self.module, self.spec)
         return Dense(self.checkpoint.tensor(self.name))
 
     def values(self) -> Tensor:

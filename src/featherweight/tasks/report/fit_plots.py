@@ -21,6 +21,7 @@ from featherweight.tasks.report.plots import (
     STYLE,
     SURFACE,
     figure_of,
+    label_map,
     round_numbers,
     svg_of,
 )
@@ -78,15 +79,7 @@ def choice_map(layers: Sequence[Mapping[str, Any]], width: int = 330) -> tuple[s
         axes.pcolormesh(
             np.ma.masked_invalid(bits), cmap=colours, norm=BoundaryNorm(edges, len(steps)), edgecolor="none"
         )
-        axes.set_yticks(np.arange(len(roles)) + 0.5, roles, size=11)
-        axes.invert_yaxis()
-        columns = bits.shape[1]
-        ticks = [int(t) for t in MaxNLocator(5, integer=True).tick_values(0, max(1, columns - 1)) if 0 <= t < columns]
-        axes.set_xticks(np.array(ticks) + 0.5, [str(t) for t in ticks], size=11)
-        axes.set_xlabel("block", size=11, labelpad=1)
-        axes.tick_params(length=0)
-        for side in axes.spines.values():
-            side.set_visible(False)
+        label_map(axes, roles, bits.shape[1])
         return svg_of(figure), outside
 
 

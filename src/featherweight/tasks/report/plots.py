@@ -315,15 +315,20 @@ def error_map(grid: ErrorGrid, limits: tuple[float, float], width: int = 330) ->
         figure, axes = figure_of(width, 42 + 17 * rows, left=margin, right=4, bottom=36, top=2)
         values = np.ma.masked_where(~(grid.errors > 0), grid.errors)  # no layer, or stored exactly: left blank
         axes.pcolormesh(values, cmap=ERROR_MAP, norm=LogNorm(*limits), edgecolor="none", linewidth=0)
-        axes.set_yticks(np.arange(rows) + 0.5, grid.roles, size=11)
-        axes.invert_yaxis()
-        ticks = [int(t) for t in MaxNLocator(5, integer=True).tick_values(0, max(1, columns - 1)) if 0 <= t < columns]
-        axes.set_xticks(np.array(ticks) + 0.5, [str(t) for t in ticks], size=11)
-        axes.set_xlabel("block", size=11, labelpad=1)
-        axes.tick_params(length=0)
-        for side in axes.spines.values():
-            side.set_visible(False)
+        label_map(axes, grid.roles, columns)
         return svg_of(figure)
+
+
+def label_map(axes: Axes, roles: Sequence[str], columns: int) -> None:
+    """Names of roles from top to bottom, numbers of blocks from left to right, and no frame."""
+    axes.set_yticks(np.arange(len(roles)) + 0.5, list(roles), size=11)
+    axes.invert_yaxis()
+    ticks = [int(t) for t in MaxNLocator(5, integer=True).tick_values(0, max(1, columns - 1)) if 0 <= t < columns]
+    axes.set_xticks(np.array(ticks) + 0.5, [str(t) for t in ticks], size=11)
+    axes.set_xlabel("block", size=11, labelpad=1)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def histogram(data: Mapping[str, Any], series: int = 0, width: int = 330, height: int = 148) -> str:
