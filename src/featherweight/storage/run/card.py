@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Before = tuple[str, tuple[float, str] | None]
@@ -18,9 +19,7 @@ def model_card(manifest: dict[str, Any], config: dict[str, Any], before: Before 
     source = config.get("_name_or_path") or "an original checkpoint"
     paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
     return f"""---
-library_name: transformers
-tags: [featherweight, quantized]
----
+{_front_matter(config, "quantized")}---
 
 # Compressed with featherweight
 
@@ -35,10 +34,15 @@ tags: [featherweight, quantized]
 | bytes of tensors | {manifest["bytes"]:,} |
 | source tensors | {tensors["source"]}: {fates} |
 | largest relative error of a layer | {worst["relative_error"]:.4f} (`{worst["name"]}`) |
+| made with | featherweight {manifest["featherweight"]} |
 {_before(*before)}
+Relative errors say little about text. `feather eval . --against ORIGINAL` measures perplexity, divergence from the
+original and agreement, each with its protocol; what was measured is kept in featherweight-run.json, the recipe with all
+its settings in featherweight.json.
+
 ## Loading it
 
-The package must be imported before the model is loaded; it teaches transformers the format.
+With transformers the package must be imported before the model is loaded; it teaches transformers the format.
 
 ```python
 import featherweight  # pip install featherweight
@@ -51,7 +55,26 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 Without the import, transformers reports an unknown quantization type `featherweight`, or missing `weight` tensors and
 unexpected ones called `trits`, `codes` and `scales`. Nothing is wrong with the files then: install the package and
 import it.
+
+| program | how |
+|---|---|
+| featherweight, its own decoder for CPUs | `feather chat .`, `feather generate . --prompt "..."` |
+| PEFT | as any transformers model, after the import |
+| vLLM, on CPUs | `vllm serve .` where this package is installed beside it, which brings a plug-in |
+| llama.cpp | `feather export . --to gguf --out model.gguf`; what is exact: `feather check . --target llama.cpp` |
+| others | `feather export . --to compressed-tensors`, `gptq`, `awq`, or `dense` for plain values |
 """
+
+
+def _front_matter(config: dict[str, Any], *tags: str) -> str:
+    """What the hub reads: library, tags, what the model is for and was made from where config.json says so."""
+    lines = ["library_name: transformers", f"tags: [{', '.join(('featherweight', *tags))}]"]
+    if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+        lines.append("pipeline_tag: text-generation")
+    source = str(config.get("_name_or_path") or "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
+        lines += [f"base_model: {source}", "base_model_relation: quantized"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str, before: Before = ("", None)) -> str:
@@ -70,9 +93,7 @@ def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str, bef
     source = config.get("_name_or_path") or "an original checkpoint"
     paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
     return f"""---
-library_name: transformers
-tags: [featherweight]
----
+{_front_matter(config)}---
 
 # Made with featherweight
 
