@@ -32,8 +32,10 @@ SHORTENED: dict[str, tuple[str, ...]] = {
     "trit-2": (*TEXT, f"corrections={tuning(5e-3)}"),
     "trit-1": (*TEXT, f"corrections={tuning(1e-2)}"),
 }
-FIT_BYTES, FIT_WINDOWS = 3_000_000, 16
-"""Of the model that the demo fits, between what trit-1 and trit-2 make; and of the text that it reads for it."""
+FIT_BYTES = 3_000_000
+"""Of the model that the demo fits: between what trit-1 and trit-2 make."""
+FIT: dict[str, Any] = {"windows": 16, "score": 0}
+"""How it is fitted: with a quarter of the text."""
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
 RESULTS = "demo.json"
@@ -121,7 +123,7 @@ def _fit(original: Path, out: Path, threads: int | None) -> Any:
     from featherweight.tasks.fit.fitting import fit
     from featherweight.tasks.fit.settings import FitSettings
 
-    settings = FitSettings(windows=FIT_WINDOWS, score=0)
+    settings = FitSettings(**FIT)
     with Watcher(error_console()) as watcher:
         return fit(
             original, out, FIT_BYTES, settings=settings, work=out.with_name("fit-measured"), threads=threads,
