@@ -239,7 +239,7 @@ def plot(report: Report, columns: int = 2) -> str:
             handletextpad=0.3,
             columnspacing=1.4,
         )
-        return _standalone(plots._svg(figure))
+        return _standalone(plots.svg_of(figure))
 
 
 def _mark(tool: str) -> Line2D:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "trit-1": (*SMALL, TUNED % "model"),
     "squeezellm": SMALL[:3],
 }
+LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")
+PRESETS = [pytest.param(name, marks=LONG) if name == "trit-1-blockwise" else name for name in RECIPES]
+"""A descent in PyTorch's form takes minutes: of the two presets with one, this file always runs the other."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def share_of(model: Path, preset: str, limit: int | None = None) -> DeviceShare:
         return placed(plan, checkpoint, DEVICE, limit)[1]
 
 
-@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_planned_suffices(preset: str, model: Path, text: Path, tmp_path: Path) -> None:
     planned = share_of(model, preset).nbytes
     with second_device() as device, metered() as meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 SWEPT = ("gptaq", "rsq", "quarot-gptq", "trit-1", "trit-1-blockwise")
 TRAINED = ("flexround-3", "discquant", "trit-1-blockwise", "trit-1")
+LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")
+PRESETS = [pytest.param(name, marks=LONG) if name == "trit-1" else name for name in RECIPES]
+"""A descent in PyTorch's form takes minutes: of the two presets with one, this file always runs the other."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     return seen
 
 
-@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_same_bytes(
     preset: str,
     llama: Path,

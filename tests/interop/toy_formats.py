@@ -33,7 +33,8 @@ class Toy(Importer):
 
     @classmethod
     def recognises(cls, path: Path, config: Mapping[str, Any]) -> bool:
-        return path.suffix == ".toy" or config.get("quantization_config", {}).get("quant_method") == "toy"
+        settings = config.get("quantization_config")
+        return path.suffix == ".toy" or (isinstance(settings, dict) and settings.get("quant_method") == "toy")
 
     @classmethod
     def open(cls, path: Path) -> Imported:

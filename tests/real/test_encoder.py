@@ -115,6 +115,7 @@ def test_four_bits_calibrated(measure: Measure) -> None:
     assert not fallen((cosines, made))
 
 
+@all_of_it
 def test_two_planes_calibrated_in_short(measure: Measure) -> None:
     """Fewer windows and one round of descent, for time."""
     cosines, made = measure("trit-2-encoder", "calibration.sequences=128", "rounding.rounds=1")

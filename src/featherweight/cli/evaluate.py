@@ -160,7 +160,8 @@ def _task_table(models: Sequence[str], results: Sequence[Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     compared = results[0].against is not None
     for name in ["task", "model", "accuracy (95 %)", *(["lost", "won", "McNemar p", "kappa"] if compared else [])]:
-        table.add_column(name, justify="left" if name in ("task", "model") else "right", overflow="fold")
+        left = name in ("task", "model")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "model")
     for place, task in enumerate(results[0].answers):
         for number, score in enumerate(task.scores):
             name = f"{task.name}, {score.name}"

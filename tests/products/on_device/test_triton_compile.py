@@ -12,8 +12,11 @@ import pytest
 pytest.importorskip("triton.language", reason="Triton is not installed")
 
 
+LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=LONG), 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     script = Path(__file__).parent / "ahead.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
