@@ -17,7 +17,7 @@ def test_it_compresses_measures_and_reports(
 ) -> None:
     monkeypatch.setattr(demo, "RECIPES", ("rtn-4", "ptqtp"))
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 8)
-    fit = {"ways": ("3 bits", "4 bits"), "windows": 2, "length": 128, "tokens": 128, "refine": 0, "score": 0}
+    fit = {"ways": ("3 bits", "4 bits"), "windows": 2, "length": 128, "tokens": 128, "refine": 0}
     monkeypatch.setattr(demo, "FIT", fit)
     out = tmp_path / "out"
     for _ in range(2):  # again over its own output

@@ -104,7 +104,8 @@ def test_no_budget_is_exceeded_and_little_is_left(fit, model: Path, text: Path, 
         base = fitting._base(checkpoint, QUICK)
         plan = fitting.make_plan(checkpoint, base)
         windows = fitting._windows(checkpoint, base, text, model, lambda event: None)
-        study = Study(model, checkpoint, plan, QUICK, windows, text, work, lambda event: None)
+        folder = fitting._folder(work, checkpoint, windows, QUICK)
+        study = Study(model, checkpoint, plan, QUICK, windows, text, folder, lambda event: None)
         problem = study.measured()
         draw = random.Random(1)
         ends = [
@@ -122,9 +123,10 @@ def test_no_budget_is_exceeded_and_little_is_left(fit, model: Path, text: Path, 
 
 
 def test_a_second_fit_measures_nothing_again(fit, made, work: Path) -> None:  # type: ignore[no-untyped-def]
-    before = {path: path.stat().st_mtime_ns for path in (work / "measured").iterdir()}
+    (folder,) = [path.with_name("measured") for path in work.glob("*/statistics.safetensors")]
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     fit(56_000, "other")
-    assert {path: path.stat().st_mtime_ns for path in (work / "measured").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_killed_it_goes_on_to_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ SHORTENED: dict[str, tuple[str, ...]] = {
 }
 FIT_BYTES = 3_000_000
 """Of the model that the demo fits: between what trit-1 and trit-2 make."""
-FIT: dict[str, Any] = {"windows": 16, "score": 0}
+FIT: dict[str, Any] = {"windows": 16}
 """How it is fitted: with a quarter of the text."""
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
@@ -90,9 +90,8 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
                 command=_command(original, recipe, changes, folder),
             )
         )
-    found = _fit(original, out / "fit", threads)
-    with steps("fit") as notify:
-        measured = evaluate(found.out, original, limit=tokens, progress=notify, threads=threads)
+    found = _fit(original, out / "fit", tokens, threads)
+    measured = found.evaluation
     variants.append(
         Variant(
             f"fit, {size_text(FIT_BYTES)}",
@@ -118,12 +117,12 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     out_console().print(f"\nwhat other sizes would give: {page}", soft_wrap=True)
 
 
-def _fit(original: Path, out: Path, threads: int | None) -> Any:
+def _fit(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
     """The best model of so many bytes, with little text; what is measured stays beside it."""
     from featherweight.tasks.fit.fitting import fit
     from featherweight.tasks.fit.settings import FitSettings
 
-    settings = FitSettings(**FIT)
+    settings = FitSettings(score=tokens, **FIT)
     with Watcher(error_console()) as watcher:
         return fit(
             original, out, FIT_BYTES, settings=settings, work=out.with_name("fit-measured"), threads=threads,

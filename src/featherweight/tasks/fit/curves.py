@@ -47,7 +47,7 @@ class Curves:
 
     Parameters
     ----------
-    store : what is measured is kept in it
+    store : what is measured is kept in it: of one model and, with statistics, of one text
     statistics : a file of second moments; None: errors of weights, codes without data
     """
 
@@ -97,8 +97,7 @@ class Curves:
         return output_error(source.rows(0, source.shape[0]).float(), code, gram)
 
     def _key(self, layer: str, settings: Mapping[str, Any]) -> str:
-        text = None if self.statistics is None else self.statistics.stat().st_size
-        about = json.dumps([layer, settings, self.seed, text], sort_keys=True)
+        about = json.dumps([layer, settings, self.seed, self.statistics is not None], sort_keys=True)
         return f"way-{hashlib.sha256(about.encode()).hexdigest()[:32]}"
 
     def _allow_for_descents(self, jobs: Sequence[Job], ways: Callable[[LinearLayer], Sequence[Way]]) -> None:

@@ -173,12 +173,11 @@ def _windows(checkpoint: Checkpoint, base: Recipe, calibration: Any, out: Path, 
 
 
 def _folder(work: str | Path | None, checkpoint: Checkpoint, windows: Tensor | None, settings: FitSettings) -> Path:
-    """Where what is measured of this model with this text is kept."""
-    if work is not None:
-        return Path(work).expanduser()
+    """Where what is measured of this model with this text is kept: a folder of its own within `work` or the cache."""
     text = "data-free" if windows is None else windows_digest(windows)
     about = f"{checkpoint.identity()} {sample_digest(checkpoint)} {text} {settings.seed}"
-    return cache_folder() / "fit" / f"{checkpoint.folder.resolve().name[:40]}-{sha256_of(about)[:16]}"
+    place = cache_folder() / "fit" if work is None else Path(work).expanduser()
+    return place / f"{checkpoint.folder.resolve().name[:40]}-{sha256_of(about)[:16]}"
 
 
 def _result(
@@ -209,6 +208,7 @@ def _result(
         notes=tuple(study.notes),
         seconds=seconds,
         compression=made.compression,
+        evaluation=scores,
         tensor_types=made.tensor_types,
     )
 

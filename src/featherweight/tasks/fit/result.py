@@ -9,8 +9,9 @@ from typing import Any
 
 from featherweight.system.units import size_text
 from featherweight.tasks.compress.result import Compression
+from featherweight.tasks.evaluate.result import Evaluation
 
-BESIDE = ("out", "layers", "front", "recipe", "compression")
+BESIDE = ("out", "layers", "front", "recipe", "compression", "evaluation")
 """Fields that JSON has in another form, or not."""
 
 
@@ -59,6 +60,7 @@ class Fit:
     notes : what was left out, a sentence each
     seconds : of this call
     compression : what `compress` gave back; None for a GGUF
+    evaluation : of the result beside the original; None where that was not asked for
     tensor_types : options of llama.cpp's quantiser that make the same choice, a line each
     """
 
@@ -79,6 +81,7 @@ class Fit:
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
     compression: Compression | None = field(default=None, repr=False)
+    evaluation: Evaluation | None = field(default=None, repr=False)
     tensor_types: tuple[str, ...] = ()
 
     @property

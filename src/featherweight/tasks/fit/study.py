@@ -97,8 +97,10 @@ class Study:
     def measured(self) -> Problem:
         """What each way costs in each layer, and the worth of every layer; both from what is kept, where it is."""
         self.curves.measure(self.ways, self._telling("measuring choices"))
-        with self.network() as network:
-            worth = self._worths(network)
+        worth = self._kept_worths()
+        if worth is None:
+            with self.network() as network:
+                worth = self._by_weights() if network is None else self._worths(network)
         return Problem(self.curves.measured, worth, groups_of(self.layers, self.settings.alike))
 
     @contextlib.contextmanager
@@ -127,22 +129,37 @@ class Study:
             self.notes.append(text)
             self.notify({"event": "note", "text": text})
 
-    def _worths(self, network: Network | None) -> dict[str, float]:
-        if network is None:
-            weights = sum(layer.parameters for layer in self.layers)
-            return {layer.name: layer.parameters / weights for layer in self.layers}
+    def _by_weights(self) -> dict[str, float]:
+        weights = sum(layer.parameters for layer in self.layers)
+        return {layer.name: layer.parameters / weights for layer in self.layers}
+
+    def _typical(self, layer: LinearLayer) -> tuple[Measured, str]:
+        """The way that a layer's worth is taken with, and the key it is kept under."""
+        one = min(self.curves.measured[layer.name], key=lambda m: abs(m.error - TYPICAL_ERROR))
+        return one, f"worth-{one.key}-{self.settings.tokens}"
+
+    def _kept_worths(self) -> dict[str, float] | None:
+        """Those that are kept, if all of them are: then the original need not be loaded."""
+        records = {layer.name: self.store.record(self._typical(layer)[1]) for layer in self.layers}
+        found = {name: record for name, record in records.items() if record is not None}
+        return self._raised({n: _worth(r) for n, r in found.items()}) if len(found) == len(records) else None
+
+    def _worths(self, network: Network) -> dict[str, float]:
         told, found = self._telling("measuring what hangs on each layer"), dict[str, float]()
         for number, layer in enumerate(self.layers):
             told(number, len(self.layers))
-            one = min(self.curves.measured[layer.name], key=lambda m: abs(m.error - TYPICAL_ERROR))
-            key = f"worth-{one.key}-{network.tokens}"
+            one, key = self._typical(layer)
             record = self.store.record(key)
             if record is None:
                 divergence = network.divergence({layer.name: self.curves.code(one).decode()})
                 record = {"divergence": divergence, "error": self.store.load(one.key)[0]["error"]}
                 self.store.keep(key, {}, record)
-            found[layer.name] = record["divergence"] / record["error"] if record["error"] > 0 else 0.0
+            found[layer.name] = _worth(record)
         told(len(self.layers), len(self.layers))
+        return self._raised(found)
+
+    def _raised(self, found: Mapping[str, float]) -> dict[str, float]:
+        """No worth is below LEAST_WORTH of its role's median."""
         roles: dict[str, list[float]] = {}
         for layer in self.layers:
             roles.setdefault(layer.role, []).append(found[layer.name])
@@ -243,3 +260,8 @@ class Study:
 
 def _smallest(ways: Sequence[Measured]) -> int:
     return min(range(len(ways)), key=lambda place: ways[place].nbytes)
+
+
+def _worth(record: Mapping[str, Any]) -> float:
+    """Divergence for an error of one."""
+    return float(record["divergence"]) / float(record["error"]) if record["error"] > 0 else 0.0
