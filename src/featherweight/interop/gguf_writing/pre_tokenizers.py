@@ -1,7 +1,7 @@
 """Names that llama.cpp has for the ways in which byte-level tokenizers cut a text into words before any merge.
 
 What decides is the pipeline in tokenizer.json: its patterns are compared letter by letter, once spelling that means the
-same is made one.
+same is made one, with those that are read from files (`interop/gguf/pre_tokenizers.py`).
 """
 
 from __future__ import annotations
@@ -10,18 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from featherweight.errors import CheckpointError
+from featherweight.interop.gguf.pre_tokenizers import CUTS
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}|" + _REST
-_QWEN2 = _CONTRACTIONS + _WORDS + r"\p{N}|" + _REST
-_CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
-    r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BYTES = ("bytes",)
 _WORDS_OF_GPT2 = ("bytes of words",)
 
@@ -29,17 +19,7 @@ KNOWN: dict[tuple[str, ...], str] = {
     _WORDS_OF_GPT2: "gpt-2",
     ("digits", *_WORDS_OF_GPT2): "smollm",
     (r"\p{N}", *_WORDS_OF_GPT2): "smollm",
-    (_LLAMA3, *_BYTES): "dbrx",
-    (_QWEN2, *_BYTES): "qwen2",
-    (_CASED % ("", "", r"\p{N}"), *_BYTES): "tekken",
-    (_CASED % (_ENDING, _ENDING, r"\p{N}{1,3}"), *_BYTES): "gpt-4o",
-    (
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+",
-        *_BYTES,
-    ): "deepseek-v3",
+    **{(*CUTS[name].patterns, *_BYTES): name for name in ("dbrx", "qwen2", "tekken", "gpt-4o", "deepseek-v3")},
 }
 """Steps of a pipeline -> the name. Llama 3's own differs from dbrx in that a word which is a token is not merged."""
 
