@@ -9,7 +9,7 @@ import torch
 
 from featherweight.interop.exports import Fate
 from featherweight.interop.gguf_writing.block_types import EXACT, TYPES, BlockType
-from featherweight.interop.gguf_writing.integers import Integers, forms_of
+from featherweight.interop.gguf_writing.integers import Form, forms_of
 from featherweight.interop.gguf_writing.mixtures import FALLBACKS
 from featherweight.interop.stored import StoredTensor
 from featherweight.storage.codes import describe_code
@@ -46,7 +46,7 @@ class Choice:
     type: BlockType
     fate: Fate
     why: str = ""
-    form: Integers | None = None
+    form: Form | None = None
     negated: bool = False
 
 
@@ -88,7 +88,7 @@ def _of_integers(tensor: StoredTensor, wishes: Wishes) -> Choice | None:
     return None
 
 
-def _holds(form: Integers, kind: BlockType, columns: int) -> bool:
+def _holds(form: Form, kind: BlockType, columns: int) -> bool:
     """Whether blocks of a type hold these integers, with scales of this sign or the other."""
     size = 16 if kind.name == "Q2_K" else kind.weights
     if not kind.fits_columns(columns) or (form.group_size % size and form.group_size < columns):
@@ -99,7 +99,7 @@ def _holds(form: Integers, kind: BlockType, columns: int) -> bool:
     return negated or (kind.low <= form.low and form.high <= kind.high)
 
 
-def _taken_over(form: Integers, kind: BlockType, reason: str | None, columns: int) -> Choice | None:
+def _taken_over(form: Form, kind: BlockType, reason: str | None, columns: int) -> Choice | None:
     """The choice of a type that holds these integers; None where fp16 would change too much."""
     if reason is None:
         return None
@@ -109,7 +109,7 @@ def _taken_over(form: Integers, kind: BlockType, reason: str | None, columns: in
     return Choice(kind, "rounded" if reason else "exact", reason, form, negated)
 
 
-def _rounding(form: Integers) -> str | None:
+def _rounding(form: Form) -> str | None:
     """What fp16 does to scales and offsets, "" where nothing; None where too much."""
     if form.scales.dtype == torch.float16:
         halves, rounded = form.scales, []

@@ -1,4 +1,8 @@
-"""Codes as integers with a scale a group: W = s q, or s q + m, which is what most blocks of ggml hold."""
+"""Codes as integers with a scale a group: W = s q, or s q + m, which is what most blocks of ggml hold.
+
+Signed and some rows at a time, with bounds and offsets, where `interop/integers.py` has unsigned codes with zero points
+and an order of columns, as the formats of folders have them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 
 WINDOW_WEIGHTS = 1 << 20
-"""Integers at a time: with what is made of them they stay in the cache."""
+"""Form at a time: with what is made of them they stay in the cache."""
 
 
 @dataclass(frozen=True)
-class Integers:
-    """A matrix as integers.
+class Form:
+    """A matrix as integers, one way of several in which it may be seen.
 
     low, high : bounds of the integers
     group_size : columns that share a scale; the last group may be short
@@ -48,7 +52,7 @@ def window_rows(columns: int) -> int:
     return max(1, WINDOW_WEIGHTS // max(1, columns) // WHOLE_BYTES) * WHOLE_BYTES
 
 
-def forms_of(code: Code) -> list[Integers]:
+def forms_of(code: Code) -> list[Form]:
     """The ways in which a code is integers with a scale a group of columns; none for most kinds. Reads scales and zero
     points alone."""
     if isinstance(code, Uniform):
@@ -58,12 +62,12 @@ def forms_of(code: Code) -> list[Integers]:
     if isinstance(code, OffsetTrits):
         low = code.offsets.double() - code.scales.double()
         rows = _cut(lambda: code.unpack() + 1)
-        return [Integers(0, 2, code.group_size, code.scales, low.float(), rows)]
+        return [Form(0, 2, code.group_size, code.scales, low.float(), rows)]
     if isinstance(code, Sherry):
-        return [Integers(-1, 1, code.group_size, code.scales, None, _cut(code.unpack))]
+        return [Form(-1, 1, code.group_size, code.scales, None, _cut(code.unpack))]
     if isinstance(code, BinaryPlanes) and code.planes == 1 and code.rows_per_scale == 1:
         scales = code.scale_values()[:, :, 0]
-        return [Integers(-1, 1, code.group_size, scales, None, _cut(lambda: code.unpack()[0]), signs=True)]
+        return [Form(-1, 1, code.group_size, scales, None, _cut(lambda: code.unpack()[0]), signs=True)]
     return []
 
 
@@ -73,7 +77,7 @@ def _cut(unpack: Callable[[], Tensor]) -> Callable[[int, int], Tensor]:
     return lambda first, last: whole()[first:last]
 
 
-def _trit_planes(code: TritPlanes) -> list[Integers]:
+def _trit_planes(code: TritPlanes) -> list[Form]:
     if code.planes > 1 and not code.tied:
         return []
     weights = code.plane_weights if code.tied else (1,)
@@ -90,10 +94,10 @@ def _trit_planes(code: TritPlanes) -> list[Integers]:
             total.add_(unpack_trits(plane[begin:end], count, code.packing), alpha=weight)
         return total.view(last - first, columns)
 
-    return [Integers(-sum(weights), sum(weights), code.group_size, scales, None, rows)]
+    return [Form(-sum(weights), sum(weights), code.group_size, scales, None, rows)]
 
 
-def _uniform(code: Uniform) -> list[Integers]:
+def _uniform(code: Uniform) -> list[Form]:
     if code.axis != "input":
         return []
     columns, bits, scales = code.shape[1], code.bits, code.scales
@@ -113,15 +117,14 @@ def _uniform(code: Uniform) -> list[Integers]:
         return rows
 
     most = (1 << bits) - 1
-    offsets = getattr(code, "offsets", None)
-    if isinstance(offsets, Tensor):  # W = s q + m
-        plain = offsets.float()
-        return [Integers(0, most, code.group_size, scales, plain, lambda a, b: codes(a, b).view(torch.int8))]
+    if code.offsets is not None:  # W = s q + m
+        plain = code.offsets.float()
+        return [Form(0, most, code.group_size, scales, plain, lambda a, b: codes(a, b).view(torch.int8))]
     half = 1 << (bits - 1)
     if code.zero_points is None:
-        return [Integers(-half, half - 1, code.group_size, scales, None, signed(half))]
+        return [Form(-half, half - 1, code.group_size, scales, None, signed(half))]
     zeros = unpack_bits(code.zero_points, scales.numel(), bits).view(scales.shape)
     bounds = -int(zeros.max()), most - int(zeros.min())
     low = (-zeros.double() * scales.double()).float()
-    forms = [Integers(*bounds, code.group_size, scales, None, signed(zeros))]
-    return [*forms, Integers(0, most, code.group_size, scales, low, lambda a, b: codes(a, b).view(torch.int8))]
+    forms = [Form(*bounds, code.group_size, scales, None, signed(zeros))]
+    return [*forms, Form(0, most, code.group_size, scales, low, lambda a, b: codes(a, b).view(torch.int8))]

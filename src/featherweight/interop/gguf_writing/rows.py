@@ -16,7 +16,7 @@ from featherweight.errors import OutputError
 from featherweight.interop.gguf_writing.block_types import TYPES, BlockType, Bytes, decode_blocks, pack_blocks
 from featherweight.interop.gguf_writing.choice import PLAIN, Choice
 from featherweight.interop.gguf_writing.ggml_library import encode_rows
-from featherweight.interop.gguf_writing.integers import Integers, window_rows
+from featherweight.interop.gguf_writing.integers import Form, window_rows
 from featherweight.interop.stored import StoredTensor
 from featherweight.storage.checkpoint.format import module_layout
 from featherweight.system.threads import thread_count
@@ -83,7 +83,7 @@ def _copied(tensor: StoredTensor) -> Iterator[Bytes]:
         tensor.checkpoint.release(tensor.name, first, last)
 
 
-def _taken_over(tensor: StoredTensor, choice: Choice, form: Integers, loss: Loss) -> Iterator[Bytes]:
+def _taken_over(tensor: StoredTensor, choice: Choice, form: Form, loss: Loss) -> Iterator[Bytes]:
     """By as many threads as there are for it, in the order of rows."""
     rows, columns = tensor.shape
     sign = -1.0 if choice.negated else 1.0
@@ -119,7 +119,7 @@ class _Packer:
     """Blocks of windows of rows; scales : fp16 [out, groups]"""
 
     choice: Choice
-    form: Integers
+    form: Form
     columns: int
     scales: Tensor
 
@@ -143,7 +143,7 @@ class _Packer:
         return values.index_select(1, place)
 
 
-def _values(form: Integers, first: int, last: int, columns: int) -> Tensor:
+def _values(form: Form, first: int, last: int, columns: int) -> Tensor:
     spread = torch.arange(columns) // form.group_size
     values = form.rows(first, last).float() * form.scales[first:last].float().index_select(1, spread)
     return values if form.offsets is None else values + form.offsets[first:last].index_select(1, spread)
