@@ -1,10 +1,13 @@
-"""An original that several outputs are measured against: it reads each window of the text once."""
+"""What tests on real models share: an original that reads each window of the text once, the machine's precision."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from featherweight.system.devices import device_named
@@ -25,3 +28,11 @@ def remembering(folder: Path) -> tuple[Any, Any]:
 
     body.forward = forward
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """Networks run in the type that is faster here, as they do for users: orderings are the same in both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEATHERWEIGHT_PRECISION", raising=False)
+        yield

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from remembering import remembering
+from remembering import own_precision, remembering
 
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.evaluate.evaluation import evaluate
@@ -44,8 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name not in found:
             recipe, changes = RECIPES[name]
             out = tmp_path_factory.mktemp("made") / name
-            with pytest.MonkeyPatch.context() as patch:  # orderings are the same in both types, and one may be faster
-                patch.delenv("FEATHERWEIGHT_PRECISION", raising=False)
+            with own_precision():
                 made = compress(REFERENCE, recipe, out, changes=changes)
             result = evaluate(out, original, limit=TOKENS)
             assert result.divergence is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from remembering import own_precision
 
 from featherweight import load
 from featherweight.tasks.compress.compression import Compression, compress
@@ -76,7 +77,8 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
         key = (preset, changes, every)
         if key not in known:
             out = folder / f"{preset}-{len(known)}"
-            made = compress(encoder, preset, out, changes=changes, threads=1)
+            with own_precision():
+                made = compress(encoder, preset, out, changes=changes, threads=1)
             assert len(made.layers) == LAYERS + (preset == "trit-2-encoder")  # and its embedding
             cosines = (embed(out, texts[::every]) * original[::every]).sum(1)
             print(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from remembering import remembering
+from remembering import own_precision, remembering
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,7 +89,8 @@ def measured(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         if name not in found:
             recipe, changes = RECIPES[name]
             out = tmp_path_factory.mktemp("made") / "out"
-            featherweight.compress(original, recipe, out, changes=changes, threads=1)
+            with own_precision():
+                featherweight.compress(original, recipe, out, changes=changes, threads=1)
             found[name] = out, evaluate(out, before, **PROTOCOL)
         return found[name]
 
