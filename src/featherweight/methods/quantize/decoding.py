@@ -36,12 +36,20 @@ class TunableCode:
         for name in _fields(code):
             value = getattr(code, name)
             if isinstance(value, Code):
-                self._children[name] = TunableCode(value, f"{prefix}{name}.", device)
+                self._children[name] = self._part(value, f"{prefix}{name}.")
             elif isinstance(value, tuple) and value and all(isinstance(item, Code) for item in value):
-                parts = (TunableCode(item, f"{prefix}{name}.{i}.", device) for i, item in enumerate(value))
-                self._children[name] = tuple(parts)
+                self._children[name] = tuple(self._part(item, f"{prefix}{name}.{i}.") for i, item in enumerate(value))
         digits = code.digits()
         self._digits = None if digits is None else digits.to(self.device)
+
+    def _part(self, code: Code, prefix: str) -> TunableCode:
+        """A code within this one."""
+        return TunableCode(code, prefix, self.device)
+
+    @property
+    def units(self) -> dict[str, Tensor]:
+        """Sizes of a change of parameters whose own values say nothing of it, by path; they broadcast."""
+        return {}
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -59,10 +67,7 @@ class TunableCode:
         """float32 [out, in] with these values in place of the stored ones; differentiable in them."""
         own = {name: parameters[self._prefix + name] for name in self._own}
         if self._digits is not None:
-            scales = own["scales"].reshape(*own["scales"].shape[:2], -1)  # [out, groups, planes]
-            if "offsets" in own:
-                scales = torch.cat([scales, own["offsets"].unsqueeze(-1)], -1)
-            value: Tensor = _GroupScaled.apply(scales, self._digits)  # type: ignore[no-untyped-call]
+            value: Tensor = _GroupScaled.apply(scales_by_plane(own), self._digits)  # type: ignore[no-untyped-call]
             return value[:, : self.code.shape[1]]
         own = {name: value.cpu() for name, value in own.items()}
         moved = self._replaced(own, lambda child: _Decoded(child.decode(parameters).cpu()))
@@ -85,27 +90,42 @@ class TunableCode:
         return self.code.replaced(changes)
 
 
+def scales_by_plane(own: Mapping[str, Tensor]) -> Tensor:
+    """[out, groups, planes] of the fields `scales` and, where there are such, `offsets` of a code with digits."""
+    scales = own["scales"].reshape(*own["scales"].shape[:2], -1)
+    return torch.cat([scales, own["offsets"].unsqueeze(-1)], -1) if "offsets" in own else scales
+
+
 def _fields(code: Code) -> list[str]:
     return [field.name for field in dataclasses.fields(code)] if dataclasses.is_dataclass(code) else []
 
 
+def group_values(digits: Tensor, scales: Tensor) -> Tensor:
+    """float32 [out, groups, size]: the sum over planes of digits [planes, out, groups, size] times scales [out, groups,
+    planes], added up as decoding for training does."""
+    value = digits[0].float().mul_(scales[..., 0].unsqueeze(-1))
+    for plane in range(1, len(digits)):
+        value.addcmul_(digits[plane].float(), scales[..., plane].unsqueeze(-1))
+    return value
+
+
+def scale_gradients(gradient: Tensor, digits: Tensor) -> Tensor:
+    """[out, groups, planes]: what scales get of a gradient [out, groups, size] of `group_values`."""
+    return torch.stack([torch.einsum("ogs,ogs->og", gradient, plane.to(gradient.dtype)) for plane in digits], -1)
+
+
 class _GroupScaled(torch.autograd.Function):
-    """sum over planes k of scales[..., k] times digits[k], flattened to [out, groups x size]; keeps only the digits."""
+    """`group_values`, flattened to [out, groups x size]; keeps only the digits."""
 
     @staticmethod
     def forward(ctx: Any, scales: Tensor, digits: Tensor) -> Tensor:
         ctx.save_for_backward(digits)
-        value = digits[0].float().mul_(scales[..., 0].unsqueeze(-1))
-        for k in range(1, digits.shape[0]):
-            value.addcmul_(digits[k].float(), scales[..., k].unsqueeze(-1))
-        return value.view(value.shape[0], -1)
+        return group_values(digits, scales).view(scales.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (digits,) = ctx.saved_tensors
-        grouped = gradients[0].reshape(digits.shape[1:])
-        parts = [torch.einsum("ogs,ogs->og", grouped, plane.to(grouped.dtype)) for plane in digits]
-        return torch.stack(parts, -1), None
+        return scale_gradients(gradients[0].reshape(digits.shape[1:]), digits), None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,6 +104,11 @@ def grouped(digits: Tensor, group_size: int, groups: int) -> Tensor:
     return torch.nn.functional.pad(digits, (0, groups * size - columns)).view(planes, rows, groups, size)
 
 
+def ungrouped(digits: Tensor, columns: int) -> Tensor:
+    """The inverse of `grouped`: [..., out, groups, size] without what pads the last group, [..., out, in]."""
+    return digits.flatten(-2)[..., :columns]
+
+
 class Code(abc.ABC):
     """A matrix [out_features, in_features] in the form in which it is stored.
 
@@ -261,6 +266,18 @@ class Code(abc.ABC):
         """Integers int8 or int16 [planes, out, groups, size] of which `scales` [out, groups, planes] times are the
         matrix; None where it is not that. Where there are `offsets`, they are the scales of a last plane."""
         return None
+
+    def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        """The digits, as `digits` gives them, with which these scales come nearest to values.
+
+        values : float [out, groups, size]; scales : float [out, groups, planes], on the same device. NotImplementedError
+        where digits cannot be chosen anew, which is so unless a kind says how.
+        """
+        raise NotImplementedError(f"codes of the kind {self.kind} keep their digits")
+
+    def with_digits(self, digits: Tensor) -> Code:
+        """This code with other digits, as `digits_nearest` gives them, in main memory. NotImplementedError as there."""
+        raise NotImplementedError(f"codes of the kind {self.kind} keep their digits")
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """float32 [out, k] and [k, in] whose product is the matrix, where the code is such; else None."""

@@ -24,6 +24,7 @@ from featherweight.storage.codes.base import (
     grouped,
     groups_of,
     matrix_shape,
+    ungrouped,
     whole_number,
 )
 
@@ -117,3 +118,13 @@ class OffsetTrits(Code):
     def digits(self) -> Tensor:
         trits = self.unpack()
         return grouped(torch.stack([trits, torch.ones_like(trits)]), self.group_size, self.scales.shape[1])
+
+    def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        scale, offset = scales[..., :1], scales[..., 1:]
+        relative = (values - offset) / torch.where(scale == 0, torch.ones_like(scale), scale)
+        trits = relative.round().clamp(-1, 1).to(torch.int8)
+        return torch.stack([trits, torch.ones_like(trits)])
+
+    def with_digits(self, digits: Tensor) -> OffsetTrits:
+        trits = ungrouped(digits[0], self.shape[1]).reshape(-1).contiguous()
+        return self.replaced({"trits": pack_trits(trits, self.packing)})  # type: ignore[return-value]

@@ -24,8 +24,10 @@ from featherweight.storage.codes.base import (
     TensorLayout,
     dtype_from,
     dtype_name,
+    grouped,
     groups_of,
     matrix_shape,
+    ungrouped,
     whole_number,
 )
 
@@ -166,6 +168,30 @@ class Sherry(Code):
     def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Sherry:
         stored = (tensors["patterns"], tensors["signs"], tensors["scales"])
         return cls(*stored, matrix_shape(spec), spec["group_size"], spec["lane_stride"])
+
+    def digits(self) -> Tensor:
+        return grouped(self.unpack().unsqueeze(0), self.group_size, self.scales.shape[1])
+
+    def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        relative = ungrouped(torch.where(scales < 0, -values, values), self.shape[1])
+        quartets = to_quartets(relative, self.lane_stride)
+        trits = torch.where(quartets < 0, -1, 1).to(torch.int8)
+        trits.scatter_(-1, quartets.abs().argmin(-1, keepdim=True), 0)
+        whole = from_quartets(trits, self.shape[1], self.lane_stride)
+        return grouped(whole.unsqueeze(0), self.group_size, scales.shape[1])
+
+    def with_digits(self, digits: Tensor) -> Sherry:
+        quartets = to_quartets(ungrouped(digits[0], self.shape[1]).contiguous(), self.lane_stride)
+        short = self.shape[1] % (4 * self.lane_stride) != 0
+        codes = quartet_codes(_filled(quartets) if short else quartets)
+        made = Sherry.encode(codes, self.scales, self.shape, self.group_size, self.lane_stride)
+        return made
+
+
+def _filled(quartets: Tensor) -> Tensor:
+    """Quartets of a padded span [..., 4]: zeros beside the first one become 1, where nothing is read."""
+    zeros = quartets == 0
+    return torch.where(zeros & (zeros.cumsum(-1) > 1), 1, quartets).to(torch.int8)
 
 
 def quartets_of(columns: int, lane_stride: int) -> int:

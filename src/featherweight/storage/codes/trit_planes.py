@@ -35,6 +35,7 @@ from featherweight.storage.codes.base import (
     groups_of,
     matrix_shape,
     plural,
+    ungrouped,
     whole_number,
 )
 
@@ -284,6 +285,43 @@ class TritPlanes(Code):
             weights = torch.tensor(self.plane_weights, dtype=torch.int8)
             integers = (integers * weights.view(-1, 1, 1)).sum(0, keepdim=True, dtype=torch.int8)
         return grouped(integers, self.group_size, self.scales.shape[1])
+
+    def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        if not self.tied:
+            return _nearest_trits(values, scales)
+        integers, _ = self._integers()
+        levels = integers.to(values.device, values.dtype)
+        relative = values / torch.where(scales == 0, torch.ones_like(scales), scales)
+        places = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+        return integers.to(values.device)[places].unsqueeze(0)
+
+    def with_digits(self, digits: Tensor) -> TritPlanes:
+        trits = ungrouped(digits, self.shape[1])
+        if self.tied:
+            integers, planes = self._integers()
+            trits = planes[torch.searchsorted(integers, trits[0].contiguous())].movedim(-1, 0)
+        packed = torch.stack([pack_trits(plane.reshape(-1).contiguous(), self.packing) for plane in trits.to(torch.int8)])
+        return self.replaced({"trits": packed})  # type: ignore[return-value]
+
+    def _integers(self) -> tuple[Tensor, Tensor]:
+        """Tied: the integers int8 [n] that planes make up, rising, and trits int8 [n, planes] that make up each."""
+        combinations = torch.tensor(list(itertools.product((-1, 0, 1), repeat=self.planes)), dtype=torch.int8)
+        sums = (combinations * torch.tensor(self.plane_weights, dtype=torch.int8)).sum(1, dtype=torch.int8)
+        integers, inverse = sums.unique(return_inverse=True)
+        first = torch.stack([(inverse == number).nonzero()[0, 0] for number in range(len(integers))])
+        return integers, combinations[first]
+
+
+def _nearest_trits(values: Tensor, scales: Tensor) -> Tensor:
+    """Trits int8 [planes, out, groups, size] of the sums of scales [out, groups, planes] nearest to `values`."""
+    planes, device = scales.shape[-1], values.device
+    combinations = torch.tensor(list(itertools.product((-1, 0, 1), repeat=planes)), dtype=torch.int8, device=device)
+    levels, order = (scales @ combinations.to(scales.dtype).t()).sort(-1)
+    places = torch.zeros(values.shape, dtype=torch.uint8, device=device)
+    for number in range(len(combinations) - 1):
+        places += values > (levels[..., number : number + 1] + levels[..., number + 1 : number + 2]) / 2
+    chosen = order.gather(-1, places.flatten(2).long()).view(values.shape)
+    return torch.stack([plane[chosen] for plane in combinations.t().contiguous()])
 
 
 def _weights_of(spec: dict[str, Any], planes: int) -> tuple[int, ...] | None:

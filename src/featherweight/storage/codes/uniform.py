@@ -32,6 +32,7 @@ from featherweight.storage.codes.base import (
     grouped,
     groups_of,
     matrix_shape,
+    ungrouped,
     whole_number,
 )
 
@@ -217,3 +218,20 @@ class Uniform(Code):
         integers = codes - zero_points.repeat_interleave(self.group_size, 1)[:, : self.shape[1]]
         planes = [integers] if self.offsets is None else [integers, torch.ones_like(integers)]
         return grouped(torch.stack(planes), self.group_size, self.scales.shape[1])
+
+    def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        if self.axis != "input":
+            raise NotImplementedError("uniform codes in groups of outputs keep their digits")
+        scale, zeros = scales[..., :1], self.unpack()[1].to(values.device).to(torch.int16).unsqueeze(-1)
+        below = values if self.offsets is None else values - scales[..., 1:]
+        relative = below / torch.where(scale == 0, torch.ones_like(scale), scale)
+        integers = relative.round().clamp(-1024, 1024).to(torch.int16)
+        integers = integers.clamp(-zeros, (1 << self.bits) - 1 - zeros)
+        planes = [integers] if self.offsets is None else [integers, torch.ones_like(integers)]
+        return torch.stack(planes)
+
+    def with_digits(self, digits: Tensor) -> Uniform:
+        zeros = self.unpack()[1].to(torch.int16).unsqueeze(-1)
+        codes = ungrouped(digits[0].to(torch.int16) + zeros, self.shape[1])
+        packed = pack_bits(codes.reshape(-1).to(torch.uint8), self.bits)
+        return self.replaced({"codes": packed})  # type: ignore[return-value]

@@ -13,7 +13,7 @@ first checks are far above the start's, the tuning begins again from the start a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from featherweight.methods.learn.objectives import BlockObjective, ModelObjectiv
 from featherweight.methods.learn.optimisers import adam
 from featherweight.methods.quantize.base import Correction, Scope
 from featherweight.methods.quantize.decoding import TunableCode
+from featherweight.methods.quantize.tuned import TunedState
 from featherweight.model.network.access import BlockAccess, ModelAccess
 from featherweight.registry import register
 from featherweight.storage.codes import Code
@@ -84,7 +85,8 @@ class ScaleTuning(Correction):
             session, self.held_out_share, choose_precision(self.precision, notify, session.device)
         )
         norms = {name: session.tensor(name) for name in self._norms(session.layers, codes)}
-        tuned, tensors = self.tune(objective, codes, norms, notify, seed)
+        trained = {n: self.trainable(code, _original(session), n, session.device) for n, code in codes.items()}
+        tuned, tensors = self.tune(objective, TunedState(trained, norms, objective.device), notify, seed)
         for name, value in tensors.items():
             session.set_tensor(name, value)
         return tuned
@@ -106,7 +108,8 @@ class ScaleTuning(Correction):
             self.token_share,
         )
         norms = {name: model.tensor(name) for name in self._norms(model.layers, codes)}
-        tuned, tensors = self.tune(objective, codes, norms, notify, seed, store)
+        trained = {n: self.trainable(code, _original(model), n, model.device) for n, code in codes.items()}
+        tuned, tensors = self.tune(objective, TunedState(trained, norms, objective.device), notify, seed, store)
         for name, value in tensors.items():
             model.set_tensor(name, value)
         return tuned
@@ -115,25 +118,29 @@ class ScaleTuning(Correction):
         found = dict.fromkeys(layers[name].norm for name in codes if layers[name].norm) if self.norms else {}
         return list(found)
 
+    def trainable(
+        self, code: Code, weight: Callable[[str], Tensor], name: str, device: torch.device
+    ) -> TunableCode:
+        """What of a layer's code is trained: all its scales. `weight` gives the original of a layer, where it counts."""
+        return TunableCode(code, device=device)
+
     def tune(
         self,
         objective: Objective,
-        codes: Mapping[str, Code],
-        tensors: Mapping[str, Tensor],
+        state: TunedState,
         notify: Observer = silent,
         seed: int = 0,
         store: TrainingStore = NO_STORE,
     ) -> tuple[dict[str, Code], dict[str, Tensor]]:
         """The best codes and tensors by the held-out loss, the given ones among the candidates."""
-        state = _State(codes, tensors, objective.device)
         if objective.held_out_loss(*state.stored()) is None or objective.batches == 0 or not state.theta:
-            notify({"event": "scale-tuning", "skipped": "no held-out samples" if state.theta else "nothing to tune"})
-            return dict(codes), dict(tensors)
+            notify({"event": self.kind, "skipped": "no held-out samples" if state.theta else "nothing to tune"})
+            return state.given()
         schedule = Schedule(self.steps, self.learning_rate, self.warmup, self.checks)
         minimise(
             state.theta,
             lambda batch: state.backward(objective, batch),
-            Training("scale-tuning", schedule, adam(betas=(0.9, 0.99)), RETREATS),
+            Training(self.kind, schedule, adam(betas=(0.9, 0.99)), RETREATS),
             ShuffledRounds(objective.batches, seed),
             check=lambda: objective.held_out_loss(*state.stored()),
             notify=notify,
@@ -142,61 +149,11 @@ class ScaleTuning(Correction):
         return state.result()
 
 
-class _State:
-    """Relative changes theta of all values, and what they stand for, on one device; codes are in main memory."""
+def _original(network: BlockAccess | ModelAccess) -> Callable[[str], Tensor]:
+    """What gives the original's weight of a layer [out, in]."""
 
-    def __init__(self, codes: Mapping[str, Code], tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        self.codes = {name: TunableCode(code, device=device) for name, code in codes.items()}
-        self.tensors = {name: value.to(device) for name, value in tensors.items()}
-        keys = [(name, path, v) for name, code in self.codes.items() for path, v in code.parameters.items()]
-        keys += [("", name, value.float()) for name, value in self.tensors.items()]
-        self._keys = [(name, path) for name, path, _ in keys]
-        self._start = [value for _, _, value in keys]
-        self._unit = [_unit(value) for value in self._start]
-        self.theta = [torch.zeros_like(value).requires_grad_() for value in self._start]
+    def weight(name: str) -> Tensor:
+        with network.original():
+            return network.weight(name)
 
-    def values(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Values by layer and path, and tensors by name; differentiable in theta."""
-        by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in self.codes}
-        tensors: dict[str, Tensor] = {}
-        for (name, path), start, unit, theta in zip(self._keys, self._start, self._unit, self.theta, strict=True):
-            value = torch.addcmul(start, unit, theta)
-            if name:
-                by_layer[name][path] = value
-            else:
-                tensors[path] = value
-        return by_layer, tensors
-
-    def backward(self, objective: Objective, batch: int) -> float:
-        """One batch's loss; gradients go to theta through leaves, so that the network's graph ends at the weights."""
-        for theta in self.theta:
-            theta.grad = None
-        by_layer, tensors = self.values()
-        weights = {name: code.decode(by_layer[name]) for name, code in self.codes.items()}
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        tensor_leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
-        loss = objective.backward(leaves, tensor_leaves, batch)
-        roots = [(weights[n], leaf.grad) for n, leaf in leaves.items()]
-        roots += [(tensors[n], leaf.grad) for n, leaf in tensor_leaves.items()]
-        used = [(root, gradient) for root, gradient in roots if gradient is not None and root.requires_grad]
-        torch.autograd.backward([root for root, _ in used], [gradient for _, gradient in used])
-        return loss
-
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Decoded weights and tensors as they would be stored now."""
-        codes, tensors = self.result()
-        return {name: code.decode() for name, code in codes.items()}, tensors
-
-    def result(self) -> tuple[dict[str, Code], dict[str, Tensor]]:
-        with torch.no_grad():
-            by_layer, tensors = self.values()
-            codes = {name: code.stored(by_layer[name]) for name, code in self.codes.items()}
-            return codes, {name: value.to("cpu", self.tensors[name].dtype) for name, value in tensors.items()}
-
-
-def _unit(value: Tensor) -> Tensor:
-    """The scale of a change of each value."""
-    rows = value.reshape(value.shape[0], -1) if value.dim() > 1 else value.reshape(1, -1)
-    typical = rows.square().mean(1).sqrt()
-    shaped = typical.view(-1, *([1] * (value.dim() - 1))) if value.dim() > 1 else typical
-    return torch.maximum(value.abs(), 0.1 * shaped)
+    return weight
