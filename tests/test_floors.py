@@ -40,6 +40,7 @@ FLOORS = (
     "tasks.analyse",
     "tasks.report",
     "tasks.fit",
+    "tasks.heal",
     "cli",
     "__main__",
 )

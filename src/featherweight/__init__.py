@@ -3,8 +3,8 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `fit`, `quantize`, `evaluate`, `load`, `import_model`, `export`,
-`report`; `Recipe`; the errors.
+What users import is here: the calls `compress`, `fit`, `heal`, `quantize`, `evaluate`, `load`, `import_model`,
+`export`, `report`; `Recipe`; the errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from featherweight.tasks.fit.fitting import fit
     from featherweight.tasks.fit.result import Fit
     from featherweight.tasks.fit.settings import FitSettings
+    from featherweight.tasks.heal.healing import heal
+    from featherweight.tasks.heal.settings import HealSettings
     from featherweight.tasks.report.written import report
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "FeatherWarning",
     "Fit",
     "FitSettings",
+    "HealSettings",
     "NonFiniteError",
     "OutputError",
     "Recipe",
@@ -58,6 +61,7 @@ __all__ = [
     "compress",
     "evaluate",
     "fit",
+    "heal",
     "import_model",
     "export",
     "load",
@@ -72,6 +76,8 @@ LATER = {
     "fit": "featherweight.tasks.fit.fitting",
     "Fit": "featherweight.tasks.fit.result",
     "FitSettings": "featherweight.tasks.fit.settings",
+    "heal": "featherweight.tasks.heal.healing",
+    "HealSettings": "featherweight.tasks.heal.settings",
     "import_model": "featherweight.interop.importing",
     "export": "featherweight.interop.exporting",
     "load": "featherweight.integrations.load",

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "fit", "calibrate", "converse", "import"),
+    "Compress": ("compress", "fit", "heal", "calibrate", "converse", "import"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
     "Take elsewhere": ("export", "check"),
@@ -34,6 +34,10 @@ GROUPS = {
         "--repeats",
     ),
     "Goal": ("--ram", "--size", "--bits", "--budget", "--quality", "--data-free", "--choices", "--alike", "--rounds"),
+    "Training": (
+        *("--minutes", "--steps", "--level", "--window", "--loss", "--learning-rate", "--batch", "--length"),
+        "--score-text",
+    ),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
     "Sampling": ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"),
     "Conversations": ("--count", "--turns"),
@@ -63,6 +67,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fit": (
         ("feather fit MODEL --size 60MB --out small", "the best file of at most this size"),
         ("feather fit MODEL --bits 3 --out small --html front.html", "with a page about what other sizes would give"),
+    ),
+    "heal": (
+        ("feather heal small --against MODEL --out healed", "a quarter of an hour, on the shipped text"),
+        ("feather heal small --against MODEL --out healed --minutes 120 --text mine.txt", "longer, on your own"),
+        ("feather heal small --against MODEL --out healed --level blocks", "where the model does not fit at once"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),

@@ -89,6 +89,65 @@ def fit(
     run_fit(model, out, Goal(size, bits, ram, context, budget), options, html, json)
 
 
+@app.command(cls=Command)
+def heal(
+    small: Annotated[str, typer.Argument(metavar="SMALL", help="The compressed folder; it is not changed.")],
+    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The original that it was made from.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="What the whole command may take; 15 unless steps are given.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of the training, in place of minutes.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="FILE", help="What it learns from, as --calibration of compress; some megabytes."
+        ),
+    ] = None,
+    level: Annotated[
+        str,
+        typer.Option("--level", help="model: digits, scales, norms at once; blocks: a few blocks at a time; scales."),
+    ] = "model",
+    window: Annotated[int, typer.Option("--window", min=1, help="With --level blocks: how many go together.")] = 1,
+    loss: Annotated[
+        str, typer.Option("--loss", help="kl: the predictions; states: the last hidden states; mixed.")
+    ] = "kl",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, relative to each scale.")] = 0.005,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows of text a step.")] = 8,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 256,
+    windows: Annotated[int, typer.Option("--windows", min=4, help="Most windows of text that are read.")] = 16384,
+    score_text: Annotated[
+        str | None, typer.Option("--score-text", metavar="FILE", help="Held-out text for the scores; else the bundled.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Tokens of it before and after; 0: none.")] = 16384,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
+    trust_remote_code: Trust = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with the curve.")
+    ] = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a compressed model against its original, in the same bytes. Digits, scales and norms move.
+
+    Held-out windows choose the step that is kept, so the result is never worse on them. Interrupted, the same command
+    goes on where it stopped.
+    """
+    from featherweight.cli.heal import run_heal
+
+    settings = {
+        "minutes": minutes, "steps": steps, "level": level, "window": window, "loss": loss, "batch": batch,
+        "learning_rate": learning_rate, "length": length, "windows": windows, "score": limit, "seed": seed,
+    }  # fmt: skip
+    options = {
+        "text": text, "score_text": score_text, "threads": threads, "overwrite": overwrite,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    run_heal(small, against, out, settings, options, (html, json))
+
+
 @app.command("import", cls=Command)
 def import_(
     model: ModelArgument,

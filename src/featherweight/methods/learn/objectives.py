@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ class ModelObjective:
     held_out_share : part of the windows, taken evenly, where the model has none apart
     token_share : part of a window's tokens, always the same ones, whose predictions are compared; the output layer of a
         small model with a large vocabulary costs as much as all its blocks
+    loss : "kl", or "states", what an encoder has, or "mixed", the sum of both
     """
 
     def __init__(
@@ -142,11 +143,13 @@ class ModelObjective:
         precision: Chosen = "float32",
         held_out_share: float = 0.125,
         token_share: float = 1.0,
+        loss: Literal["kl", "states", "mixed"] = "kl",
     ) -> None:
         self.model, self.device = model, model.device
         self.precision = precision
         predicts = getattr(model, "predicts", True)
-        self._divergence = self._of_predictions if predicts else self._of_states
+        kinds = {"kl": self._of_predictions, "states": self._of_states, "mixed": self._of_both}
+        self._divergence = kinds[loss] if predicts else self._of_states
         self._token_share = token_share if predicts else 1.0
         windows, held_out = list(model.windows), list(model.held_out)
         if not held_out:
@@ -226,6 +229,10 @@ class ModelObjective:
         if backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
+
+    def _of_both(self, states: Tensor, teacher: Tensor, whole: Tensor, backward: bool) -> float:
+        found = self._of_predictions(states, teacher, whole, backward)
+        return found + self._of_states(states, teacher, whole, backward)
 
     def _of_predictions(self, states: Tensor, teacher: Tensor, whole: Tensor, backward: bool) -> float:
         """Mean over tokens of the whole batch; backward into `states` chunk by chunk, so that never all logits are

@@ -25,8 +25,8 @@ SHARES = (1.0, 0.7, 0.4, 0.2, 0.0)
 class LatentCode(TunableCode):
     """A code whose digits move, too.
 
-    `parameters` have, beside those of a `TunableCode`, PATH.latents float32 [out, groups, size] for the part of the
-    code that the original matrix was rounded to; it is absent where that kind keeps its digits (`trains` is False then).
+    `parameters` have, beside those of a `TunableCode`, PATH.latents float32 [out, groups, size] for the part that the
+    original matrix was rounded to; not where that kind keeps its digits (`trains` is False then).
 
     Parameters
     ----------
@@ -39,11 +39,14 @@ class LatentCode(TunableCode):
     def __init__(
         self, code: Code, weight: Tensor, device: torch.device | None = None, *, prefix: str = "", within: Any = None
     ) -> None:
+        self._leaf: Code
+        self._wanted: Tensor
         self._leaf, self._wanted = code.opened(weight)[:2] if within is None else within
         self._latents: Tensor | None = None
         super().__init__(code, prefix, device)
         if code is self._leaf and self._digits is not None:
             self._start()
+        self._wanted = torch.empty(0)  # it has served
 
     def _part(self, code: Code, prefix: str) -> TunableCode:
         return LatentCode(code, self._wanted, self.device, prefix=prefix, within=(self._leaf, self._wanted))
@@ -61,7 +64,8 @@ class LatentCode(TunableCode):
             latents, settled = now, torch.zeros_like(now, dtype=torch.bool)
             for share in SHARES:
                 tried = torch.where(settled, latents, torch.lerp(now, wanted, share))
-                settled |= group_values(self.code.digits_nearest(tried, scales), scales) == now
+                same = group_values(self.code.digits_nearest(tried, scales), scales) == now
+                settled |= self.code.all_together(same)
                 latents = torch.where(settled, tried, now)
         except NotImplementedError:
             return
@@ -76,7 +80,7 @@ class LatentCode(TunableCode):
     @property
     def parameters(self) -> dict[str, Tensor]:
         found = super().parameters
-        return found if self._latents is None else {**found, self._prefix + LATENTS: self._latents.clone()}
+        return found if self._latents is None else {**found, self._prefix + LATENTS: self._latents}
 
     @property
     def units(self) -> dict[str, Tensor]:
@@ -104,16 +108,19 @@ class LatentCode(TunableCode):
         latents = parameters[self._prefix + LATENTS].detach().cpu()
         return scaled.with_digits(scaled.digits_nearest(latents, scales_by_plane(own)))
 
-    def moved(self, code: Code) -> tuple[int, int]:
-        """How many weights of `code`, a later form of this one, have another digit, of how many."""
-        before, after = self._all_digits(self.code), self._all_digits(code)
-        changed = sum(int((a != b).any(0).sum()) for a, b in zip(before, after, strict=True))
-        return changed, sum(digits[0].numel() for digits in before)
 
-    def _all_digits(self, code: Code) -> list[Tensor]:
-        leaf = code.opened(torch.zeros(code.shape))[0]
-        digits = leaf.digits()
-        return [] if digits is None else [ungrouped(digits, leaf.shape[1])]
+def moved_digits(before: Code, after: Code) -> tuple[int, int]:
+    """How many weights have another digit in a later form of a code, of how many."""
+    one, other = _leaf_digits(before), _leaf_digits(after)
+    if one is None or other is None:
+        return 0, 0
+    return int((one != other).any(0).sum()), one[0].numel()
+
+
+def _leaf_digits(code: Code) -> Tensor | None:
+    leaf = code.opened(torch.zeros(code.shape, device="cpu"))[0]
+    digits = leaf.digits()
+    return None if digits is None else ungrouped(digits, leaf.shape[1])
 
 
 class _StraightThrough(torch.autograd.Function):

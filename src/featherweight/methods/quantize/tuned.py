@@ -1,4 +1,4 @@
-"""Values of codes, and plain tensors, as relative changes that an optimiser moves: one rate serves scales and digits."""
+"""Values of codes, and plain tensors, as relative changes that an optimiser moves: one rate serves all."""
 
 from __future__ import annotations
 

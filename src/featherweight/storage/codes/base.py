@@ -270,10 +270,14 @@ class Code(abc.ABC):
     def digits_nearest(self, values: Tensor, scales: Tensor) -> Tensor:
         """The digits, as `digits` gives them, with which these scales come nearest to values.
 
-        values : float [out, groups, size]; scales : float [out, groups, planes], on the same device. NotImplementedError
-        where digits cannot be chosen anew, which is so unless a kind says how.
+        values : float [out, groups, size]; scales : float [out, groups, planes], on the same device.
+        NotImplementedError where digits cannot be chosen anew, which is so unless a kind says how.
         """
         raise NotImplementedError(f"codes of the kind {self.kind} keep their digits")
+
+    def all_together(self, flags: Tensor) -> Tensor:
+        """flags bool [out, groups, size]: where those of all weights are set whose digits are chosen together."""
+        return flags
 
     def with_digits(self, digits: Tensor) -> Code:
         """This code with other digits, as `digits_nearest` gives them, in main memory. NotImplementedError as there."""

@@ -180,6 +180,12 @@ class Sherry(Code):
         whole = from_quartets(trits, self.shape[1], self.lane_stride)
         return grouped(whole.unsqueeze(0), self.group_size, scales.shape[1])
 
+    def all_together(self, flags: Tensor) -> Tensor:
+        quartets = to_quartets(ungrouped((~flags).to(torch.int8), self.shape[1]), self.lane_stride)
+        settled = (quartets.amax(-1, keepdim=True) == 0).to(torch.int8).expand_as(quartets)
+        whole = from_quartets(settled, self.shape[1], self.lane_stride)
+        return grouped(whole.unsqueeze(0), self.group_size, flags.shape[1])[0] > 0
+
     def with_digits(self, digits: Tensor) -> Sherry:
         quartets = to_quartets(ungrouped(digits[0], self.shape[1]).contiguous(), self.lane_stride)
         short = self.shape[1] % (4 * self.lane_stride) != 0

@@ -300,14 +300,16 @@ class TritPlanes(Code):
         if self.tied:
             integers, planes = self._integers()
             trits = planes[torch.searchsorted(integers, trits[0].contiguous())].movedim(-1, 0)
-        packed = torch.stack([pack_trits(plane.reshape(-1).contiguous(), self.packing) for plane in trits.to(torch.int8)])
+        packed = torch.stack(
+            [pack_trits(plane.reshape(-1).contiguous(), self.packing) for plane in trits.to(torch.int8)]
+        )
         return self.replaced({"trits": packed})  # type: ignore[return-value]
 
     def _integers(self) -> tuple[Tensor, Tensor]:
         """Tied: the integers int8 [n] that planes make up, rising, and trits int8 [n, planes] that make up each."""
         combinations = torch.tensor(list(itertools.product((-1, 0, 1), repeat=self.planes)), dtype=torch.int8)
         sums = (combinations * torch.tensor(self.plane_weights, dtype=torch.int8)).sum(1, dtype=torch.int8)
-        integers, inverse = sums.unique(return_inverse=True)
+        integers, inverse = torch.unique(sums, return_inverse=True)
         first = torch.stack([(inverse == number).nonzero()[0, 0] for number in range(len(integers))])
         return integers, combinations[first]
 

@@ -35,7 +35,7 @@ def model_card(manifest: dict[str, Any], config: dict[str, Any], before: Before 
 | source tensors | {tensors["source"]}: {fates} |
 | largest relative error of a layer | {worst["relative_error"]:.4f} (`{worst["name"]}`) |
 | made with | featherweight {manifest["featherweight"]} |
-{_before(*before)}
+{_healed(manifest)}{_before(*before)}
 Relative errors say little about text. `feather eval . --against ORIGINAL` measures perplexity, divergence from the
 original and agreement, each with its protocol; what was measured is kept in featherweight-run.json, the recipe with all
 its settings in featherweight.json.
@@ -115,6 +115,13 @@ def _before(text: str, most: tuple[float, str] | None) -> str:
     if most is not None:
         rows += f"| against what that was made from, at most | {most[0]:.4f} (`{most[1]}`) |\n"
     return rows
+
+
+def _healed(manifest: dict[str, Any]) -> str:
+    """The row about trainings against the original, where there were such."""
+    found = manifest.get("healed") or ()
+    steps = sum(one["steps"] for one in found)
+    return f"| healed | {steps} steps against the original |\n" if found else ""
 
 
 def _outside(manifest: dict[str, Any]) -> str:

@@ -163,7 +163,7 @@ def compress(
             "featherweight": __version__,
             **data.identity(),
         }
-        done = _finished(out, identity, overwrite, beside)
+        done = finished_output(out, identity, overwrite, beside)
         if done is not None:
             RunFolder(out, same=same_identity).remove_leftover(identity)
             return _result(out, done, checkpoint, begun, already_complete=True)
@@ -173,7 +173,7 @@ def compress(
         data.check(plan, checkpoint)
         with RunFolder.opened(out, identity, overwrite, beside, same_identity, str(runs_on)) as run:
             # once more: another process may have been at work until now
-            done = _finished(out, identity, overwrite, beside)
+            done = finished_output(out, identity, overwrite, beside)
             if done is not None:
                 return _result(out, done, checkpoint, begun, already_complete=True)
             if not run.publishing and run.read_assembly() is None:
@@ -368,7 +368,9 @@ def _folder_of(model: str | Path | None) -> Path | None:
     return path if path.is_dir() else path.parent
 
 
-def _finished(out: Path, identity: dict[str, Any], overwrite: bool, beside: Collection[str]) -> dict[str, Any] | None:
+def finished_output(
+    out: Path, identity: dict[str, Any], overwrite: bool, beside: Collection[str]
+) -> dict[str, Any] | None:
     """The manifest if OUT is the finished output of this very command; OutputError if it is something else, or, where
     it is to be replaced, if not all of it is ours."""
     with disk_errors(out):

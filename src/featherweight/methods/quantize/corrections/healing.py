@@ -11,13 +11,10 @@ that is kept, the start among them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
+from featherweight.methods.quantize.corrections.scale_tuning import Original, ScaleTuning
 from featherweight.methods.quantize.decoding import TunableCode
 from featherweight.methods.quantize.latent import LatentCode
 from featherweight.registry import register
@@ -35,7 +32,5 @@ class Healing(ScaleTuning):
     def training_bytes(self) -> int:
         return 40  # decoded weight and its gradient, digits; latent value, its change, gradient, two moments, the best
 
-    def trainable(
-        self, code: Code, weight: Callable[[str], Tensor], name: str, device: torch.device
-    ) -> TunableCode:
+    def trainable(self, code: Code, weight: Original, name: str, device: torch.device) -> TunableCode:
         return LatentCode(code, weight(name), device)

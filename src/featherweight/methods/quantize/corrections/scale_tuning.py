@@ -34,6 +34,8 @@ from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
 from featherweight.system.precision import Precision, choose_precision
 
+Original = Callable[[str], Tensor]
+"""What gives the original's weight [out, in] of a layer by its name."""
 RETREATS = 3  # from the learning rate of a small model to a hundredth of it
 
 
@@ -118,10 +120,8 @@ class ScaleTuning(Correction):
         found = dict.fromkeys(layers[name].norm for name in codes if layers[name].norm) if self.norms else {}
         return list(found)
 
-    def trainable(
-        self, code: Code, weight: Callable[[str], Tensor], name: str, device: torch.device
-    ) -> TunableCode:
-        """What of a layer's code is trained: all its scales. `weight` gives the original of a layer, where it counts."""
+    def trainable(self, code: Code, weight: Original, name: str, device: torch.device) -> TunableCode:
+        """What of a layer's code is trained: all its scales. `weight` gives the original's, where it counts."""
         return TunableCode(code, device=device)
 
     def tune(
@@ -149,7 +149,7 @@ class ScaleTuning(Correction):
         return state.result()
 
 
-def _original(network: BlockAccess | ModelAccess) -> Callable[[str], Tensor]:
+def _original(network: BlockAccess | ModelAccess) -> Original:
     """What gives the original's weight of a layer [out, in]."""
 
     def weight(name: str) -> Tensor:
