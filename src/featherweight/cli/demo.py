@@ -36,6 +36,9 @@ FIT_BYTES = 3_000_000
 """Of the model that the demo fits: between what trit-1 and trit-2 make."""
 FIT: dict[str, Any] = {"windows": 16}
 """How it is fitted: with a quarter of the text."""
+HEALED = "trit-1"
+HEAL: dict[str, Any] = {"steps": 24, "windows": 512, "held_out": 16, "score": 0}
+"""A minute of training against the original, on the shipped text; hours and a larger text give far more."""
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
 RESULTS = "demo.json"
@@ -63,7 +66,8 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     _claim(out)
     variants = []
     say.print(
-        f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes and a fit; output in {out}"
+        f"the bundled model, {tokens} tokens of its evaluation text, {len(RECIPES)} recipes, a fit and a healing; "
+        f"output in {out}"
     )
     with steps("original") as notify:
         measured = evaluate(original, limit=tokens, progress=notify, threads=threads)
@@ -104,6 +108,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
             command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --out {found.out}",
         )
     )
+    variants.append(_healed(original, out, tokens, threads))
     results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
     write_json(out / RESULTS, results)
     write_json(json_file, results)
@@ -128,6 +133,34 @@ def _fit(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
             original, out, FIT_BYTES, settings=settings, work=out.with_name("fit-measured"), threads=threads,
             overwrite=True, observer=watcher,
         )  # fmt: skip
+
+
+def _healed(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
+    """A compressed model, trained for a minute against the original."""
+    from featherweight.storage.run.record import read_record
+    from featherweight.tasks.analyse.levels import pictures_of
+    from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.heal.healing import heal
+    from featherweight.tasks.heal.settings import HealSettings
+    from featherweight.tasks.report.variants import Variant
+
+    small, folder = out / HEALED, out / f"{HEALED}-healed"
+    with Watcher(error_console()) as watcher:
+        done = heal(
+            small, original, folder, settings=HealSettings(**HEAL), threads=threads, overwrite=True, observer=watcher
+        )
+    with steps(f"{HEALED}, healed") as notify:
+        measured = evaluate(folder, original, limit=tokens, progress=notify, threads=threads)
+    return Variant(
+        f"{HEALED}, healed",
+        measured.to_json(),
+        {**done.to_json(), "seconds": done.seconds},
+        record=read_record(folder)["compression"],
+        family="trit-2, trit-1",
+        sample=_sample(folder),
+        histograms=pictures_of(folder, original, PICTURED),
+        command=f"feather heal {small} --against {os.path.relpath(original)} --steps {HEAL['steps']} --out {folder}",
+    )
 
 
 def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path) -> str:

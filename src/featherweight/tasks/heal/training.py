@@ -31,13 +31,32 @@ TRIED = 2
 WHOLE = "healed"
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One training.
+
+    key : of its state and of what comes of it
+    network : gives the originals of the layers
+    codes, norms : what is trained; fixed : what else takes the place of the original's
+    parts : so many trainings, this one among them, share the time that is left
+    """
+
+    key: str
+    objective: Objective
+    network: WholeModel | BlockWindow
+    codes: Mapping[str, Code]
+    norms: Mapping[str, Tensor]
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: int = 1
+
+
 @dataclass
 class Healer:
     """Trains a student within the original.
 
     seconds_left : what the training may take, as a function of time; None where steps are given
-    before, after : loss on held-out windows, of each training in turn
-    weights : originals of the layers, for what is said of the result
+    before, after : loss on held-out windows, of each training in turn; steps : how many each took
+    curve : of all of them, a point for each word: step, loss, held_out
     """
 
     student: Student
@@ -59,9 +78,8 @@ class Healer:
         student, settings = self.student, self.settings
         with calibration.whole_model() as model:
             objective = ModelObjective(model, settings.batch, self.precision, loss=settings.loss)
-            trainer = self._trainer(0)
             codes = {name: code for name, code in student.codes.items() if name in model.layers}
-            made = self._train(WHOLE, objective, trainer, codes, student.norms, model, student.fixed)
+            made = self._train(_Task(WHOLE, objective, model, codes, student.norms, student.fixed))
         self._keep(WHOLE, *made)
         return made
 
@@ -108,7 +126,7 @@ class Healer:
             left = sum(begin >= first for begin in windows)
             stage = f"healing blocks {first + 1} to {last + 1}"
             self.notify({"event": "step", "stage": stage, "number": len(windows) - left + 1, "of": len(windows)})
-            made = self._train(key, objective, self._trainer(left), codes, norms, window, {}, left)
+            made = self._train(_Task(key, objective, window, codes, norms, parts=left))
             window.close()
             self._keep(key, *made)
         now[0].update(made[0])
@@ -116,35 +134,27 @@ class Healer:
 
     # One training -----------------------------------------------------------------------------------------------------
 
-    def _trainer(self, seed: int) -> ScaleTuning:
+    def _trainer(self) -> ScaleTuning:
         kind = ScaleTuning if self.settings.level == "scales" else Healing
         return kind(learning_rate=self.settings.learning_rate, steps=self.settings.steps or 1, checks=CHECKS)
 
-    def _train(
-        self,
-        key: str,
-        objective: Objective,
-        trainer: ScaleTuning,
-        codes: Mapping[str, Code],
-        norms: Mapping[str, Tensor],
-        network: WholeModel | BlockWindow,
-        fixed: Mapping[str, Tensor],
-        parts: int = 1,
-    ) -> tuple[dict[str, Code], dict[str, Tensor]]:
-        device = objective.device
-        trained = {name: trainer.trainable(code, network.weight, name, device) for name, code in codes.items()}
-        state = TunedState(trained, norms, device, fixed)
-        steps = self.settings.steps or self._steps(key, objective, state, parts)
+    def _train(self, task: _Task) -> tuple[dict[str, Code], dict[str, Tensor]]:
+        trainer, device = self._trainer(), task.objective.device
+        weight = task.network.weight
+        trained = {name: trainer.trainable(code, weight, name, device) for name, code in task.codes.items()}
+        state = TunedState(trained, task.norms, device, task.fixed)
+        steps = self.settings.steps or self._steps(task, state)
         trainer = trainer.model_copy(update={"steps": steps})
         self.steps.append(steps)
-        store = self.run.training_of(key, self.notify)
-        made = trainer.tune(objective, state, self._heard, self.settings.seed, store)
+        store = self.run.training_of(task.key, self.notify)
+        made = trainer.tune(task.objective, state, self._heard, self.settings.seed, store)
         self.run.end_training()
         return made
 
-    def _steps(self, key: str, objective: Objective, state: TunedState, parts: int) -> int:
+    def _steps(self, task: _Task, state: TunedState) -> int:
         """As many as fit into what is left of the time, measured once; a run that goes on takes the same."""
         assert self.seconds_left is not None
+        objective = task.objective
         begun = time.monotonic()
         objective.held_out_loss(*state.stored())
         check = time.monotonic() - begun
@@ -154,9 +164,9 @@ class Healer:
             state.backward(objective, batch)
             took.append(time.monotonic() - begun)
         step = min(took[1:] or took)
-        room = self.seconds_left() / parts - (CHECKS + 1) * check
+        room = self.seconds_left() / task.parts - (CHECKS + 1) * check
         steps = max(LEAST_STEPS, int(room / (1.05 * step)))
-        return int(self.run.remembered(f"steps of {key}", str(steps)))
+        return int(self.run.remembered(f"steps of {task.key}", str(steps)))
 
     def _heard(self, event: dict[str, Any]) -> None:
         if "held_out_before" in event:
