@@ -16,6 +16,7 @@ from featherweight.storage.codes.column_scaled import ColumnScaled
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.hadamard import Hadamard
 from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.masked import Masked
 from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted
 from featherweight.storage.codes.product import Product
@@ -46,6 +47,11 @@ def trit_planes(rows: int, columns: int) -> TritPlanes:
 def sparse(rows: int, columns: int, dtype: torch.dtype = torch.float16) -> Sparse:
     matrix = numbers(rows, columns, seed=1)
     return Sparse.encode(matrix, matrix.abs() > 1.2, dtype)
+
+
+def masked(rows: int, columns: int, bits: int = 0) -> Masked:
+    matrix = numbers(rows, columns, seed=1)
+    return Masked.encode(matrix, matrix.abs() > 0.6, bits=bits)
 
 
 def low_rank(rows: int, columns: int, dtype: torch.dtype = torch.int8) -> LowRank:
@@ -122,6 +128,10 @@ KINDS: dict[str, Callable[[int, int], Code]] = {
     "sparse": sparse,
     "sparse-float32": lambda n, d: sparse(n, d, torch.float32),
     "sparse-empty": lambda n, d: Sparse.encode(torch.zeros(n, d), torch.zeros(n, d, dtype=torch.bool)),
+    "masked": masked,
+    "masked-int8": lambda n, d: masked(n, d, 8),
+    "masked-int4": lambda n, d: masked(n, d, 4),
+    "masked-empty": lambda n, d: Masked.encode(torch.zeros(n, d), torch.zeros(n, d, dtype=torch.bool)),
     "low-rank": lambda n, d: low_rank(n, d, torch.float16),
     "low-rank-int8": low_rank,
     "codebook": lambda n, d: Codebook.encode(whole(0, 8, n, d), numbers(n, 8)),
@@ -142,6 +152,7 @@ KINDS: dict[str, Callable[[int, int], Code]] = {
     "pyramid": pyramid,
     "sherry": sherry,
     "product": dictionary,
+    "product-masked": lambda n, d: Product(masked(n, 6, 8), Dense(numbers(6, d).half())),
     "product-wide": lambda n, d: Product(uniform(n, n + d), trit_planes(n + d, d)),
     "product-square": lambda n, d: Product(trit_planes(n, d), uniform(d, d, 2)),
     "product-of-sums": lambda n, d: Product(

@@ -97,6 +97,7 @@ def test_scaled_rows_are_those_of_the_matrix(name: str, shape: tuple[int, int]) 
     refusing = {"uniform-output", "permuted", "binary-planes-strips", "binary-planes-shifts", "quantized-input"}
     refusing |= {"low-rank", "low-rank-int8", "pyramid", "sherry"}
     refusing |= {"sparse", "sparse-float32", "sparse-empty", "sum", "nested", "product-of-sums"}  # sparse ones
+    refusing |= {"masked", "masked-empty"}
     assert (scaled is None) == (name in refusing)
 
 
@@ -206,6 +207,11 @@ DESCRIPTIONS = {
     "binary-planes-strips": "3 binary planes g8 x 3 rows",
     "binary-planes-shifts": "3 binary planes g1 all rows in 3 shifts",
     "offset-trits": "1 trit-plane with offset g8",
+    "masked": "masked 58 %",
+    "masked-int8": "masked 58 % 8 bit",
+    "masked-int4": "masked 58 % 4 bit",
+    "masked-empty": "masked 0 %",
+    "product-masked": "product over 6 of masked 56 % 8 bit and dense float16",
     "low-rank": "rank 2 float16",
     "low-rank-int8": "rank 2 int8",
     "sparse": "sparse 23 %",

@@ -26,6 +26,7 @@ from featherweight.storage.codes.hadamard import (
     splitmix64,
 )
 from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.masked import Masked
 from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted, inverse_order
 from featherweight.storage.codes.sparse import Sparse
@@ -141,6 +142,30 @@ def test_sparse_by_hand() -> None:
     assert code.values.tolist() == [5.0, 7.0, 8.0]
     assert code.decode().tolist() == matrix.tolist()
     assert code.nbytes == 4 * 4 + 3 * 2 + 3 * 2
+
+
+def test_masked_by_hand() -> None:
+    matrix = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 0.0], [7.0, 0.0, -3.5]])
+    code = Masked.encode(matrix, matrix != 0)
+    assert code.mask.tolist() == [0b01000010, 0b1]
+    assert code.tensors()["values"].tolist() == [5.0, 7.0, -3.5]
+    assert code.decode().tolist() == matrix.tolist()
+    assert code.nbytes == 2 + 3 * 2
+    rows = code.in_rows()
+    assert (rows.row_pointers.tolist(), rows.columns.tolist()) == ([0, 1, 1, 3], [1, 0, 2])
+    rounded = Masked.encode(matrix, matrix != 0, bits=4, scale_dtype=torch.float32)
+    assert rounded.tensors()["scales"].tolist() == pytest.approx([5 / 7, 0.0, 1.0])
+    assert rounded.tensors()["codes"].tolist() == [15 | 15 << 4, 4]  # 7 + 8, 7 + 8, halves to even: -4 + 8
+    assert rounded.decode()[2].tolist() == [7.0, 0.0, -4.0]
+    assert torch.equal(rounded.in_rows().decode(), rounded.decode())
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    code = Masked.encode(torch.ones(3, 3), torch.eye(3).bool())
+    stored = code.tensors()
+    for mask, message in (([0b00010001, 0b11], "behind the last"), ([0b00010001, 0], "2 bits set, and there are 3")):
+        with pytest.raises(ValueError, match=message):
+            code_from(code.spec, {**stored, "mask": torch.tensor(mask, dtype=torch.uint8)})
 
 
 def test_codebook_by_hand() -> None:
@@ -289,6 +314,10 @@ def test_byte_counts(rows: int, columns: int, size: int, bits: int, strip: int) 
     assert nbytes(kind="low-rank", rank=rank, factor_dtype="int8") == rank * (rows + columns) + 2 * (rows + rank)
     entries = min(bits, rows * columns)
     assert nbytes(kind="sparse", entries=entries) == 4 * (rows + 1) + 4 * entries
+    assert nbytes(kind="masked", entries=entries) == plane + 2 * entries
+    if bits > 1:
+        stored = plane + -(-entries * bits // 8) + 2 * rows
+        assert nbytes(kind="masked", entries=entries, bits=bits) == stored
     output_groups = -(-rows // size)
     assert nbytes(kind="uniform", bits=bits, group_size=size, axis="output") == -(
         -rows * columns * bits // 8

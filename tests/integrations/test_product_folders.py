@@ -28,6 +28,7 @@ from featherweight.model.products import ready
 from featherweight.storage.checkpoint.writer import blob_of, write_safetensors
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.dense import Dense
+from featherweight.storage.codes.masked import Masked
 from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.uniform import Uniform
@@ -48,6 +49,11 @@ def sparse_product(weight: Tensor) -> Code:
     return Product(Dense(left.half()), Sparse.encode(right, right.abs() > right.abs().mean()))
 
 
+def masked_product(weight: Tensor) -> Code:
+    left, right = factors(weight)
+    return Product(Masked.encode(left, left.abs() > left.abs().mean(), bits=8), Dense(right.half()))
+
+
 def single_product(weight: Tensor) -> Code:
     left, right = factors(weight)
     scales = left.abs().amax(1, keepdim=True) / 7
@@ -55,7 +61,7 @@ def single_product(weight: Tensor) -> Code:
     return Product(Uniform.encode(codes, scales, None, 4, KEPT), Dense(right.bfloat16()))
 
 
-@pytest.fixture(scope="module", params=[sparse_product, single_product])
+@pytest.fixture(scope="module", params=[sparse_product, masked_product, single_product])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return build("llama", tmp_path_factory.mktemp(request.param.__name__), codes=(request.param,))
 
@@ -75,7 +81,7 @@ def test_the_decoder_runs_single_factors_and_hands_over_others(folder: Folder) -
         pytest.skip("the native library is not built")
     code = next(iter(folder.codes.values()))
     assert isinstance(code, Product)
-    if isinstance(code.right, Sparse):
+    if isinstance(code.right, Sparse) or isinstance(code.left, Masked):
         with pytest.raises(UnsupportedModelError, match=r"only where each is a single matrix .* not sparse, .*q_proj"):
             NativeModel.open(folder.path, threads=1)
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from featherweight.methods.quantize.base import Choice
 from featherweight.methods.quantize.treatment import Treatment
@@ -70,6 +70,12 @@ class Allocator(Choice, abc.ABC):
     """
 
     needs_errors: ClassVar[bool] = False
+
+    @property
+    def judges(self) -> Literal["weights", "outputs"]:
+        """Of what errors are measured. Outputs take second moments, which `needs` then names; where it names them and
+        errors are of weights, codes are made with them all the same."""
+        return "outputs" if self.needs else "weights"
 
     def treatments(self, treatment: Treatment) -> tuple[Treatment, ...]:
         """The treatments that a layer may get in the place of the one its recipe gives it, this one among them or not.

@@ -115,6 +115,9 @@ class Grid(Choice):
     source whose rows are on one. What makes codes (`encode`, `join_vectors`) gets tensors in main memory."""
     device_weight_bytes: ClassVar[int] = 24
     """Bytes a weight of a window that PyTorch's form takes on a device."""
+    whole: ClassVar[bool] = False
+    """Whether a matrix is taken as a whole: no levels of single weights, nor vectors, so that only `quantize` makes its
+    code, and no rounding but `nearest` can have it."""
     group_size: int = Field(128, ge=1, description="input columns that share scales; the last group may be shorter")
 
     @property

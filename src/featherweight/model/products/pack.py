@@ -27,6 +27,7 @@ from featherweight.storage.codes.column_scaled import ColumnScaled
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.hadamard import Hadamard, random_signs
 from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.masked import Masked
 from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted
 from featherweight.storage.codes.product import Product
@@ -296,6 +297,8 @@ class _Packer:
         if isinstance(code, Hadamard):
             signs = random_signs(code.seed, code.shape[1]).float()
             return self.terms(code.inner, (*steps, Step("hadamard", signs, block=code.block)))
+        if isinstance(code, Masked):
+            code = code.in_rows()
         if isinstance(code, Sparse):
             columns, values = code.columns.to(torch.int32).contiguous(), code.values.float().contiguous()
             return (Term(steps, row_pointers=code.row_pointers.contiguous(), columns=columns, values=values),)

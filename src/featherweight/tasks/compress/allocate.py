@@ -120,7 +120,8 @@ def measured(
                 errors[name] = [0.0]
                 continue
             jobs = [replace(job, treatment=treatment) for treatment in treatments]
-            keys = [key_of(one, measuring.seed, file) for one in jobs]
+            judges = plan.recipe.allocation.judges
+            keys = [key_of(one, measuring.seed, file, judges) for one in jobs]
             if any(key not in measuring.known for key in keys):
                 inputs = InputStatistics(
                     {} if file is None else file.statistics(name), group_seed(measuring.seed, job.layer.input_group)
@@ -138,12 +139,14 @@ def measured(
 def _error(job: Job, source: LayerWeight, inputs: InputStatistics, plan: Plan) -> float:
     code = solve_with(job, source, inputs, plan.options).code
     gram: Tensor | None = inputs.statistics.get(HELD_OUT, inputs.statistics.get("gram"))
-    if gram is None:
+    if gram is None or plan.recipe.allocation.judges == "weights":
         return relative_error(source, code, plan.options.threads) ** 2
     return output_error(source.rows(0, source.shape[0]).float(), code, gram)
 
 
-def key_of(job: Job, seed: int, file: StatisticsFile | None) -> str:
-    """What a measured error depends on, beside the model: layer, treatment, seed, text of the statistics."""
-    about = [job.layer.name, job.treatment.settings(), seed, None if file is None else [file.text, file.settings]]
+def key_of(job: Job, seed: int, file: StatisticsFile | None, judges: str = "weights") -> str:
+    """What a measured error depends on, beside the model: layer, treatment, seed, text of the statistics, and of what
+    it is."""
+    text = None if file is None else [file.text, file.settings, judges]
+    about = [job.layer.name, job.treatment.settings(), seed, text]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

@@ -197,8 +197,9 @@ def check_calibration(recipe: Recipe, calibration: Any, base_model: str | Path |
         check_file(chosen_text(calibration, recipe.calibration))
     check_recipe(recipe)
     if recipe.allocation.needs and stored_in(chosen_text(calibration, recipe.calibration)) is None:
+        by = "errors of outputs" if recipe.allocation.judges == "outputs" else "errors of calibrated codes"
         raise RecipeError(
-            f"recipe {recipe.name}: the allocation {recipe.allocation.kind} chooses by errors of outputs, for which it "
+            f"recipe {recipe.name}: the allocation {recipe.allocation.kind} chooses by {by}, for which it "
             "needs a file of statistics: gather one with `feather calibrate` and give it as the calibration, or set "
             "allocation.errors to weights"
         )

@@ -47,9 +47,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_rounding(recipe: Recipe, treatment: Treatment, layer: str = "") -> None:
     """RecipeError where a rounding of blocks, or of the whole model, never comes to other choices."""
+    of_layer = f" of {layer}" if layer else ""
+    if treatment.grid.whole and treatment.rounding.kind != "nearest":
+        raise RecipeError(
+            f"recipe {recipe.name}: the grid {treatment.grid.kind}{of_layer} takes a matrix as a whole, with no values "
+            f"that the rounding {treatment.rounding.kind} could choose from: set rounding to nearest"
+        )
     left_out = _left_out(treatment)
     if left_out:
-        of_layer = f" of {layer}" if layer else ""
         raise RecipeError(
             f"recipe {recipe.name}: the rounding {treatment.rounding.kind} makes the codes of a whole "
             f"{treatment.rounding.scope}, to which {_kinds(left_out)}{of_layer} would not be applied; leave them out"

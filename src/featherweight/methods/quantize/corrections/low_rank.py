@@ -19,6 +19,7 @@ from torch import Tensor
 
 from featherweight.methods.calibrate.statistics import Statistics
 from featherweight.methods.quantize.base import Correction
+from featherweight.methods.quantize.factorise import root_of
 from featherweight.methods.quantize.scales import scale_dtype_for
 from featherweight.registry import register
 from featherweight.storage.codes import Code, code_layout
@@ -94,7 +95,7 @@ class LowRankCorrection(Correction):
 
     def _factors(self, error: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
         rank = min(self.rank, *error.shape)
-        root = None if gram is None else _root(gram.double())
+        root = None if gram is None else root_of(gram.double(), DAMPING)
         u, s, v = truncated_svd(error if root is None else error.double() @ root, rank)
         left, right = u * s.sqrt(), s.sqrt().unsqueeze(1) * v
         if root is not None:
@@ -107,18 +108,3 @@ class LowRankCorrection(Correction):
         scale_dtype = torch.float32 if torch.float32 in dtypes else torch.float16
         stored = {"float16": scale_dtype, "int8": torch.int8, "float32": torch.float32}[self.factors]
         return LowRank.encode(left.float().cpu(), right.float().cpu(), stored, scale_dtype)
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Lower triangular L with L L' = gram, damped until it exists. ValueError if it is not finite."""
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError("the gram matrix of its input is not finite")
-    mean = float(gram.diagonal().mean())
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (mean if mean > 0 else 1.0)
-    damping = DAMPING
-    while True:
-        root: Tensor
-        root, failed = torch.linalg.cholesky_ex(gram + damping * unit)
-        if int(failed) == 0:
-            return root
-        damping *= 10

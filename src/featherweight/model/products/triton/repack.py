@@ -30,6 +30,7 @@ from featherweight.storage.codes.column_scaled import ColumnScaled
 from featherweight.storage.codes.dense import Dense
 from featherweight.storage.codes.hadamard import Hadamard, random_signs
 from featherweight.storage.codes.low_rank import LowRank
+from featherweight.storage.codes.masked import Masked
 from featherweight.storage.codes.permuted import Permuted
 from featherweight.storage.codes.quantized_input import QuantizedInput
 from featherweight.storage.codes.sherry import Sherry, quartets_of
@@ -101,8 +102,9 @@ def _packed(code: Code, packing: str, steps: tuple[Step, ...]) -> GpuOperand:
     elif isinstance(code, LowRank):
         left, right = code.factors()
         return GpuOperand(code.kind, LOW_RANK, code.shape, {"left": left.t().contiguous(), "right": right}, None, steps)
-    elif isinstance(code, Sparse):
-        return GpuOperand(code.kind, SPARSE, code.shape, _sliced(code), None, steps)
+    elif isinstance(code, Masked | Sparse):
+        rows = code.in_rows() if isinstance(code, Masked) else code
+        return GpuOperand(code.kind, SPARSE, code.shape, _sliced(rows), None, steps)
     else:
         raise ValueError(f"there is no GPU operator for codes of kind {code.kind!r}; decode them to dense")
     if any(t.numel() >= LARGEST for t in tensors.values()):
