@@ -22,6 +22,7 @@ FLOORS = (
     "storage.codes",
     "storage.checkpoint",
     "storage.run",
+    "storage.stack",
     "model.products",
     "model.layers",
     "model.text",
@@ -40,6 +41,7 @@ FLOORS = (
     "tasks.analyse",
     "tasks.report",
     "tasks.fit",
+    "tasks.stack",
     "cli",
     "__main__",
 )

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "fit", "calibrate", "converse", "import"),
+    "Compress": ("compress", "fit", "stack", "calibrate", "converse", "import"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
     "Take elsewhere": ("export", "check"),
@@ -33,7 +33,20 @@ GROUPS = {
         "--tokens",
         "--repeats",
     ),
-    "Goal": ("--ram", "--size", "--bits", "--budget", "--quality", "--data-free", "--choices", "--alike", "--rounds"),
+    "Goal": (
+        "--ram",
+        "--size",
+        "--bits",
+        "--budget",
+        "--quality",
+        "--data-free",
+        "--choices",
+        "--alike",
+        "--rounds",
+        "--blocks",
+        "--rank",
+        "--order",
+    ),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
     "Sampling": ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"),
     "Conversations": ("--count", "--turns"),
@@ -63,6 +76,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fit": (
         ("feather fit MODEL --size 60MB --out small", "the best file of at most this size"),
         ("feather fit MODEL --bits 3 --out small --html front.html", "with a page about what other sizes would give"),
+    ),
+    "stack": (
+        ("feather stack MODEL --out stack", "once"),
+        ("feather chat stack --size 60MB", "as much of it as fits"),
+        ("feather stack stack --size 60MB --out small", "the same as a folder of its own"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),
