@@ -119,7 +119,11 @@ def stack(
             windows_digest(windows),
             settings.seed,
         ]
-        identity = {"stack": sha256_of(to_json(about)), "order": settings.order, "tokens": settings.tokens}
+        identity: dict[str, Any] = {
+            "stack": sha256_of(to_json(about)),
+            "order": settings.order,
+            "tokens": settings.tokens,
+        }
         if _finished(out, identity, overwrite):
             return _result(out, begun)
         name = f"{checkpoint.folder.resolve().name[:40]}-{identity['stack'][:16]}"

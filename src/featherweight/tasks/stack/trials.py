@@ -83,12 +83,17 @@ class Trials:
         source = LayerWeight(self.source, layer)
         weight = source.rows(0, source.shape[0]).double()
         code = load_code(self.made, layer.name)
-        scales = 1 / code.column_scales.double() if isinstance(code, ColumnScaled) else torch.ones(1).double()
-        whole = [float((weight * s).square().sum()) or 1.0 for s in (scales, 1.0)]
+        scales = (
+            1 / code.column_scales.double()
+            if isinstance(code, ColumnScaled)
+            else torch.ones(1, dtype=torch.float64, device="cpu")
+        )
+        one = torch.ones(1, dtype=torch.float64, device="cpu")
+        whole = [float((weight * s).square().sum()) or 1.0 for s in (scales, one)]
         found = []
         for level in range(self.blocks[layer.name]):
             rest = weight - code.prefix(level + 1).decode().double()
-            squares = [float((rest * s).square().sum()) / w for s, w in zip((scales, 1.0), whole, strict=True)]
+            squares = [float((rest * s).square().sum()) / w for s, w in zip((scales, one), whole, strict=True)]
             found.append((squares[0], math.sqrt(squares[1])))
         return found
 
