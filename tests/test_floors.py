@@ -22,6 +22,7 @@ FLOORS = (
     "storage.codes",
     "storage.checkpoint",
     "storage.run",
+    "storage.stack",
     "model.products",
     "model.layers",
     "model.text",
@@ -41,6 +42,7 @@ FLOORS = (
     "tasks.report",
     "tasks.fit",
     "tasks.heal",
+    "tasks.stack",
     "cli",
     "__main__",
 )

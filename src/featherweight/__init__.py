@@ -3,8 +3,8 @@
 Importing this package is cheap: torch and transformers are loaded on first use. It also teaches transformers to read
 compressed folders, so that `AutoModelForCausalLM.from_pretrained(folder)` works.
 
-What users import is here: the calls `compress`, `fit`, `heal`, `quantize`, `evaluate`, `load`, `import_model`,
-`export`, `report`; `Recipe`; the errors.
+What users import is here: the calls `compress`, `fit`, `heal`, `stack`, `quantize`, `evaluate`, `load`, `resize`,
+`import_model`, `export`, `report`; `Recipe`; the errors.
 The rooms behind it are, from the ground up, `system`, `pages`, `native`, `storage`, `model`, `methods`, `integrations`,
 `tasks`, `cli`; their plan is in docs/architecture.md.
 """
@@ -31,6 +31,7 @@ from featherweight.version import __version__
 
 if TYPE_CHECKING:
     from featherweight.integrations.load import load
+    from featherweight.integrations.resize import resize
     from featherweight.interop.exporting import export
     from featherweight.interop.importing import import_model
     from featherweight.methods.recipe import Recipe, load_recipe
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from featherweight.tasks.heal.healing import heal
     from featherweight.tasks.heal.settings import HealSettings
     from featherweight.tasks.report.written import report
+    from featherweight.tasks.stack.stacking import Stacked, StackSettings, cut_stack, stack
 
 __all__ = [
     "CalibrationError",
@@ -57,8 +59,11 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "StackSettings",
+    "Stacked",
     "__version__",
     "compress",
+    "cut_stack",
     "evaluate",
     "fit",
     "heal",
@@ -68,6 +73,8 @@ __all__ = [
     "load_recipe",
     "quantize",
     "report",
+    "resize",
+    "stack",
 ]
 
 LATER = {
@@ -82,6 +89,11 @@ LATER = {
     "export": "featherweight.interop.exporting",
     "load": "featherweight.integrations.load",
     "quantize": "featherweight.tasks.compress.memory",
+    "resize": "featherweight.integrations.resize",
+    "stack": "featherweight.tasks.stack.stacking",
+    "cut_stack": "featherweight.tasks.stack.stacking",
+    "Stacked": "featherweight.tasks.stack.stacking",
+    "StackSettings": "featherweight.tasks.stack.stacking",
     "report": "featherweight.tasks.report.written",
     "Recipe": "featherweight.methods.recipe",
     "load_recipe": "featherweight.methods.recipe",

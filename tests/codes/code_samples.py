@@ -23,6 +23,7 @@ from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.pyramid import Pyramid
 from featherweight.storage.codes.quantized_input import QuantizedInput
 from featherweight.storage.codes.sherry import Sherry, quartet_codes, quartets_of
+from featherweight.storage.codes.sign_factor import SignFactor
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
 from featherweight.storage.codes.trit_planes import TritPlanes
@@ -111,6 +112,12 @@ def pyramid(rows: int, columns: int) -> Pyramid:
     return Pyramid.encode((points, amplitudes), numbers(rows, -(-columns // 8)).abs().half(), columns, 8, 3, 2)
 
 
+def sign_factor(rows: int, columns: int, seed: int = 0) -> SignFactor:
+    rank = min(3, rows, columns)
+    left, right = numbers(rows, rank, seed=seed), numbers(rank, columns, seed=seed + 1)
+    return SignFactor.encode(numbers(rows, columns, seed=seed + 2) >= 0, left, right)
+
+
 def dictionary(rows: int, columns: int, atoms: int = 3) -> Product:
     """A dense dictionary times sparse coefficients."""
     return Product(Dense(numbers(rows, atoms).half()), sparse(atoms, columns))
@@ -161,6 +168,10 @@ KINDS: dict[str, Callable[[int, int], Code]] = {
     "product-in-a-sum": lambda n, d: Sum.of(uniform(n, d, 2), Hadamard(dictionary(n, d, 2), d & -d, 3)),
     "product-of-products": lambda n, d: Product(Product(uniform(n, 5), sparse(5, 2)), dictionary(2, d, 7)),
     "sum": lambda n, d: Sum.of(trit_planes(n, d), sparse(n, d)),
+    "sign-factor": sign_factor,
+    "sign-stack": lambda n, d: ColumnScaled(
+        Sum.of(*(sign_factor(n, d, seed) for seed in (0, 7, 11))), numbers(d).abs().half()
+    ),
     "quantized-input": lambda n, d: QuantizedInput(trit_planes(n, d), 8, 16),
     "nested": nested,
 }

@@ -220,6 +220,8 @@ DESCRIPTIONS = {
     "pyramid": "pyramid g8",
     "sherry": "sherry g8",
     "sum": "2 trit-planes g8 + sparse 23 %",
+    "sign-factor": "signs x rank 3 float16",
+    "sign-stack": "column-scaled signs x rank 3 float16 + signs x rank 3 float16 + signs x rank 3 float16",
     "hadamard": "hadamard 8 of 2 trit-planes g8",
     "column-scaled": "column-scaled 2 trit-planes g8",
     "permuted": "permuted 3 bit asymmetric g4 of outputs",

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from featherweight.methods.quantize.base import Correction
-from featherweight.methods.quantize.corrections.low_rank import LowRankCorrection, truncated_svd
+from featherweight.methods.quantize.corrections.low_rank import LowRankCorrection
 from featherweight.methods.quantize.corrections.outliers import DenseAndSparse, largest_mask, quartile_threshold
 from featherweight.methods.quantize.grids.trit_planes import TritPlaneGrid
 from featherweight.methods.quantize.grids.uniform import UniformGrid
+from featherweight.methods.quantize.truncated_svd import truncated_svd
 from featherweight.methods.recipe import load_recipe
 from featherweight.registry import registered
 from featherweight.storage.codes import Code, code_from

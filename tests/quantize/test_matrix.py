@@ -83,6 +83,11 @@ def powers_of_two(grid: Grid) -> bool:
     return isinstance(grid, BinaryPlaneGrid) and grid.terms > 0
 
 
+def without_levels(grid: Grid) -> bool:
+    """Vectors, and sums of factored blocks, have no list of levels of single weights."""
+    return grid.columns_jointly > 1 or type(grid).levels is Grid.levels
+
+
 @pytest.fixture(params=sorted(DISTINCT))
 def grid(request: pytest.FixtureRequest) -> Grid:
     return DISTINCT[request.param]
@@ -174,6 +179,8 @@ def test_tiny_and_huge_groups_keep_their_relative_error(std: float) -> None:
         if isinstance(grid, TritPlaneGrid):  # the published stopping rule is absolute: below it the loop hardly runs
             assert (grid.quantize(gaussian((8, 256)) * std).decode() - gaussian((8, 256)) * std).isfinite().all()
             grid = grid.model_copy(update={"tolerance_relative": True})
+        if grid.kind == "sign-factor":  # of eight rows its rank leaves nothing but rounding
+            grid = grid.model_copy(update={"rank": 2})
         if clamped(grid) or (powers_of_two(grid) and not 1e-12 <= std <= 1e3):  # out of reach: see their own tests
             continue
         usual, extreme = gaussian((8, 256), std=1.0), gaussian((8, 256), std=1.0) * std
@@ -184,9 +191,8 @@ def test_tiny_and_huge_groups_keep_their_relative_error(std: float) -> None:
 
 def test_groups_of_very_different_size_in_one_matrix() -> None:
     for name, grid in QUANTISING.items():
-        if (
-            128 % grid.group_size or grid.kind == "pyramid"
-        ):  # groups straddle the parts; vectors share a row's amplitudes
+        # groups straddle the parts; vectors share a row's amplitudes; factors are those of whole columns
+        if 128 % grid.group_size or grid.kind in ("pyramid", "sign-factor"):
             continue
         weight = torch.cat([gaussian((4, 128), std=1.0), gaussian((4, 128), std=1e-4), torch.zeros(4, 128)], dim=1)
         decoded = grid.quantize(weight).decode()
@@ -199,7 +205,7 @@ def test_groups_of_very_different_size_in_one_matrix() -> None:
 def test_nearest_is_nearest() -> None:
     """Each decoded value is a level of its group, and no other level is nearer to the weight."""
     for name, grid in QUANTISING.items():
-        if grid.columns_jointly > 1 or grid.whole:  # vectors and whole matrices have no levels of single weights
+        if without_levels(grid) or grid.whole:
             continue
         weight = gaussian((6, 256), seed=3)
         fit = grid.fit(weight)
@@ -217,7 +223,7 @@ def test_nearest_is_nearest() -> None:
 def test_encoded_levels_are_what_is_decoded() -> None:
     """`encode` of any choice of levels, not only of the nearest, decodes to these levels."""
     for name, grid in QUANTISING.items():
-        if grid.columns_jointly > 1 or grid.whole:
+        if without_levels(grid) or grid.whole:
             continue
         weight = gaussian((11, 150), seed=4)
         fit = grid.fit(weight)
@@ -236,7 +242,7 @@ def test_fits_of_windows_of_columns_are_parts_of_the_whole_fit() -> None:
     """A sweep fits a group when it reaches it; dimension 1 of every parameter counts groups of columns."""
     for name, grid in QUANTISING.items():
         # left out: vectors, a stopping rule that looks at all groups, near ties of logarithms
-        if grid.columns_jointly > 1 or grid.whole or isinstance(grid, TritPlaneGrid) or powers_of_two(grid):
+        if without_levels(grid) or grid.whole or isinstance(grid, TritPlaneGrid) or powers_of_two(grid):
             continue
         columns = 300 if grid.group_size > 1 else 20
         weight = gaussian((12, columns), seed=6)

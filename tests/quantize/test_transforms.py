@@ -40,6 +40,7 @@ def statistics_of(inputs: Tensor, full: Tensor, weight: Tensor) -> dict[str, Ten
         "held_out_gram": full.T @ full / tokens,
         "mean": inputs.mean(0),
         "mean_abs": inputs.abs().mean(0),
+        "mean_square": inputs.square().mean(0),
         "inputs": inputs,
         "tokens": torch.tensor(tokens),
         "base": weight * 0.9,

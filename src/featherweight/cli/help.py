@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "fit", "heal", "calibrate", "converse", "import"),
+    "Compress": ("compress", "fit", "stack", "heal", "calibrate", "converse", "import"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
     "Take elsewhere": ("export", "check"),
@@ -33,7 +33,20 @@ GROUPS = {
         "--tokens",
         "--repeats",
     ),
-    "Goal": ("--ram", "--size", "--bits", "--budget", "--quality", "--data-free", "--choices", "--alike", "--rounds"),
+    "Goal": (
+        "--ram",
+        "--size",
+        "--bits",
+        "--budget",
+        "--quality",
+        "--data-free",
+        "--choices",
+        "--alike",
+        "--rounds",
+        "--blocks",
+        "--rank",
+        "--order",
+    ),
     "Training": (
         *("--minutes", "--steps", "--level", "--window", "--loss", "--learning-rate", "--batch", "--length"),
         "--score-text",
@@ -72,6 +85,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("feather heal small --against MODEL --out healed", "a quarter of an hour, on the shipped text"),
         ("feather heal small --against MODEL --out healed --minutes 120 --text mine.txt", "longer, on your own"),
         ("feather heal small --against MODEL --out healed --level blocks", "where the model does not fit at once"),
+    ),
+    "stack": (
+        ("feather stack MODEL --out stack", "once"),
+        ("feather chat stack --size 60MB", "as much of it as fits"),
+        ("feather stack stack --size 60MB --out small", "the same as a folder of its own"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),

@@ -27,6 +27,7 @@ from featherweight.cli.options import (
     Quiet,
     Recipe,
     RunDevice,
+    StackSize,
     Tasks,
     Threads,
     Trust,
@@ -220,6 +221,7 @@ def evaluate(
     context: Annotated[int | None, typer.Option("--context", min=2, help="Window length in tokens.")] = None,
     dtype: Dtype = "auto",
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Use only the first N tokens.")] = None,
+    size: StackSize = None,
     threads: Threads = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -237,12 +239,13 @@ def evaluate(
     Several models are measured one after the other and shown in one table; their original is run once.
     """
     from featherweight.cli.evaluate import EvalOptions, Outputs, run_eval
+    from featherweight.cli.stack import sized
 
     options = EvalOptions(
         against, text, conversations, task_names(tasks), items, engine, protocol, context, dtype, limit, threads,
         device, trust_remote_code,
     )  # fmt: skip
-    run_eval(models, options, Outputs(json, html, record))
+    run_eval([sized(model, size) for model in models], options, Outputs(json, html, record))
 
 
 @app.command(cls=Command)
@@ -264,6 +267,7 @@ def generate(
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
+    size: StackSize = None,
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
@@ -273,9 +277,10 @@ def generate(
     """Continue a text."""
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import prompt_text, run_generate
+    from featherweight.cli.stack import sized
 
     text = prompt_text(prompt, prompt_file)
-    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
+    chosen = BackendSettings(sized(model, size), engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
     run_generate(chosen, text, settings, json)
 
@@ -294,6 +299,7 @@ def chat(
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     kv_cache: KvCache = "auto",
+    size: StackSize = None,
     threads: Threads = None,
     device: RunDevice = None,
     trust_remote_code: Trust = False,
@@ -311,8 +317,9 @@ def chat(
     """
     from featherweight.cli.backends import BackendSettings, GenerationSettings
     from featherweight.cli.generate import run_chat
+    from featherweight.cli.stack import sized
 
-    chosen = BackendSettings(model, engine, dtype, kv_cache, threads, trust_remote_code, device)
+    chosen = BackendSettings(sized(model, size), engine, dtype, kv_cache, threads, trust_remote_code, device)
     settings = GenerationSettings(max_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty)
     run_chat(chosen, system, settings, json, keep=not no_history)
 

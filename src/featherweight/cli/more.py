@@ -9,7 +9,7 @@ import typer
 
 from featherweight.cli.app import app
 from featherweight.cli.help import Command
-from featherweight.cli.options import Calibration, JsonFile, ModelArgument, Quiet, Threads, Trust
+from featherweight.cli.options import Calibration, Changes, JsonFile, ModelArgument, Quiet, Threads, Trust
 
 
 @app.command(cls=Command)
@@ -146,6 +146,55 @@ def heal(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     run_heal(small, against, out, settings, options, (html, json))
+
+
+@app.command(cls=Command)
+def stack(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME|FILE", help="A preset or file that makes sums of blocks.")
+    ] = "bitstack",
+    changes: Changes = None,
+    blocks: Annotated[int, typer.Option("--blocks", min=2, max=64, help="Of each layer, about a bit a weight.")] = 6,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Of a block's magnitudes; else the recipe's.")
+    ] = None,
+    order: Annotated[
+        str,
+        typer.Option(
+            "--order",
+            metavar="NAME",
+            help="average: by perplexity, level by level; knapsack: error saved a byte times what hangs on the layer; "
+            "local: error saved a byte, without running the model; random.",
+        ),
+    ] = "average",
+    calibration: Calibration = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of text to measure an order on.")] = 2048,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="SIZE", help="MODEL is a stack: OUT is what of it fits into so many bytes."),
+    ] = None,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random order.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
+    trust_remote_code: Trust = False,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Decompose a model once into blocks, sorted by their worth, of which any number is a model.
+
+    `eval`, `generate` and `chat` take a stack with --size and use as many blocks as fit; `stack DIR --size 50MB --out
+    OTHER` cuts such a part out as an ordinary folder. Interrupted, the same command goes on where it stopped.
+    """
+    from featherweight.cli.stack import StackOptions, run_cut, run_stack
+
+    if size is not None:
+        run_cut(model, out, size, json)
+        return
+    options = StackOptions(recipe, changes or [], blocks, rank, order, tokens, seed)
+    given = {"calibration": calibration, "threads": threads, "overwrite": overwrite}
+    run_stack(model, out, options, {**given, "trust_remote_code": trust_remote_code}, json)
 
 
 @app.command("import", cls=Command)

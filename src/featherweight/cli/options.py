@@ -96,6 +96,10 @@ Answering = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="Keys and values: auto, float16 or int8 (native only).")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .safetensors file or a hub id.")]
+StackSize = Annotated[
+    str | None,
+    typer.Option("--size", metavar="SIZE", help="Of a stack: as many blocks as this weight file holds, 60MB."),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
 ]

@@ -18,6 +18,7 @@ def load(
     *,
     cache: bool = False,
     verify: bool | str | None = None,
+    size: int | str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
@@ -38,6 +39,10 @@ def load(
         Whether the tensors of a compressed model are compared with their hashes: "always" (or True), "never" (or
         False), "auto" for models of up to 8 GiB. Default: what FEATHERWEIGHT_VERIFY says, else "auto". It reads the
         files once, at 1.5 GB a second and thread.
+    size : int or str, optional
+        Of a stack (`feather stack`): as many of its blocks as fit into a weight file of so many bytes, 60_000_000 or
+        "60MB". That prefix is kept as a folder in the cache; `featherweight.resize` changes the size later. Default:
+        all blocks.
     trust_remote_code : bool
         Run the code that a folder brings for its model class or tokenizer.
     kwargs
@@ -58,7 +63,7 @@ def load(
         are missing are named; transformers alone would make them up. A kind of code that is not known here is named
         as well: a newer release, or a package that is not installed, wrote it.
     FeatherError
-        `dtype` is no dtype.
+        `dtype` is no dtype; `size` is less than the stack's smallest model, which the text says.
 
     Warns
     -----
@@ -74,11 +79,18 @@ def load(
     from featherweight.storage.checkpoint.resolve import resolve
 
     place = resolve(model, revision=kwargs.pop("revision", None), token=kwargs.pop("token", None))
+    of_stack: tuple[Path, int] | None = None
+    if size is not None:
+        from featherweight.storage.stack.writing import sized_folder
+
+        folder, blocks = sized_folder(place.folder, size)
+        place, of_stack = resolve(folder), (place.folder.resolve(), blocks)
     import torch
     import transformers
 
     from featherweight.integrations.hooks import install
     from featherweight.integrations.loading import load_model, load_tokenizer
+    from featherweight.integrations.resize import remember
     from featherweight.model.layers.modules import set_cache
     from featherweight.storage.checkpoint.integrity import verifying
 
@@ -93,6 +105,8 @@ def load(
     finally:
         torch.set_default_dtype(default_dtype)  # transformers 4.x leaves its own behind when loading fails
     set_cache(loaded, cache)
+    if of_stack is not None:
+        remember(loaded, *of_stack)
     return loaded, tokenizer
 
 

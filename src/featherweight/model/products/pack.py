@@ -32,6 +32,7 @@ from featherweight.storage.codes.offset_trits import OffsetTrits
 from featherweight.storage.codes.permuted import Permuted
 from featherweight.storage.codes.product import Product
 from featherweight.storage.codes.quantized_input import QuantizedInput
+from featherweight.storage.codes.sign_factor import SignFactor
 from featherweight.storage.codes.sparse import Sparse
 from featherweight.storage.codes.sum import Sum
 from featherweight.storage.codes.trit_planes import TritPlanes
@@ -286,6 +287,8 @@ class _Packer:
 
     def terms(self, code: Code, steps: tuple[Step, ...]) -> tuple[Term, ...]:
         """The terms of a code whose input went through `steps`."""
+        if isinstance(code, Sum) and any(isinstance(part, SignFactor) for part in code.terms):
+            return (Term(steps, self._decoded(code, "a stack of signs and factors has no layout of its own")),)
         if isinstance(code, Sum):
             return tuple(term for part in code.terms for term in self.terms(part, steps))
         if isinstance(code, QuantizedInput):

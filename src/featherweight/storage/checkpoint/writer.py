@@ -48,7 +48,13 @@ def blob_of(name: str, tensor: Tensor) -> Blob:
 
 
 def write_safetensors(
-    path: Path, blobs: list[Blob], metadata: dict[str, str], sync: bool = True, coded: bool = True
+    path: Path,
+    blobs: list[Blob],
+    metadata: dict[str, str],
+    sync: bool = True,
+    coded: bool = True,
+    *,
+    in_order: bool = False,
 ) -> dict[str, str]:
     """Write a file atomically and return the SHA-256 (hex) of every tensor's bytes.
 
@@ -57,9 +63,10 @@ def write_safetensors(
 
     Tensors are laid out by falling element size, then name, so that each is aligned (what readers that map files
     need) and the same content always gives the same bytes. The hashes are in the header, which therefore is written
-    twice: first with blanks, then, when all bytes have passed by, in its final form of the same length.
+    twice: first with blanks, then, when all bytes have passed by, in its final form of the same length. `in_order`
+    keeps the order of `blobs` instead, whose alignment is then the caller's to see to.
     """
-    ordered, about, header = _prepared(blobs, metadata, coded)
+    ordered, about, header = _prepared(blobs, metadata, coded, in_order)
     hashes = {blob.name: "" for blob in ordered}
     with replacing(path, sync) as stream:
         stream.write(header)
@@ -84,10 +91,12 @@ def header_bytes(blobs: list[Blob], metadata: dict[str, str], coded: bool = True
     return len(_prepared(blobs, metadata, coded)[2])
 
 
-def _prepared(blobs: list[Blob], metadata: dict[str, str], coded: bool) -> tuple[list[Blob], dict[str, str], bytes]:
+def _prepared(
+    blobs: list[Blob], metadata: dict[str, str], coded: bool, in_order: bool = False
+) -> tuple[list[Blob], dict[str, str], bytes]:
     """The tensors in their order, what the header says beside them, and the header with blank hashes."""
     about = {**({VERSION_KEY: str(FORMAT_VERSION)} if coded else {}), **metadata}
-    ordered = sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
+    ordered = blobs if in_order else sorted(blobs, key=lambda b: (-_item_bytes(b), b.name))
     return ordered, about, _header(ordered, {blob.name: "0" * 64 for blob in ordered}, about)
 
 

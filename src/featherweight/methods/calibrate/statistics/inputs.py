@@ -2,6 +2,7 @@
 
 mean       [in]      sum w x / sum w
 mean_abs   [in]      sum w |x| / sum w
+mean_square [in]     sum w x^2 / sum w
 inputs     [t, in]   x of at most 512 tokens, evenly strided
 tokens     []        int64, number of tokens
 """
@@ -25,6 +26,17 @@ class _RunningMean(Running):
     def add(self, tokens: Tokens) -> None:
         values = tokens.weighted.abs() if self.absolute else tokens.weighted
         self.mean.mul_(tokens.old).add_(values.sum(0), alpha=tokens.new)
+
+    def finish(self) -> Tensor:
+        return self.mean
+
+
+class _RunningSquares(Running):
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.mean = torch.zeros(in_features, device=device)
+
+    def add(self, tokens: Tokens) -> None:
+        self.mean.mul_(tokens.old).add_((tokens.weighted * tokens.inputs).sum(0), alpha=tokens.new)
 
     def finish(self) -> Tensor:
         return self.mean
@@ -95,6 +107,24 @@ class MeanAbs(Statistic):
         known = super().carry(value, basis, statistics)
         if known is None and "inputs" in statistics:
             return basis.inputs(statistics["inputs"]).abs().mean(0)
+        return known
+
+
+@register("statistic", "mean_square")
+class MeanSquare(Statistic):
+    """The diagonal of `gram`. In another basis that of `gram` there, or of the sampled inputs."""
+
+    axes = ("in",)
+
+    def start(self, in_features: int, device: torch.device) -> Running:
+        return _RunningSquares(in_features, device)
+
+    def carry(self, value: Tensor, basis: Basis, statistics: Statistics) -> Tensor | None:
+        known = super().carry(value, basis, statistics)
+        if known is None and "gram" in statistics:
+            return basis.inputs(basis.inputs(statistics["gram"]).mT.contiguous()).diagonal().clone()
+        if known is None and "inputs" in statistics:
+            return basis.inputs(statistics["inputs"]).square().mean(0)
         return known
 
 

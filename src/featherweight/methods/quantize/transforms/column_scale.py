@@ -65,6 +65,7 @@ class ColumnScale:
             self.inputs,
             self.apply,
             mean_abs=self.inputs,
+            mean_square=lambda squares: self.inputs(self.inputs(squares)),
             fisher=lambda fisher: fisher * self.inverse.to(fisher.device, fisher.dtype).square(),
         )
 
