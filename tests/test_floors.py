@@ -32,6 +32,7 @@ FLOORS = (
     "methods.quantize",
     "methods.budget",
     "methods.recipe",
+    "methods.train",
     "integrations",
     "interop",
     "tasks.converse",
@@ -40,6 +41,8 @@ FLOORS = (
     "tasks.analyse",
     "tasks.report",
     "tasks.fit",
+    "tasks.train",
+    "train",
     "cli",
     "__main__",
 )
