@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from featherweight.methods.train.recipe import TrainRecipe, train_recipe
 from featherweight.model.layers.replace import packed_layer, put_in_place
 from featherweight.model.text.tokenizer import FILES as TOKENIZER_FILES
 from featherweight.storage.checkpoint.format import FORMAT_VERSION
+from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
+from featherweight.storage.checkpoint.writer import Blob, write_safetensors
 from featherweight.storage.codes import Code, describe_code
 from featherweight.storage.run.card import model_card, plain_card
 from featherweight.storage.run.ownership import MANIFEST, RECORD, first_foreign
@@ -134,6 +137,8 @@ def write_folder(
     dumped = {"name": "trained", "paper": ""} if recipe is None else recipe.dump()
     with _as_codes(model, layers, codes, dumped), asking_transformers(f"save the model to {folder}", error=OutputError):
         model.save_pretrained(folder, max_shard_size="4GB")
+    for path in sorted(folder.glob("*.safetensors")):
+        _rewrite(path, coded=bool(codes))
     _save_tokenizer(tokenizer, folder)
     manifest = _manifest(model, folder, records, dumped, identity)
     config = read_object(folder / "config.json")
@@ -199,6 +204,18 @@ def _as_codes(
             del model.config.quantization_config
 
 
+def _rewrite(path: Path, coded: bool) -> None:
+    """A file of safetensors in our order of tensors, so that equal values are equal bytes, and with their hashes."""
+    other = path.with_name(path.name + ".ordered")
+    with SafetensorsFile.open(path) as file:
+        blobs = [
+            Blob(name, e.dtype, e.shape, e.nbytes, partial(file.raw_windows, name)) for name, e in file.entries.items()
+        ]
+        write_safetensors(other, blobs, {}, coded=coded)
+    with disk_errors(path):
+        os.replace(other, path)
+
+
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if tokenizer is None:
         return
@@ -217,8 +234,6 @@ def _manifest(
     model: nn.Module, folder: Path, records: list[dict[str, Any]], recipe: dict[str, Any], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """What was made, layer by layer; free of times and paths."""
-    from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
-
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with SafetensorsFile.open(path) as file:
