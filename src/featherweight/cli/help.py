@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
     "Compress": ("compress", "fit", "calibrate", "converse", "import"),
+    "Train": ("train",),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
     "Take elsewhere": ("export", "check"),
@@ -32,6 +33,10 @@ GROUPS = {
         "--windows",
         "--tokens",
         "--repeats",
+    ),
+    "Training": (
+        *("--config", "--tokenizer", "--held-out", "--steps", "--batch", "--accumulate", "--length"),
+        *("--eval-every", "--log-every", "--save-every"),
     ),
     "Goal": ("--ram", "--size", "--bits", "--budget", "--quality", "--data-free", "--choices", "--alike", "--rounds"),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
@@ -63,6 +68,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "fit": (
         ("feather fit MODEL --size 60MB --out small", "the best file of at most this size"),
         ("feather fit MODEL --bits 3 --out small --html front.html", "with a page about what other sizes would give"),
+    ),
+    "train": (
+        ("feather train MODEL --recipe tequila --out trained --text texts.jsonl", "on from a model"),
+        ("feather train --config MODEL --recipe trilm --out trained --steps 2000", "from scratch"),
+        ("feather train --config MODEL --recipe full --out control", "the same without rounding"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),
@@ -168,6 +178,8 @@ def group_of(command: str, option: str) -> str:
     """The title under which an option stands on a command's page."""
     if option == "--seed" and command in SAMPLERS:
         return "Sampling"
+    if option == "--text" and command == "train":
+        return "Training"
     return next((title for title, names in GROUPS.items() if option in names), OTHERS)
 
 
