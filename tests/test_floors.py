@@ -33,6 +33,7 @@ FLOORS = (
     "methods.quantize",
     "methods.budget",
     "methods.recipe",
+    "methods.train",
     "integrations",
     "interop",
     "tasks.converse",
@@ -43,6 +44,8 @@ FLOORS = (
     "tasks.fit",
     "tasks.heal",
     "tasks.stack",
+    "tasks.train",
+    "train",
     "cli",
     "__main__",
 )

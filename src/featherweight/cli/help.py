@@ -9,7 +9,8 @@ from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
     "Choose": ("recommend", "plan", "methods"),
-    "Compress": ("compress", "fit", "stack", "heal", "calibrate", "converse", "import"),
+    "Compress": ("compress", "fit", "stack", "calibrate", "converse", "import"),
+    "Train": ("train", "heal"),
     "Measure": ("eval", "bench", "report", "inspect", "verify"),
     "Use": ("chat", "generate", "demo"),
     "Take elsewhere": ("export", "check"),
@@ -48,7 +49,8 @@ GROUPS = {
         "--order",
     ),
     "Training": (
-        *("--minutes", "--steps", "--level", "--window", "--loss", "--learning-rate", "--batch", "--length"),
+        *("--config", "--tokenizer", "--held-out", "--minutes", "--steps", "--level", "--window", "--loss"),
+        *("--learning-rate", "--batch", "--accumulate", "--length", "--eval-every", "--log-every", "--save-every"),
         "--score-text",
     ),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
@@ -90,6 +92,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("feather stack MODEL --out stack", "once"),
         ("feather chat stack --size 60MB", "as much of it as fits"),
         ("feather stack stack --size 60MB --out small", "the same as a folder of its own"),
+    ),
+    "train": (
+        ("feather train MODEL --recipe tequila --out trained --text texts.jsonl", "on from a model"),
+        ("feather train --config MODEL --recipe trilm --out trained --steps 2000", "from scratch"),
+        ("feather train --config MODEL --recipe full --out control", "the same without rounding"),
     ),
     "calibrate": (
         ("feather calibrate MODEL --out stats.safetensors", "once"),
@@ -195,6 +202,8 @@ def group_of(command: str, option: str) -> str:
     """The title under which an option stands on a command's page."""
     if option == "--seed" and command in SAMPLERS:
         return "Sampling"
+    if option == "--text" and command == "train":
+        return "Training"
     return next((title for title, names in GROUPS.items() if option in names), OTHERS)
 
 

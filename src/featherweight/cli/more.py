@@ -9,7 +9,19 @@ import typer
 
 from featherweight.cli.app import app
 from featherweight.cli.help import Command
-from featherweight.cli.options import Calibration, Changes, JsonFile, ModelArgument, Quiet, Threads, Trust
+from featherweight.cli.options import (
+    Calibration,
+    Changes,
+    Device,
+    JsonFile,
+    ModelArgument,
+    Quiet,
+    Threads,
+    TrainChanges,
+    TrainRecipe,
+    Trust,
+    train_dtype,
+)
 
 
 @app.command(cls=Command)
@@ -195,6 +207,78 @@ def stack(
     options = StackOptions(recipe, changes or [], blocks, rank, order, tokens, seed)
     given = {"calibration": calibration, "threads": threads, "overwrite": overwrite}
     run_stack(model, out, options, {**given, "trust_remote_code": trust_remote_code}, json)
+
+
+@app.command(cls=Command)
+def train(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    recipe: TrainRecipe,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model to go on from; or --config, to begin anew.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", metavar="PATH", help="A config.json of any architecture, or its folder: from scratch."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="A folder with one; else the model's own.")
+    ] = None,
+    changes: TrainChanges = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="To train on: .txt, .jsonl, .parquet, a folder, hf:DATASET, or a mixture by weight (ONE=0.9,TWO=0.1). "
+            "Else the shipped one.",
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out", metavar="TEXT", help="To evaluate on; else the last windows of the text, kept apart."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the optimiser.")] = 1000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows that are run at a time.")] = 8,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Batches whose gradients make a step.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 256,
+    eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps between evaluations.")] = 100,
+    log_every: Annotated[int, typer.Option("--log-every", min=1, help="Steps between lines of the log.")] = 10,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", min=1, help="Steps between savings; else a minute or more.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of first weights, windows and their order.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of activations: auto, float32 or bfloat16; weights are trained in float32.")
+    ] = "auto",
+    threads: Threads = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
+    trust_remote_code: Trust = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with curves.")] = None,
+    json: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model whose layers have few bits, from scratch or on from a checkpoint.
+
+    Layers are trained with the values that are stored, so that the folder runs at once and loses nothing more. Killed
+    at any moment, the same command goes on where it stopped, to the same bits. Recipes of trainings are bitnet-b158,
+    trilm, tequila, sherry-train, hgf, ofq-weights, tbt-weights and full.
+    """
+    from featherweight.cli.train import TrainOptions, run_train
+
+    options = TrainOptions(
+        out, recipe, model, config, tokenizer, text, held_out, changes or [], device, threads, overwrite,
+        trust_remote_code,
+    )  # fmt: skip
+    settings = {
+        "steps": steps, "batch": batch, "accumulate": accumulate, "length": length, "eval_every": eval_every,
+        "log_every": log_every, "save_every": save_every, "seed": seed, "dtype": train_dtype(dtype),
+    }  # fmt: skip
+    run_train(options, settings, html, json)
 
 
 @app.command("import", cls=Command)

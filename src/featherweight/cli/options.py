@@ -17,6 +17,22 @@ def preset_names(incomplete: str) -> list[str]:
     return sorted(path.stem for path in PRESETS.glob(f"{incomplete}*.yaml"))
 
 
+def train_preset_names(incomplete: str) -> list[str]:
+    """Presets of trainings, for the shell to complete."""
+    from featherweight.system.places import PRESETS
+
+    return sorted(path.stem for path in (PRESETS / "train").glob(f"{incomplete}*.yaml"))
+
+
+def train_dtype(name: str) -> str:
+    """WrongUse where a training cannot compute in it."""
+    from featherweight.cli.console import WrongUse
+
+    if name not in ("auto", "float32", "bfloat16"):
+        raise WrongUse(f"--dtype {name} is nothing that a training computes in: auto, float32 or bfloat16")
+    return name
+
+
 def task_names(given: list[str] | None) -> list[str] | None:
     """Of `--tasks`, which may stand several times, with commas between names."""
     return None if given is None else [name.strip() for part in given for name in part.split(",") if name.strip()]
@@ -67,6 +83,18 @@ Recipe = Annotated[str, _recipe]
 OptionalRecipe = Annotated[str | None, _recipe]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: grid.planes=3.")
+]
+TrainRecipe = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="A preset of trainings, or a YAML file.",
+        autocompletion=train_preset_names,
+    ),
+]
+TrainChanges = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a recipe field: forward.scope=row.")
 ]
 Calibration = Annotated[
     str | None,

@@ -20,9 +20,9 @@ def adam(betas: tuple[float, float] = (0.9, 0.999)) -> Optimiser:
     return lambda theta, rate: torch.optim.Adam(theta, lr=rate, betas=betas)
 
 
-def adamw(betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01) -> Optimiser:
+def adamw(betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01, eps: float = 1e-8) -> Optimiser:
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
-    return lambda theta, rate: torch.optim.AdamW(theta, lr=rate, betas=betas, weight_decay=weight_decay)
+    return lambda theta, rate: torch.optim.AdamW(theta, lr=rate, betas=betas, weight_decay=weight_decay, eps=eps)
 
 
 def sgd(momentum: float = 0.0) -> Optimiser:

@@ -18,7 +18,7 @@ MANIFEST = "featherweight.json"
 RECORD = "featherweight-run.json"
 """What is known of the run and was measured since; see record.py."""
 OWN_NAMES = re.compile(
-    r"config\.json|featherweight(-run|-fit)?\.json|README\.md|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
+    r"config\.json|featherweight(-run|-fit|-train)?\.json|README\.md|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
 )
 COPIED_NAMES = re.compile(  # what comes from the source; outputs made before their manifest listed their files
     r"(tokenizer|vocab|merges|licen[cs]e|notice|use_policy).*|(generation|preprocessor|processor)_config\.json|"

@@ -1,0 +1,1 @@
+"""Training low-bit models: the loop, its text and state, and the folder that comes of it."""
