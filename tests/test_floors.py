@@ -32,6 +32,7 @@ FLOORS = (
     "methods.quantize",
     "methods.budget",
     "methods.recipe",
+    "methods.train",
     "integrations",
     "interop",
     "tasks.converse",

@@ -1,0 +1,1 @@
+"""Training low-bit layers: forward codes, backward rules, side paths, optimisers, schedules."""
