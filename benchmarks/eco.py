@@ -3,11 +3,11 @@
 
     python benchmarks/eco.py OUT --steps 200 --seeds 0 1 2
 
-Linear layers of the blocks are quantised, embedding and norms are not; AdamW, a linear rise and a cosine to a tenth; the text is
-the bundled calibration text, the loss that of the bundled evaluation text, in nats a token. Printed are the mean over
-seeds, the ratio to the run with master weights on the same seed, and bytes that stay between steps: weights as codes,
-moments, masters. OUT has a file for each finished run, and where an unfinished one is; called again, it goes on, to the
-same bits.
+Linear layers of the blocks are quantised, embedding and norms are not; AdamW, a linear rise and a cosine to a tenth;
+the text is the bundled calibration text, the loss that of the bundled evaluation text, in nats a token. Printed are the
+mean over seeds, the ratio to the run with master weights on the same seed, and bytes that stay between steps: weights
+as codes, moments, masters. OUT has a file for each finished run, and where an unfinished one is; called again, it goes
+on, to the same bits.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 def run(options: argparse.Namespace, out: Path, levels: str, way: str, seed: int) -> dict[str, Any]:
     """Train one model, or go on with it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ASSETS / "reference"), dtype=torch.float32)
+    config = AutoConfig.from_pretrained(ASSETS / "reference", num_hidden_layers=options.blocks)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     text, held_out = windows("calibration.txt", options.length), windows("evaluation.txt", options.length)
     quantised = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in name]
     base = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -165,14 +166,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--blocks", type=int, default=8, help="of the network; the bundled model has 8")
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=128, help="windows that the loss is measured on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--levels", nargs="+", choices=QUANTISERS, default=list(QUANTISERS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("steps", "batch", "length", "rate", "held_out")}
+    settings = {name: getattr(options, name) for name in ("steps", "batch", "length", "blocks", "rate", "held_out")}
     note = options.out / "settings.json"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise SystemExit(f"{options.out} has runs of other settings ({note.read_text().strip()}): give another folder")

@@ -55,7 +55,7 @@ def _of_sgd(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> M
 def _of_adam(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> Momentum:
     """D * (1 - beta1^t) / rate * (1 - 1/beta1), D the divisor of this very step."""
     (beta, beta2), rate, step = group["betas"], float(group["lr"]), float(state["step"])
-    kept = 1 - rate * group["weight_decay"] if group.get("decoupled_weight_decay", False) else 1.0
+    kept: float = 1 - rate * group["weight_decay"] if group.get("decoupled_weight_decay", False) else 1.0
     if not beta:
         return Momentum(None, _as_it_is, kept)
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
@@ -76,7 +76,7 @@ def _of_adamw(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) ->
 def _of_muon(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> Momentum:
     """E (M'M)^(1/2), on the shorter side of the matrix, where the root loses nothing of E."""
     beta, rate = group["momentum"], float(group["lr"])
-    kept = 1 - rate * group["weight_decay"]
+    kept: float = 1 - rate * group["weight_decay"]
     if not beta:
         return Momentum(None, _as_it_is, kept)
     buffer, rows, columns = state["momentum_buffer"], *gradient.shape
@@ -90,7 +90,8 @@ def _of_muon(group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> 
         values, vectors = torch.linalg.eigh(square.double())
         root = ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).to(error.dtype)
         turned: Tensor = error @ root if rows >= columns else root @ error
-        return turned * (-kept * share / rate)
+        given: Tensor = turned * (-kept * share / rate)
+        return given
 
     return Momentum(buffer, back, kept)
 
