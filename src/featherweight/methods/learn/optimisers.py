@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,24 @@ def sgd(momentum: float = 0.0) -> Optimiser:
     return lambda theta, rate: torch.optim.SGD(theta, lr=rate, momentum=momentum)
 
 
-OPTIMISERS: dict[str, Callable[..., Optimiser]] = {"adam": adam, "adamw": adamw, "sgd": sgd}
+def _of_training(name: str, module: str) -> Callable[..., Optimiser]:
+    """The function of this name in a module of methods/train, a room above, imported when it is asked for."""
+
+    def make(**settings: Any) -> Optimiser:
+        found: Optimiser = getattr(importlib.import_module(f"featherweight.methods.train.{module}"), name)(**settings)
+        return found
+
+    return make
+
+
+OPTIMISERS: dict[str, Callable[..., Optimiser]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "sgd": sgd,
+    "adamp": _of_training("adamp", "adamp"),
+    "sgdp": _of_training("sgdp", "adamp"),
+    "eco": _of_training("eco", "eco"),
+}
 
 
 def optimiser_named(name: str, **settings: Any) -> Optimiser:
