@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -27,6 +28,7 @@ from featherweight.tasks.heal.settings import HealSettings
 from featherweight.tasks.heal.window import starts
 from models import make_tiny
 
+LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")
 QUICK = HealSettings(steps=12, batch=4, length=32, windows=64, held_out=8, score=256, learning_rate=0.02)
 RECIPE = {"name": "planes", "grid": {"kind": "trit-planes", "planes": 1, "group_size": 32}, "embedding": "4bit"}
 
@@ -225,26 +227,25 @@ featherweight.heal(small, model, out, settings=settings, text=text, threads=1)
 """
 
 
-@pytest.mark.parametrize("level", ["model", "blocks"])
+@pytest.mark.parametrize("level", ["model", pytest.param("blocks", marks=LONG)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
-    model: Path, small: Path, text: Path, tmp_path: Path, level: str
+    heal: Callable[..., Healing], model: Path, small: Path, text: Path, tmp_path: Path, level: Any
 ) -> None:
-    def command(out: str) -> list[str]:
-        return [sys.executable, "-c", KILLED, *map(str, (small, model, tmp_path / out, text, level))]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    kills = 0
-    for share in (0.3, 0.6):
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        folder, begun = tmp_path / "killed.feather-run" / "artifacts", time.monotonic()
-        while process.poll() is None and not any(folder.glob("training-*")) and time.monotonic() - begun < 60:
-            time.sleep(0.01)
-        time.sleep(share)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills
-    subprocess.run(command("killed"), check=True, capture_output=True)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    settings = replace(QUICK, score=0, level=level)
+    whole = heal(f"whole-{level}", settings)
+    out = tmp_path / "killed"
+    words = [sys.executable, "-c", KILLED, *map(str, (small, model, out, text, level))]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    artifacts, begun = tmp_path / "killed.feather-run" / "artifacts", time.monotonic()
+    while process.poll() is None and not any(artifacts.glob("training-*")) and time.monotonic() - begun < 120:
+        time.sleep(0.005)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert any(artifacts.glob("training-*"))
+    said: list[dict[str, Any]] = []
+    featherweight.heal(small, model, out, settings=settings, text=text, threads=1, observer=said.append)
+    assert any("goes on behind step" in event.get("text", "") for event in said)
+    assert files_of(out) == files_of(whole.out)
     assert not (tmp_path / "killed.feather-run").exists()
