@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def fit(
             kind = Study if settings.target is None else GgmlStudy
             study = kind(model, checkpoint, plan, settings, windows, calibration, folder, observer)
             problem = study.measured()
+            linear = study.check(problem)
             options = {"calibration": None if settings.data_free else calibration, "threads": threads}
             options |= {"trust_remote_code": trust_remote_code, "observer": observer, "seed": settings.seed}
             if isinstance(study, GgmlStudy):
@@ -130,7 +132,9 @@ def fit(
             scores = evaluate(
                 out, model, text, limit=settings.score, threads=threads, trust_remote_code=trust_remote_code
             )
-        result = _result(study, problem, made, budget, scores, time.monotonic() - begun)
+        result = replace(
+            _result(study, problem, made, budget, scores), linear_model=linear, seconds=time.monotonic() - begun
+        )
     write_text(out.with_name(out.name + ".json") if out.is_file() else out / RESULT, to_json(result.to_json()))
     return result
 
@@ -180,9 +184,7 @@ def _folder(work: str | Path | None, checkpoint: Checkpoint, windows: Tensor | N
     return place / f"{checkpoint.folder.resolve().name[:40]}-{sha256_of(about)[:16]}"
 
 
-def _result(
-    study: Study, problem: Problem, made: Made, budget: int | None, scores: Evaluation | None, seconds: float
-) -> Fit:
+def _result(study: Study, problem: Problem, made: Made, budget: int | None, scores: Evaluation | None) -> Fit:
     divergence = None if scores is None or scores.divergence is None else scores.divergence.mean
     layers = []
     for layer in study.layers:
@@ -206,7 +208,7 @@ def _result(
         unrefined_kl=None if refined is None else refined.before,
         uniform_kl=None if refined is None else refined.uniform,
         notes=tuple(study.notes),
-        seconds=seconds,
+        sensitivity=study.measure.kind,
         compression=made.compression,
         evaluation=scores,
         tensor_types=made.tensor_types,

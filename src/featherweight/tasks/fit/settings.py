@@ -10,6 +10,9 @@ from typing import Any, Literal
 from featherweight.tasks.fit.choosing import Pool
 from featherweight.tasks.fit.ways import Way, own_ways, ways_named
 
+DEFAULT = "kl"
+"""Measure of what hangs on each layer, where there is text."""
+
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -22,6 +25,8 @@ class FitSettings:
     refine : rounds in which the true model corrects the choice; 0: what adds up is taken
     windows, length : of calibration text for statistics and for the result
     tokens : of calibration text on which divergences are taken
+    sensitivity : how it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights
+    checks : random choices on which the linear model of the divergence is compared with the truth; fewer than 4: none
     corrections : of the whole model, as in a recipe, after the layers: [{"kind": "scale-tuning"}]
     target : "llama.cpp" takes ggml's own types as choices and makes a plain GGUF; `ways` then names types
     score : tokens of held-out text on which result and original are compared; 0: not
@@ -35,6 +40,8 @@ class FitSettings:
     windows: int = 64
     length: int = 1024
     tokens: int = 2048
+    sensitivity: str = DEFAULT
+    checks: int = 8
     corrections: tuple[Mapping[str, Any], ...] = ()
     score: int = 16384
     seed: int = 0

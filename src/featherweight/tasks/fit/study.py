@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from featherweight.errors import FeatherError
 from featherweight.events import Observer
 from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.registry import find
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.store import Store
@@ -22,18 +24,17 @@ from featherweight.system.files import read_object, sha256_of, to_json, write_te
 from featherweight.system.memory import available_bytes
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan
+from featherweight.tasks.fit.checking import LinearModel, check_linear
 from featherweight.tasks.fit.choosing import Problem, check_budget, groups_of
 from featherweight.tasks.fit.curves import Curves, Measured
+from featherweight.tasks.fit.measures.base import Asked, Measure
 from featherweight.tasks.fit.refining import Assembled, Refined, refine
 from featherweight.tasks.fit.sensitivity import Network, network_of
-from featherweight.tasks.fit.settings import FitSettings
+from featherweight.tasks.fit.settings import DEFAULT, FitSettings
 from featherweight.tasks.fit.sizes import file_bytes
 from featherweight.tasks.fit.ways import Chosen, Way, end_ways
 
 NEEDS = ("gram", "held_out_gram")
-TYPICAL_ERROR = 0.02
-"""Worths are taken with the way whose error is nearest to this: small enough to be quadratic, large enough to stand
-out."""
 LEAST_WORTH = 0.05
 """Of the median of its role: a layer on which nothing seems to hang may only seem so on this text."""
 WHOLE_SHARE = 2
@@ -97,11 +98,7 @@ class Study:
     def measured(self) -> Problem:
         """What each way costs in each layer, and the worth of every layer; both from what is kept, where it is."""
         self.curves.measure(self.ways, self._telling("measuring choices"))
-        worth = self._kept_worths()
-        if worth is None:
-            with self.network() as network:
-                worth = self._by_weights() if network is None else self._worths(network)
-        return Problem(self.curves.measured, worth, groups_of(self.layers, self.settings.alike))
+        return Problem(self.curves.measured, self._worths(), groups_of(self.layers, self.settings.alike))
 
     @contextlib.contextmanager
     def network(self) -> Iterator[Network | None]:
@@ -133,30 +130,57 @@ class Study:
         weights = sum(layer.parameters for layer in self.layers)
         return {layer.name: layer.parameters / weights for layer in self.layers}
 
-    def _typical(self, layer: LinearLayer) -> tuple[Measured, str]:
-        """The way that a layer's worth is taken with, and the key it is kept under."""
-        one = min(self.curves.measured[layer.name], key=lambda m: abs(m.error - TYPICAL_ERROR))
-        return one, f"worth-{one.key}-{self.settings.tokens}"
+    @property
+    def measure(self) -> type[Measure]:
+        """How worths are found. FeatherError for one that needs text where there is none; the default then is not."""
+        name = self.settings.sensitivity
+        found: type[Measure] = find("sensitivity", name)
+        if self.windows is None and found.needs_text:
+            if name != DEFAULT:
+                raise FeatherError(f"--sensitivity {name} needs text: leave --data-free out, or take zd or weights")
+            found = find("sensitivity", "weights")
+        return found
 
-    def _kept_worths(self) -> dict[str, float] | None:
-        """Those that are kept, if all of them are: then the original need not be loaded."""
-        records = {layer.name: self.store.record(self._typical(layer)[1]) for layer in self.layers}
-        found = {name: record for name, record in records.items() if record is not None}
-        return self._raised({n: _worth(r) for n, r in found.items()}) if len(found) == len(records) else None
+    def _asked(self, network: Network | None, what: str) -> Asked:
+        return Asked(self.checkpoint, self.layers, self.curves, network, self.settings.tokens, self._telling(what))
 
-    def _worths(self, network: Network) -> dict[str, float]:
-        told, found = self._telling("measuring what hangs on each layer"), dict[str, float]()
-        for number, layer in enumerate(self.layers):
-            told(number, len(self.layers))
-            one, key = self._typical(layer)
-            record = self.store.record(key)
-            if record is None:
-                divergence = network.divergence({layer.name: self.curves.code(one).decode()})
-                record = {"divergence": divergence, "error": self.store.load(one.key)[0]["error"]}
-                self.store.keep(key, {}, record)
-            found[layer.name] = _worth(record)
-        told(len(self.layers), len(self.layers))
-        return self._raised(found)
+    def _worths(self) -> dict[str, float]:
+        """Of all layers; those that are kept need no network."""
+        measure = self.measure
+        keys = [self._asked(None, "").typical(layer).key for layer in self.layers]
+        key = f"worths-{measure.kind}-{sha256_of(' '.join(keys))[:24]}-{self.settings.tokens}"
+        kept = self.store.record(key)
+        if kept is None:
+            kept = self._measured_worths(measure)
+            if kept is None:
+                return self._by_weights()
+            self.store.keep(key, {}, kept)
+        return self._raised(kept)
+
+    def _measured_worths(self, measure: type[Measure]) -> dict[str, float] | None:
+        what = f"measuring what hangs on each layer ({measure.kind})"
+        if not measure.needs_network:
+            return measure.worths(self._asked(None, what))
+        with self.network() as network:
+            return None if network is None else measure.worths(self._asked(network, what))
+
+    def check(self, problem: Problem) -> LinearModel | None:
+        """How far the linear model of the divergence holds; kept. None without text, or where it is not asked for."""
+        if self.windows is None or self.settings.checks < 4:
+            return None
+        worths = sha256_of(json.dumps([self.settings.checks, *sorted(problem.worth.items()), *problem.groups]))[:24]
+        ways = sha256_of(" ".join(m.key for found in problem.measured.values() for m in found))[:24]
+        key = f"linear-{worths}-{ways}-{self.settings.tokens}"
+        kept = self.store.record(key)
+        if kept is None:
+            with self.network() as network:
+                if network is None:
+                    return None
+                asked = self._asked(network, "checking that errors add up")
+                found = check_linear(problem, asked, self.settings.checks, self.settings.seed, asked.told)
+            kept = {"found": None if found is None else found.to_json()}
+            self.store.keep(key, {}, kept)
+        return None if kept["found"] is None else LinearModel.from_json(kept["found"])
 
     def _raised(self, found: Mapping[str, float]) -> dict[str, float]:
         """No worth is below LEAST_WORTH of its role's median."""
@@ -260,8 +284,3 @@ class Study:
 
 def _smallest(ways: Sequence[Measured]) -> int:
     return min(range(len(ways)), key=lambda place: ways[place].nbytes)
-
-
-def _worth(record: Mapping[str, Any]) -> float:
-    """Divergence for an error of one."""
-    return float(record["divergence"]) / float(record["error"]) if record["error"] > 0 else 0.0
