@@ -4,8 +4,8 @@
 
 Choices of random ways, from nearly lossless to coarse, are put together and their true divergence taken. `a` is the
 geometric mean of measured over predicted on every second one; on the others R^2 of the logarithms and the median
-relative error are stated. Pairs of layers, changed together and each by itself, say how much of what is missed is that errors of
-two layers meet: together / (one + other), 1 where they add up.
+relative error are stated. Pairs of layers, changed together and each by itself, say how much of what is missed is that
+errors of two layers meet: together / (one + other), 1 where they add up.
 """
 
 from __future__ import annotations
