@@ -54,6 +54,12 @@ def shown(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def ranks(scores: dict[int, float]) -> list[float]:
+    """Of every block, its place in the order."""
+    order = sorted(scores, key=lambda block: scores[block])
+    return [float(order.index(block)) for block in sorted(scores)]
+
+
 def one_seed(options: argparse.Namespace, seed: int) -> list[tuple[str, float, float]]:
     """Of one choice of text: each order's name, area, and correlation."""
     settings = FitSettings(windows=options.windows, length=512, tokens=options.tokens, seed=seed, score=0)
@@ -92,9 +98,7 @@ def one_seed(options: argparse.Namespace, seed: int) -> list[tuple[str, float, f
             for name, score in scores.items():
                 order = sorted(blocks, key=lambda block, score=score: score[block])  # least important first
                 area = statistics.mean(divergence(set(order[:n])) for n in range(1, len(blocks)))
-                correlation = statistics.correlation(
-                    [score[b] for b in blocks], [alone[b] for b in blocks], method="ranked"
-                )
+                correlation = statistics.correlation(ranks(score), ranks(alone))
                 rows.append((name, area, correlation))
     chance = [row for row in rows if row[0].startswith("random")]
     mean = [statistics.mean(row[i] for row in chance) for i in (1, 2)]  # type: ignore[misc]

@@ -97,9 +97,9 @@ def test_shares_reverses_and_controls(source: Path) -> None:
 
 
 def test_lim_takes_the_block_that_changes_its_input(source: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     import shutil
+
+    from safetensors.torch import load_file, save_file
 
     still = tmp_path / "still"
     shutil.copytree(source, still)

@@ -74,7 +74,7 @@ def _by_weights(plan: Plan, checkpoint: Checkpoint, allocation: TopOrder) -> dic
     found = {}
     for block in range(plan.anatomy.blocks):
         read = [
-            (lambda layer=layer: LayerWeight(checkpoint, layer).rows(0, layer.shape[0]))  # type: ignore[misc]
+            (lambda layer=layer: LayerWeight(checkpoint, layer).rows(0, layer.shape[0]))
             for layer in plan.anatomy.layers
             if layer.block == block
         ]

@@ -106,7 +106,7 @@ def fit(
         raise FeatherError("a fit needs a budget for the whole model, or pools for its layers, and not both")
     begun, out = time.monotonic(), Path(out).expanduser()
     with open_source(model, trust_remote_code) as checkpoint, use_threads(threads):
-        if settings.target is None:
+        if not settings.gguf:
             check_place(out, checkpoint, model)
             _check_held(out, checkpoint, overwrite)
         else:
@@ -117,7 +117,7 @@ def fit(
         folder = _folder(work, checkpoint, windows, settings)
         with FileLock(folder / "lock", make_folder=True) as lock:
             lock.acquire(wait=True)
-            kind = Study if settings.target is None else GgmlStudy
+            kind = GgmlStudy if settings.gguf else Study
             study = kind(model, checkpoint, plan, settings, windows, calibration, folder, observer)
             problem = study.measured()
             linear = study.check(problem)
@@ -162,6 +162,8 @@ def _base(checkpoint: Checkpoint, settings: FitSettings) -> Recipe:
     anatomy, _, _ = accounted_anatomy(checkpoint)
     layers = dict.fromkeys((layer.name for layer in anatomy.layers), settings.choices[0])
     ends, way = {}, end_ways()[-1]
+    if settings.target == "vllm":  # reads them plain
+        return recipe_from(recipe_of(Chosen(layers, {}), settings.calibration, data=not settings.data_free), NAME)
     if anatomy.embedding is not None and checkpoint.config.get("is_encoder_decoder") is not True:
         ends["embedding"] = way
     if anatomy.head is not None or (anatomy.tied_head is not None and ends):
@@ -209,6 +211,7 @@ def _result(study: Study, problem: Problem, made: Made, budget: int | None, scor
         uniform_kl=None if refined is None else refined.uniform,
         notes=tuple(study.notes),
         sensitivity=study.measure.kind,
+        tokens_per_second=1 / problem.taken_seconds(made.chosen) if problem.seconds else None,
         compression=made.compression,
         evaluation=scores,
         tensor_types=made.tensor_types,

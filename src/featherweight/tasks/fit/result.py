@@ -60,6 +60,7 @@ class Fit:
     recipe : what `compress` was given
     sensitivity : how it was found what hangs on each layer
     linear_model : how far sums of worth times error predict true divergences; None where that was not checked
+    tokens_per_second : of products with the chosen layers, by rates measured here; None where no floor was asked for
     notes : what was left out, a sentence each
     seconds : of this call
     compression : what `compress` gave back; None for a GGUF
@@ -83,6 +84,7 @@ class Fit:
     uniform_kl: float | None = None
     sensitivity: str = "kl"
     linear_model: LinearModel | None = None
+    tokens_per_second: float | None = None
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
     compression: Compression | None = field(default=None, repr=False)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +28,12 @@ from featherweight.tasks.fit.checking import LinearModel, check_linear
 from featherweight.tasks.fit.choosing import Problem, check_budget, groups_of
 from featherweight.tasks.fit.curves import Curves, Measured
 from featherweight.tasks.fit.measures.base import Asked, Measure
+from featherweight.tasks.fit.rates import layer_seconds
 from featherweight.tasks.fit.refining import Assembled, Refined, refine
 from featherweight.tasks.fit.sensitivity import Network, network_of
 from featherweight.tasks.fit.settings import DEFAULT, FitSettings
 from featherweight.tasks.fit.sizes import file_bytes
+from featherweight.tasks.fit.targets import readable, shareable
 from featherweight.tasks.fit.ways import Chosen, Way, end_ways
 
 NEEDS = ("gram", "held_out_gram")
@@ -64,6 +66,7 @@ class Study:
         self.store = Store(self.folder / "measured")
         self.store.folder.mkdir(parents=True, exist_ok=True)
         self.notes: list[str] = []
+        self._left_out: dict[str, list[str]] = {}
         self._specs: dict[str, dict[str, Any]] = {}
         self.layers: list[LinearLayer] = [job.layer for job in self.plan.jobs]
         self._outside = {layer.name for layer in self.plan.anatomy.outside}
@@ -73,7 +76,19 @@ class Study:
 
     def ways(self, layer: LinearLayer) -> tuple[Way, ...]:
         """What a layer may become."""
-        return end_ways() if layer.name in self._outside else self.settings.choices
+        found = end_ways() if layer.name in self._outside else self.settings.choices
+        return self.possible(layer, found)
+
+    def possible(self, layer: LinearLayer, ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        """Those of a layer's ways that the target reads and processes can share; what is left out is said."""
+        found = readable(layer, ways) if self.settings.target == "vllm" else ways
+        if not found:
+            raise FeatherError(f"vLLM's own kernels read no choice for {layer.name}, {list(layer.shape)}")
+        found = shareable(layer, found, self.settings.tensor_parallel)
+        for way in ways:
+            if way not in found:
+                self._left_out.setdefault(way.name, []).append(layer.name)
+        return found
 
     def _curves(self) -> Curves:
         return Curves(self.plan, self.checkpoint, self.store, self._statistics(), self.settings.seed)
@@ -98,7 +113,22 @@ class Study:
     def measured(self) -> Problem:
         """What each way costs in each layer, and the worth of every layer; both from what is kept, where it is."""
         self.curves.measure(self.ways, self._telling("measuring choices"))
-        return Problem(self.curves.measured, self._worths(), groups_of(self.layers, self.settings.alike))
+        for name, layers in self._left_out.items():
+            count = len(dict.fromkeys(layers))
+            self._note(f"{name} is left out for {layers[0]} and {count - 1} more: it cannot be read or shared there")
+        groups = groups_of(self.layers, self.settings.together)
+        problem = Problem(self.curves.measured, self._worths(), groups, solver=self.settings.solver)
+        wanted = self.settings.tokens_per_second
+        if wanted is None:
+            return problem
+        told = self._telling("measuring rates of kernels")
+        seconds = layer_seconds(self.curves, self.layers, self._is_read, told)
+        return replace(problem, seconds=seconds, most_seconds=1 / wanted)
+
+    def _is_read(self, layer: LinearLayer) -> bool:
+        """Whether every token reads all of it: not an embedding that is nothing else."""
+        embedding = self.plan.anatomy.embedding
+        return embedding is None or layer.name != embedding.name or self.plan.anatomy.tied_head is not None
 
     @contextlib.contextmanager
     def network(self) -> Iterator[Network | None]:
@@ -232,7 +262,7 @@ class Study:
 
     def _chosen(self, problem: Problem, room: int) -> tuple[dict[str, int], Refined | None]:
         first = problem.solved(room, self.settings.pools)  # says what is wrong before anything is loaded
-        if not self.settings.refine:
+        if not self.settings.refine or problem.solver == "greedy":
             return first, None
         with self.network() as network:
             if network is None:
@@ -248,6 +278,11 @@ class Study:
         pools = [vars(pool) for pool in self.settings.pools]
         tried = [self.settings.refine, self.settings.tokens, self.overhead]
         about: list[Any] = [budget, less, ways, dict(problem.worth), problem.groups, tried, pools]
+        about += (
+            [problem.most_seconds, dict(problem.seconds), problem.solver]
+            if problem.seconds or problem.solver != "knapsack"
+            else []
+        )
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
     def ways_of(self, problem: Problem, chosen: Mapping[str, int]) -> Chosen:
