@@ -8,19 +8,21 @@
 For every preset: its file, KL divergence and excess perplexity; then of a fit into the bytes of that file. Sizes given
 by --bits (of the whole file, a parameter) have a fit alone. `one way` is the divergence of the best single choice in
 all layers within the bytes, over that of the fit: both put together from the same codes, on text that neither has seen.
-Presets are taken without their tuning of scales, which a fit can have as well.
+With --control each fit has a row beside it that adds up divergences of one tensor at a time, greedily, and looks at no
+true model. Presets are taken without their tuning of scales, which a fit can have as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import featherweight
 from featherweight.cli.demo import reference_model
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20480)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--control", action="store_true", help="greedy sums beside every fit")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = [row for seed in range(options.seeds) for row in one_seed(options, seed)]
@@ -72,8 +75,10 @@ def one_seed(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             budgets.append((f"fit as {preset}", size))
         with Checkpoint.open(options.model) as checkpoint:
             budgets += [(f"fit {bits:g} bits", int(bits * checkpoint.parameters / 8)) for bits in options.bits]
-        for name, budget in budgets:
-            settings = featherweight.FitSettings(windows=options.windows, seed=seed, score=0)
+        solvers: list[Literal["knapsack", "greedy"]] = ["knapsack", "greedy"] if options.control else ["knapsack"]
+        for (name, budget), solver in itertools.product(budgets, solvers):
+            name = name if solver == "knapsack" else f"{name}, greedy sums"
+            settings = featherweight.FitSettings(windows=options.windows, seed=seed, score=0, solver=solver)
             out = folder / name
             found = featherweight.fit(
                 options.model, out, budget, settings=settings, calibration=options.calibration,

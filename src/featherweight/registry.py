@@ -42,6 +42,7 @@ PACKAGES = {
     "importer": "featherweight.interop.importers",
     "exporter": "featherweight.interop.exporters",
     "target": "featherweight.interop.targets",
+    "sensitivity": "featherweight.tasks.fit.measures",
 }
 
 _lock = threading.Lock()

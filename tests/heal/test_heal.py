@@ -243,9 +243,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    assert any(artifacts.glob("training-*"))
+    left = any(artifacts.glob("training-*"))
+    assert left or any(artifacts.glob("healed-*"))
     said: list[dict[str, Any]] = []
     featherweight.heal(small, model, out, settings=settings, text=text, threads=1, observer=said.append)
-    assert any("goes on behind step" in event.get("text", "") for event in said)
+    assert any("goes on behind step" in event.get("text", "") for event in said) == left
     assert files_of(out) == files_of(whole.out)
     assert not (tmp_path / "killed.feather-run").exists()

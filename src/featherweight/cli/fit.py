@@ -13,7 +13,7 @@ from featherweight.cli.console import WrongUse, claim_json, error_console, facts
 from featherweight.cli.progress import Watcher
 from featherweight.system.units import parse_size, size_text, time_text
 
-LLAMA: Literal["llama.cpp"] = "llama.cpp"
+TARGETS: tuple[Literal["llama.cpp", "vllm", "featherweight"], ...] = ("llama.cpp", "vllm", "featherweight")
 SHOWN = 7
 """Points of the front in the terminal, the made one in their middle."""
 
@@ -76,6 +76,18 @@ class FitOptions:
     overwrite: bool
     trust_remote_code: bool
     target: str | None
+    sensitivity: str = "kl"
+    tensor_parallel: int = 1
+    tokens_per_second: float | None = None
+
+    def check(self) -> None:
+        if self.target not in (None, *TARGETS):
+            said = ", ".join(TARGETS)
+            raise WrongUse(f"--target {self.target} is no program that a fit makes files for: there are {said}")
+        if self.tokens_per_second is not None and not 0 < self.tokens_per_second < float("inf"):
+            raise WrongUse(f"--tokens-per-second {self.tokens_per_second:g} is no rate: give a number above 0")
+        if self.target == "llama.cpp" and self.tokens_per_second is not None:
+            raise WrongUse("--tokens-per-second is by this program's kernels, and --target llama.cpp has its own")
 
 
 def run_fit(model: str, out: Path, goal: Goal, options: FitOptions, html: Path | None, json: Path | None) -> None:
@@ -85,10 +97,13 @@ def run_fit(model: str, out: Path, goal: Goal, options: FitOptions, html: Path |
 
     claim_json(json, ("bytes", "budget", "front"))
     goal.check()
-    if options.target not in (None, LLAMA):
-        raise WrongUse(f"--target {options.target} is no program that a fit makes files for: there is {LLAMA}")
+    options.check()
+    target = next((name for name in TARGETS if name == options.target), None)
     settings = FitSettings(
-        target=LLAMA if options.target else None,
+        target=target,
+        sensitivity=options.sensitivity,
+        tensor_parallel=options.tensor_parallel,
+        tokens_per_second=options.tokens_per_second,
         ways=tuple(options.choices),
         data_free=options.data_free,
         alike=options.alike,
@@ -123,6 +138,11 @@ def show(result: Any) -> None:
         rows.append(("KL to the original", f"{result.kl:.4f} nats a token"))
     if result.perplexity is not None and result.perplexity_of_original is not None:
         rows.append(("perplexity", f"{result.perplexity:.3f} (original {result.perplexity_of_original:.3f})"))
+    if result.linear_model is not None:
+        found = result.linear_model
+        rows.append(("sums of layers", f"R² {found.r2:.3f}, {100 * found.relative_error:.0f} % off (median)"))
+    if result.tokens_per_second is not None:
+        rows.append(("products alone", f"{result.tokens_per_second:.1f} tokens/s by measured rates"))
     rows.append(("time", time_text(result.seconds)))
     console.print(facts(rows))
     table = Table(box=None, pad_edge=False)

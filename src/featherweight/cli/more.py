@@ -64,8 +64,26 @@ def fit(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", metavar="NAME", help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them."
+            "--target",
+            metavar="NAME",
+            help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them. vllm: what its kernels read. "
+            "featherweight: everything, as without it.",
         ),
+    ] = None,
+    sensitivity: Annotated[
+        str,
+        typer.Option(
+            "--sensitivity",
+            metavar="NAME",
+            help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
+        ),
+    ] = "kl",
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", min=1, help="Processes that must be able to share every layer.")
+    ] = 1,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option("--tokens-per-second", help="Least rate of products in decoding, by rates measured here."),
     ] = None,
     alike: Annotated[
         bool,
@@ -96,7 +114,7 @@ def fit(
     names = [name.strip() for name in choices.split(",")] if choices is not None else []
     options = FitOptions(
         names, calibration, text, data_free, alike, rounds, windows, limit, threads, seed, overwrite, trust_remote_code,
-        target,
+        target, sensitivity, tensor_parallel, tokens_per_second,
     )  # fmt: skip
     run_fit(model, out, Goal(size, bits, ram, context, budget), options, html, json)
 

@@ -43,11 +43,13 @@ class LayerCandidates:
     shape : (out_features, in_features)
     candidates : at least one
     layer : what it is in its model; None for a matrix of which only the shape is known
+    importance : of its block, more for a higher value; None where the allocator did not ask for it
     """
 
     shape: tuple[int, int]
     candidates: tuple[Candidate, ...]
     layer: LinearLayer | None = None
+    importance: float | None = None
 
     @classmethod
     def of(
@@ -76,6 +78,16 @@ class Allocator(Choice, abc.ABC):
         """Of what errors are measured. Outputs take second moments, which `needs` then names; where it names them and
         errors are of weights, codes are made with them all the same."""
         return "outputs" if self.needs else "weights"
+
+    @property
+    def importance(self) -> str | None:
+        """The score of blocks that `assign` orders them by: "lim" or "zd"; None for none."""
+        return None
+
+    @property
+    def measures(self) -> bool:
+        """Whether layers or blocks are measured before `assign` is asked."""
+        return self.needs_errors or self.importance is not None
 
     def treatments(self, treatment: Treatment) -> tuple[Treatment, ...]:
         """The treatments that a layer may get in the place of the one its recipe gives it, this one among them or not.

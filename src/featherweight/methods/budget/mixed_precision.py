@@ -70,9 +70,9 @@ class MixedPrecision(Allocator):
         )
 
     def most_bytes(self, layers: Mapping[str, LayerCandidates]) -> int:
-        return min(super().most_bytes(layers), self._budget(layers))
+        return min(super().most_bytes(layers), self.budget(layers))
 
-    def _budget(self, layers: Mapping[str, LayerCandidates]) -> int:
+    def budget(self, layers: Mapping[str, LayerCandidates]) -> int:
         """Bytes for all layers. RecipeError where the smallest candidates take more."""
         weights = sum(layer.weights for layer in layers.values())
         budget = math.floor(self.bits * weights / 8)
@@ -87,7 +87,7 @@ class MixedPrecision(Allocator):
 
     def assign(self, layers: Mapping[str, LayerCandidates]) -> dict[str, Treatment]:
         hulls = {name: lower_hull(layer.candidates) for name, layer in layers.items()}
-        room = self._budget(layers) - sum(hull[0].nbytes for hull in hulls.values())
+        room = self.budget(layers) - sum(hull[0].nbytes for hull in hulls.values())
         reached = dict.fromkeys(hulls, 0)
         steps: list[tuple[float, int, str]] = []
         order = {name: place for place, name in enumerate(hulls)}
@@ -97,7 +97,7 @@ class MixedPrecision(Allocator):
             hull, place = hulls[name], reached[name]
             if place + 1 < len(hull):
                 here, there = hull[place], hull[place + 1]
-                saved = layers[name].weights * (_error(here) - _error(there))
+                saved = layers[name].weights * (error_of(here) - error_of(there))
                 heapq.heappush(steps, (-saved / (there.nbytes - here.nbytes), order[name], name))
 
         for name in hulls:
@@ -119,8 +119,8 @@ def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
     The first takes the fewest bytes of all and, among those, misses least.
     """
     hull: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.nbytes, _error(c))):
-        if hull and _error(candidate) >= _error(hull[-1]):
+    for candidate in sorted(candidates, key=lambda c: (c.nbytes, error_of(c))):
+        if hull and error_of(candidate) >= error_of(hull[-1]):
             continue
         while len(hull) > 1 and _slope(hull[-2], candidate) < _slope(hull[-2], hull[-1]):
             hull.pop()
@@ -130,10 +130,11 @@ def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _slope(one: Candidate, other: Candidate) -> float:
     """Error a byte, from the smaller candidate to the larger; negative where the larger misses less."""
-    return (_error(other) - _error(one)) / (other.nbytes - one.nbytes)
+    return (error_of(other) - error_of(one)) / (other.nbytes - one.nbytes)
 
 
-def _error(candidate: Candidate) -> float:
+def error_of(candidate: Candidate) -> float:
+    """The measured error. ValueError where there is none."""
     if candidate.error is None:
         raise ValueError("mixed-precision chooses by measured errors, and this candidate has none")
     return candidate.error

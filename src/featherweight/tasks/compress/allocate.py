@@ -21,6 +21,7 @@ from featherweight.methods.calibrate.statistics_file import StatisticsFile
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import LayerWeight
 from featherweight.storage.run.folder import RunFolder
+from featherweight.tasks.compress.importance import block_scores
 from featherweight.tasks.compress.plan import Job, Plan
 from featherweight.tasks.compress.solve import HELD_OUT, InputStatistics, group_seed, output_error, relative_error
 from featherweight.tasks.compress.stored import solve_with
@@ -32,18 +33,24 @@ class Measuring:
 
     seed : of the run, for transforms with random choices
     statistics : a file with the second moments of layers' inputs, for errors of outputs; None for errors of weights
+    windows : of text, token ids int64 [n, T], for scores of blocks that need it
     known : errors measured before, by `key_of`; what is measured now is added, so that a mapping that is kept with a
         run saves measuring again
     """
 
     seed: int = 0
     statistics: Path | None = None
+    windows: Tensor | None = None
     known: MutableMapping[str, float] = field(default_factory=dict)
 
 
 def can_measure(plan: Plan, measuring: Measuring) -> bool:
-    """Whether what the allocation of a plan chooses by can be measured; not so for outputs without statistics."""
-    return not plan.recipe.allocation.needs or measuring.statistics is not None
+    """Whether what the allocation of a plan chooses by can be measured; not so for outputs without statistics,
+    nor for scores of hidden states without text."""
+    allocation = plan.recipe.allocation
+    if allocation.importance == "lim" and measuring.windows is None:
+        return False
+    return not allocation.needs or measuring.statistics is not None
 
 
 def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: Observer = silent) -> Plan:
@@ -54,12 +61,17 @@ def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: 
     """
     if not plan.candidates:
         return plan
-    if not can_measure(plan, measuring):
-        raise ValueError("errors of outputs are measured with a file of statistics")
     recipe = plan.recipe
-    errors = measured(plan, checkpoint, measuring, notify)
+    if recipe.allocation.needs and measuring.statistics is None:
+        raise ValueError("errors of outputs are measured with a file of statistics")
+    scores = _scores(plan, checkpoint, measuring)
+    needs = recipe.allocation.needs_errors
+    errors = measured(plan, checkpoint, measuring, notify) if needs else {}
     layers = {
-        job.layer.name: LayerCandidates.of(job.layer, plan.candidates[job.layer.name], errors[job.layer.name])
+        job.layer.name: replace(
+            LayerCandidates.of(job.layer, plan.candidates[job.layer.name], errors.get(job.layer.name)),
+            importance=scores.get(job.layer.block),
+        )
         for job in plan.jobs
         if job.layer.name in plan.candidates
     }
@@ -80,10 +92,23 @@ def allocated(plan: Plan, checkpoint: Checkpoint, measuring: Measuring, notify: 
             "event": "allocation",
             "kind": recipe.allocation.kind,
             "bits_per_weight": 8 * decided.code_bytes / max(1, decided.weights),
-            "error": missed / max(1, decided.weights),
+            "error": missed / max(1, decided.weights) if needs else None,
         }
     )
     return decided
+
+
+def _scores(plan: Plan, checkpoint: Checkpoint, measuring: Measuring) -> dict[int | None, float]:
+    """By block, what the allocator orders blocks by; kept with the errors, so that a run goes on as it began."""
+    wanted, blocks = plan.recipe.allocation.importance, range(plan.anatomy.blocks)
+    if wanted is None:
+        return {}
+    about = json.dumps(plan.recipe.allocation.settings(), sort_keys=True)
+    keys = {block: f"{wanted}-{block}-{hashlib.sha256(about.encode()).hexdigest()[:16]}" for block in blocks}
+    if any(key not in measuring.known for key in keys.values()):
+        found = block_scores(plan, checkpoint, measuring.windows)
+        measuring.known.update({keys[block]: found[block] for block in blocks})
+    return {block: measuring.known[key] for block, key in keys.items()}
 
 
 def decided(

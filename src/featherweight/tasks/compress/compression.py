@@ -184,7 +184,7 @@ def compress(
                 told = {"out": str(out), "threads": count, "threads_from": thread_reason(threads)}
                 told |= {"device": str(runs_on), "solved_on": plan.options.device, **share.facts()}
                 _say_what_is_odd(plan, checkpoint, run, events)
-                plan = decided(plan, checkpoint, run, Measuring(seed, data.stored), events)
+                plan = decided(plan, checkpoint, run, Measuring(seed, data.stored, windows=data.windows), events)
                 events({"event": "plan", **plan.summary(), **told})
                 place = str(model) if Path(model).is_file() else str(checkpoint.folder)
                 order = Order(place, chosen.dump(), seed, threads, limit, trust_remote_code, str(out), identity)

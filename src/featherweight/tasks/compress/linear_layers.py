@@ -92,7 +92,7 @@ class LinearLayers:
 
     def plan(self, recipe: Recipe, options: SolveOptions) -> Plan:
         """RecipeError where the recipe does not fit the model."""
-        if recipe.allocation.needs_errors:
+        if recipe.allocation.measures:
             raise RecipeError(
                 f"recipe {recipe.name}: the allocation {recipe.allocation.kind} measures layers, as is done for models "
                 "in folders only: use featherweight.compress, or take the allocation fixed"

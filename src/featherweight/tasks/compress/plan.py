@@ -323,7 +323,7 @@ def make_plan(
     treatments = recipe.candidates_for(anatomy)
     layers = [*anatomy.layers, *anatomy.outside]
     candidates = {x.name: LayerCandidates.of(x, treatments[x.name]) for x in layers if x.name in treatments}
-    measures = recipe.allocation.needs_errors
+    measures = recipe.allocation.measures
     given = _largest(candidates) if measures else recipe.allocation.assign(candidates)
     chosen_tensors = {layer.tensor for layer in layers if layer.name in given}
     jobs = []

@@ -5,15 +5,18 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from featherweight.errors import FeatherError
 from featherweight.methods.budget.knapsack import Option, Solution, frontier, solve
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.system.units import parse_size, size_text
 from featherweight.tasks.fit.curves import Measured
+from featherweight.tasks.fit.greedy import greedy
 
 REST = "rest"
+BISECTIONS = 30
+"""Of the price of a second."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,87 @@ class Problem:
     measured : by layer, its ways
     worth : by layer, divergence for an error of one (see `sensitivity`)
     groups : names of layers that go one way together, each layer in one group
+    seconds : by layer, what each of its ways takes for a token; empty where speed does not count
+    most_seconds : what a choice may take for a token
+    solver : "knapsack", or the control "greedy" (see `greedy`)
     """
 
     measured: Mapping[str, Sequence[Measured]]
     worth: Mapping[str, float]
     groups: tuple[tuple[str, ...], ...]
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    most_seconds: float = math.inf
+    solver: str = "knapsack"
 
-    def options(self, group: Sequence[str]) -> list[Option]:
-        """Of a group: the ways of its first layer, with the bytes and costs of all its layers."""
+    def options(self, group: Sequence[str], price: float = 0.0) -> list[Option]:
+        """Of a group: the ways of its first layer, with the bytes and costs of all its layers.
+
+        price : of a second, in the unit of costs; where it is infinite, seconds alone are costs
+        """
         found = []
         for place in range(len(self.measured[group[0]])):
             taken = [self.measured[name][place] for name in group]
             cost = math.fsum(self.worth[name] * one.error for name, one in zip(group, taken, strict=True))
+            if price:
+                slow = math.fsum(self.seconds[name][place] for name in group)
+                cost = slow if math.isinf(price) else cost + price * slow
             found.append(Option(sum(one.nbytes for one in taken), cost))
         return found
 
+    def taken_seconds(self, chosen: Mapping[str, int]) -> float:
+        """For one token, in products with the layers; 0 where speed does not count."""
+        return math.fsum(self.seconds[name][place] for name, place in chosen.items() if name in self.seconds)
+
     def solved(self, budget: int, pools: Sequence[Pool] = ()) -> dict[str, int]:
-        """By layer, the place of its way: least predicted divergence within a budget of code bytes, or within each
-        of several pools. FeatherError where the smallest ways take more."""
+        """By layer, the place of its way: least predicted divergence within a budget of code bytes, or within each of
+        several pools, that takes no more than `most_seconds` a token. The price of a second that just keeps to it is
+        found by bisection. FeatherError where the smallest ways take more bytes, or the fastest more time."""
+        found = self._priced(budget, pools)
+        if self.taken_seconds(found) <= self.most_seconds:
+            return found
+        found = self._priced(budget, pools, math.inf)
+        least = self.taken_seconds(found)
+        if least > self.most_seconds:
+            raise FeatherError(
+                f"--tokens-per-second {1 / self.most_seconds:.3g} cannot be met within the budget: the fastest that "
+                f"these choices make here is {1 / least:.3g} tokens a second; ask for as much, or for fewer bytes"
+            )
+        low, high = 0.0, max(self.cost(found), 1e-12) / least
+        for _ in range(60):
+            other = self._priced(budget, pools, high)
+            if self.taken_seconds(other) <= self.most_seconds:
+                found = other
+                break
+            low, high = high, high * 4
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            other = self._priced(budget, pools, middle)
+            if self.taken_seconds(other) <= self.most_seconds:
+                high = middle
+                found = min(found, other, key=self.cost)
+            else:
+                low = middle
+        return found
+
+    def _solve(self, items: list[list[Option]], budget: int) -> Solution:
+        best = solve(items, budget)  # says what is wrong
+        if self.solver != "greedy":
+            return best
+        chosen = greedy(items, budget)
+        taken = [item[place] for item, place in zip(items, chosen, strict=True)]
+        return Solution(tuple(chosen), sum(x.nbytes for x in taken), math.fsum(x.cost for x in taken), best.bound)
+
+    def _priced(self, budget: int, pools: Sequence[Pool], price: float = 0.0) -> dict[str, int]:
         if not pools:
-            return self._expanded(self.groups, solve([self.options(group) for group in self.groups], budget))
+            items = [self.options(group, price) for group in self.groups]
+            return self._expanded(self.groups, self._solve(items, budget))
         found: dict[str, int] = {}
         for place, pool in enumerate(pools):
             own = tuple(group for group in self.groups if pool_of(group[0], pools) == place)
             if not own:
                 raise FeatherError(f"no layer belongs to the pool {pool.pattern!r} of --budget: its name meets none")
             try:
-                solution = solve([self.options(group) for group in own], pool.nbytes)
+                solution = self._solve([self.options(group, price) for group in own], pool.nbytes)
             except FeatherError as error:
                 raise FeatherError(f"the pool {pool.pattern!r} of --budget is too small: {error}") from None
             found |= self._expanded(own, solution)

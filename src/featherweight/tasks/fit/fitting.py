@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def fit(
         raise FeatherError("a fit needs a budget for the whole model, or pools for its layers, and not both")
     begun, out = time.monotonic(), Path(out).expanduser()
     with open_source(model, trust_remote_code) as checkpoint, use_threads(threads):
-        if settings.target is None:
+        if not settings.gguf:
             check_place(out, checkpoint, model)
             _check_held(out, checkpoint, overwrite)
         else:
@@ -116,9 +117,10 @@ def fit(
         folder = _folder(work, checkpoint, windows, settings)
         with FileLock(folder / "lock", make_folder=True) as lock:
             lock.acquire(wait=True)
-            kind = Study if settings.target is None else GgmlStudy
+            kind = GgmlStudy if settings.gguf else Study
             study = kind(model, checkpoint, plan, settings, windows, calibration, folder, observer)
             problem = study.measured()
+            linear = study.check(problem)
             options = {"calibration": None if settings.data_free else calibration, "threads": threads}
             options |= {"trust_remote_code": trust_remote_code, "observer": observer, "seed": settings.seed}
             if isinstance(study, GgmlStudy):
@@ -130,7 +132,9 @@ def fit(
             scores = evaluate(
                 out, model, text, limit=settings.score, threads=threads, trust_remote_code=trust_remote_code
             )
-        result = _result(study, problem, made, budget, scores, time.monotonic() - begun)
+        result = replace(
+            _result(study, problem, made, budget, scores), linear_model=linear, seconds=time.monotonic() - begun
+        )
     write_text(out.with_name(out.name + ".json") if out.is_file() else out / RESULT, to_json(result.to_json()))
     return result
 
@@ -158,6 +162,8 @@ def _base(checkpoint: Checkpoint, settings: FitSettings) -> Recipe:
     anatomy, _, _ = accounted_anatomy(checkpoint)
     layers = dict.fromkeys((layer.name for layer in anatomy.layers), settings.choices[0])
     ends, way = {}, end_ways()[-1]
+    if settings.target == "vllm":  # reads them plain
+        return recipe_from(recipe_of(Chosen(layers, {}), settings.calibration, data=not settings.data_free), NAME)
     if anatomy.embedding is not None and checkpoint.config.get("is_encoder_decoder") is not True:
         ends["embedding"] = way
     if anatomy.head is not None or (anatomy.tied_head is not None and ends):
@@ -180,9 +186,7 @@ def _folder(work: str | Path | None, checkpoint: Checkpoint, windows: Tensor | N
     return place / f"{checkpoint.folder.resolve().name[:40]}-{sha256_of(about)[:16]}"
 
 
-def _result(
-    study: Study, problem: Problem, made: Made, budget: int | None, scores: Evaluation | None, seconds: float
-) -> Fit:
+def _result(study: Study, problem: Problem, made: Made, budget: int | None, scores: Evaluation | None) -> Fit:
     divergence = None if scores is None or scores.divergence is None else scores.divergence.mean
     layers = []
     for layer in study.layers:
@@ -206,7 +210,8 @@ def _result(
         unrefined_kl=None if refined is None else refined.before,
         uniform_kl=None if refined is None else refined.uniform,
         notes=tuple(study.notes),
-        seconds=seconds,
+        sensitivity=study.measure.kind,
+        tokens_per_second=1 / problem.taken_seconds(made.chosen) if problem.seconds else None,
         compression=made.compression,
         evaluation=scores,
         tensor_types=made.tensor_types,

@@ -98,7 +98,7 @@ class GgmlStudy(Study):
             raise FeatherError(f"ggml has no type {unknown[0]!r}; types: {', '.join(KINDS)}")
         kinds = [TYPES[name.upper()] for name in names]
         fitting = [kind.name for kind in kinds if kind.fits_columns(layer.shape[1])] or ["F16"]
-        return tuple(Way(name, (), {}, {}) for name in fitting)
+        return tuple(Way(name, (), {}, {}) for name in fitting)  # rows are shared whole, whatever the type
 
     def file_bytes(self, problem: Problem, chosen: Mapping[str, int]) -> int:
         return self.overhead + problem.nbytes(chosen)

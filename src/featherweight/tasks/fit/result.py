@@ -10,6 +10,7 @@ from typing import Any
 from featherweight.system.units import size_text
 from featherweight.tasks.compress.result import Compression
 from featherweight.tasks.evaluate.result import Evaluation
+from featherweight.tasks.fit.checking import LinearModel
 
 BESIDE = ("out", "layers", "front", "recipe", "compression", "evaluation")
 """Fields that JSON has in another form, or not."""
@@ -57,6 +58,9 @@ class Fit:
         from measured codes; None without text
     unrefined_kl, uniform_kl : likewise, of the first choice, and of the best of one way in all layers
     recipe : what `compress` was given
+    sensitivity : how it was found what hangs on each layer
+    linear_model : how far sums of worth times error predict true divergences; None where that was not checked
+    tokens_per_second : of products with the chosen layers, by rates measured here; None where no floor was asked for
     notes : what was left out, a sentence each
     seconds : of this call
     compression : what `compress` gave back; None for a GGUF
@@ -78,6 +82,9 @@ class Fit:
     assembled_kl: float | None = None
     unrefined_kl: float | None = None
     uniform_kl: float | None = None
+    sensitivity: str = "kl"
+    linear_model: LinearModel | None = None
+    tokens_per_second: float | None = None
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
     compression: Compression | None = field(default=None, repr=False)
@@ -102,6 +109,7 @@ class Fit:
         kept = {name: value for name, value in vars(self).items() if name not in BESIDE}
         return {
             **kept,
+            "linear_model": None if self.linear_model is None else self.linear_model.to_json(),
             "notes": list(self.notes),
             "bits": self.bits,
             "layers": [asdict(layer) for layer in self.layers],

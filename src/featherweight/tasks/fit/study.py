@@ -6,15 +6,17 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
+from featherweight.errors import FeatherError
 from featherweight.events import Observer
 from featherweight.methods.calibrate.settings import CalibrationSettings
+from featherweight.registry import find
 from featherweight.storage.checkpoint.anatomy import LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.run.store import Store
@@ -22,18 +24,19 @@ from featherweight.system.files import read_object, sha256_of, to_json, write_te
 from featherweight.system.memory import available_bytes
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan
+from featherweight.tasks.fit.checking import LinearModel, check_linear
 from featherweight.tasks.fit.choosing import Problem, check_budget, groups_of
 from featherweight.tasks.fit.curves import Curves, Measured
+from featherweight.tasks.fit.measures.base import Asked, Measure
+from featherweight.tasks.fit.rates import layer_seconds
 from featherweight.tasks.fit.refining import Assembled, Refined, refine
 from featherweight.tasks.fit.sensitivity import Network, network_of
-from featherweight.tasks.fit.settings import FitSettings
+from featherweight.tasks.fit.settings import DEFAULT, FitSettings
 from featherweight.tasks.fit.sizes import file_bytes
+from featherweight.tasks.fit.targets import readable, shareable
 from featherweight.tasks.fit.ways import Chosen, Way, end_ways
 
 NEEDS = ("gram", "held_out_gram")
-TYPICAL_ERROR = 0.02
-"""Worths are taken with the way whose error is nearest to this: small enough to be quadratic, large enough to stand
-out."""
 LEAST_WORTH = 0.05
 """Of the median of its role: a layer on which nothing seems to hang may only seem so on this text."""
 WHOLE_SHARE = 2
@@ -63,6 +66,7 @@ class Study:
         self.store = Store(self.folder / "measured")
         self.store.folder.mkdir(parents=True, exist_ok=True)
         self.notes: list[str] = []
+        self._left_out: dict[str, list[str]] = {}
         self._specs: dict[str, dict[str, Any]] = {}
         self.layers: list[LinearLayer] = [job.layer for job in self.plan.jobs]
         self._outside = {layer.name for layer in self.plan.anatomy.outside}
@@ -72,7 +76,19 @@ class Study:
 
     def ways(self, layer: LinearLayer) -> tuple[Way, ...]:
         """What a layer may become."""
-        return end_ways() if layer.name in self._outside else self.settings.choices
+        found = end_ways() if layer.name in self._outside else self.settings.choices
+        return self.possible(layer, found)
+
+    def possible(self, layer: LinearLayer, ways: tuple[Way, ...]) -> tuple[Way, ...]:
+        """Those of a layer's ways that the target reads and processes can share; what is left out is said."""
+        found = readable(layer, ways) if self.settings.target == "vllm" else ways
+        if not found:
+            raise FeatherError(f"vLLM's own kernels read no choice for {layer.name}, {list(layer.shape)}")
+        found = shareable(layer, found, self.settings.tensor_parallel)
+        for way in ways:
+            if way not in found:
+                self._left_out.setdefault(way.name, []).append(layer.name)
+        return found
 
     def _curves(self) -> Curves:
         return Curves(self.plan, self.checkpoint, self.store, self._statistics(), self.settings.seed)
@@ -97,11 +113,22 @@ class Study:
     def measured(self) -> Problem:
         """What each way costs in each layer, and the worth of every layer; both from what is kept, where it is."""
         self.curves.measure(self.ways, self._telling("measuring choices"))
-        worth = self._kept_worths()
-        if worth is None:
-            with self.network() as network:
-                worth = self._by_weights() if network is None else self._worths(network)
-        return Problem(self.curves.measured, worth, groups_of(self.layers, self.settings.alike))
+        for name, layers in self._left_out.items():
+            count = len(dict.fromkeys(layers))
+            self._note(f"{name} is left out for {layers[0]} and {count - 1} more: it cannot be read or shared there")
+        groups = groups_of(self.layers, self.settings.together)
+        problem = Problem(self.curves.measured, self._worths(), groups, solver=self.settings.solver)
+        wanted = self.settings.tokens_per_second
+        if wanted is None:
+            return problem
+        told = self._telling("measuring rates of kernels")
+        seconds = layer_seconds(self.curves, self.layers, self._is_read, told)
+        return replace(problem, seconds=seconds, most_seconds=1 / wanted)
+
+    def _is_read(self, layer: LinearLayer) -> bool:
+        """Whether every token reads all of it: not an embedding that is nothing else."""
+        embedding = self.plan.anatomy.embedding
+        return embedding is None or layer.name != embedding.name or self.plan.anatomy.tied_head is not None
 
     @contextlib.contextmanager
     def network(self) -> Iterator[Network | None]:
@@ -133,30 +160,57 @@ class Study:
         weights = sum(layer.parameters for layer in self.layers)
         return {layer.name: layer.parameters / weights for layer in self.layers}
 
-    def _typical(self, layer: LinearLayer) -> tuple[Measured, str]:
-        """The way that a layer's worth is taken with, and the key it is kept under."""
-        one = min(self.curves.measured[layer.name], key=lambda m: abs(m.error - TYPICAL_ERROR))
-        return one, f"worth-{one.key}-{self.settings.tokens}"
+    @property
+    def measure(self) -> type[Measure]:
+        """How worths are found. FeatherError for one that needs text where there is none; the default then is not."""
+        name = self.settings.sensitivity
+        found: type[Measure] = find("sensitivity", name)
+        if self.windows is None and found.needs_text:
+            if name != DEFAULT:
+                raise FeatherError(f"--sensitivity {name} needs text: leave --data-free out, or take zd or weights")
+            found = find("sensitivity", "weights")
+        return found
 
-    def _kept_worths(self) -> dict[str, float] | None:
-        """Those that are kept, if all of them are: then the original need not be loaded."""
-        records = {layer.name: self.store.record(self._typical(layer)[1]) for layer in self.layers}
-        found = {name: record for name, record in records.items() if record is not None}
-        return self._raised({n: _worth(r) for n, r in found.items()}) if len(found) == len(records) else None
+    def _asked(self, network: Network | None, what: str) -> Asked:
+        return Asked(self.checkpoint, self.layers, self.curves, network, self.settings.tokens, self._telling(what))
 
-    def _worths(self, network: Network) -> dict[str, float]:
-        told, found = self._telling("measuring what hangs on each layer"), dict[str, float]()
-        for number, layer in enumerate(self.layers):
-            told(number, len(self.layers))
-            one, key = self._typical(layer)
-            record = self.store.record(key)
-            if record is None:
-                divergence = network.divergence({layer.name: self.curves.code(one).decode()})
-                record = {"divergence": divergence, "error": self.store.load(one.key)[0]["error"]}
-                self.store.keep(key, {}, record)
-            found[layer.name] = _worth(record)
-        told(len(self.layers), len(self.layers))
-        return self._raised(found)
+    def _worths(self) -> dict[str, float]:
+        """Of all layers; those that are kept need no network."""
+        measure = self.measure
+        keys = [self._asked(None, "").typical(layer).key for layer in self.layers]
+        key = f"worths-{measure.kind}-{sha256_of(' '.join(keys))[:24]}-{self.settings.tokens}"
+        kept = self.store.record(key)
+        if kept is None:
+            kept = self._measured_worths(measure)
+            if kept is None:
+                return self._by_weights()
+            self.store.keep(key, {}, kept)
+        return self._raised(kept)
+
+    def _measured_worths(self, measure: type[Measure]) -> dict[str, float] | None:
+        what = f"measuring what hangs on each layer ({measure.kind})"
+        if not measure.needs_network:
+            return measure.worths(self._asked(None, what))
+        with self.network() as network:
+            return None if network is None else measure.worths(self._asked(network, what))
+
+    def check(self, problem: Problem) -> LinearModel | None:
+        """How far the linear model of the divergence holds; kept. None without text, or where it is not asked for."""
+        if self.windows is None or self.settings.checks < 4:
+            return None
+        worths = sha256_of(json.dumps([self.settings.checks, *sorted(problem.worth.items()), *problem.groups]))[:24]
+        ways = sha256_of(" ".join(m.key for found in problem.measured.values() for m in found))[:24]
+        key = f"linear-{worths}-{ways}-{self.settings.tokens}"
+        kept = self.store.record(key)
+        if kept is None:
+            with self.network() as network:
+                if network is None:
+                    return None
+                asked = self._asked(network, "checking that errors add up")
+                found = check_linear(problem, asked, self.settings.checks, self.settings.seed, asked.told)
+            kept = {"found": None if found is None else found.to_json()}
+            self.store.keep(key, {}, kept)
+        return None if kept["found"] is None else LinearModel.from_json(kept["found"])
 
     def _raised(self, found: Mapping[str, float]) -> dict[str, float]:
         """No worth is below LEAST_WORTH of its role's median."""
@@ -208,7 +262,7 @@ class Study:
 
     def _chosen(self, problem: Problem, room: int) -> tuple[dict[str, int], Refined | None]:
         first = problem.solved(room, self.settings.pools)  # says what is wrong before anything is loaded
-        if not self.settings.refine:
+        if not self.settings.refine or problem.solver == "greedy":
             return first, None
         with self.network() as network:
             if network is None:
@@ -224,6 +278,11 @@ class Study:
         pools = [vars(pool) for pool in self.settings.pools]
         tried = [self.settings.refine, self.settings.tokens, self.overhead]
         about: list[Any] = [budget, less, ways, dict(problem.worth), problem.groups, tried, pools]
+        about += (
+            [problem.most_seconds, dict(problem.seconds), problem.solver]
+            if problem.seconds or problem.solver != "knapsack"
+            else []
+        )
         return sha256_of(json.dumps(about, sort_keys=True))[:24]
 
     def ways_of(self, problem: Problem, chosen: Mapping[str, int]) -> Chosen:
@@ -260,8 +319,3 @@ class Study:
 
 def _smallest(ways: Sequence[Measured]) -> int:
     return min(range(len(ways)), key=lambda place: ways[place].nbytes)
-
-
-def _worth(record: Mapping[str, Any]) -> float:
-    """Divergence for an error of one."""
-    return float(record["divergence"]) / float(record["error"]) if record["error"] > 0 else 0.0
