@@ -23,6 +23,33 @@ from featherweight.cli.options import (
     train_dtype,
 )
 
+FitTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them. vllm: what its kernels read. "
+        "featherweight: everything, as without it.",
+    ),
+]
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        metavar="NAME",
+        help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
+    ),
+]
+Choices = Annotated[
+    str | None,
+    typer.Option(
+        "--choices",
+        metavar="NAMES",
+        help="What competes, with commas between: 1 plane, 2 planes, 3 planes, 3 bits, 4 bits, 5 bits, 6 bits, "
+        "8 bits, and presets of single layers. Else all of the former.",
+    ),
+]
+
 
 @app.command(cls=Command)
 def fit(
@@ -44,15 +71,7 @@ def fit(
             help="Bytes of codes by layers' names, each pool kept: 'experts=12GB,rest=6GB'.",
         ),
     ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(
-            "--choices",
-            metavar="NAMES",
-            help="What competes, with commas between: 1 plane, 2 planes, 3 planes, 3 bits, 4 bits, 5 bits, 6 bits, "
-            "8 bits, and presets of single layers. Else all of the former.",
-        ),
-    ] = None,
+    choices: Choices = None,
     calibration: Calibration = None,
     text: Annotated[
         str | None,
@@ -61,23 +80,8 @@ def fit(
     data_free: Annotated[
         bool, typer.Option("--data-free", help="Without text: rounding to nearest, layers count by their weights.")
     ] = False,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            metavar="NAME",
-            help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them. vllm: what its kernels read. "
-            "featherweight: everything, as without it.",
-        ),
-    ] = None,
-    sensitivity: Annotated[
-        str,
-        typer.Option(
-            "--sensitivity",
-            metavar="NAME",
-            help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
-        ),
-    ] = "kl",
+    target: FitTarget = None,
+    sensitivity: Sensitivity = "kl",
     tensor_parallel: Annotated[
         int, typer.Option("--tensor-parallel", min=1, help="Processes that must be able to share every layer.")
     ] = 1,
