@@ -44,6 +44,8 @@ GROUPS = {
         "--choices",
         "--alike",
         "--rounds",
+        "--sensitivity",
+        "--tokens-per-second",
         "--blocks",
         "--rank",
         "--order",
