@@ -9,7 +9,17 @@ import typer
 
 from featherweight.cli.app import app
 from featherweight.cli.help import Command
-from featherweight.cli.options import Calibration, JsonFile, ModelArgument, Quiet, Threads, Trust
+from featherweight.cli.options import (
+    Calibration,
+    JsonFile,
+    ModelArgument,
+    Quiet,
+    Sensitivity,
+    TensorParallel,
+    Threads,
+    TokensPerSecond,
+    Trust,
+)
 
 
 @app.command(cls=Command)
@@ -58,21 +68,9 @@ def fit(
             "featherweight: everything, as without it.",
         ),
     ] = None,
-    sensitivity: Annotated[
-        str,
-        typer.Option(
-            "--sensitivity",
-            metavar="NAME",
-            help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
-        ),
-    ] = "kl",
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", min=1, help="Processes that must be able to share every layer.")
-    ] = 1,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option("--tokens-per-second", help="Least rate of products in decoding, by rates measured here."),
-    ] = None,
+    sensitivity: Sensitivity = "kl",
+    tensor_parallel: TensorParallel = 1,
+    tokens_per_second: TokensPerSecond = None,
     alike: Annotated[
         bool,
         typer.Option("--alike", help="Queries, keys and values go one way, as do gate and up: what programs fuse."),
