@@ -6,8 +6,10 @@
 
 All blocks have 4 bits (groups of 64, swept), and one after the other goes to 2, least important first, by LIM, ZD,
 random orders, the reverse of each, and the order of the true divergence that each block alone causes. Given is the
-area: the mean divergence from the original over the numbers of coarse blocks, all put together from the same codes, on
-text that neither has seen; and the rank correlation of each order with the true one.
+area: the mean divergence from the original over the numbers of coarse blocks, all put together from the same codes;
+and the rank correlation of each order with the true one. The tokens are the last ones of the text: an eighth of all its
+windows was kept from the codes, so with the defaults they have seen three quarters of them. The true order is taken on
+the same tokens.
 """
 
 from __future__ import annotations

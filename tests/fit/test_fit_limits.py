@@ -188,3 +188,8 @@ def test_subset_fidelity_is_least_squares() -> None:
     values = [subset_fidelity(w, gram, count) for count in range(1, 7)]
     assert values == sorted(values)
     assert values[-1] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_unknown_measure_is_said_before_anything(place: Path) -> None:
+    with pytest.raises(FeatherError, match="'klx'.*did you mean 'kl'"):
+        featherweight.fit(place / "model", place / "no", 50_000, settings=replace(QUICK, sensitivity="klx"))

@@ -16,7 +16,10 @@ from featherweight.cli.options import (
     JsonFile,
     ModelArgument,
     Quiet,
+    Sensitivity,
+    TensorParallel,
     Threads,
+    TokensPerSecond,
     TrainChanges,
     TrainRecipe,
     Trust,
@@ -30,14 +33,6 @@ FitTarget = Annotated[
         metavar="NAME",
         help="llama.cpp: ggml's own types compete, and OUT is a plain GGUF of them. vllm: what its kernels read. "
         "featherweight: everything, as without it.",
-    ),
-]
-Sensitivity = Annotated[
-    str,
-    typer.Option(
-        "--sensitivity",
-        metavar="NAME",
-        help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
     ),
 ]
 Choices = Annotated[
@@ -82,13 +77,8 @@ def fit(
     ] = False,
     target: FitTarget = None,
     sensitivity: Sensitivity = "kl",
-    tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", min=1, help="Processes that must be able to share every layer.")
-    ] = 1,
-    tokens_per_second: Annotated[
-        float | None,
-        typer.Option("--tokens-per-second", help="Least rate of products in decoding, by rates measured here."),
-    ] = None,
+    tensor_parallel: TensorParallel = 1,
+    tokens_per_second: TokensPerSecond = None,
     alike: Annotated[
         bool,
         typer.Option("--alike", help="Queries, keys and values go one way, as do gate and up: what programs fuse."),

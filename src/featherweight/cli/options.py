@@ -131,3 +131,18 @@ StackSize = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings for its class.")
 ]
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        metavar="NAME",
+        help="How it is found what hangs on each layer: kl, gradient, fisher, lim, zd, fidelity or weights.",
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, help="Processes that must be able to share every layer.")
+]
+TokensPerSecond = Annotated[
+    float | None,
+    typer.Option("--tokens-per-second", help="Least rate of products in decoding, by rates measured here."),
+]

@@ -18,6 +18,7 @@ from featherweight.methods.recipe import Recipe, recipe_from
 from featherweight.model.network.source import open_source
 from featherweight.model.text.windows import windows_digest
 from featherweight.pages.notebook import progress_here
+from featherweight.registry import find
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.weights import sample_digest
 from featherweight.storage.run.ownership import first_foreign
@@ -104,6 +105,7 @@ def fit(
     settings, observer = settings or FitSettings(), observer or progress_here("fitting") or silent
     if (budget is None) == (not settings.pools):
         raise FeatherError("a fit needs a budget for the whole model, or pools for its layers, and not both")
+    find("sensitivity", settings.sensitivity)  # says now, and not after all the measuring, that there is none
     begun, out = time.monotonic(), Path(out).expanduser()
     with open_source(model, trust_remote_code) as checkpoint, use_threads(threads):
         if not settings.gguf:
