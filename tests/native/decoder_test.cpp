@@ -25,14 +25,17 @@ void* allocated(std::size_t size, std::size_t alignment) {
   return memory;
 }
 
+// Not inlined: GCC would see memory of `new` in the hands of `free`, and warn, though both are replaced here.
+[[gnu::noinline]] void given_back(void* memory) noexcept { std::free(memory); }
+
 }  // namespace
 
 void* operator new(std::size_t size) { return allocated(size, 16); }
 void* operator new(std::size_t size, std::align_val_t alignment) { return allocated(size, static_cast<std::size_t>(alignment)); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory) noexcept { given_back(memory); }
+void operator delete(void* memory, std::size_t) noexcept { given_back(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { given_back(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { given_back(memory); }
 
 namespace {
 
