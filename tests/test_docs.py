@@ -98,6 +98,7 @@ QUICK = {
     "calibrate": ("--set", "calibration.sequences=8", "calibration.length=64"),
     "chat": ("--max-tokens", "4"),
     "bench": ("--repeats", "1"),
+    "heal": ("--steps", "2", "--length", "32", "--windows", "32", "--limit", "512"),
     "train": ("--steps", "2", "--length", "32", "--batch", "2"),
 }
 """What makes a command of the pages quick; it goes through the same code."""
