@@ -16,6 +16,8 @@ def test_it_compresses_measures_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "RECIPES", ("rtn-4", "ptqtp"))
+    monkeypatch.setattr(demo, "HEALED", "ptqtp")
+    monkeypatch.setattr(demo, "HEAL", {**demo.HEAL, "steps": 2, "windows": 16, "length": 64})
     monkeypatch.setattr(demo, "SAMPLE_TOKENS", 8)
     fit = {"ways": ("3 bits", "4 bits"), "windows": 2, "length": 128, "tokens": 128, "refine": 0}
     monkeypatch.setattr(demo, "FIT", fit)
@@ -23,7 +25,7 @@ def test_it_compresses_measures_and_reports(
     for _ in range(2):  # again over its own output
         demo.run_demo(out, 2100, None)
     results = json.loads((out / demo.RESULTS).read_text())
-    assert list(results) == ["original", "rtn-4", "ptqtp", "fit, 3 MB"]
+    assert list(results) == ["original", "rtn-4", "ptqtp", "fit, 3 MB", "ptqtp, healed"]
     assert results["fit, 3 MB"]["evaluation"]["bytes"] <= demo.FIT_BYTES
     assert "made" in (out / "fit.html").read_text()
     losses = {name: run["evaluation"]["perplexity"] for name, run in results.items()}

@@ -46,7 +46,7 @@ class LatentCode(TunableCode):
         super().__init__(code, prefix, device)
         if code is self._leaf and self._digits is not None:
             self._start()
-        self._wanted = torch.empty(0)  # it has served
+        self._wanted = torch.empty(0, device="cpu")  # it has served
 
     def _part(self, code: Code, prefix: str) -> TunableCode:
         return LatentCode(code, self._wanted, self.device, prefix=prefix, within=(self._leaf, self._wanted))

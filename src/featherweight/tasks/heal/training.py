@@ -147,9 +147,7 @@ class Healer:
         trainer = trainer.model_copy(update={"steps": steps})
         self.steps.append(steps)
         store = self.run.training_of(task.key, self.notify)
-        made = trainer.tune(task.objective, state, self._heard, self.settings.seed, store)
-        self.run.end_training()
-        return made
+        return trainer.tune(task.objective, state, self._heard, self.settings.seed, store)
 
     def _steps(self, task: _Task, state: TunedState) -> int:
         """As many as fit into what is left of the time, measured once; a run that goes on takes the same."""
@@ -192,6 +190,7 @@ class Healer:
             "curve": self.curve,
         }
         self.run.store.keep(key, tensors, record)
+        self.run.end_training()
 
     def _known(self, key: str) -> tuple[dict[str, Code], dict[str, Tensor]] | None:
         """What an earlier command has left of a training."""
