@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -18,23 +19,20 @@ SHOWN = 8  # finished layers kept in view
 PLAIN_SECONDS = 2.0  # between plain lines
 
 
-class Watcher:
-    """Shows the events of `compress`; use as its observer inside a `with`."""
+Shown = TypeVar("Shown", bound="LiveTable")
+
+
+class LiveTable(abc.ABC):
+    """A table that is drawn anew while work goes on, on a terminal; lines elsewhere. Used inside a `with`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live: Live | None = None
         self.rows: deque[dict[str, Any]] = deque(maxlen=SHOWN)
-        self.bar = Progress(
-            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[left]}"), console=console
-        )
-        self.task = self.bar.add_task("", total=1, what="reading", left="")
         self.spoken = 0.0
-        self.begun = time.monotonic()
-        self.told: set[str] = set()
 
-    def __enter__(self) -> Watcher:
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+    def __enter__(self: Shown) -> Shown:
+        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet:
             self.live = Live(self._view(), console=self.console, refresh_per_second=8, transient=True)
             self.live.start()
         return self
@@ -42,6 +40,33 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
+
+    @abc.abstractmethod
+    def _view(self) -> RenderableType:
+        """What stands on the terminal now."""
+
+    def _may_say(self) -> bool:
+        """Whether a plain line is due: there is no terminal, and the last one was a while ago."""
+        if self.live is not None or time.monotonic() - self.spoken < PLAIN_SECONDS:
+            return False
+        self.spoken = time.monotonic()
+        return True
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Watcher(LiveTable):
+    """Shows the events of `compress`; use as its observer inside a `with`."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.bar = Progress(
+            TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[left]}"), console=console
+        )
+        self.task = self.bar.add_task("", total=1, what="reading", left="")
+        self.begun = time.monotonic()
+        self.told: set[str] = set()
 
     def __call__(self, event: dict[str, Any]) -> None:
         show: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -87,9 +112,7 @@ class Watcher:
         facts.append(f"peak {size_text(event['peak_memory_bytes'])}")
         self.bar.update(self.task, left="  ".join(facts))
         self._show_left(event["seconds_left"])
-        last = event["number"] == event["of"]
-        if self.live is None and (last or time.monotonic() - self.spoken >= PLAIN_SECONDS):
-            self.spoken = time.monotonic()
+        if self._may_say() or (self.live is None and event["number"] == event["of"]):
             self._say(
                 f"[{event['number']}/{event['of']}] {event['name']}: {event['code']}, "
                 f"{event['bits_per_weight']:.3f} bits, error {event['relative_error']:.4f}, {', '.join(facts)}"
@@ -120,12 +143,8 @@ class Watcher:
         if event.get("seconds_left"):
             what += f", {time_text(event['seconds_left'])} left"
         self.bar.update(self.task, what=what)
-        if self.live is None and time.monotonic() - self.spoken >= PLAIN_SECONDS:
-            self.spoken = time.monotonic()
+        if self._may_say():
             self._say(what)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _view(self) -> Group:
         table = Table(box=None, pad_edge=False)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from featherweight.cli.console import claim_json, error_console, facts, out_console, quiet_transformers, write_json
+from featherweight.cli.progress import LiveTable
 from featherweight.system.units import count_text, size_text, time_text
-
-SHOWN = 8  # lines of the table that stay in view
-PLAIN_SECONDS = 2.0  # between plain lines
 
 
 @dataclass(frozen=True)
@@ -37,24 +31,8 @@ class TrainOptions:
     trust_remote_code: bool
 
 
-class TrainWatcher:
+class TrainWatcher(LiveTable):
     """Shows the events of a training; use as its observer inside a `with`."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live: Live | None = None
-        self.rows: deque[dict[str, Any]] = deque(maxlen=SHOWN)
-        self.spoken = 0.0
-
-    def __enter__(self) -> TrainWatcher:
-        if self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet:
-            self.live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -69,9 +47,7 @@ class TrainWatcher:
             )
         elif kind == "train":
             self.rows.append(event)
-            last = event["step"] == event["of"]
-            if self.live is None and (last or time.monotonic() - self.spoken >= PLAIN_SECONDS):
-                self.spoken = time.monotonic()
+            if self._may_say() or (self.live is None and event["step"] == event["of"]):
                 self._say(self._line(event))
         elif kind == "evaluation":
             if self.rows:
@@ -88,9 +64,6 @@ class TrainWatcher:
             parts.append(f"{100 * event['flipped']:.3f} % flipped, {100 * event['dead']:.1f} % off")
         parts.append(f"{time_text(event['seconds_left'])} left")
         return ", ".join(parts)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _view(self) -> Table:
         table = Table(box=None, pad_edge=False)

@@ -17,7 +17,6 @@ and names the axis counts, and the recipe's own choice where there is none.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import hashlib
 import json
@@ -25,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from featherweight.errors import RecipeError
@@ -36,7 +34,7 @@ from featherweight.methods.quantize.choosing import choice_on, choices_on, expla
 from featherweight.methods.quantize.ends import FIELDS as ENDS
 from featherweight.methods.quantize.ends import End, EndChoices, end_treatment, ends_of, own_choices, read_end
 from featherweight.methods.quantize.treatment import Treatment, check_order, scope_of
-from featherweight.methods.quantize.written import apply_change, check_changes, no_recipe
+from featherweight.methods.quantize.written import no_recipe, recipe_mapping
 from featherweight.plugins import OURS, plugin_presets
 from featherweight.registry import nearest
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
@@ -410,27 +408,9 @@ def load_recipe(name: str | Path | Mapping[str, Any] | Recipe, changes: Sequence
     RecipeError
         There is no such preset or file, or it holds what no recipe has; the field and the nearest valid name are named.
     """
-    mapping: Any
-    check_changes(changes)
-    if isinstance(name, Recipe):
-        if not changes:
-            return name
-        mapping, origin = name.dump(), name.name
-    elif isinstance(name, Mapping):
-        mapping = copy.deepcopy(dict(name))
-        origin = str(mapping.setdefault("name", "custom"))
-    else:
-        path, origin = _recipe_file(str(name)), str(name)
-        try:
-            mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(f"recipe {origin} cannot be read: {reason}") from None
-        if isinstance(mapping, dict):
-            mapping.setdefault("name", path.stem)
-    for change in changes:
-        apply_change(mapping, change)
-    return recipe_from(mapping, origin)
+    if isinstance(name, Recipe) and not changes:
+        return name
+    return recipe_from(*recipe_mapping(name, changes, _recipe_file))
 
 
 def _recipe_file(name: str) -> Path:

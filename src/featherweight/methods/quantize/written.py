@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from featherweight.errors import RecipeError, shown
 from featherweight.registry import nearest
@@ -51,3 +53,32 @@ def apply_change(mapping: Any, change: str) -> None:
         if not isinstance(place, dict):
             raise RecipeError(f"the change {change!r} names a field inside {key!r}, which is not a mapping")
     place[keys[-1]] = value
+
+
+def recipe_mapping(
+    name: str | Path | Mapping[str, Any] | BaseModel, changes: Sequence[str], file_of: Callable[[str], Path]
+) -> tuple[Any, str]:
+    """What a recipe of any kind says, with changes applied and nothing checked, and what errors call it.
+
+    name : a recipe, which `dump`s itself, a mapping, or what `file_of` finds the file of
+    """
+    check_changes(changes)
+    mapping: Any
+    if isinstance(name, BaseModel):
+        recipe: Any = name
+        mapping, origin = recipe.dump(), recipe.name
+    elif isinstance(name, Mapping):
+        mapping = copy.deepcopy(dict(name))
+        origin = str(mapping.setdefault("name", "custom"))
+    else:
+        path, origin = file_of(str(name)), str(name)
+        try:
+            mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"recipe {origin} cannot be read: {reason}") from None
+        if isinstance(mapping, dict):
+            mapping.setdefault("name", path.stem)
+    for change in changes:
+        apply_change(mapping, change)
+    return mapping, origin

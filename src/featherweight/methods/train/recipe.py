@@ -13,7 +13,6 @@ Presets lie in `recipes/train/`. Everything a recipe can get wrong is one Recipe
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import hashlib
 import json
@@ -21,12 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from featherweight.errors import RecipeError
 from featherweight.methods.quantize.choosing import choice_on, explain
-from featherweight.methods.quantize.written import apply_change, check_changes
+from featherweight.methods.quantize.written import recipe_mapping
 from featherweight.methods.train.base import Activation, Backward, Forward, Schedule, Side
 from featherweight.methods.train.layer import Choices
 from featherweight.registry import nearest
@@ -147,18 +145,11 @@ def train_recipe(name: str | Path | Mapping[str, Any] | TrainRecipe, changes: Se
     RecipeError
         There is no such preset or file, it holds what no recipe has, or its choices do not go together.
     """
-    check_changes(changes)
-    if isinstance(name, TrainRecipe):
-        if not changes:
-            return name
-        mapping, origin = name.dump(), name.name
-    elif isinstance(name, Mapping):
-        mapping = copy.deepcopy(dict(name))
-        origin = str(mapping.setdefault("name", "custom"))
-    else:
-        mapping, origin = _read(str(name)), str(name)
-    for change in changes:
-        apply_change(mapping, change)
+    if isinstance(name, TrainRecipe) and not changes:
+        return name
+    mapping, origin = recipe_mapping(name, changes, _file_of)
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"recipe {origin}: a recipe is a mapping of fields, found {type(mapping).__name__}")
     try:
         return TrainRecipe(**mapping)
     except ValidationError as error:
@@ -169,19 +160,12 @@ def train_recipe(name: str | Path | Mapping[str, Any] | TrainRecipe, changes: Se
         raise RecipeError(f"recipe {origin}: {error}") from None
 
 
-def _read(name: str) -> dict[str, Any]:
+def _file_of(name: str) -> Path:
     known = train_presets()
     path = known.get(name, Path(name))
-    if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe of trainings called {name!r}{nearest(name, known)}; presets: {', '.join(known)}; or "
-            "give a YAML file"
-        )
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {name} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(mapping, dict):
-        raise RecipeError(f"recipe {name}: a recipe is a mapping of fields, found {type(mapping).__name__}")
-    mapping.setdefault("name", path.stem)
-    return mapping
+    if path.is_file():
+        return path
+    raise RecipeError(
+        f"there is no recipe of trainings called {name!r}{nearest(name, known)}; presets: {', '.join(known)}; or "
+        "give a YAML file"
+    )

@@ -57,12 +57,12 @@ class BlockWindow:
     @property
     def inputs(self) -> list[Tensor]:
         """Hidden states in front of the first block, of the batches that are learned from."""
-        return self.calibration.hidden[: self.calibration.batches_seen]
+        return self.session.inputs
 
     @property
     def held_out_inputs(self) -> list[Tensor]:
         """The same of the others."""
-        return self.calibration.hidden[self.calibration.batches_seen :]
+        return self.session.held_out_inputs
 
     @property
     def targets(self) -> list[Tensor]:
