@@ -4,6 +4,10 @@ what cannot work is one sentence."""
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +233,40 @@ def test_transformers_trainer_trains_it(tiny: Path, tmp_path: Path) -> None:
     loaded, _ = featherweight.load(tmp_path / "out")
     ids = torch.arange(20).view(1, 20)
     assert torch.allclose(logits_of(loaded, ids), logits_of(model.eval(), ids), atol=1e-5)
+
+
+PROCESS = """
+import sys
+from featherweight import train
+from featherweight.tasks.train.training import run
+settings = train.TrainSettings(
+    steps=4, batch=2, accumulate=2, length=24, held_out_windows=3, eval_every=2, log_every=1, save_every=1
+)
+run(sys.argv[1], "trilm", sys.argv[2], settings=settings, threads=1)
+"""
+
+
+def test_two_processes_make_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
+    """Each has half of every step's batches; gradients are summed, so only the order of that sum may differ."""
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-c", PROCESS, str(tmp_path / "two"), str(tiny)]
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) for env in ranks]
+    for process in started:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    alone = run(tmp_path / "one", "trilm", tiny, settings=QUICK, threads=1)
+    found = json.loads((tmp_path / "two" / "featherweight-train.json").read_text("utf-8"))
+    assert found["held_out"] == pytest.approx(alone.held_out, rel=1e-5)
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (found["history"], alone.history)]
+    assert len(losses[1]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    files = (folder / "model.safetensors" for folder in (tmp_path / "two", alone.out))
+    with SafetensorsFile.open(next(files)) as two, SafetensorsFile.open(next(files)) as single:
+        for name in single.entries:
+            a, b = two.tensor(name).float(), single.tensor(name).float()
+            assert float((a != b).float().mean()) < 1e-3 or torch.allclose(a, b, atol=1e-4), name

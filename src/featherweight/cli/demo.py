@@ -36,9 +36,10 @@ FIT_BYTES = 3_000_000
 """Of the model that the demo fits: between what trit-1 and trit-2 make."""
 FIT: dict[str, Any] = {"windows": 16}
 """How it is fitted: with a quarter of the text."""
-HEALED = "trit-1"
-HEAL: dict[str, Any] = {"steps": 24, "windows": 512, "held_out": 16, "score": 0}
-"""A minute of training against the original, on the shipped text; hours and a larger text give far more."""
+HEALED = "ptqtp-1"
+HEAL: dict[str, Any] = {"steps": 24, "windows": 128, "held_out": 4, "score": 0}
+"""Less than a minute of training against the original, on the shipped text: enough for what was rounded without data.
+Of a model that was tuned already it takes more steps, and more text."""
 PROMPT = "It was a dark and stormy night, and"
 SAMPLE_TOKENS = 60
 RESULTS = "demo.json"
@@ -156,7 +157,7 @@ def _healed(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
         measured.to_json(),
         {**done.to_json(), "seconds": done.seconds},
         record=read_record(folder)["compression"],
-        family="trit-2, trit-1",
+        family=_family(HEALED),
         sample=_sample(folder),
         histograms=pictures_of(folder, original, PICTURED),
         command=f"feather heal {small} --against {os.path.relpath(original)} --steps {HEAL['steps']} --out {folder}",

@@ -137,9 +137,9 @@ def heal(
         str, typer.Option("--loss", help="kl: the predictions; states: the last hidden states; mixed.")
     ] = "kl",
     learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, relative to each scale.")] = 0.005,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows of text a step.")] = 8,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 256,
-    windows: Annotated[int, typer.Option("--windows", min=4, help="Most windows of text that are read.")] = 16384,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows of text a step.")] = 2,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 1024,
+    windows: Annotated[int, typer.Option("--windows", min=4, help="Most windows of text that are read.")] = 4096,
     score_text: Annotated[
         str | None, typer.Option("--score-text", metavar="FILE", help="Held-out text for the scores; else the bundled.")
     ] = None,

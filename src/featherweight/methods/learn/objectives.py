@@ -133,6 +133,7 @@ class ModelObjective:
     held_out_share : part of the windows, taken evenly, where the model has none apart
     token_share : part of a window's tokens, always the same ones, whose predictions are compared; the output layer of a
         small model with a large vocabulary costs as much as all its blocks
+    original : the type of the passes of the original on batches that are learned from
     loss : "kl", or "states", what an encoder has, or "mixed", the sum of both
     """
 
@@ -143,8 +144,11 @@ class ModelObjective:
         precision: Chosen = "float32",
         held_out_share: float = 0.125,
         token_share: float = 1.0,
+        *,
         loss: Literal["kl", "states", "mixed"] = "kl",
+        original: Chosen = "float32",
     ) -> None:
+        self._original_precision = original
         self.model, self.device = model, model.device
         self.precision = precision
         predicts = getattr(model, "predicts", True)
@@ -271,7 +275,8 @@ class ModelObjective:
         known = self._teacher.get((held_out, batch))
         if known is not None:
             return known
-        with torch.no_grad(), self.model.original():
+        precision = "float32" if held_out else self._original_precision
+        with torch.no_grad(), self.model.original(), autocast(precision, self.device):
             whole = (self.model.hidden(part) for part in torch.split(ids, self._at_once))
             parts = [self._compared(states, held_out, batch).float() for states in whole]
         states = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -29,6 +29,7 @@ SEEDS = 1 << 53
 """Seeds are below this: integers that every JSON reader keeps exactly."""
 
 CACHED = 1 << 17  # elements that are transformed together: with their copy they fit a second-level cache
+DENSE = 512  # largest order up to which a product with the whole matrix is the faster way on CPUs
 
 
 def _signed(value: int) -> int:
@@ -113,6 +114,12 @@ def _butterflies(runs: Tensor, block: int, transposed: bool) -> Tensor:
     return total.view(block, -1)
 
 
+@functools.lru_cache(maxsize=8)
+def _dense(block: int) -> Tensor:
+    """H itself, float32 [block, block]: a product with it is faster than butterflies up to `DENSE`."""
+    return hadamard_transform(torch.eye(block, device="cpu"), block, transposed=True)
+
+
 def rotate(x: Tensor, block: int, seed: int) -> Tensor:
     """T x for inputs [..., in]; for a matrix [out, in], its rows being such vectors, W T^-1."""
     return hadamard_transform(x * _signs(seed, x.shape[-1]).to(x.device, x.dtype), block)
@@ -150,6 +157,14 @@ class Hadamard(Wrapper):
 
     def decode_rows(self, first: int, last: int) -> Tensor:
         return rotate_back(self.inner.decode_rows(first, last), self.block, self.seed)
+
+    def decode_fast(self) -> Tensor:
+        if self.block > DENSE:
+            return rotate_back(self.inner.decode_fast(), self.block, self.seed)
+        inner = self.inner.decode_fast()
+        matrix = _dense(self.block).to(inner.device, inner.dtype)
+        turned = (inner.reshape(-1, self.block) @ matrix).view(inner.shape)
+        return turned * _signs(self.seed, inner.shape[1]).to(inner.device, inner.dtype)
 
     def opened(self, matrix: Tensor) -> tuple[Code, Tensor, str]:
         return open_further(self.inner, rotate(matrix, self.block, self.seed), "rotated")

@@ -25,7 +25,8 @@ class HealSettings:
     steps : of the training (of each window of blocks), in place of minutes
     learning_rate : of Adam, of changes relative to each scale, and of latent values to the largest scale of their group
     batch : windows of text a step
-    windows, length : of text, at most, and their tokens
+    windows, length : of text, at most, and their tokens. What is trained on short windows alone loses at the later
+        positions of long ones
     held_out : windows at their end that nothing is fitted to, and which choose the step that is kept
     loss : with "model" and "scales": "kl", divergence of the next-token distributions; "states", squared error of the
         last hidden states, relative; "mixed", their sum
@@ -37,10 +38,10 @@ class HealSettings:
     minutes: float | None = None
     steps: int | None = None
     learning_rate: float = 0.005
-    batch: int = 8
-    windows: int = 16384
-    length: int = 256
-    held_out: int = 48
+    batch: int = 2
+    windows: int = 4096
+    length: int = 1024
+    held_out: int = 16
     loss: Literal["kl", "states", "mixed"] = "kl"
     score: int = 16384
     seed: int = 0

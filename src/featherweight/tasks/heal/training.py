@@ -26,8 +26,8 @@ from featherweight.tasks.heal.window import BlockWindow, starts
 
 LEAST_STEPS = 8
 CHECKS = 10
-TRIED = 2
-"""Steps whose time is taken, without their effect."""
+TRIED = 5
+"""Steps whose time is taken, without their effect; the first ones of a process are slower than all that follow."""
 WHOLE = "healed"
 
 
@@ -77,7 +77,9 @@ class Healer:
             return known
         student, settings = self.student, self.settings
         with calibration.whole_model() as model:
-            objective = ModelObjective(model, settings.batch, self.precision, loss=settings.loss)
+            objective = ModelObjective(
+                model, settings.batch, self.precision, loss=settings.loss, original=self.precision
+            )
             codes = {name: code for name, code in student.codes.items() if name in model.layers}
             made = self._train(_Task(WHOLE, objective, model, codes, student.norms, student.fixed))
         self._keep(WHOLE, *made)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from featherweight.errors import FeatherError, OutputError, RecipeError
+from featherweight.errors import FeatherError, RecipeError
 from featherweight.events import Observer, silent
 from featherweight.methods.calibrate.settings import CalibrationSettings
 from featherweight.methods.recipe import Recipe, load_recipe
@@ -21,17 +19,16 @@ from featherweight.model.text.windows import windows_digest
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.checkpoint.weights import sample_digest
-from featherweight.storage.run.ownership import first_foreign
-from featherweight.storage.run.publishing import occupants
+from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.store import Store
 from featherweight.storage.stack.stack import Stack, blocks_in
 from featherweight.storage.stack.writing import cut, write_stack
-from featherweight.system.files import PART_SUFFIX, disk_errors, read_object, sha256_of, to_json
+from featherweight.system.files import sha256_of, to_json
 from featherweight.system.locks import FileLock
 from featherweight.system.places import cache_folder
 from featherweight.system.threads import use_threads
 from featherweight.system.units import size_text
-from featherweight.tasks.compress.compression import check_place, compress
+from featherweight.tasks.compress.compression import check_place, compress, finished_output
 from featherweight.tasks.compress.data import chosen_text, stored_in, text_windows
 from featherweight.tasks.compress.plan import make_plan
 from featherweight.tasks.stack.orders import ORDERS, Order, by_level, by_saving, shuffled
@@ -124,7 +121,8 @@ def stack(
             "order": settings.order,
             "tokens": settings.tokens,
         }
-        if _finished(out, identity, overwrite):
+        beside = tuple(path.name for path in checkpoint.other_files())
+        if finished_output(out, identity, overwrite, beside) is not None:
             return _result(out, begun)
         name = f"{checkpoint.folder.resolve().name[:40]}-{identity['stack'][:16]}"
         work = cache_folder() / "stack" / name
@@ -152,7 +150,9 @@ def stack(
                 )  # fmt: skip
                 sequence, errors = _ordered(trials, settings, notify)
             entry = {"identity": identity, "order": settings.order, "errors": errors}
-            _publish(work / "decomposed", out, sequence, entry)
+            with RunFolder.opened(out, identity, overwrite, beside) as run:
+                write_stack(work / "decomposed", run.assembled, sequence, entry)
+                run.publish()
     return _result(out, begun)
 
 
@@ -195,41 +195,6 @@ def _telling(what: str, notify: Observer) -> Callable[[int, int], None]:
         notify({"event": what, "step": done, "of": total, "seconds_left": left})
 
     return told
-
-
-def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether OUT is this stack already; OutputError where it is something else that stays."""
-    with disk_errors(out):
-        held = occupants(out)
-    if not held:
-        return False
-    if read_object(out / "featherweight.json").get("identity") == identity and (out / "config.json").exists():
-        return True
-    foreign = first_foreign(out, held)
-    if foreign is not None:
-        raise OutputError(
-            f"--out {out} is not empty and holds {foreign.name}, which featherweight did not write and never replaces; "
-            "choose another folder"
-        )
-    if not overwrite:
-        raise OutputError(
-            f"--out {out} exists already and is the output of another command; choose another folder or replace it "
-            "with --overwrite"
-        )
-    return False
-
-
-def _publish(made: Path, out: Path, sequence: Sequence[str], entry: dict[str, Any]) -> None:
-    part = out.with_name(out.name + PART_SUFFIX)
-    try:
-        write_stack(made, part, sequence, entry)
-        with disk_errors(out):
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _result(out: Path, begun: float) -> Stacked:

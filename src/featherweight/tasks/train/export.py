@@ -25,10 +25,11 @@ from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.writer import Blob, write_safetensors
 from featherweight.storage.codes import Code, describe_code
 from featherweight.storage.run.card import model_card, plain_card
+from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.ownership import MANIFEST, RECORD, first_foreign
 from featherweight.storage.run.publishing import occupants
 from featherweight.storage.run.record import compression_record
-from featherweight.system.files import PART_SUFFIX, disk_errors, read_object, to_json, write_text
+from featherweight.system.files import disk_errors, read_object, to_json, write_text
 from featherweight.system.machine import now_text
 from featherweight.system.transformers_calls import asking_transformers
 from featherweight.version import __version__
@@ -95,19 +96,13 @@ def export(
         what = f"holds {foreign.name}, which featherweight did not write" if foreign else "is an output already"
         raise OutputError(f"{out} {what}; choose another folder{'' if foreign else ', or overwrite=True'}")
     chosen = None if recipe is None else train_recipe(recipe)
-    part = out.with_name(out.name + PART_SUFFIX)
-    with disk_errors(part):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    try:
-        written = write_folder(model, part, chosen, tokenizer, {"exported": True})
-        with disk_errors(out):
-            if out.is_dir():
-                shutil.rmtree(out)
-            os.rename(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    identity = {"exported": True}
+    with RunFolder.opened(out, identity, overwrite) as run:
+        with disk_errors(run.assembled):
+            shutil.rmtree(run.assembled)  # of an attempt that was killed
+            run.assembled.mkdir()
+        written = write_folder(model, run.assembled, chosen, tokenizer, identity)
+        run.publish()
     return Exported(out, written.bytes, written.bits_per_weight, written.layers)
 
 

@@ -31,13 +31,11 @@ from featherweight.model.text.windows import windows_digest
 from featherweight.pages.notebook import progress_here
 from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
-from featherweight.storage.run.ownership import first_foreign
-from featherweight.storage.run.publishing import occupants
 from featherweight.system.devices import device_named
 from featherweight.system.files import disk_errors, to_json, write_text
 from featherweight.system.precision import Chosen, autocast, choose_precision
 from featherweight.system.threads import use_threads
-from featherweight.tasks.compress.assemble import read_manifest
+from featherweight.tasks.compress.compression import finished_output
 from featherweight.tasks.train.export import write_folder
 from featherweight.tasks.train.opening import Opened, open_network
 from featherweight.tasks.train.processes import Processes
@@ -162,28 +160,11 @@ def _identity(
 
 def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> Training | None:
     """The result if OUT is that of this very training; OutputError if it is something else that may not be replaced."""
-    with disk_errors(out):
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"--out {out} is a file; choose a folder")
-        held = occupants(out)
-    if not held:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out} is a file; choose a folder")
+    if finished_output(out, identity, overwrite, ()) is None or not (out / RESULT).is_file():
         return None
-    manifest = read_manifest(out)
-    if manifest is not None and manifest["identity"] == identity and (out / RESULT).is_file():
-        found = json.loads((out / RESULT).read_text("utf-8"))
-        return Training(**{**found, "out": out})
-    foreign = first_foreign(out, held)
-    if foreign is not None:
-        raise OutputError(
-            f"--out {out} is not empty and holds {foreign.name}, which featherweight did not write; choose another "
-            "folder"
-        )
-    if not overwrite:
-        raise OutputError(
-            f"--out {out} exists already and is the output of another command; choose another folder or replace it "
-            "with --overwrite"
-        )
-    return None
+    return Training(**{**json.loads((out / RESULT).read_text("utf-8")), "out": out})
 
 
 @dataclass
