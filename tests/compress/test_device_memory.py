@@ -30,14 +30,15 @@ from second_device import DEVICE, comparable_cpu, metered, second_device
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(600))
 SMALL = ("calibration.sequences=5", "calibration.length=64", "calibration.batch_tokens=256", "grid.group_size=32")
 TUNED = "corrections=[{kind: scale-tuning, steps: 2, batch_size: 4, against: %s}]"
+ONCE = "rounding.rounds=1"
 FEW = ("layers.include=[k_proj, down_proj]",)
 """A descent in PyTorch's form goes weight by weight: over two layers of a block, which get two planes or one."""
 RECIPES: dict[str, tuple[str, ...]] = {
     "ptqtp": ("grid.group_size=32",),
     "gptaq": SMALL,
     "flexround-3": (*SMALL, "rounding.steps=2"),
-    "trit-1-blockwise": (*SMALL, *FEW, TUNED % "block"),
-    "trit-1": (*SMALL, *FEW, TUNED % "model"),
+    "trit-1-blockwise": (*SMALL, *FEW, ONCE, TUNED % "block"),
+    "trit-1": (*SMALL, *FEW, ONCE, TUNED % "model"),
     "squeezellm": SMALL[:3],
 }
 LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")

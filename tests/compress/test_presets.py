@@ -28,7 +28,7 @@ def quick(recipe: Recipe) -> tuple[str, ...]:
     plain: dict[str, Any] = recipe.dump()
     if not recipe.calibrated:
         changes = []
-    for axis in ("rounding",):
+    for axis in ("rounding", "grid"):
         changes += [f"{axis}.{name}={value}" for name, value in QUICK.items() if plain[axis].get(name, 0) > value]
     corrections = [
         {name: min(value, QUICK[name]) if name in QUICK else value for name, value in choice.items()}

@@ -29,8 +29,10 @@ MakeModel = Callable[..., Path]
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 SMALL = ("calibration.sequences=8", "calibration.length=24", "grid.group_size=32")
 TUNED = "corrections=[{kind: scale-tuning, steps: 3, batch_size: 2, against: %s, norms: true}]"
+ONCE = "rounding.rounds=1"
 FEW = ("layers.include=[k_proj, down_proj]",)
-"""A descent in PyTorch's form goes weight by weight: over two layers of a block, which get two planes or one."""
+"""A sweep in PyTorch's form goes column by column, a descent weight by weight: over two layers of a block, which get two
+planes or one. gptaq, which sweeps, takes all layers."""
 RECIPES: dict[str, tuple[str, ...]] = {
     "gptaq": SMALL,
     "awq": (*SMALL, "transforms=[{kind: awq, points: 3, search_tokens: 128, clip_steps: 4}]"),
@@ -38,10 +40,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "flexround-3": (*SMALL, "rounding.steps=3"),
     "discquant": (*SMALL, "rounding.steps=3", "rounding.batch_size=2"),
     "squeezellm": (*SMALL[:2],),
-    "rsq": SMALL,
-    "d2quant": SMALL,
-    "trit-1-blockwise": (*SMALL, *FEW, TUNED % "block"),
-    "trit-1": (*SMALL, *FEW, TUNED % "model"),
+    "rsq": (*SMALL, *FEW),
+    "d2quant": (*SMALL, *FEW),
+    "trit-1-blockwise": (*SMALL, *FEW, ONCE, TUNED % "block"),
+    "trit-1": (*SMALL, *FEW, ONCE, TUNED % "model"),
     "quarot-gptq": SMALL,
     "pvq": (*SMALL[:2], "grid.dimension=8", "grid.pulses=9"),
     "zeroquant-v2": SMALL[2:],

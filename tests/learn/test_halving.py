@@ -83,7 +83,7 @@ Step = Callable[..., tuple[list[float], dict[str, Tensor]]]
 
 
 def same(found: tuple[list[float], dict[str, Tensor]], wanted: tuple[list[float], dict[str, Tensor]]) -> None:
-    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5, abs=1e-7)  # divergences are differences of float32 logarithms
     assert found[1].keys() == wanted[1].keys()
     assert len(found[1]) in (7, 14)
     for name, gradient in found[1].items():

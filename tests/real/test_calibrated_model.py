@@ -77,9 +77,8 @@ def test_one_plane_beats_the_published_one(measured: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "planes", "bits"), [pytest.param("trit-2", "two planes", 0.35, marks=long), ("trit-1", "one plane", 0.5)]
-)
+@long
+@pytest.mark.parametrize(("preset", "planes", "bits"), [("trit-2", "two planes", 0.35), ("trit-1", "one plane", 0.5)])
 def test_a_plane_more_by_role_pays(measured: Any, preset: str, planes: str, bits: float) -> None:
     """A third to a half of a bit more in all layers, and with two planes still a smaller file than ptqtp's."""
     alike, by_role = measured(f"{preset}, {planes}"), measured(preset)

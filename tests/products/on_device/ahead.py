@@ -81,14 +81,14 @@ def install(capability: int, seen: Callable[[str, Any], None]) -> None:
 def main() -> None:
     import cases  # beside this file
 
-    capability = int(sys.argv[1])
+    capability, whole = int(sys.argv[1]), sys.argv[2] == "whole"
 
     def seen(name: str, compiled: Any) -> None:
         print(f"{name} for {capability}: {len(compiled.asm['cubin'])} bytes", flush=True)
 
     assert not launch.interpreted()
     install(capability, seen)
-    for code, tokens, dtype, packing, precision in cases.for_compilation():
+    for code, tokens, dtype, packing, precision in cases.for_compilation(whole):
         cases.call(code, tokens, dtype, packing, precision)
 
 

@@ -84,21 +84,23 @@ def call(code: Code, tokens: int, dtype: torch.dtype, packing: str, precision: s
     return linear(x, operands, torch.zeros(code.shape[0], dtype=dtype), precision)  # type: ignore[arg-type]
 
 
-def for_compilation() -> Iterator[tuple[Code, int, torch.dtype, str, str]]:
-    """One case for each path through the kernels, as (code, tokens, dtype, packing, precision)."""
+def for_compilation(whole: bool) -> Iterator[tuple[Code, int, torch.dtype, str, str]]:
+    """One case for each path through the kernels, as (code, tokens, dtype, packing, precision).
+
+    whole : also those that another case has but for the type or the number of tokens
+    """
     shape = (256, 512)
     half, brain = torch.float16, torch.bfloat16
     two_free, two_tied = trit_planes(shape, 2, 128), trit_planes(shape, 2, 128, tied=True)
     log8 = trit_planes(shape, 3, 32, tied=True, scale_dtype="log8")
-    for tokens, dtype in ((1, half), (16, brain)):
-        yield two_free, tokens, dtype, "base3", "float"
-        yield two_free, tokens, dtype, "2bit", "float"
-        yield two_tied, tokens, dtype, "base3", "float"
-        yield log8, tokens, dtype, "base3", "float"
-        yield uniform(shape, 3, 128), tokens, dtype, "base3", "float"
-        yield uniform(shape, 4, 128, symmetric=True), tokens, dtype, "base3", "float"
-        yield codebook(shape, 4), tokens, dtype, "base3", "float"
-        yield sherry(shape, 128), tokens, dtype, "base3", "float"
+    four = uniform(shape, 4, 128, symmetric=True)
+    for code in (two_free, two_tied, log8, uniform(shape, 3, 128), four, codebook(shape, 4), sherry(shape, 128)):
+        yield code, 1, half, "base3", "float"
+        if whole or any(code is one for one in (two_tied, four)):
+            yield code, 16, brain, "base3", "float"
+    yield two_free, 1, half, "2bit", "float"
+    if whole:
+        yield two_free, 16, brain, "2bit", "float"
     yield two_tied, 4, torch.float32, "2bit", "float"
     yield two_tied, 512, brain, "2bit", "float"
     yield Hadamard(two_tied, 512, 3), 512, brain, "2bit", "int8"
@@ -106,6 +108,7 @@ def for_compilation() -> Iterator[tuple[Code, int, torch.dtype, str, str]]:
     yield two_free, 4, half, "2bit", "int8"
     yield uniform(shape, 4, 32), 1, brain, "2bit", "int8"
     yield Hadamard(uniform((256, 48), 4, 32), 12, 3), 16, half, "2bit", "int8"
-    yield Hadamard(uniform((256, 48), 4, 32), 12, 3), 16, half, "2bit", "float"
+    if whole:
+        yield Hadamard(uniform((256, 48), 4, 32), 12, 3), 16, half, "2bit", "float"
     yield Hadamard(uniform((256, 72), 4, 8), 72, 3), 16, half, "2bit", "int8"
     yield Sum((two_tied, low_rank(shape, 8), sparse(shape))), 1, half, "base3", "float"

@@ -16,13 +16,16 @@ LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=LONG), 90])
-def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "cases"),
+    [pytest.param(80, "whole", marks=LONG), pytest.param(90, "whole", marks=LONG), (90, "slice")],
+)
+def test_kernels_compile(capability: int, cases: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "ahead.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script), str(capability), cases], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = {line.split()[0] for line in done.stdout.splitlines()}

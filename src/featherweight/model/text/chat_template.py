@@ -23,7 +23,7 @@ FILE_NAME = "chat_template.jinja"
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LONGEST = 1 << 24
 """Characters that a template may write, or that a text within it may grow to by repetition."""
-MOST_STEPS = 1 << 22
+MOST_STEPS = 1 << 20
 """Calls, products and numbers of `range` in one rendering."""
 LONGEST_RANGE = 100_000
 """As in Jinja's sandbox."""
