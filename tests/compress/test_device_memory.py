@@ -35,7 +35,7 @@ FEW = ("layers.include=[k_proj, down_proj]",)
 """A descent in PyTorch's form goes weight by weight: over two layers of a block, which get two planes or one."""
 RECIPES: dict[str, tuple[str, ...]] = {
     "ptqtp": ("grid.group_size=32",),
-    "gptaq": SMALL,
+    "gptaq": (*SMALL, *FEW),
     "flexround-3": (*SMALL, "rounding.steps=2"),
     "trit-1-blockwise": (*SMALL, *FEW, ONCE, TUNED % "block"),
     "trit-1": (*SMALL, *FEW, ONCE, TUNED % "model"),

@@ -31,10 +31,10 @@ SMALL = ("calibration.sequences=8", "calibration.length=24", "grid.group_size=32
 TUNED = "corrections=[{kind: scale-tuning, steps: 3, batch_size: 2, against: %s, norms: true}]"
 ONCE = "rounding.rounds=1"
 FEW = ("layers.include=[k_proj, down_proj]",)
-"""A sweep in PyTorch's form goes column by column, a descent weight by weight: over two layers of a block, which get two
-planes or one. gptaq, which sweeps, takes all layers."""
+"""A sweep in PyTorch's form goes column by column, a descent weight by weight: over two layers of a block, which get
+two planes or one. discquant and awq take all layers."""
 RECIPES: dict[str, tuple[str, ...]] = {
-    "gptaq": SMALL,
+    "gptaq": (*SMALL, *FEW),
     "awq": (*SMALL, "transforms=[{kind: awq, points: 3, search_tokens: 128, clip_steps: 4}]"),
     "adadim-3": (*SMALL, "rounding.search_tokens=128"),
     "flexround-3": (*SMALL, "rounding.steps=3"),
@@ -44,7 +44,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "d2quant": (*SMALL, *FEW),
     "trit-1-blockwise": (*SMALL, *FEW, ONCE, TUNED % "block"),
     "trit-1": (*SMALL, *FEW, ONCE, TUNED % "model"),
-    "quarot-gptq": SMALL,
+    "quarot-gptq": (*SMALL, *FEW),
     "pvq": (*SMALL[:2], "grid.dimension=8", "grid.pulses=9"),
     "zeroquant-v2": SMALL[2:],
 }

@@ -24,9 +24,8 @@ def test_kernels_compile(capability: int, cases: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "ahead.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(capability), cases], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(script), str(capability), cases]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     assert kernels == {
