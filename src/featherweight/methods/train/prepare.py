@@ -32,8 +32,9 @@ def prepare(
     Parameters
     ----------
     model : torch.nn.Module
-        Any module with `nn.Linear` layers, on any device. Token embedding, output layer, norms and what is no
-        `nn.Linear` stay as they are. Latents of fewer bits than float32 become float32; inputs may stay what they are.
+        Any module with `nn.Linear` layers, on any device. Token embedding, output layer, classifiers and what else a
+        model of transformers has beside its base model, norms and what is no `nn.Linear` stay as they are. Latents of
+        fewer bits than float32 become float32; inputs may stay what they are.
     recipe : str, Path, mapping or TrainRecipe
         A preset of trainings (`feather train --help` names them), a YAML file, or what one holds.
     changes : sequence of str
@@ -70,8 +71,11 @@ def prepare(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers that can be trained so, by name: those that only multiply, and whose weight no other module has."""
+    """Linear layers that can be trained so, by name: those that only multiply, whose weight no other module has, and
+    that are not in the head of a model of transformers (what it has beside its base model)."""
     head = output_layer(model)
+    base: Any = getattr(model, "base_model", model)
+    inside = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -80,7 +84,10 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1
+        if type(module) is nn.Linear
+        and module is not head
+        and owners[id(module.weight)] == 1
+        and (not inside or id(module) in inside)
     }
 
 
