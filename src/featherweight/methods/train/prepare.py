@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from featherweight.errors import FeatherError, RecipeError
 from featherweight.methods.learn.optimisers import optimiser_named
+from featherweight.methods.train.attention import KEYS, QUERIES, attentions, change_attentions, check_attentions
 from featherweight.methods.train.base import Clock
-from featherweight.methods.train.layer import LowBitLinear
+from featherweight.methods.train.layer import LowBit, LowBitLinear
 from featherweight.methods.train.recipe import TrainRecipe, train_recipe
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.layers.replace import output_layer
@@ -57,8 +58,17 @@ def prepare(
     taken = {name: layer for name, layer in layers.items() if chosen.layers.takes(name)}
     if not taken:
         raise FeatherError(_nothing(model, layers))
+    found, products = {}, set()
+    if chosen.attention.inputs or chosen.attention.product:
+        found = attentions(model)
+        check_attentions(model, found, chosen.attention.product)
+        if chosen.attention.product:
+            made_of = {name: {f"{name}.{child}" for child in (*QUERIES, *KEYS)} & layers.keys() for name in found}
+            products = {name for name, parts in made_of.items() if parts <= taken.keys()}
+            latents = {part for name in products for part in made_of[name]}
+            taken = {name: layer for name, layer in taken.items() if name not in latents}
     if chosen.forward.kind == "full":
-        return model
+        taken = {}
     for name, layer in taken.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise FeatherError(f"the weight of {name} is not finite: load the model again")
@@ -67,6 +77,7 @@ def prepare(
         layer.__class__ = LowBitLinear
         assert isinstance(layer, LowBitLinear)
         layer.begin(chosen.choices, name)
+    change_attentions(found, chosen.choices, chosen.attention.inputs, products)
     return model
 
 
@@ -96,7 +107,7 @@ def _nothing(model: nn.Module, layers: Mapping[str, nn.Linear]) -> str:
     if layers:
         roles = sorted({name.rpartition(".")[2] for name in layers})
         return f"layers.include and layers.skip leave no layer of {kind} to train; layers here: {', '.join(roles)}"
-    if any(isinstance(module, LowBitLinear) for module in model.modules()):
+    if any(isinstance(module, LowBit) for module in model.modules()):
         return f"the layers of {kind} are low-bit layers already"
     if any(isinstance(module, CodedModule) for module in model.modules()):
         return f"the layers of {kind} are compressed: train the original model, or heal the compressed one"
@@ -108,18 +119,23 @@ def low_bit_layers(model: nn.Module) -> dict[str, LowBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
 
 
+def low_bit_modules(model: nn.Module) -> dict[str, LowBit]:
+    """The low-bit layers of a model by name, and products of queries and keys."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBit)}
+
+
 def set_clock(model: nn.Module, step: int, steps: int) -> None:
     """Tell all low-bit layers of a model that `step` steps of `steps` are done.
 
     Side paths and rules that change over a training follow it; it is saved with the model's state.
     """
-    for layer in low_bit_layers(model).values():
+    for layer in low_bit_modules(model).values():
         layer.set_clock(Clock(step, steps))
 
 
 def penalty(model: nn.Module) -> Tensor | None:
     """What side paths add to the loss: a scalar, or None."""
-    terms = [term for layer in low_bit_layers(model).values() if (term := layer.penalty()) is not None]
+    terms = [term for layer in low_bit_modules(model).values() if (term := layer.penalty()) is not None]
     return torch.stack([term.float() for term in terms]).sum() if terms else None
 
 
@@ -128,7 +144,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     learning rate of their own. Each has its `rate_factor`, and whether it `decays`."""
     factors: dict[int, float] = {}
     own: set[int] = set()
-    for layer in low_bit_layers(model).values():
+    for layer in low_bit_modules(model).values():
         rates = layer.choices.side.rates()
         for name, parameter in layer.named_parameters(recurse=False):
             if name not in ("weight", "bias"):
@@ -162,7 +178,10 @@ def set_rates(optimiser: torch.optim.Optimizer, recipe: TrainRecipe, step: int, 
 
 
 def guard(optimiser: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Keep the bits of latents that a backward rule freezes (CGA) in every step of an optimiser."""
+    """Keep the bits of latents that a backward rule freezes (CGA) in every step of an optimiser.
+
+    Query and key matrices behind a product (QKR) have no codes of their own: only their gradients are frozen.
+    """
     kept: list[tuple[LowBitLinear, Tensor, Tensor]] = []
 
     def before(*_: Any) -> None:
@@ -205,5 +224,6 @@ def check_finite(model: nn.Module, loss: float, step: int) -> None:
 
 def check_exportable(recipe: TrainRecipe) -> None:
     """RecipeError where no folder can hold what a recipe trains."""
-    if recipe.activation.unstorable:
-        raise RecipeError(recipe.activation.unstorable)
+    why = recipe.attention.unstorable or recipe.activation.unstorable
+    if why:
+        raise RecipeError(why)
