@@ -71,10 +71,12 @@ def test_digits() -> None:
     assert data.images.shape == (1438, 1, 8, 8)
     assert data.held_out_images.shape == (359, 1, 8, 8)
     assert -1 <= float(data.images.min()) < float(data.images.max()) <= 1
-    teacher = ofq_vit.network(data, width=24, layers=1, heads=3, patch=4)
-    recipe = ofq_vit.scheduled(ARMS["OFQ"], 5e-3)
-    done = train_it(copy.deepcopy(teacher), recipe, data, 25, batch=32, seed=0, teacher=teacher)
-    assert sum(done.losses[-5:]) < sum(done.losses[:5])
+    torch.manual_seed(0)
+    model = ofq_vit.network(data, width=24, layers=1, heads=3, patch=4)
+    train_it(model, ofq_vit.scheduled(FULL, 5e-3), data, 60, batch=32, seed=0)
+    done = train_it(model, ofq_vit.scheduled(ARMS["OFQ"], 5e-3), data, 30, batch=32, seed=0)
+    assert sum(done.losses[-5:]) < 0.9 * sum(done.losses[:5])
+    assert done.accuracy > 0.3
 
 
 def test_images_are_moved_as_a_whole() -> None:
