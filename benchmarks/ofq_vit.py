@@ -186,9 +186,9 @@ def accuracy(model: Any, data: Data, batch: int) -> float:
     return right / len(data.held_out_labels)
 
 
-def scheduled(arm: dict[str, Any], rate: float) -> dict[str, Any]:
-    """With OFQ's schedule at this rate; attentions are rounded."""
-    schedule = {"kind": "cosine", "learning_rate": rate, "warmup": 0.05, "final": 0.02, "weight_decay": 0.05}
+def scheduled(arm: dict[str, Any], rate: float, final: float = 0.02) -> dict[str, Any]:
+    """With OFQ's schedule at this rate, down to a share of it; attentions are rounded."""
+    schedule = {"kind": "cosine", "learning_rate": rate, "warmup": 0.05, "final": final, "weight_decay": 0.05}
     optimiser = {"kind": "adamw", "betas": [0.9, 0.999]}
     return {"attention": {"inputs": True}, **arm, "schedule": schedule, "optimiser": optimiser}
 
@@ -204,7 +204,7 @@ def one_seed(seed: int, data: Data, options: argparse.Namespace) -> dict[str, di
     told("full precision", seed, found["full precision"])
     for arm in options.arms:
         student = copy.deepcopy(teacher)
-        recipe = scheduled(ARMS[arm], options.rate)
+        recipe = scheduled(ARMS[arm], options.rate, options.final)
         done = train_it(
             student, recipe, data, options.steps, batch=options.batch, seed=seed, teacher=teacher, shift=shift
         )
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--patch", type=int, help="pixels of a side (digits: 2, images: 4)")
     parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate's peak")
+    parser.add_argument("--final", type=float, default=0.02, help="share of it at the end, where CGA freezes")
     parser.add_argument("--full-rate", type=float, default=2e-3, help="that of full precision")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--device", default="cpu")
