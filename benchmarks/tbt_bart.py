@@ -119,6 +119,7 @@ def network(width: int, layers: int, longest: int) -> Any:
         decoder_ffn_dim=4 * width,
         max_position_embeddings=longest + 2,
         dropout=0.0,
+        init_std=0.1,  # BART's 0.02 is for widths of a thousand
         bos_token_id=BEGIN,
         pad_token_id=PAD,
         eos_token_id=END,
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the encoder, and of the decoder")
     parser.add_argument("--longest", type=int, default=96, help="bytes of a sentence")
     parser.add_argument("--share", type=float, default=0.2, help="of words that are masked")
-    parser.add_argument("--full-rate", type=float, default=2e-3)
+    parser.add_argument("--full-rate", type=float, default=3e-3)
     parser.add_argument("--rate", type=float, default=7e-4)
     parser.add_argument("--held-out-sentences", type=int, default=256)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="only these")

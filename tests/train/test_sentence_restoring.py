@@ -57,8 +57,8 @@ def test_arms_learn_from_the_full_model() -> None:
     for name in ("TBT", "absmean, inputs kept"):
         recipe = train.train_recipe("tbt", [*ARMS[name].changes, "schedule.learning_rate=0.005"])
         student = copy.deepcopy(teacher)
-        losses = tbt_bart.train_it(student, recipe, TEXT, options, 15, seed=1, teacher=teacher)
-        assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+        losses = tbt_bart.train_it(student, recipe, TEXT, options, 20, seed=1, teacher=teacher)
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
         assert len(train.low_bit_layers(student)) == 6 + 10
         found = tbt_bart.measured(student, TEXT, options)
         assert set(found) == {"loss", "masked", "all"}

@@ -85,8 +85,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers that can be trained so, by name: those that only multiply, whose weight no other module has, and
     that are not in the head of a model of transformers (what it has beside its base model)."""
     head = output_layer(model)
-    base: Any = getattr(model, "base_model", model)
-    inside = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
+    base: Any = model.base_model if hasattr(model, "base_model_prefix") else model
+    inside = {id(module) for module in base.modules()}
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -95,10 +95,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and module is not head
-        and owners[id(module.weight)] == 1
-        and (not inside or id(module) in inside)
+        if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1 and id(module) in inside
     }
 
 
