@@ -124,6 +124,18 @@ def test_operands_of_an_encoder_decoder() -> None:
     assert all(scale.grad is not None for scale in scales)
 
 
+def test_only_attentions_whose_two_layers_are_taken() -> None:
+    vit = train.prepare(small_vit(), STATSQ, ["layers.skip=['*.0.attention.q_proj']"])
+    assert isinstance(vit.vit.layers[0].attention.k_proj, LowBitLinear)
+    assert type(vit.vit.layers[0].attention.q_proj) is torch.nn.Linear
+    assert isinstance(vit.vit.layers[1].attention.q_proj, Latent)
+    with pytest.raises(FeatherError, match="no attention whose function can be chosen"):
+        train.prepare(vit, STATSQ)
+    train.prepare(vit, "trilm")  # the layer that was skipped
+    assert isinstance(vit.vit.layers[0].attention.q_proj, LowBitLinear)
+    assert bool(torch.isfinite(vit(**images()).loss))
+
+
 def test_who_cannot_have_it_is_told_why(tmp_path: Path) -> None:
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

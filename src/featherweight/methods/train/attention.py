@@ -61,11 +61,14 @@ def split_heads(value: Tensor, size: int) -> Tensor:
 
 
 def attentions(model: nn.Module) -> dict[str, Any]:
-    """Modules of attention that choose among transformers' functions, by name."""
+    """Modules of attention that choose among transformers' functions and are not changed yet, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if attention_globals(module) and _child(module, QUERIES) and _child(module, KEYS)
+        if attention_globals(module)
+        and not hasattr(module, HELD)
+        and _child(module, QUERIES) is not None
+        and _child(module, KEYS) is not None
     }
 
 

@@ -64,7 +64,7 @@ def prepare(
         check_attentions(model, found, chosen.attention.product)
         if chosen.attention.product:
             made_of = {name: {f"{name}.{child}" for child in (*QUERIES, *KEYS)} & layers.keys() for name in found}
-            products = {name for name, parts in made_of.items() if parts <= taken.keys()}
+            products = {name for name, parts in made_of.items() if len(parts) == 2 and parts <= taken.keys()}
             latents = {part for name in products for part in made_of[name]}
             taken = {name: layer for name, layer in taken.items() if name not in latents}
     if chosen.forward.kind == "full":
