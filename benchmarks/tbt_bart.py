@@ -5,7 +5,7 @@ Words of a sentence are replaced by masks, byte by byte, and the whole sentence 
 is trained first; every arm begins with its weights. Printed are the loss of held-out sentences in nats a byte, the
 share of masked bytes that are found, and that of all bytes, with the right bytes before given.
 
-    python benchmarks/tbt_bart.py                     # the bundled texts, a few minutes on two threads
+    python benchmarks/tbt_bart.py --full-steps 400 --steps 200 --width 64 --longest 48      # the bundled texts, minutes
     python benchmarks/tbt_bart.py --text NOVELS.txt --full-steps 6000 --steps 6000
 """
 
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=96, help="bytes of a sentence")
     parser.add_argument("--share", type=float, default=0.2, help="of words that are masked")
     parser.add_argument("--full-rate", type=float, default=3e-3)
-    parser.add_argument("--rate", type=float, default=7e-4)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--held-out-sentences", type=int, default=256)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--device", default="cpu")
