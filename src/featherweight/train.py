@@ -3,13 +3,15 @@
 `prepare` turns the linear layers of a model into low-bit ones in place, `export` writes what they have become as a
 folder of codes; between the two any loop trains, transformers' Trainer for one. `set_clock` tells side paths where the
 training is (`clock_callback` does so for Trainer), `parameter_groups` says what decays, `guard` keeps what CGA freezes,
-`Flips` counts codes that change. `run` is the loop of `feather train`.
+`Flips` counts codes that change, `distillation_loss` compares a low-bit model with the full one. `run` is the loop of
+`feather train`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from featherweight.methods.train.distillation import distillation_loss
 from featherweight.methods.train.flips import Flipped, Flips
 from featherweight.methods.train.layer import LowBitLinear
 from featherweight.methods.train.prepare import (
@@ -37,6 +39,7 @@ __all__ = [
     "TrainSettings",
     "Training",
     "clock_callback",
+    "distillation_loss",
     "export",
     "guard",
     "low_bit_layers",

@@ -424,7 +424,26 @@ def mark_compressed(model: Any, specs: dict[str, dict[str, Any]], recipe: dict[s
     """
     known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     before = known.specs if isinstance(known, FeatherConfig) else {}
-    config = FeatherConfig(**quantization_config({**before, **specs}, recipe))
+    named = {saved: specs[name] for name, saved in saved_modules(model, specs).items()}
+    config = FeatherConfig(**quantization_config({**before, **named}, recipe))
     model.config.quantization_config = config
     model.hf_quantizer = FeatherQuantizer(config)
     model.quantization_method = config.quant_method
+
+
+def saved_modules(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names of modules -> those under which `save_pretrained` writes them: 5.x keeps the names of old checkpoints."""
+    saved = {name: name for name in names}
+    held = {name: module for name, module in coded_modules(model) if name in saved}
+    if not LOADS_BY_CONVERSION or not held:
+        return saved
+    from transformers.core_model_loading import revert_weight_conversion
+
+    keys = {name: next(iter(module.layout)) for name, module in held.items()}
+    markers = {f"{name}.{key}": torch.empty(0, device="meta") for name, key in keys.items()}
+    owners = {id(marker): name for marker, name in zip(markers.values(), keys, strict=True)}  # renamed, but not copied
+    for key, marker in revert_weight_conversion(model, markers).items():
+        if id(marker) in owners:
+            name = owners[id(marker)]
+            saved[name] = key.removesuffix(f".{keys[name]}")
+    return saved

@@ -11,6 +11,8 @@ Rules are pure: tensors in, tensors out. They see the layer they are in as `Laye
 from __future__ import annotations
 
 import abc
+import fnmatch
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,11 @@ from torch import Tensor
 
 from featherweight.methods.quantize.base import Choice
 from featherweight.storage.codes import Code
+
+
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """Whether a pattern fits the full name of a module, or its last part."""
+    return any(fnmatch.fnmatchcase(text, p) for p in patterns for text in (name, name.rpartition(".")[2]))
 
 
 class Clock(NamedTuple):
@@ -48,9 +55,14 @@ class Rounded(NamedTuple):
 class Layer(Protocol):
     """What choices see of the layer that they are in."""
 
-    weight: Tensor
-    """The latents [out, in]."""
+    name: str
+    """Of the module in its model."""
     training: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The latents [out, in]; [0, 0] where what is rounded meets no matrix, as in an attention."""
+        ...
 
     @property
     def clock(self) -> Clock:
@@ -185,7 +197,8 @@ class Activation(Choice, abc.ABC):
     """How the layer's input is rounded."""
 
     def given(self) -> Given:
-        """Parameters and buffers of its own."""
+        """Parameters and buffers of its own. Their shapes may be found with the first batch: give their `data` another
+        one then; a state that is loaded does so too."""
         return {}
 
     def rounded(self, layer: Layer, inputs: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from featherweight.methods.train.prepare import low_bit_layers
+from featherweight.methods.train.prepare import low_bit_modules
 
 
 class Flipped(NamedTuple):
-    """weights : of all low-bit layers
+    """weights : of all low-bit layers, and of products of queries and keys
     flips : weights whose digit is another one than when it was counted before
     reversals : those of them whose flip before went the other way
     dead : weights with the digit 0
@@ -39,7 +39,8 @@ class Flips:
     """See the module; digits are kept where the layers are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = low_bit_layers(model)
+        found = low_bit_modules(model)
+        self.layers = {name: layer for name, layer in found.items() if layer.choices.forward.kind != "full"}
         self.before = {name: self._digits(name) for name in self.layers}
         self.directions: dict[str, Tensor] = {}
 

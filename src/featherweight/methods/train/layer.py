@@ -8,13 +8,14 @@ one of them, so that a training that goes on later has it from the saved state.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.methods.train.base import Activation, Backward, Clock, Forward, Rounded, Side
+from featherweight.methods.train.inputs import hold, take_shapes
 from featherweight.storage.codes import Code
 
 SCALES, CLOCK = "learned_scales", "clock_steps"
@@ -38,8 +39,8 @@ class Choices:
         return self.backward.refusal(self.forward) or self.side.refusal(self.forward, self.backward)
 
 
-class LowBitLinear(nn.Linear):
-    """y = x Q(W)^T + b, and what the side path adds (see the module); `prepare` makes them.
+class LowBit(nn.Module):
+    """What has a matrix that is rounded as choices say: a linear layer, or the product of two of an attention.
 
     Attributes
     ----------
@@ -48,28 +49,24 @@ class LowBitLinear(nn.Linear):
     name : of the module in its model
     """
 
+    weight: Tensor
     choices: Choices
     name: str
     _clock: Clock
+    unstorable: ClassVar[str] = ""
+    """Why no folder can hold it, whatever it is rounded to."""
 
     def begin(self, choices: Choices, name: str) -> None:
         """Be trained by these choices from now on; RecipeError where they cannot code this matrix."""
-        choices.forward.check_shape((self.out_features, self.in_features), name)
+        rows, columns = self.weight.shape
+        choices.forward.check_shape((rows, columns), name)
         self.choices, self.name, self._clock = choices, name, Clock()
-        if self.weight.dtype not in (torch.float32, torch.float64):  # updates would be lost in fewer bits
-            self.weight.data = self.weight.data.float()
         learned = choices.forward.start(self.weight.detach())
         if learned is not None:
             self.register_parameter(SCALES, nn.Parameter(learned))
-        given = choices.side.given(self.weight, self.rounded()) | choices.activation.given()
-        for key, tensor in given.items():
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.to(self.weight.device)
-                self.register_parameter(key, tensor)
-            else:
-                self.register_buffer(key, tensor.to(self.weight.device))
+        hold(self, choices.side.given(self.weight, self.rounded()), self.weight.device)
         self.register_buffer(CLOCK, torch.zeros(2, dtype=torch.int64, device="cpu"))
-        self._register_load_state_dict_pre_hook(self._read_clock)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(self._before_loading)  # type: ignore[no-untyped-call]
 
     def own(self, name: str) -> Any:
         """A parameter or buffer that a choice has given the layer."""
@@ -92,7 +89,7 @@ class LowBitLinear(nn.Linear):
         held.copy_(torch.tensor(self._clock, dtype=torch.int64, device="cpu"))
         self.choices.side.ticked(self)
 
-    def _read_clock(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _before_loading(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
         if prefix + CLOCK in state:
             self._clock = Clock(*state[prefix + CLOCK].tolist())
             self.choices.side.ticked(self)
@@ -106,6 +103,32 @@ class LowBitLinear(nn.Linear):
         """What the input is multiplied by, differentiable: [out, in]."""
         value = self.choices.backward.passed(self, self.choices.forward, found, self.learned)
         return self.choices.side.matrix(self, value)
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that the side path adds to the loss."""
+        return self.choices.side.penalty(self)
+
+    @property
+    def kinds(self) -> str:
+        """Of the choices, for people."""
+        parts = (self.choices.forward, self.choices.backward, self.choices.side, self.choices.activation)
+        return " x ".join(part.kind for part in parts)
+
+
+class LowBitLinear(LowBit, nn.Linear):
+    """y = x Q(W)^T + b, and what the side path adds (see the module); `prepare` makes them."""
+
+    def begin(self, choices: Choices, name: str) -> None:
+        """See `LowBit`."""
+        widen(self.weight)
+        super().begin(choices, name)
+        given = choices.activation.given()
+        self.input_names = tuple(given)
+        hold(self, given, self.weight.device)
+
+    def _before_loading(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        super()._before_loading(state, prefix)
+        take_shapes(self, self.input_names, state, prefix)
 
     def constant(self, found: Rounded) -> Tensor | None:
         """What is added to every output: the bias with what rule and side path add to it, [out], or None."""
@@ -143,11 +166,11 @@ class LowBitLinear(nn.Linear):
         constant = self.constant(self.rounded())
         return None if constant is None else constant.detach().clone()
 
-    def penalty(self) -> Tensor | None:
-        """A scalar that the side path adds to the loss."""
-        return self.choices.side.penalty(self)
-
     def extra_repr(self) -> str:
-        parts = (self.choices.forward, self.choices.backward, self.choices.side, self.choices.activation)
-        kinds = " x ".join(part.kind for part in parts)
-        return f"{super().extra_repr()}, {kinds}"
+        return f"{super().extra_repr()}, {self.kinds}"
+
+
+def widen(latents: Tensor) -> None:
+    """Make latents of fewer bits float32, in place: updates would be lost in fewer bits."""
+    if latents.dtype not in (torch.float32, torch.float64):
+        latents.data = latents.data.float()

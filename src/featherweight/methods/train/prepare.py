@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from featherweight.errors import FeatherError, RecipeError
 from featherweight.methods.learn.optimisers import optimiser_named
+from featherweight.methods.train.attention import KEYS, QUERIES, attentions, change_attentions, check_attentions
 from featherweight.methods.train.base import Clock
-from featherweight.methods.train.layer import LowBitLinear
+from featherweight.methods.train.layer import LowBit, LowBitLinear
 from featherweight.methods.train.recipe import TrainRecipe, train_recipe
 from featherweight.model.layers.modules import CodedModule
 from featherweight.model.layers.replace import output_layer
@@ -32,8 +33,9 @@ def prepare(
     Parameters
     ----------
     model : torch.nn.Module
-        Any module with `nn.Linear` layers, on any device. Token embedding, output layer, norms and what is no
-        `nn.Linear` stay as they are. Latents of fewer bits than float32 become float32; inputs may stay what they are.
+        Any module with `nn.Linear` layers, on any device. Token embedding, output layer, classifiers and what else a
+        model of transformers has beside its base model, norms and what is no `nn.Linear` stay as they are. Latents of
+        fewer bits than float32 become float32; inputs may stay what they are.
     recipe : str, Path, mapping or TrainRecipe
         A preset of trainings (`feather train --help` names them), a YAML file, or what one holds.
     changes : sequence of str
@@ -56,8 +58,17 @@ def prepare(
     taken = {name: layer for name, layer in layers.items() if chosen.layers.takes(name)}
     if not taken:
         raise FeatherError(_nothing(model, layers))
+    found, products = {}, set()
+    if chosen.attention.inputs or chosen.attention.product:
+        found = attentions(model)
+        check_attentions(model, found, chosen.attention.product)
+        if chosen.attention.product:
+            made_of = {name: {f"{name}.{child}" for child in (*QUERIES, *KEYS)} & layers.keys() for name in found}
+            products = {name for name, parts in made_of.items() if len(parts) == 2 and parts <= taken.keys()}
+            latents = {part for name in products for part in made_of[name]}
+            taken = {name: layer for name, layer in taken.items() if name not in latents}
     if chosen.forward.kind == "full":
-        return model
+        taken = {}
     for name, layer in taken.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise FeatherError(f"the weight of {name} is not finite: load the model again")
@@ -66,12 +77,16 @@ def prepare(
         layer.__class__ = LowBitLinear
         assert isinstance(layer, LowBitLinear)
         layer.begin(chosen.choices, name)
+    change_attentions(found, chosen.choices, chosen.attention.inputs, products)
     return model
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers that can be trained so, by name: those that only multiply, and whose weight no other module has."""
+    """Linear layers that can be trained so, by name: those that only multiply, whose weight no other module has, and
+    that are not in the head of a model of transformers (what it has beside its base model)."""
     head = output_layer(model)
+    base: Any = model.base_model if hasattr(model, "base_model_prefix") else model
+    inside = {id(module) for module in base.modules()}
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -80,7 +95,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1
+        if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1 and id(module) in inside
     }
 
 
@@ -89,7 +104,7 @@ def _nothing(model: nn.Module, layers: Mapping[str, nn.Linear]) -> str:
     if layers:
         roles = sorted({name.rpartition(".")[2] for name in layers})
         return f"layers.include and layers.skip leave no layer of {kind} to train; layers here: {', '.join(roles)}"
-    if any(isinstance(module, LowBitLinear) for module in model.modules()):
+    if any(isinstance(module, LowBit) for module in model.modules()):
         return f"the layers of {kind} are low-bit layers already"
     if any(isinstance(module, CodedModule) for module in model.modules()):
         return f"the layers of {kind} are compressed: train the original model, or heal the compressed one"
@@ -101,18 +116,23 @@ def low_bit_layers(model: nn.Module) -> dict[str, LowBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
 
 
+def low_bit_modules(model: nn.Module) -> dict[str, LowBit]:
+    """The low-bit layers of a model by name, and products of queries and keys."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowBit)}
+
+
 def set_clock(model: nn.Module, step: int, steps: int) -> None:
     """Tell all low-bit layers of a model that `step` steps of `steps` are done.
 
     Side paths and rules that change over a training follow it; it is saved with the model's state.
     """
-    for layer in low_bit_layers(model).values():
+    for layer in low_bit_modules(model).values():
         layer.set_clock(Clock(step, steps))
 
 
 def penalty(model: nn.Module) -> Tensor | None:
     """What side paths add to the loss: a scalar, or None."""
-    terms = [term for layer in low_bit_layers(model).values() if (term := layer.penalty()) is not None]
+    terms = [term for layer in low_bit_modules(model).values() if (term := layer.penalty()) is not None]
     return torch.stack([term.float() for term in terms]).sum() if terms else None
 
 
@@ -121,7 +141,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     learning rate of their own. Each has its `rate_factor`, and whether it `decays`."""
     factors: dict[int, float] = {}
     own: set[int] = set()
-    for layer in low_bit_layers(model).values():
+    for layer in low_bit_modules(model).values():
         rates = layer.choices.side.rates()
         for name, parameter in layer.named_parameters(recurse=False):
             if name not in ("weight", "bias"):
@@ -155,7 +175,10 @@ def set_rates(optimiser: torch.optim.Optimizer, recipe: TrainRecipe, step: int, 
 
 
 def guard(optimiser: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Keep the bits of latents that a backward rule freezes (CGA) in every step of an optimiser."""
+    """Keep the bits of latents that a backward rule freezes (CGA) in every step of an optimiser.
+
+    Query and key matrices behind a product (QKR) have no codes of their own: only their gradients are frozen.
+    """
     kept: list[tuple[LowBitLinear, Tensor, Tensor]] = []
 
     def before(*_: Any) -> None:
@@ -198,5 +221,6 @@ def check_finite(model: nn.Module, loss: float, step: int) -> None:
 
 def check_exportable(recipe: TrainRecipe) -> None:
     """RecipeError where no folder can hold what a recipe trains."""
-    if recipe.activation.unstorable:
-        raise RecipeError(recipe.activation.unstorable)
+    why = recipe.attention.unstorable or recipe.activation.unstorable
+    if why:
+        raise RecipeError(why)

@@ -13,7 +13,6 @@ Presets lie in `recipes/train/`. Everything a recipe can get wrong is one Recipe
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from featherweight.errors import RecipeError
 from featherweight.methods.quantize.choosing import choice_on, explain
 from featherweight.methods.quantize.written import recipe_mapping
-from featherweight.methods.train.base import Activation, Backward, Forward, Schedule, Side
+from featherweight.methods.train.base import Activation, Backward, Forward, Schedule, Side, matches
 from featherweight.methods.train.layer import Choices
 from featherweight.registry import nearest
 from featherweight.system.places import PRESETS
@@ -48,11 +47,25 @@ class TrainLayers(BaseModel):
 
     def takes(self, name: str) -> bool:
         """Whether the layer of this name is one of them."""
-        return _any(self.include, name) and not _any(self.skip, name)
+        return matches(self.include, name) and not matches(self.skip, name)
 
 
-def _any(patterns: Sequence[str], name: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, p) for p in patterns for text in (name, name.rpartition(".")[2]))
+class TrainAttention(BaseModel):
+    """What is done in attentions, beside their linear layers. No folder can hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    inputs: bool = Field(
+        False, description="whether queries, keys, values and probabilities are rounded as inputs of layers are"
+    )
+    product: bool = Field(
+        False, description="whether the product of each head's query and key matrix is rounded in their place (QKR)"
+    )
+
+    @property
+    def unstorable(self) -> str:
+        """Why a folder cannot hold it; empty where there is nothing of it."""
+        wrong = [f"attention.{name}" for name in ("inputs", "product") if getattr(self, name)]
+        return f"{' and '.join(wrong)} change attentions, which no folder can hold: leave them out" if wrong else ""
 
 
 class OptimiserChoice(BaseModel):
@@ -74,6 +87,7 @@ class TrainRecipe(BaseModel):
     ----------
     name : of the preset, the file's stem, or one's own; `title`, `paper` and `notes` describe it
     layers : which linear layers; token embedding, output layer and norms are never among them
+    attention : what is done in attentions beside their linear layers
     forward, backward, side, activation : see `featherweight.methods.train.base`
     schedule : learning rate and weight decay over the steps
     optimiser : of latents and everything else
@@ -86,6 +100,7 @@ class TrainRecipe(BaseModel):
     paper: str = Field("", description="where it comes from")
     notes: str = Field("", description="what else is worth knowing")
     layers: TrainLayers = Field(TrainLayers(), description="which linear layers are trained with rounded weights")
+    attention: TrainAttention = Field(TrainAttention(), description="what is done in attentions beside their layers")
     forward: SerializeAsAny[Forward]
     backward: SerializeAsAny[Backward] = Field(default_factory=lambda: choice_on("backward", {"kind": "identity"}))
     side: SerializeAsAny[Side] = Field(default_factory=lambda: choice_on("side", {"kind": "none"}))
@@ -105,6 +120,12 @@ class TrainRecipe(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> TrainRecipe:
         refusal = self.choices.refusal()
+        if self.attention.inputs and self.activation.kind == "none":
+            refusal = refusal or "attention.inputs rounds as the activation says, which is none: choose an activation"
+        if self.attention.product and self.side.kind != "none":
+            refusal = (
+                refusal or f"attention.product has no side path, and the side {self.side.kind} is chosen: take none"
+            )
         if refusal:
             raise RecipeError(refusal)
         return self
@@ -153,8 +174,9 @@ def train_recipe(name: str | Path | Mapping[str, Any] | TrainRecipe, changes: Se
     try:
         return TrainRecipe(**mapping)
     except ValidationError as error:
-        inside = error.errors()[0]["loc"][0] == "layers" and len(error.errors()[0]["loc"]) > 1
-        model: type[BaseModel] = TrainLayers if inside else TrainRecipe
+        place = error.errors()[0]["loc"]
+        parts: dict[Any, type[BaseModel]] = {"layers": TrainLayers, "attention": TrainAttention}
+        model = parts.get(place[0], TrainRecipe) if len(place) > 1 else TrainRecipe
         raise RecipeError(f"recipe {origin}: {explain(error, model)}") from None
     except (RecipeError, TypeError) as error:
         raise RecipeError(f"recipe {origin}: {error}") from None

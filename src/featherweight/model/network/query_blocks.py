@@ -51,7 +51,7 @@ def attention_in_blocks(
 def _attention_replaced(block: nn.Module) -> Iterator[None]:
     modules: list[Any] = [module for module in block.modules() if _plain_attention(module)]
     configs = {id(module.config): module.config for module in modules}
-    functions = {id(found): found for found in (_globals(m)["ALL_ATTENTION_FUNCTIONS"] for m in modules)}
+    functions = {id(found): found for found in (attention_globals(m)["ALL_ATTENTION_FUNCTIONS"] for m in modules)}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for known in functions.values():
         known[NAME] = _receive
@@ -66,8 +66,8 @@ def _attention_replaced(block: nn.Module) -> Iterator[None]:
             del known[NAME]
 
 
-def _globals(module: nn.Module) -> dict[str, Any]:
-    """Of a module's forward function, if that chooses among attention functions; else empty."""
+def attention_globals(module: nn.Module) -> dict[str, Any]:
+    """Those of a module's forward function, if that chooses among attention functions; else empty."""
     forward: Any = inspect.unwrap(type(module).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     chooses = {"eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"} <= set(names) and hasattr(module, "config")
@@ -77,7 +77,7 @@ def _globals(module: nn.Module) -> dict[str, Any]:
 
 def _plain_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The plain attention function that a module falls back to, None if it is not of that kind."""
-    return _globals(module).get("eager_attention_forward")
+    return attention_globals(module).get("eager_attention_forward")
 
 
 def _receive(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from featherweight.errors import FeatherError, OutputError
+from featherweight.methods.train.attention import low_bit_attentions
 from featherweight.methods.train.layer import LowBitLinear
 from featherweight.methods.train.prepare import check_exportable, low_bit_layers
 from featherweight.methods.train.recipe import TrainRecipe, train_recipe
@@ -125,6 +126,8 @@ def write_folder(
     for layer in layers.values():
         if layer.choices.activation.unstorable:
             raise FeatherError(f"{layer.name}: {layer.choices.activation.unstorable}")
+    for name in low_bit_attentions(model):
+        raise FeatherError(f"the attention {name} rounds what no folder says: train without attention.* to store it")
     if recipe is not None:
         check_exportable(recipe)
     codes = {name: layer.code() for name, layer in layers.items()}
