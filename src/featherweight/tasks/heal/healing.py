@@ -125,6 +125,8 @@ def heal(
         check_place(out, original, against)
         anatomy, _, _ = accounted_anatomy(original)
         student = Student.of(compressed, small, original, anatomy)
+        if settings.training == "cat-q":
+            student.check_one_plane()
         windows = _windows(original, mixture, settings, out, observer)
         run_settings = _calibration(settings, len(windows))
         identity = {
