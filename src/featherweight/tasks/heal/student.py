@@ -61,14 +61,15 @@ class Student:
             small.release(name)
         return cls(small, codes, norms, fixed)
 
-    def check_one_plane(self) -> None:
-        """FeatherError where a layer is anything but one trit-plane, as the training cat-q needs it."""
+    def checked(self, training: str) -> Student:
+        """Itself; FeatherError where a layer is anything but one trit-plane, which the training cat-q needs."""
         other = next((name for name, code in self.codes.items() if not one_plane(code)), None)
-        if other is not None:
+        if training == "cat-q" and other is not None:
             raise FeatherError(
                 f"{other} is {describe_code(self.codes[other].spec)}, and the training cat-q is for models of one "
                 "trit-plane: leave out --training cat-q"
             )
+        return self
 
     def moved(self, codes: Mapping[str, Code]) -> float:
         """Share of all weights whose digits are others in `codes`."""
