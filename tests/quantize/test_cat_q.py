@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from featherweight.methods.quantize.modulated import (
     modulation,
     soft_trits,
 )
+from featherweight.methods.quantize.tuned import TunedState
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.codes import Code
 from featherweight.storage.codes.hadamard import Hadamard, rotate
 from featherweight.storage.codes.trit_planes import TritPlanes
+from featherweight.storage.run.training_store import NO_STORE, TrainingState, TrainingStore
 from featherweight.tasks.compress.compression import compress
 from models import make_tiny
 
@@ -270,8 +273,6 @@ def test_a_loss_that_is_not_finite_keeps_the_best(tmp_path: Path, monkeypatch: p
 
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
-    from featherweight.methods.quantize.tuned import TunedState
-
     session, given = block_of(tmp_path)
     change = LowRankChange(rank=4, unit=0.2)
     trained = {name: ModulatedCode(code, session.weight(name), change=change) for name, code in given.items()}
@@ -306,3 +307,40 @@ def test_the_preset_is_one_plane_of_1_725_bits() -> None:
     assert isinstance(code, TritPlanes)
     assert (code.planes, code.group_size, code.scales.dtype) == (1, 128, torch.float16)
     assert code.bits_per_weight == pytest.approx(1.6 + 16 / 128)
+
+
+class Remembered(TrainingStore):
+    """Keeps the state behind one step, and stops there the first time."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.state: TrainingState | None = None
+
+    def load(self, task: Any) -> TrainingState | None:
+        return self.state
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, state: TrainingState) -> None:
+        if self.state is None and state.step == self.step:
+            self.state = copy.deepcopy(state)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [6, 18], ids=["soft", "hard"])
+def test_a_training_that_goes_on_is_the_same(step: int, tmp_path: Path) -> None:
+    session, given = block_of(tmp_path)
+    trainer = CatQ(steps=20, learning_rate=2e-2, rank=8, checks=2)
+
+    def train(store: TrainingStore = NO_STORE) -> dict[str, Code]:
+        trained = {n: trainer.trainable(code, session.weight, n, session.device) for n, code in given.items()}
+        state = TunedState(trained, {}, session.device)
+        return trainer.tune(trainer.of_block(session, "float32"), state, store=store)[0]
+
+    whole, store = train(), Remembered(step)
+    with pytest.raises(KeyboardInterrupt):
+        train(store)
+    resumed = train(store)
+    assert any(not torch.equal(whole[name].decode(), code.decode()) for name, code in given.items())
+    assert all(torch.equal(whole[name].decode(), code.decode()) for name, code in resumed.items())
