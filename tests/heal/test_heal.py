@@ -143,6 +143,28 @@ def test_levels_and_losses(heal: Callable[..., Healing], settings: HealSettings,
     assert result.peak_memory_bytes <= 1.1 * result.planned_memory_bytes
 
 
+@pytest.mark.parametrize("level", ["blocks", "model"])
+def test_cat_q(heal: Callable[..., Healing], small: Path, level: Any) -> None:
+    """A window of both blocks, and the whole model: nearer to the original; norms stay, and what is not one plane."""
+    quick = replace(QUICK, training="cat-q", level=level, window=2 if level == "blocks" else 1)
+    result = heal(f"cat-q-{level}", quick)
+    assert result.kept
+    assert result.moved > 0
+    assert all(after < before for before, after in zip(result.loss_before, result.loss_after, strict=True))
+    with Checkpoint.open(result.out) as after, Checkpoint.open(small) as before:
+        same = {name for name in before.names if torch.equal(after.tensor(name), before.tensor(name))}
+        assert {name for name in before.names if len(before.entry(name).shape) == 1} <= same
+        assert not any(name.endswith("q_proj.trits") for name in same)
+    assert verify(result.out).whole
+
+
+def test_cat_q_is_for_one_plane(heal: Callable[..., Healing], model: Path, tmp_path: Path) -> None:
+    two = {**RECIPE, "grid": {"kind": "trit-planes", "planes": 2, "group_size": 32}}
+    other = featherweight.compress(model, two, tmp_path / "two").out
+    with pytest.raises(FeatherError, match="is 2 trit-planes g32, and the training cat-q is for models of one"):
+        heal("two", replace(QUICK, training="cat-q"), small=other)
+
+
 def test_minutes_become_steps(heal: Callable[..., Healing]) -> None:
     result = heal("minutes", replace(QUICK, steps=None, minutes=0.05, score=0))
     assert result.steps >= 8
@@ -192,6 +214,8 @@ def test_refusals(heal: Callable[..., Healing], model: Path, small: Path, tmp_pa
         (replace(QUICK, level="layers"), "there is no level 'layers' of healing"),  # type: ignore[arg-type]
         (replace(QUICK, window=2), "a window of 2 blocks is for the level blocks"),
         (replace(QUICK, level="blocks", loss="states"), "the loss is not to be chosen there"),
+        (replace(QUICK, training="latent"), "there is no training 'latent' of healing"),  # type: ignore[arg-type]
+        (replace(QUICK, training="cat-q", level="scales"), "cat-q chooses digits anew"),
         (replace(QUICK, learning_rate=0.0), "learning_rate is 0, expected a number above 0"),
     ):
         with pytest.raises(FeatherError, match=said):

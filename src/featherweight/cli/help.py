@@ -53,7 +53,7 @@ GROUPS = {
     "Training": (
         *("--config", "--tokenizer", "--held-out", "--minutes", "--steps", "--level", "--window", "--loss"),
         *("--learning-rate", "--batch", "--accumulate", "--length", "--eval-every", "--log-every", "--save-every"),
-        "--score-text",
+        *("--score-text", "--training"),
     ),
     "Text": ("--prompt", "--prompt-file", "--system", "--max-tokens", "--no-history", "--generate"),
     "Sampling": ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"),

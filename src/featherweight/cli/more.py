@@ -136,7 +136,12 @@ def heal(
     loss: Annotated[
         str, typer.Option("--loss", help="kl: the predictions; states: the last hidden states; mixed.")
     ] = "kl",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of Adam, relative to each scale.")] = 0.005,
+    training: Annotated[
+        str, typer.Option("--training", help="latents: digits nearest to latent values; cat-q: for one trit-plane.")
+    ] = "latents",
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of Adam, relative to each scale; 0.005, cat-q 0.0015.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows of text a step.")] = 2,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 1024,
     windows: Annotated[int, typer.Option("--windows", min=4, help="Most windows of text that are read.")] = 4096,
@@ -163,7 +168,8 @@ def heal(
 
     settings = {
         "minutes": minutes, "steps": steps, "level": level, "window": window, "loss": loss, "batch": batch,
-        "learning_rate": learning_rate, "length": length, "windows": windows, "score": limit, "seed": seed,
+        "training": training, "learning_rate": learning_rate, "length": length, "windows": windows, "score": limit,
+        "seed": seed,
     }  # fmt: skip
     options = {
         "text": text, "score_text": score_text, "threads": threads, "overwrite": overwrite,

@@ -52,15 +52,24 @@ class ModelTrainingWork:
 class BlockObjective:
     """||block(x; W) - y||^2 / ||y||^2: x the stream quantised so far, y the float block's output on the float stream.
 
+    With `huber`, the mean over all values of the Huber loss, which from an error of that size on rises linearly.
+
     Weights and tensors may be on any device; `device` is where the block runs, and where they are best.
     A batch is one of the calibration's settings; where the device's memory does not hold it, it is run in parts. Held
     out are the session's own held-out batches; where it has none,
     held_out_share : part of the batches, at least one where there are two, taken evenly from the whole
     """
 
-    def __init__(self, session: BlockAccess, held_out_share: float = 0.125, precision: Chosen = "float32") -> None:
+    def __init__(
+        self,
+        session: BlockAccess,
+        held_out_share: float = 0.125,
+        precision: Chosen = "float32",
+        *,
+        huber: float | None = None,
+    ) -> None:
         self.session, self.device = session, session.device
-        self.precision = precision
+        self.precision, self.huber = precision, huber
         self._take_samples()
         seen = len(self.session.inputs)
         count = sum(parts[0] < seen for parts in self._parts)
@@ -111,12 +120,17 @@ class BlockObjective:
     def _losses(self, weights: Weights, tensors: Weights, batch: int, precision: Chosen) -> Iterator[Tensor]:
         """What the parts of a batch add to its loss, one after the other."""
         parts = self._parts[batch]
-        power = torch.stack([self._target(i).square().sum() for i in parts]).sum() if len(parts) > 1 else None
+        whole = len(parts) > 1 and self.huber is None
+        power = torch.stack([self._target(i).square().sum() for i in parts]).sum() if whole else None
+        values = sum(self._targets[i].numel() for i in parts)
         for index in parts:
             target = self._target(index)
             with self.session.overridden({**weights, **tensors}), autocast(precision, self.device):
                 output = self.session.run(self._inputs[index], index).float()
-            yield _relative(output, target, power)
+            if self.huber is None:
+                yield _relative(output, target, power)
+            else:
+                yield torch.nn.functional.huber_loss(output, target, reduction="sum", delta=self.huber) / values
 
     def _target(self, index: int) -> Tensor:
         return self._targets[index].to(self.device).float()

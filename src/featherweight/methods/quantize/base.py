@@ -113,8 +113,7 @@ class Grid(Choice):
     portable: ClassVar[bool] = False
     """Whether `fit`, `levels`, `column_scales` and `round_vectors` take tensors of any device, and `quantize_source` a
     source whose rows are on one. What makes codes (`encode`, `join_vectors`) gets tensors in main memory."""
-    device_weight_bytes: ClassVar[int] = 24
-    """Bytes a weight of a window that PyTorch's form takes on a device."""
+    device_weight_bytes: ClassVar[int] = 24  # a weight of a window, where PyTorch's form is at work on a device
     whole: ClassVar[bool] = False
     """Whether a matrix is taken as a whole: no levels of single weights, nor vectors, so that only `quantize` makes its
     code, and no rounding but `nearest` can have it."""
@@ -206,8 +205,7 @@ class Grid(Choice):
         return max(self.working_bytes(shape, options), self.device_weight_bytes * rows * shape[1])
 
 
-DEVICE_WINDOW = 128 << 20
-"""Bytes of rows that go to a device at a time."""
+DEVICE_WINDOW = 128 << 20  # bytes of rows that go to a device at a time
 
 
 class SolveOptions(BaseModel):
@@ -403,6 +401,10 @@ class Correction(Choice):
     scope: ClassVar[Scope] = "layer"
     portable: ClassVar[bool] = False
     """Whether `split` and `correct` take a weight and statistics on any device. Codes are in main memory."""
+
+    def refusal(self, grid: Grid) -> str | None:
+        """Why this correction cannot be used with a grid, as far as settings say so; None where it can."""
+        return None
 
     def split(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Code | None]:
         """Before rounding: what is left for the grid, and a term stored beside it (sparse outliers), or None.

@@ -70,8 +70,23 @@ class TunedState:
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Decoded weights and tensors as they would be stored now."""
-        codes, tensors = self.result()
+        return self.decoded(*self.result())
+
+    def decoded(
+        self, codes: Mapping[str, Code], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and tensors that the network computes with if these are stored."""
         return {name: code.decode() for name, code in codes.items()}, {**self.fixed, **tensors}
+
+    def clip(self, most: float) -> None:
+        """Scale the gradients of all values so that their norm together is not above `most`."""
+        both = zip(self.theta, self._unit, strict=True)
+        known = [(theta.grad, unit) for theta, unit in both if theta.grad is not None]
+        norms = [(gradient / unit.to(gradient.device)).norm() for gradient, unit in known]
+        if norms:
+            factor = most / torch.stack(norms).norm().clamp_min(most)
+            for gradient, _ in known:
+                gradient.mul_(factor)
 
     def given(self) -> tuple[dict[str, Code], dict[str, Tensor]]:
         """Codes and tensors as they were given."""

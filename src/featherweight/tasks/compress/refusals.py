@@ -10,7 +10,7 @@ from featherweight.errors import RecipeError
 from featherweight.methods.calibrate.session import TARGETS
 from featherweight.methods.calibrate.statistics import known_statistics, statistic_named
 from featherweight.methods.calibrate.statistics_file import StatisticsFile
-from featherweight.methods.quantize.base import Choice, Correction, Transform
+from featherweight.methods.quantize.base import Choice, Correction, Rounding, Transform
 from featherweight.methods.quantize.treatment import Treatment, scope_of
 from featherweight.methods.recipe import Recipe
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
@@ -133,12 +133,7 @@ def check_layers(
                 reason = one.layer_refusal(known[name].shape[1], known[name].role)
                 if reason is not None:
                     raise RecipeError(f"recipe {recipe.name}: transform {one.kind} cannot treat {name}: {reason}")
-            reason = treatment.rounding.refusal(treatment.grid)
-            if reason is not None:
-                raise RecipeError(
-                    f"recipe {recipe.name}: rounding {treatment.rounding.kind} cannot round {name}, whose grid is "
-                    f"{treatment.grid.kind}: {reason}"
-                )
+            _check_grid(recipe, treatment, name)
             if recipe.rounding.scope == "model" and treatment.rounding.scope == "layer" and treatment.needs:
                 needing = [choice for choice in treatment.choices if choice.needs]
                 raise RecipeError(
@@ -146,6 +141,19 @@ def check_layers(
                     f"statistics of single layers are gathered, which {_kinds(needing)} of {name} needs; give that "
                     "layer choices that need no data"
                 )
+
+
+def _check_grid(recipe: Recipe, treatment: Treatment, layer: str) -> None:
+    """RecipeError for a rounding or correction that cannot be used with a layer's grid."""
+    asked: list[tuple[str, Rounding | Correction]] = [("rounding", treatment.rounding)]
+    for axis, choice in [*asked, *(("correction", correction) for correction in treatment.corrections)]:
+        reason = choice.refusal(treatment.grid)
+        if reason is not None:
+            verb = "round" if axis == "rounding" else "treat"
+            raise RecipeError(
+                f"recipe {recipe.name}: {axis} {choice.kind} cannot {verb} {layer}, whose grid is "
+                f"{treatment.grid.kind}: {reason}"
+            )
 
 
 def _distinct(transforms: Iterable[Transform]) -> list[Transform]:

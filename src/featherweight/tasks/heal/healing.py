@@ -124,7 +124,7 @@ def heal(
         check_place(out, compressed, small)
         check_place(out, original, against)
         anatomy, _, _ = accounted_anatomy(original)
-        student = Student.of(compressed, small, original, anatomy)
+        student = Student.of(compressed, small, original, anatomy).checked(settings.training)
         windows = _windows(original, mixture, settings, out, observer)
         run_settings = _calibration(settings, len(windows))
         identity = {

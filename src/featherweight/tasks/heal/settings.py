@@ -8,6 +8,8 @@ from typing import Any, Literal
 from featherweight.errors import FeatherError
 
 Level = Literal["model", "blocks", "scales"]
+TRAININGS = {"latents": 0.005, "cat-q": 0.0015}
+"""Ways of training digits, and the learning rate of each unless one is given."""
 LEVELS: tuple[Level, ...] = ("model", "blocks", "scales")
 MOST_WINDOW = 8
 
@@ -23,7 +25,10 @@ class HealSettings:
     minutes : of the whole command, or of what is left of it in a run that goes on; the number of steps follows from how
         long one takes here, once, and is kept
     steps : of the training (of each window of blocks), in place of minutes
-    learning_rate : of Adam, of changes relative to each scale, and of latent values to the largest scale of their group
+    training : "latents": digits are those nearest to latent values, gradients go straight through; "cat-q": the trits
+        of one plane follow from learned factors of groups, soft at first (see the correction `cat-q`); norms stay then
+    learning_rate : of Adam, of changes relative to each scale, and of latent values to the largest scale of their
+        group, or of cat-q's factors; None: that of `TRAININGS`
     batch : windows of text a step
     windows, length : of text, at most, and their tokens. What is trained on short windows alone loses at the later
         positions of long ones
@@ -37,7 +42,8 @@ class HealSettings:
     window: int = 1
     minutes: float | None = None
     steps: int | None = None
-    learning_rate: float = 0.005
+    training: Literal["latents", "cat-q"] = "latents"
+    learning_rate: float | None = None
     batch: int = 2
     windows: int = 4096
     length: int = 1024
@@ -67,9 +73,20 @@ class HealSettings:
         for name in ("batch", "length", "held_out"):
             if getattr(self, name) < 1:
                 raise FeatherError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        if self.learning_rate <= 0:
+        if self.training not in TRAININGS:
+            raise FeatherError(f"there is no training {self.training!r} of healing: choose {' or '.join(TRAININGS)}")
+        if self.training == "cat-q" and self.level == "scales":
+            raise FeatherError(
+                "cat-q chooses digits anew, which the level scales leaves as they are: take another level"
+            )
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise FeatherError(f"learning_rate is {self.learning_rate:g}, expected a number above 0")
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on; minutes only by the steps that they came to."""
-        return {name: value for name, value in asdict(self).items() if name != "score"}
+        return {name: value for name, value in asdict(self).items() if name != "score"} | {"learning_rate": self.rate}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return TRAININGS[self.training] if self.learning_rate is None else self.learning_rate

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.methods.quantize.latent import moved_digits
+from featherweight.methods.quantize.modulated import one_plane
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.decoded import DecodedCheckpoint
 from featherweight.storage.checkpoint.format import module_specs
 from featherweight.storage.checkpoint.stored_code import read_code
-from featherweight.storage.codes import Code
+from featherweight.storage.codes import Code, describe_code
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class Student:
                 fixed[name] = small.tensor(name).float().clone()
             small.release(name)
         return cls(small, codes, norms, fixed)
+
+    def checked(self, training: str) -> Student:
+        """Itself; FeatherError where a layer is anything but one trit-plane, which the training cat-q needs."""
+        other = next((name for name, code in self.codes.items() if not one_plane(code)), None)
+        if training == "cat-q" and other is not None:
+            raise FeatherError(
+                f"{other} is {describe_code(self.codes[other].spec)}, and the training cat-q is for models of one "
+                "trit-plane: leave out --training cat-q"
+            )
+        return self
 
     def moved(self, codes: Mapping[str, Code]) -> float:
         """Share of all weights whose digits are others in `codes`."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from featherweight.events import Observer
 from featherweight.methods.calibrate.runner import Calibration
 from featherweight.methods.calibrate.whole import WholeModel
-from featherweight.methods.learn.objectives import BlockObjective, ModelObjective, Objective
+from featherweight.methods.learn.objectives import ModelObjective, Objective
+from featherweight.methods.quantize.corrections.cat_q import CatQ
 from featherweight.methods.quantize.corrections.healing import Healing
 from featherweight.methods.quantize.corrections.scale_tuning import ScaleTuning
 from featherweight.methods.quantize.tuned import TunedState
@@ -124,7 +125,7 @@ class Healer:
                 for name, value in now[1].items()
                 if any(_belongs(calibration, name, block) for block in window.blocks)
             }
-            objective = BlockObjective(window, precision=self.precision)  # type: ignore[arg-type]
+            objective = self._trainer().of_block(window, self.precision)  # type: ignore[arg-type]
             left = sum(begin >= first for begin in windows)
             stage = f"healing blocks {first + 1} to {last + 1}"
             self.notify({"event": "step", "stage": stage, "number": len(windows) - left + 1, "of": len(windows)})
@@ -138,13 +139,16 @@ class Healer:
 
     def _trainer(self) -> ScaleTuning:
         kind = ScaleTuning if self.settings.level == "scales" else Healing
-        return kind(learning_rate=self.settings.learning_rate, steps=self.settings.steps or 1, checks=CHECKS)
+        kind = CatQ if self.settings.training == "cat-q" else kind
+        return kind(learning_rate=self.settings.rate, steps=self.settings.steps or 1, checks=CHECKS)
 
     def _train(self, task: _Task) -> tuple[dict[str, Code], dict[str, Tensor]]:
         trainer, device = self._trainer(), task.objective.device
         weight = task.network.weight
         trained = {name: trainer.trainable(code, weight, name, device) for name, code in task.codes.items()}
-        state = TunedState(trained, task.norms, device, task.fixed)
+        stays = isinstance(trainer, CatQ)  # as published, norms do
+        norms, fixed = ({}, {**task.fixed, **task.norms}) if stays else (task.norms, task.fixed)
+        state = TunedState(trained, norms, device, fixed)
         steps = self.settings.steps or self._steps(task, state)
         trainer = trainer.model_copy(update={"steps": steps})
         self.steps.append(steps)

@@ -32,7 +32,7 @@ from featherweight.model.network.access import BlockAccess, ModelAccess
 from featherweight.registry import register
 from featherweight.storage.codes import Code
 from featherweight.storage.run.training_store import NO_STORE, TrainingStore
-from featherweight.system.precision import Precision, choose_precision
+from featherweight.system.precision import Chosen, Precision, choose_precision
 
 Original = Callable[[str], Tensor]
 """What gives the original's weight [out, in] of a layer by its name."""
@@ -79,13 +79,15 @@ class ScaleTuning(Correction):
         checks = 1 + min(self.checks, self.steps)
         return ModelTrainingWork(learned, checks * held_out, min(learned, windows) + held_out)
 
+    def of_block(self, session: BlockAccess, precision: Chosen) -> BlockObjective:
+        """What a block, or some of them as one, are trained for."""
+        return BlockObjective(session, self.held_out_share, precision)
+
     def correct_block(
         self, session: BlockAccess, codes: Mapping[str, Code], notify: Observer = silent, seed: int = 0
     ) -> dict[str, Code]:
         """Codes with tuned scales. Norms, if asked for, are set in the session."""
-        objective = BlockObjective(
-            session, self.held_out_share, choose_precision(self.precision, notify, session.device)
-        )
+        objective = self.of_block(session, choose_precision(self.precision, notify, session.device))
         norms = {name: session.tensor(name) for name in self._norms(session.layers, codes)}
         trained = {n: self.trainable(code, _original(session), n, session.device) for n, code in codes.items()}
         tuned, tensors = self.tune(objective, TunedState(trained, norms, objective.device), notify, seed)
