@@ -28,7 +28,7 @@ LONGEST = 500
 REPRESENTATION = re.compile(r"Traceback|object at 0x|<class '|<built-in|torch\.Size|Error\(")
 THEIRS = "transformers cannot"
 """Begins what transformers refuses: the native decoder may take it if what is odd does not touch the computation."""
-HALF = 6e4
+HALF, LARGEST_HALF = 6e4, 65504
 HARMLESS = {
     "tensor: names behind a wrapper's prefix",
     "tensor: names without their prefix",
@@ -126,7 +126,10 @@ def _engines(case: Case, folder: Path, verdict: Verdict) -> None:
         return
     if native.refused and load.ok:  # numbers that are none may be refused by either, in its own words
         finite = load.value[2] is not None and bool(load.value[2].isfinite().all())
-        if "not a number" in native.text:
+        if f"beyond {LARGEST_HALF}" in native.text:
+            if not finite or steps.largest_key(load.value[0], list(steps.TOKENS)) < LARGEST_HALF:
+                verdict.fault("overflow", native.text)
+        elif "not a number" in native.text:
             if finite:
                 verdict.fault("overflow", native.text)
         elif load.value[2] is not None and not finite:
@@ -284,7 +287,8 @@ def _texts(case: Case, folder: Path, verdict: Verdict) -> None:
         ours, theirs = (verdict.outcomes.get(name) for name in (step, f"{step} by transformers"))
         if ours is None or theirs is None or not _computes(verdict):
             continue
-        if ours.refused and theirs.ok and ours.error != "UnsupportedModelError" and "not a number" not in ours.text:
+        bounded = ours.refused and ("not a number" in ours.text or f"beyond {LARGEST_HALF}" in ours.text)
+        if ours.refused and theirs.ok and ours.error != "UnsupportedModelError" and not bounded:
             verdict.fault("native alone refuses", f"{step}: {ours.text}")
         if ours.ok and theirs.refused:
             _alone(verdict, f"{step}: {theirs.text}")

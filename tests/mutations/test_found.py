@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -16,13 +17,14 @@ from mutations.campaign import bases_in
 from mutations.files import INDEX, SINGLE, Files, Shard, renamed, split
 from mutations.judge import Verdict, judge
 from mutations.kinds import Case
+from mutations.tensors_kinds import stored, value_of
 
 Change = Callable[[Files], object]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head", "mistral")
+    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head", "mistral", "gpt2")
     return {base.name: files for base, files in bases_in(tmp_path_factory.mktemp("bases"), names)}
 
 
@@ -81,6 +83,42 @@ def strange_attention(files: Files) -> None:
     rename(lambda name: name.removeprefix("model."), 2)(files)
 
 
+def one_value(name: str, value: float) -> Change:
+    """Put in the place of a tensor's first number."""
+
+    def run(files: Files) -> None:
+        shard = files.shard(SINGLE)
+        for place, tensor in enumerate(shard.tensors):
+            if tensor.name == name:
+                values = value_of(tensor).clone()
+                values.view(-1)[0] = value
+                shard.tensors[place] = stored(name, values)
+        files.put(SINGLE, shard)
+
+    return run
+
+
+def truth(name: str) -> Change:
+    """Booleans in the place of a tensor's numbers."""
+
+    def run(files: Files) -> None:
+        shard = files.shard(SINGLE)
+        shard.tensors = [
+            stored(name, torch.ones(one.shape, dtype=torch.bool)) if one.name == name else one for one in shard.tensors
+        ]
+        files.put(SINGLE, shard)
+
+    return run
+
+
+def without_a_block(files: Files) -> None:
+    """A block's tensors are gone, and a method is named of which the others show nothing."""
+    config(compression_config={"quant_method": "compressed-tensors"})(files)
+    shard = files.shard(SINGLE)
+    kept = [tensor for tensor in shard.tensors if ".layers.1." not in tensor.name]
+    files.put(SINGLE, Shard(kept, shard.metadata))
+
+
 LOADED: Sequence[tuple[str, str, Change]] = (
     ("an attention nobody knows", "qwen2-tied", strange_attention),
     ("an index with ./", "llama-untied", dotted_index),
@@ -93,6 +131,9 @@ LOADED: Sequence[tuple[str, str, Change]] = (
     ("half of the names without", "qwen2-tied", rename(lambda name: name.removeprefix("model."), 2)),
     ("names with their prefix twice", "qwen2-tied", rename(lambda name: f"model.{name}")),
     ("architectures that are a mapping", "llama-rtn-8", config(architectures={"0": "LlamaForCausalLM"})),
+    ("a context that the prompt fills", "llama-rtn-8", config(max_position_embeddings=31)),
+    ("a key beyond the cache's numbers", "llama-untied", one_value("model.layers.1.self_attn.k_proj.weight", 60000.0)),
+    ("a rotary base that is true", "llama-untied", config(rope_parameters={"rope_theta": True})),
 )
 
 
@@ -166,6 +207,10 @@ REFUSED: Sequence[tuple[str, str, Change, str]] = (
         compressed(lambda found: found | {"quantization_config": found["quantization_config"] | {"codes": 2}}),
         "'codes' of quantization_config is malformed \\(it is not a list\\)",
     ),
+    ("a block that is gone, a method in vain", "qwen2-tied", without_a_block, "lacks model.layers.1"),
+    ("an activation that is no word", "llama-rtn-8", config(hidden_act="\x1b[31m\n"), "KeyError"),
+    ("a bias of booleans", "qwen2-tied", truth("model.layers.1.self_attn.q_proj.bias"), "q_proj.bias, BOOL"),
+    ("more positions than there are numbers", "gpt2", config(max_position_embeddings=10**30), "Overflow"),
 )
 
 
@@ -224,3 +269,27 @@ def test_what_transformers_says_is_for_people() -> None:
 
     text = one_line(TypeError(f"expected {int}, got {dict}\n of \x1b[31mred torch.Size([2, 3])"))
     assert text == "TypeError expected int, got dict of ?[31mred [2, 3]"
+
+
+def test_a_context_of_one_token_predicts_nothing(bases: dict[str, Files], tmp_path: Path) -> None:
+    """It has no windows, and whoever counts them would not end."""
+    from featherweight import evaluate
+    from featherweight.errors import EvaluationError
+
+    files = bases["qwen2-tied"].copy()
+    config(max_position_embeddings=1)(files)
+    files.write(tmp_path / "case")
+    (tmp_path / "text.txt").write_text("some words to score, and a few more of them")
+    with pytest.raises(EvaluationError, match="takes 1 token at a time"):
+        evaluate(tmp_path / "case", text=tmp_path / "text.txt", dtype="float32", threads=1)
+
+
+def test_architectures_that_are_a_mapping_can_be_compressed(bases: dict[str, Files], tmp_path: Path) -> None:
+    """No class is named then, so the card names what transformers takes instead."""
+    import featherweight
+
+    files = bases["qwen2-tied"].copy()
+    config(architectures={"0": ["Qwen2ForCausalLM"]})(files)
+    files.write(tmp_path / "case")
+    featherweight.compress(tmp_path / "case", "rtn-8", tmp_path / "out", threads=1)
+    assert "AutoModelForCausalLM from" in (tmp_path / "out/README.md").read_text()

@@ -367,9 +367,9 @@ class TransformersBackend(_TextSide):
             raise FeatherError(f"there is no token {wrong}, the vocabulary has {rows}")
         if self.context is None or getattr(self.model.config, "is_encoder_decoder", False):
             return most
-        if len(tokens) >= self.context:
+        if len(tokens) > self.context:
             raise FeatherError(f"{len(tokens)} tokens do not fit the context of {self.context}; shorten the prompt")
-        return min(most, self.context - len(tokens))
+        return min(most, self.context + 1 - len(tokens))  # nothing follows the last one, so it needs no place
 
     def _arguments(self, sampling: Sampling, stream: _Streamer) -> dict[str, Any]:
         """What `generate` is told; the folder's settings that only transformers knows stay as they are."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from featherweight.errors import CheckpointError
 from featherweight.interop.imports import Imported, ImportedTensor
+from featherweight.storage.checkpoint.accounting import architecture_of
 from featherweight.storage.checkpoint.format import FORMAT_VERSION, quantization_config
 from featherweight.storage.checkpoint.safetensors_file import SafetensorsFile
 from featherweight.storage.checkpoint.shards import INDEX_NAME, SINGLE_NAME
@@ -118,7 +119,7 @@ def _manifest(imported: Imported, total: int) -> dict[str, Any]:
 
 
 def _card(imported: Imported, config: dict[str, Any], total: int) -> str:
-    architecture = (config.get("architectures") or ["a model"])[0]
+    architecture = architecture_of(config) or "a model"
     coded = sum(tensor.spec is not None for tensor in imported.tensors)
     return f"""---
 library_name: transformers

@@ -44,6 +44,7 @@ def asking_transformers(action: str, hint: str = "", error: type[FeatherError] =
 def one_line(reason: BaseException) -> str:
     """The text of an exception on one line, with its kind where that text says nothing (a KeyError's is a name)."""
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(str(reason).split()))
+    text = text.partition("Exception raised from ")[0].rstrip()  # behind it PyTorch lists its stack
     text = re.sub(r"torch\.Size\((\[[^\]]*\])\)", r"\1", text)
     text = "".join(letter if letter.isprintable() else "?" for letter in text)  # no codes for the terminal
     if len(text) > LONGEST:

@@ -156,5 +156,5 @@ def architecture_of(config: Config) -> Architecture:
         )
     named = config.get("architectures") or [found.name]
     if not isinstance(named, list) or named[0] != found.name:
-        raise UnsupportedModelError(f"the native decoder runs {found.name}, and this model is {str(named)[:80]}")
+        raise UnsupportedModelError(f"the native decoder runs {found.name}, and this model is {repr(named)[:80]}")
     return found

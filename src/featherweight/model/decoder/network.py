@@ -75,7 +75,8 @@ def network_of(config: Mapping[str, Any]) -> Network:
         if not isinstance(config[name], bool):
             raise _odd(config, name, "true or false")
     if config["hidden_act"] not in ("silu", "swish"):
-        raise UnsupportedModelError(f"the native decoder has the activation silu, not {str(config['hidden_act'])[:40]}")
+        given = str(config["hidden_act"])[:40]
+        raise UnsupportedModelError(f"the native decoder has the activation silu, not {given!r}")
     hidden, heads, layers = (_size(config, n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if layers > MOST_LAYERS:
         raise CheckpointError(f"num_hidden_layers in config.json is {layers}, and no model has so many")

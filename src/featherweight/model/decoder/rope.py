@@ -95,7 +95,7 @@ def _settings(config: Mapping[str, Any], context: int) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in NUMBERS and not number and not (value is None and name not in NEEDED):
             raise UnsupportedModelError(
-                f"{name} of the rotary positions in config.json is {str(value)[:40]!r}, not a number"
+                f"{name} of the rotary positions in config.json is {str(value)[:40]!r}, where a number is expected"
             )
     return settings
 

@@ -96,10 +96,10 @@ def refuse_impossible_depth(checkpoint: TensorIndex) -> None:
 def _holds_codes(name: str, entry: Described) -> bool:
     if entry.dtype in FLOATING or BUFFERS.search(name):
         return CODES.search(name) is not None and name.endswith((".weight_scale", ".weight_scale_inv", ".qzeros"))
-    if entry.dtype == "BOOL":
-        return name.endswith(".weight")
     vector = name.endswith(".bias") and len(entry.shape) == 1
-    return vector or name.endswith(".weight") or CODES.search(name) is not None
+    if vector or name.endswith(".weight"):
+        return True
+    return entry.dtype != "BOOL" and CODES.search(name) is not None
 
 
 def some(names: Iterable[str]) -> str:

@@ -139,6 +139,11 @@ class Checkpoint:
                 return None  # nobody reads ours under that name
         return found if isinstance(found, dict) else None
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether a tensor, by its name or type, holds codes in place of the model's own numbers."""
+        return any(_has_codes({stored: self._file_of[name]}) for name, stored in self._stored.items())
+
     def _plain_under_unknown_method(self, place: dict[str, SafetensorsFile]) -> bool:
         """Whether config.json names a method that transformers skips, and no tensor is of a type that codes have."""
         found = self.config.get("quantization_config")
@@ -146,10 +151,7 @@ class Checkpoint:
         method = found.get("quant_method")
         if not isinstance(method, str) or method == METHOD or found.get("load_in_8bit") or found.get("load_in_4bit"):
             return False
-        kinds = {name: file.entries[name].dtype for name, file in place.items() if not BUFFERS.search(name)}
-        if any(CODES.search(name) or dtype not in FLOATING for name, dtype in kinds.items()):
-            return False
-        return not knows_quant_method(method)
+        return not _has_codes(place) and not knows_quant_method(method)
 
     @property
     def total_bytes(self) -> int:
@@ -243,6 +245,12 @@ class Checkpoint:
         for file in self.files:
             digest.update(f"{file.path.name}\0{file.size}\0{file.header_sha256}\n".encode())
         return digest.hexdigest()
+
+
+def _has_codes(place: dict[str, SafetensorsFile]) -> bool:
+    """Whether a tensor, by its name or type, holds codes in place of a model's own numbers."""
+    kinds = {name: file.entries[name].dtype for name, file in place.items() if not BUFFERS.search(name)}
+    return any(CODES.search(name) or dtype not in FLOATING for name, dtype in kinds.items())
 
 
 def _read_config(folder: Path) -> bytes:

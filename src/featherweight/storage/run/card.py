@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from featherweight.storage.checkpoint.accounting import architecture_of
+
 Before = tuple[str, tuple[float, str] | None]
 """What the source was if it was compressed before, else empty; and the most that is lost since then, with the layer."""
 
@@ -15,7 +17,7 @@ def model_card(manifest: dict[str, Any], config: dict[str, Any], before: Before 
     tensors = manifest["tensors"]
     fates = f"{tensors['replaced']} replaced, {tensors['copied']} copied, {len(tensors['dropped'])} dropped"
     worst = max(manifest["layers"], key=lambda record: record["relative_error"])
-    architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    architecture = architecture_of(config) or "AutoModelForCausalLM"
     source = config.get("_name_or_path") or "an original checkpoint"
     paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
     return f"""---
@@ -69,7 +71,7 @@ import it.
 def _front_matter(config: dict[str, Any], *tags: str) -> str:
     """What the hub reads: library, tags, what the model is for and was made from where config.json says so."""
     lines = ["library_name: transformers", f"tags: [{', '.join(('featherweight', *tags))}]"]
-    if str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+    if architecture_of(config).endswith("ForCausalLM"):
         lines.append("pipeline_tag: text-generation")
     source = str(config.get("_name_or_path") or "")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
@@ -89,7 +91,7 @@ def plain_card(manifest: dict[str, Any], config: dict[str, Any], fates: str, bef
     before : Before
     """
     recipe, tensors = manifest["recipe"], manifest["tensors"]
-    architecture = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    architecture = architecture_of(config) or "AutoModelForCausalLM"
     source = config.get("_name_or_path") or "an original checkpoint"
     paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
     return f"""---

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.errors import FeatherError
+from featherweight.storage.checkpoint.accounting import architecture_of
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.storage.checkpoint.format import module_layout, module_specs, quantization_config
 from featherweight.storage.checkpoint.shards import INDEX_NAME, SINGLE_NAME
@@ -144,7 +145,7 @@ def _write_rest(
 
 
 def _head(checkpoint: Checkpoint) -> str:
-    architecture = (checkpoint.config.get("architectures") or ["A model"])[0]
+    architecture = architecture_of(checkpoint.config) or "A model"
     return f"---\nlibrary_name: transformers\ntags: [featherweight]\n---\n\n# {architecture}, by featherweight\n"
 
 

@@ -105,10 +105,11 @@ def _verify_completeness(checkpoint: Checkpoint, result: Verification) -> None:
     from featherweight.model.network.accounting import check_complete, check_compressed
 
     config = checkpoint.quantization_config
+    ours = config is not None and config.get("quant_method") == METHOD
     try:
-        if config is None:
+        if config is None or not (ours or checkpoint.has_codes):  # where a method is named in vain, the model's own
             result.notes += check_complete(checkpoint).notes
-        elif config.get("quant_method") == METHOD and not result.problems:
+        elif ours and not result.problems:
             result.notes += check_compressed(checkpoint)
     except CheckpointError as error:
         result.problems.append(str(error))

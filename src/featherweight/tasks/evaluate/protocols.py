@@ -140,6 +140,12 @@ def _window_length(name: str, own_context: int | None, tokens: int, context: int
         raise EvaluationError(
             f"the model's configuration does not say how long its context is, so protocol {name!r} needs --context"
         )
+    if own_context < max(2, prefix + 1):
+        raise EvaluationError(
+            f"the model takes {own_context} token at a time, by its config.json, and nothing is predicted from that"
+            if own_context < 2
+            else f"the model takes {own_context} tokens at a time, and the tokenizer puts {prefix} before every window"
+        )
     return min(own_context, tokens)
 
 

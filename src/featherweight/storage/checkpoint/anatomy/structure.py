@@ -63,7 +63,7 @@ def no_structure(checkpoint: TensorIndex) -> CheckpointError:
     """The error for a model that neither a family file nor its structure explains."""
     architecture = checkpoint.config.get("architectures") or checkpoint.config.get("model_type") or "none named"
     return CheckpointError(
-        f"the architecture of {checkpoint.folder} ({str(architecture)[:200]}) is not known: there is no family file "
+        f"the architecture of {checkpoint.folder} ({repr(architecture)[:200]}) is not known: there is no family file "
         "for it, and among its tensors no numbered list of blocks with two-dimensional floating-point weights "
         "(such as model.layers.0.self_attn.q_proj.weight) was found"
     )
