@@ -65,23 +65,24 @@ def judge(case: Case, folder: Path, told: Told = lambda step: None, original: Fi
         run("native", lambda: steps.decode(folder))
     told("transformers")
     verdict.outcomes["transformers"] = steps.oracle(folder)
+    verdict.original = original if set(case.kinds) <= HARMLESS else None
     _more(case, folder, verdict, run)
     told("judging")
     for rule in (_sentences, _engines, _loading, _determinism, _planning, _hashes, _texts, _compression):
         rule(case, folder, verdict)
-    if original is not None and set(case.kinds) <= HARMLESS:
-        _identity(folder, verdict, original)
+    load = verdict.outcomes["load"]
+    if verdict.original is not None and load.ok and load.value[2] is not None:
+        away = _from_original(load.value[2], folder, verdict.original)
+        if not away < 1e-6:
+            verdict.fault("another model", f"relative difference of logits {away:.3g} from the unmutated one")
     return verdict
 
 
-def _identity(folder: Path, verdict: Verdict, original: Files) -> None:
-    """What loads is the model that was there: names, places and files beside it have changed, and no value."""
-    load, plain = verdict.outcomes["load"], folder.with_name(f"{folder.name}.plain")
-    if load.ok and load.value[2] is not None:
-        original.write(plain)
-        away = difference(load.value[2], steps.load(plain, 0)[2])
-        if not away < 1e-6:
-            verdict.fault("another model", f"relative difference of logits {away:.3g} from the unmutated one")
+def _from_original(logits: Tensor, folder: Path, original: Files) -> float:
+    """How far logits are from the unmutated model's, where names, places and files beside it changed, and no value."""
+    plain = folder.with_name(f"{folder.name}.plain")
+    original.write(plain)
+    return difference(logits, steps.load(plain, 0)[2])
 
 
 def _more(case: Case, folder: Path, verdict: Verdict, run: Callable[[str, Callable[[], Any]], Outcome]) -> None:
@@ -189,6 +190,9 @@ def _loading(case: Case, folder: Path, verdict: Verdict) -> None:
         verdict.notes.append(f"refuses what transformers loads: {load.text}")
         return
     if Files.of(folder).damaged() and not verdict.outcomes["native"].ok:
+        return
+    if verdict.original is not None and not _from_original(logits, folder, verdict.original) < CLOSE:
+        verdict.notes.append(f"transformers loads another model: {load.text}")  # experts in another order
         return
     surplus = listed["unexpected_keys"]
     if not any(key in load.text for key in surplus):
@@ -333,7 +337,7 @@ def _compression(case: Case, folder: Path, verdict: Verdict) -> None:
     if made.refused:
         verdict.notes.append(f"compress refuses what load takes: {made.text}")
     elif made.ok and load.value[2].isfinite().all():
-        away = difference(made.value, load.value[2])
+        away = math.inf if made.value is None else difference(made.value, load.value[2])
         if not away < 0.1:
             verdict.fault("compression differs", f"relative difference of logits {away:.3g}")
 

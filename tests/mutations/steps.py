@@ -15,6 +15,7 @@ from torch import Tensor
 from featherweight.errors import FeatherError
 from featherweight.integrations.loading import TOKENIZER_FILES
 from featherweight.model.decoder.architectures import UnsupportedModelError
+from mutations.files import Files
 
 TOKENS = (256, 72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33, 10, 65, 66)
 TEXT = "Hello  world, <s>again</s> \u00e9\n\ttabs"
@@ -44,11 +45,13 @@ class Outcome:
 
 @dataclass
 class Verdict:
-    """outcomes by step; faults as (rule, words); notes: what is odd but allowed."""
+    """outcomes by step; faults as (rule, words); notes: what is odd but allowed; original: files before mutations
+    that change no value."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     faults: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    original: Files | None = None
 
     @property
     def loaded(self) -> bool:
@@ -222,8 +225,8 @@ def evaluation_text(folder: Path) -> Path:
     return text
 
 
-def compress(folder: Path, out: Path, calibrated: bool) -> Tensor:
-    """Logits of what becomes of the folder in eight bits."""
+def compress(folder: Path, out: Path, calibrated: bool) -> Tensor | None:
+    """Logits of what becomes of the folder in eight bits; None where its class cannot compute any."""
     import shutil
 
     import featherweight
@@ -237,4 +240,4 @@ def compress(folder: Path, out: Path, calibrated: bool) -> Tensor:
     else:
         featherweight.compress(folder, "rtn-8", out, threads=1)
     model, _ = featherweight.load(out, dtype="float32", attn_implementation="eager")
-    return logits_of(model)
+    return attempt(lambda: logits_of(model)).value

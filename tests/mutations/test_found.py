@@ -293,3 +293,19 @@ def test_architectures_that_are_a_mapping_can_be_compressed(bases: dict[str, Fil
     files.write(tmp_path / "case")
     featherweight.compress(tmp_path / "case", "rtn-8", tmp_path / "out", threads=1)
     assert "AutoModelForCausalLM from" in (tmp_path / "out/README.md").read_text()
+
+
+def test_windows_that_no_class_can_compute_end_calibration_in_a_sentence(
+    bases: dict[str, Files], tmp_path: Path
+) -> None:
+    import featherweight
+    from featherweight.errors import CalibrationError
+
+    files = bases["qwen2-tied"].copy()
+    config(layer_types=["sliding_attention", "full_attention"], sliding_window=None)(files)
+    files.write(tmp_path / "case")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("some words to calibrate with, and a few more of them" * 4)
+    changes = ("grid.bits=8", "calibration.sequences=3", "calibration.length=24")
+    with pytest.raises(CalibrationError, match="cannot run the network on the calibration text: .*sliding_window"):
+        featherweight.compress(tmp_path / "case", "gptq", out, changes=changes, calibration=text, threads=1)

@@ -21,8 +21,17 @@ LONGEST = 300
 """Characters of a foreign message that are passed on."""
 
 
+class Leaving(Exception):
+    """Raised by our own code within a call into transformers, to leave it: nothing went wrong."""
+
+
 @contextmanager
-def asking_transformers(action: str, hint: str = "", error: type[FeatherError] = CheckpointError) -> Iterator[None]:
+def asking_transformers(
+    action: str,
+    hint: str = "",
+    error: type[FeatherError] = CheckpointError,
+    passing: tuple[type[BaseException], ...] = (),
+) -> Iterator[None]:
     """Turn exceptions of the calls within into `error`.
 
     Parameters
@@ -30,10 +39,12 @@ def asking_transformers(action: str, hint: str = "", error: type[FeatherError] =
     action : what is asked for, to follow "transformers cannot": "load FOLDER".
     hint : what to do about it, put behind the reason.
     error : class of the error raised.
+    passing : what else is let through, for a caller that knows what to do.
     """
+    ours: tuple[type[BaseException], ...] = (FeatherError, MemoryError, Leaving, *passing)
     try:
         yield
-    except (FeatherError, MemoryError):
+    except ours:
         raise
     except BaseException as reason:
         if not isinstance(reason, Exception) and type(reason).__name__ != PANIC:

@@ -15,6 +15,7 @@ far, and the one of the original network; they are paired token by token (GPTAQ,
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from featherweight.model.network.streams import Capture, capture_first, hidden_o
 from featherweight.storage.checkpoint.anatomy import Anatomy, LinearLayer
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.system.memory import available_bytes
+from featherweight.system.transformers_calls import asking_transformers
 
 SPARE_SHARE = 4
 """The part of the free memory that is one over this may be filled with what passes would compute again."""
@@ -148,7 +150,9 @@ class Calibration(GuidedFeed):
         ]
 
         def forward(batch: dict[str, Tensor]) -> Any:
-            return host.model(**{name: value.to(host.device) for name, value in batch.items()})
+            given = {name: value.to(host.device) for name, value in batch.items()}
+            with running():
+                return host.model(**given)
 
         opened = cls(
             host,
@@ -335,7 +339,7 @@ class Calibration(GuidedFeed):
         """Whether a block gives a tuple, tried on the first block and the first batch."""
         block = self.host.load_block(0)
         hidden, arguments = capture_first(self.forward, block, self.batches[0])
-        with torch.no_grad():
+        with torch.no_grad(), running():
             output = arguments.call(block, hidden)
         if hidden_of(output).shape != hidden.shape:
             raise CalibrationError(
@@ -425,6 +429,12 @@ class Calibration(GuidedFeed):
     def token_weights(self, session: BlockSession) -> list[Tensor] | None:
         """Weights [B, T] of every batch for a block, mean one in each sequence; None where tokens are equal."""
         return weights_of_block(self, session)
+
+
+def running() -> AbstractContextManager[None]:
+    """What a model's own class cannot do with a text becomes a sentence; a device that is full is halved for."""
+    action, full = "run the network on the calibration text", (torch.OutOfMemoryError,)
+    return asking_transformers(action, error=CalibrationError, passing=full)
 
 
 def _last_layer(anatomy: Anatomy) -> LinearLayer | None:

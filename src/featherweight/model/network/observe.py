@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from featherweight.model.network.placement import Slot
 from featherweight.model.network.unfold import Convolution, unfolded
+from featherweight.system.transformers_calls import Leaving
 
 # name of a product -> positions of the input and of the matrix among its arguments
 PRODUCTS = {
@@ -63,7 +64,7 @@ class Probe:
         return match["parent"] if match else ""
 
 
-class EnoughSeen(Exception):
+class EnoughSeen(Leaving):
     """All wanted layers have been seen: the rest of the forward pass is not needed."""
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featherweight.system.transformers_calls import Leaving
+
 SCRATCH = 64 << 20  # bytes of the temporaries of a block of queries
 COPIES = 5  # of a block's logits that are alive at once: product, scaled, masked, probabilities, the mask itself
 NAME = "featherweight-token-weights"
 
 
-class _Received(Exception):
+class _Received(Leaving):
     """Ends a block's forward pass with what was wanted of it."""
 
     def __init__(self, scores: Tensor) -> None:

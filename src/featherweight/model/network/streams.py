@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import CalibrationError
+from featherweight.system.transformers_calls import Leaving
 
 Forward = Callable[[Any], Any]
 """Runs the whole network on one batch."""
@@ -31,7 +32,7 @@ class Arguments:
         return block(hidden, *self.args, **self.kwargs)
 
 
-class Captured(Exception):
+class Captured(Leaving):
     """All blocks have been called: the rest of the forward pass is not needed."""
 
 
