@@ -68,6 +68,12 @@ def compressed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Change:
     return run
 
 
+def first_size(found: dict[str, Any], size: object) -> dict[str, Any]:
+    modules = found["quantization_config"]["codes"][0]["modules"]
+    modules[next(iter(modules))][0] = size
+    return found
+
+
 def generation(**changes: Any) -> Change:
     return lambda files: files.put_json("generation_config.json", files.object("generation_config.json") | changes)
 
@@ -206,6 +212,12 @@ REFUSED: Sequence[tuple[str, str, Change, str]] = (
         "llama-rtn-8",
         compressed(lambda found: found | {"quantization_config": found["quantization_config"] | {"codes": 2}}),
         "'codes' of quantization_config is malformed \\(it is not a list\\)",
+    ),
+    (
+        "a size that is pages of text",
+        "llama-rtn-8",
+        compressed(lambda found: first_size(found, "x" * 5000)),
+        "the shape of 'model.layers.0.*' is \\[.*expected whole numbers",
     ),
     ("a block that is gone, a method in vain", "qwen2-tied", without_a_block, "lacks model.layers.1"),
     ("an activation that is no word", "llama-rtn-8", config(hidden_act="\x1b[31m\n"), "KeyError"),

@@ -66,6 +66,8 @@ def module_specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise TypeError("it is not a list")
         for entry in config["codes"]:
             for module, shape in entry["modules"].items():
+                if not all(type(size) is int for size in shape):
+                    raise TypeError(f"the shape of {shown(module)} is {shown(shape)}, expected whole numbers")
                 specs[module] = {**entry["code"], "shape": list(shape)}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the field 'codes' of quantization_config is malformed ({error})") from None
