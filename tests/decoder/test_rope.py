@@ -110,7 +110,7 @@ def test_growing_beyond_the_original_length_token_by_token(tmp_path: Path) -> No
     [
         ({"rope_type": "longrope", "factor": 2.0}, UnsupportedModelError, "longrope"),
         ({"rope_type": "linear"}, CheckpointError, "factor"),
-        ({"rope_type": "linear", "factor": "much"}, UnsupportedModelError, "not a number"),
+        ({"rope_type": "linear", "factor": "much"}, UnsupportedModelError, "where a number is expected"),
         ({"rope_type": "linear", "factor": 0}, CheckpointError, "make no sense"),
         ({"full_attention": {"rope_type": "default"}}, UnsupportedModelError, "layers differ"),
         ({"partial_rotary_factor": 0.5}, UnsupportedModelError, "whole heads"),
