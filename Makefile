@@ -14,7 +14,7 @@ WORKERS ?= 2
 $(STAMP): pyproject.toml requirements.lock $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit("featherweight needs Python >= 3.10") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@set -e; pip="$(BIN)/python -m pip install --quiet --disable-pip-version-check"; \
+	@set -e; pip="$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check"; \
 	echo "$$pip -r requirements.lock, and meanwhile $$pip --no-deps --editable . (compiles the kernels)"; \
 	$$pip -r requirements.lock & locked=$$!; \
 	$$pip --no-deps --editable . || { kill $$locked; exit 1; }; \

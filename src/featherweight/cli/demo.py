@@ -56,7 +56,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     from featherweight.storage.run.record import read_record
     from featherweight.tasks.analyse.levels import pictures_of
     from featherweight.tasks.compress.compression import compress
-    from featherweight.tasks.evaluate.evaluation import evaluate
+    from featherweight.tasks.evaluate.evaluation import evaluate, evaluate_each
     from featherweight.tasks.report.fit_page import write_fit_page
     from featherweight.tasks.report.page import write_report
     from featherweight.tasks.report.variants import Variant
@@ -73,20 +73,26 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     with steps("original") as notify:
         measured = evaluate(original, limit=tokens, progress=notify, threads=threads)
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
-    for recipe in RECIPES:
-        folder = out / recipe
+    folders = {recipe: out / recipe for recipe in RECIPES}
+    done: dict[str, Any] = {}
+    for recipe, folder in folders.items():
         changes = SHORTENED.get(recipe, ())
         with Watcher(say) as watcher:
-            done = compress(
+            done[recipe] = compress(
                 original, recipe, folder, changes=changes, threads=threads, overwrite=True, observer=watcher
             )
-        with steps(recipe) as notify:
-            measured = evaluate(folder, original, limit=tokens, progress=notify, threads=threads)
+    found = _fit(original, out / "fit", tokens, threads)
+    healed, folders[f"{HEALED}, healed"] = _heal(original, out, threads)
+    with steps("measuring") as notify:  # all at once: the original runs over each window once
+        each = evaluate_each([*folders.values()], original, limit=tokens, progress=notify, threads=threads)
+        evaluations = dict(zip(folders, each, strict=True))
+    for recipe in RECIPES:
+        folder, changes = folders[recipe], SHORTENED.get(recipe, ())
         variants.append(
             Variant(
                 recipe,
-                measured.to_json(),
-                done.to_json(),
+                evaluations[recipe].to_json(),
+                done[recipe].to_json(),
                 record=read_record(folder)["compression"],
                 family=_family(recipe),
                 sample=_sample(folder),
@@ -95,12 +101,10 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
                 command=_command(original, recipe, changes, folder),
             )
         )
-    found = _fit(original, out / "fit", tokens, threads)
-    measured = found.evaluation
     variants.append(
         Variant(
             f"fit, {size_text(FIT_BYTES)}",
-            measured.to_json(),
+            found.evaluation.to_json(),
             {**found.compression.to_json(), "seconds": found.seconds},
             record=read_record(found.out)["compression"],
             family="fit",
@@ -109,7 +113,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
             command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --out {found.out}",
         )
     )
-    variants.append(_healed(original, out, tokens, threads))
+    variants.append(_healed(original, healed, *folders.popitem(), evaluations))
     results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
     write_json(out / RESULTS, results)
     write_json(json_file, results)
@@ -136,32 +140,35 @@ def _fit(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
         )  # fmt: skip
 
 
-def _healed(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
-    """A compressed model, trained for a minute against the original."""
+def _healed(original: Path, healing: Any, name: str, folder: Path, evaluations: dict[str, Any]) -> Any:
     from featherweight.storage.run.record import read_record
     from featherweight.tasks.analyse.levels import pictures_of
-    from featherweight.tasks.evaluate.evaluation import evaluate
-    from featherweight.tasks.heal.healing import heal
-    from featherweight.tasks.heal.settings import HealSettings
     from featherweight.tasks.report.variants import Variant
 
-    small, folder = out / HEALED, out / f"{HEALED}-healed"
-    with Watcher(error_console()) as watcher:
-        done = heal(
-            small, original, folder, settings=HealSettings(**HEAL), threads=threads, overwrite=True, observer=watcher
-        )
-    with steps(f"{HEALED}, healed") as notify:
-        measured = evaluate(folder, original, limit=tokens, progress=notify, threads=threads)
+    small = folder.with_name(HEALED)
     return Variant(
-        f"{HEALED}, healed",
-        measured.to_json(),
-        {**done.to_json(), "seconds": done.seconds},
+        name,
+        evaluations[name].to_json(),
+        {**healing.to_json(), "seconds": healing.seconds},
         record=read_record(folder)["compression"],
         family=_family(HEALED),
         sample=_sample(folder),
         histograms=pictures_of(folder, original, PICTURED),
         command=f"feather heal {small} --against {os.path.relpath(original)} --steps {HEAL['steps']} --out {folder}",
     )
+
+
+def _heal(original: Path, out: Path, threads: int | None) -> tuple[Any, Path]:
+    """A compressed model, trained for a minute against the original, and where it is."""
+    from featherweight.tasks.heal.healing import heal
+    from featherweight.tasks.heal.settings import HealSettings
+
+    small, folder = out / HEALED, out / f"{HEALED}-healed"
+    with Watcher(error_console()) as watcher:
+        done = heal(
+            small, original, folder, settings=HealSettings(**HEAL), threads=threads, overwrite=True, observer=watcher
+        )
+    return done, folder
 
 
 def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path) -> str:
