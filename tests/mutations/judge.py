@@ -128,7 +128,7 @@ def _engines(case: Case, folder: Path, verdict: Verdict) -> None:
     if native.refused and load.ok:  # numbers that are none may be refused by either, in its own words
         finite = load.value[2] is not None and bool(load.value[2].isfinite().all())
         if f"beyond {LARGEST_HALF}" in native.text:
-            if not finite or steps.largest_key(load.value[0], list(steps.TOKENS)) < LARGEST_HALF:
+            if finite and steps.largest_key(load.value[0], list(steps.TOKENS)) < LARGEST_HALF:
                 verdict.fault("overflow", native.text)
         elif "not a number" in native.text:
             if finite:
