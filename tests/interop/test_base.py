@@ -35,6 +35,7 @@ from featherweight.storage.checkpoint.resolve import resolve
 from featherweight.storage.checkpoint.stored_code import load_code
 from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress.compression import compress
+from interrupts import interrupt, start
 from models import make_tiny
 
 
@@ -276,14 +277,13 @@ def test_import_that_is_interrupted_leaves_nothing(coded: Path, tmp_path: Path) 
         "from featherweight.cli.main import main\nmain(['import', sys.argv[2], '--out', sys.argv[3]])"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(toy), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start(command)
     end = time.monotonic() + 60
     while not (tmp_path / "out.part").exists() and time.monotonic() < end:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), errors
-    assert "Traceback" not in errors
+    done = interrupt(process, wait=0)
+    assert done.code in (130, -signal.SIGINT), done
+    assert "Traceback" not in done.errors
     assert [path.name for path in tmp_path.iterdir()] == ["model.toy"]
 
 
