@@ -20,8 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from seeds import spread
 
 from featherweight import FeatherError, compress
 from featherweight.events import silent
@@ -115,14 +117,6 @@ def table(rows: list[Row]) -> str:
         seconds = mean(row["seconds"] for row in mine) if mine else math.nan
         lines.append(f"| {method} | {' | '.join(cells)} | {seconds:.0f} | {len({row['seed'] for row in mine})} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation, which one value does not have."""
-    if not values:
-        return ""
-    text = format(mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.replace('+', '')}}"
 
 
 def rows_of(path: Path) -> list[Row]:

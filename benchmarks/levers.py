@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from seeds import spread
 
 LEVERS: dict[str, list[str]] = {
     "guided": ["calibration.guidance=1"],
@@ -120,12 +122,6 @@ def table(rows: list[Row]) -> str:
 
 def seeds(rows: list[Row]) -> set[int]:
     return {row["seed"] for row in rows}
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation, which one value does not have."""
-    text = format(mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {stdev(values):{form.replace('+', '')}}"
 
 
 def main() -> None:

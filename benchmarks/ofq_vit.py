@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from seeds import keep, spread
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -248,18 +248,10 @@ def main() -> None:
     runs = [one_seed(seed, data, options) for seed in range(options.seeds)]
     print(f"\n{'arm':16} {'accuracy':>18} {'loss':>18} {'flipped a step':>18} {'back a step':>18}")
     for arm in runs[0]:
-        cells = [spread([run[arm][key] for run in runs if key in run[arm]]) for key in runs[0][arm]]
+        cells = [spread([run[arm][key] for run in runs if key in run[arm]], ".4g") for key in runs[0][arm]]
         print(f"{arm:16} {' '.join(f'{cell:>18}' for cell in cells)}")
     print(f"{time.monotonic() - begun:.0f} s")
-    if options.json:
-        settings = {key: str(value) for key, value in vars(options).items()}
-        options.json.write_text(json.dumps({"settings": settings, "seeds": runs}, indent=1))
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4g} +- {deviation:.1g}"
+    keep(options.json, options, runs)
 
 
 if __name__ == "__main__":

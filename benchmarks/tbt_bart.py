@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from seeds import keep, spread
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -227,17 +226,9 @@ def main() -> None:
     runs = [one_seed(seed, text, held_out, options) for seed in range(options.seeds)]
     print(f"\n{'arm':22} {'nats a byte':>18} {'masked bytes':>18} {'all bytes':>18}")
     for arm in runs[0]:
-        cells = [spread([run[arm][key] for run in runs]) for key in ("loss", "masked", "all")]
+        cells = [spread([run[arm][key] for run in runs], ".4f") for key in ("loss", "masked", "all")]
         print(f"{arm:22} {' '.join(f'{cell:>18}' for cell in cells)}")
-    if options.json:
-        settings = {key: str(value) for key, value in vars(options).items()}
-        options.json.write_text(json.dumps({"settings": settings, "seeds": runs}, indent=1))
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} +- {deviation:.4f}"
+    keep(options.json, options, runs)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import spread
 from transformers import LlamaConfig
 
 import featherweight
@@ -68,7 +69,7 @@ def main() -> None:
     claims = orderings(found)
     for arm, runs in found.items():
         losses = [run["held_out"] for run in runs]
-        print(f"{arm:22} {statistics.mean(losses):.4f} +- {spread(losses):.4f} nats, {runs[0]['bits']:.3f} bits")
+        print(f"{arm:22} {spread(losses, '.4f')} nats, {runs[0]['bits']:.3f} bits")
     for claim, values, holds in claims:
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim} ({', '.join(f'{v:.4f}' for v in values)} by seed)")
     if options.json:
@@ -138,10 +139,6 @@ def moved(out: Path, recipe: str, changes: tuple[str, ...]) -> float:
         before, after = layer.rounded().value.sign(), coded[name].decode().sign()
         count, total = count + int((before != after).sum()), total + before.numel()
     return count / total
-
-
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def orderings(found: dict[str, list[dict[str, float]]]) -> list[tuple[str, list[float], bool]]:

@@ -133,6 +133,16 @@ def test_a_warning_is_raised_and_kept(models: list[Path], tmp_path: Path) -> Non
     assert f"{result.perplexity:.4f}" in shown
 
 
+def test_a_warning_says_which_of_several_it_is_about(models: list[Path], tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("A short text of a few words.")
+    with pytest.warns(FeatherWarning) as caught:
+        results = list(evaluate_each(models[:2], text=path, threads=1))
+    said = [str(one.message) for one in caught if "single window" in str(one.message)]
+    assert [sentence.partition(": ")[0] for sentence in said] == [str(model) for model in models[:2]]
+    assert all(one.warnings[0].startswith("a single window") for one in results)
+
+
 def datasets_of(rows: list[dict[str, Any]], asked: list[Any]) -> ModuleType:
     module = ModuleType("datasets")
 

@@ -73,6 +73,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
     with steps("original") as notify:
         measured = evaluate(original, limit=tokens, progress=notify, threads=threads)
     variants.append(Variant("original", measured.to_json(), sample=_sample(original), original=True, family="original"))
+    name = f"{HEALED}, healed"
     folders = {recipe: out / recipe for recipe in RECIPES}
     done: dict[str, Any] = {}
     for recipe, folder in folders.items():
@@ -82,7 +83,8 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
                 original, recipe, folder, changes=changes, threads=threads, overwrite=True, observer=watcher
             )
     found = _fit(original, out / "fit", tokens, threads)
-    healed, folders[f"{HEALED}, healed"] = _heal(original, out, threads)
+    folders[name] = out / f"{HEALED}-healed"
+    done[name] = _heal(original, folders[name], threads)
     with steps("measuring") as notify:  # all at once: the original runs over each window once
         each = evaluate_each([*folders.values()], original, limit=tokens, progress=notify, threads=threads)
         evaluations = dict(zip(folders, each, strict=True))
@@ -113,7 +115,7 @@ def run_demo(out: Path, tokens: int, threads: int | None, json_file: Path | None
             command=f"feather fit {os.path.relpath(original)} --size {FIT_BYTES} --out {found.out}",
         )
     )
-    variants.append(_healed(original, healed, *folders.popitem(), evaluations))
+    variants.append(_healed(original, name, folders[name], done[name], evaluations[name]))
     results = {v.name: {"evaluation": v.evaluation, "compression": v.compression} for v in variants}
     write_json(out / RESULTS, results)
     write_json(json_file, results)
@@ -140,7 +142,8 @@ def _fit(original: Path, out: Path, tokens: int, threads: int | None) -> Any:
         )  # fmt: skip
 
 
-def _healed(original: Path, healing: Any, name: str, folder: Path, evaluations: dict[str, Any]) -> Any:
+def _healed(original: Path, name: str, folder: Path, done: Any, measured: Any) -> Any:
+    """What the report shows of the healed model."""
     from featherweight.storage.run.record import read_record
     from featherweight.tasks.analyse.levels import pictures_of
     from featherweight.tasks.report.variants import Variant
@@ -148,8 +151,8 @@ def _healed(original: Path, healing: Any, name: str, folder: Path, evaluations: 
     small = folder.with_name(HEALED)
     return Variant(
         name,
-        evaluations[name].to_json(),
-        {**healing.to_json(), "seconds": healing.seconds},
+        measured.to_json(),
+        {**done.to_json(), "seconds": done.seconds},
         record=read_record(folder)["compression"],
         family=_family(HEALED),
         sample=_sample(folder),
@@ -158,17 +161,16 @@ def _healed(original: Path, healing: Any, name: str, folder: Path, evaluations: 
     )
 
 
-def _heal(original: Path, out: Path, threads: int | None) -> tuple[Any, Path]:
-    """A compressed model, trained for a minute against the original, and where it is."""
+def _heal(original: Path, folder: Path, threads: int | None) -> Any:
+    """A compressed model that lies beside `folder`, trained for a minute against the original."""
     from featherweight.tasks.heal.healing import heal
     from featherweight.tasks.heal.settings import HealSettings
 
-    small, folder = out / HEALED, out / f"{HEALED}-healed"
+    small = folder.with_name(HEALED)
     with Watcher(error_console()) as watcher:
-        done = heal(
+        return heal(
             small, original, folder, settings=HealSettings(**HEAL), threads=threads, overwrite=True, observer=watcher
         )
-    return done, folder
 
 
 def _command(original: Path, recipe: str, changes: tuple[str, ...], folder: Path) -> str:

@@ -142,7 +142,7 @@ class Checkpoint:
     @property
     def has_codes(self) -> bool:
         """Whether a tensor, by its name or type, holds codes in place of the model's own numbers."""
-        return any(_has_codes({stored: self._file_of[name]}) for name, stored in self._stored.items())
+        return _has_codes({stored: self._file_of[name] for name, stored in self._stored.items()})
 
     def _plain_under_unknown_method(self, place: dict[str, SafetensorsFile]) -> bool:
         """Whether config.json names a method that transformers skips, and no tensor is of a type that codes have."""

@@ -168,8 +168,8 @@ def evaluate_each(
     """`evaluate` of several models, one after the other, in the order given.
 
     The original is loaded once, and run once over each window as far as memory has room for what it made of it. One of
-    the others is in memory at a time. `progress` counts the windows of all models; parameters, results and errors are
-    those of `evaluate`.
+    the others is in memory at a time; warnings begin with its name. `progress` counts the windows of all models;
+    parameters, results and errors are those of `evaluate`.
     """
     asked = _asked(
         text, against, conversations=conversations, tasks=tasks, items=items, engine=engine, protocol=protocol,
@@ -180,7 +180,8 @@ def evaluate_each(
         for number, model in enumerate(models):
             reset_peak_memory()
             part = None if progress is None else _part_of(progress, number, len(models))
-            yield _evaluate(model, original, replace(asked, progress=part), time.perf_counter())
+            whose = f"{model}: " if len(models) > 1 else ""
+            yield _evaluate(model, original, replace(asked, progress=part), time.perf_counter(), whose)
 
 
 def _notebook_progress() -> Progress | None:
@@ -281,8 +282,8 @@ class _Original:
         return cls(name, model, tokenizer, reader, size, against)
 
 
-def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun: float) -> Evaluation:
-    """One model, by what was asked for; with warnings where the result is none to rely on."""
+def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun: float, whose: str = "") -> Evaluation:
+    """One model, by what was asked for; with warnings, begun by `whose`, where the result is none to rely on."""
     with contextlib.ExitStack() as stack:
         subject, tokenizer = open_model(model, asked.dtype, asked.device, asked.trust_remote_code)
         stack.enter_context(evaluating(subject))
@@ -313,7 +314,7 @@ def _evaluate(model: ModelLike, original: _Original | None, asked: _Asked, begun
         seconds = time.perf_counter() - begun
     said = warnings_of(measured) + notes
     for warning in said:
-        warnings.warn(warning, FeatherWarning, stacklevel=3)
+        warnings.warn(f"{whose}{warning}", FeatherWarning, stacklevel=3)
     result = _evaluation(measured, setting, seconds, model, original)
     return replace(result, control=control, answers=found, warnings=tuple(said))
 
