@@ -391,9 +391,10 @@ def test_any_names_and_shapes(
     write_tensors(folder, {k: tuple(v) for k, v in shapes.items()}, model_type=model_type, hidden_size=hidden)
     try:
         opened = Checkpoint.open(folder)
-    except CheckpointError as error:  # the one thing about names that is refused this early
-        assert "are stored with different prefixes" in str(error)
-        return
+    except CheckpointError as error:
+        if "are stored with different prefixes" in str(error):  # all about names that is refused this early
+            return
+        raise
     with opened as checkpoint:
         try:
             found = read_anatomy(checkpoint)
