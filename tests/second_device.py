@@ -173,5 +173,6 @@ def second_device() -> Iterator[torch.device]:
     def is_autocast_enabled(*kind: str) -> bool:
         return False if kind == (DEVICE.type,) else asked(*kind)
 
-    with Mode(), Making(), mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled):
+    of_kind = mock.patch.object(torch, DEVICE.type, torch.cpu, create=True)  # as there is a torch.cuda
+    with Mode(), Making(), of_kind, mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled):
         yield DEVICE

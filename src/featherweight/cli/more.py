@@ -150,6 +150,7 @@ def heal(
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Tokens of it before and after; 0: none.")] = 16384,
     threads: Threads = None,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of ours.")] = False,
     trust_remote_code: Trust = False,
@@ -172,7 +173,7 @@ def heal(
         "seed": seed,
     }  # fmt: skip
     options = {
-        "text": text, "score_text": score_text, "threads": threads, "overwrite": overwrite,
+        "text": text, "score_text": score_text, "threads": threads, "device": device, "overwrite": overwrite,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     run_heal(small, against, out, settings, options, (html, json))

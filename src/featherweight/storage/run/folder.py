@@ -125,6 +125,16 @@ class RunFolder(Work):
                 if not run._has_work():
                     run.remove()
 
+    @property
+    def moved_note(self) -> str | None:
+        """What is to be said where the work was on another device before."""
+        if self.earlier_device is None:
+            return None
+        return (
+            f"this run was on {self.earlier_device} before and goes on on {self.device}: what is finished stays as it "
+            "is, and the rest may differ in the last bits from a run in one place, which adds up in one order"
+        )
+
     def _begin(self, identity: dict[str, Any]) -> None:
         found, readable = self.identity(), self._is_readable()
         same = found is not None and self.same(found, identity) and readable

@@ -211,14 +211,9 @@ def _executor(workers: int, order: Order, run: RunFolder, events: Events) -> Exe
 
 
 def _say_what_is_odd(plan: Plan, checkpoint: Checkpoint, run: RunFolder, events: Events) -> None:
-    if run.earlier_device is not None:
-        text = (
-            f"this run was on {run.earlier_device} before and goes on on {run.device}: what is finished stays as it "
-            "is, and the rest may differ in the last bits from a run in one place, which adds up in one order"
-        )
-        events({"event": "note", "text": text})
-    for note in plan.notes:
-        events({"event": "note", "text": note})
+    for note in (run.moved_note, *plan.notes):
+        if note is not None:
+            events({"event": "note", "text": note})
     if not plan.recipe.calibrated and (loading := loading_note(checkpoint)) is not None:
         events({"event": "note", "text": loading})
 

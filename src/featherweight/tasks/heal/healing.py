@@ -26,6 +26,7 @@ from featherweight.storage.checkpoint.weights import LayerWeight, sample_digest
 from featherweight.storage.run.folder import RunFolder
 from featherweight.storage.run.log import Events
 from featherweight.storage.run.record import read_record
+from featherweight.system.devices import device_named
 from featherweight.system.machine import machine_facts, now_text
 from featherweight.system.memory import peak_memory_bytes, reset_peak_memory, resident_bytes
 from featherweight.system.precision import choose_precision
@@ -36,7 +37,7 @@ from featherweight.tasks.compress.compression import check_place, finished_outpu
 from featherweight.tasks.compress.data import chosen_text, text_windows
 from featherweight.tasks.evaluate.evaluation import evaluate
 from featherweight.tasks.evaluate.result import Evaluation
-from featherweight.tasks.heal.memory import check_room, planned_bytes
+from featherweight.tasks.heal.memory import check_room, planned
 from featherweight.tasks.heal.result import Healing, Score
 from featherweight.tasks.heal.settings import HealSettings
 from featherweight.tasks.heal.student import Student
@@ -44,7 +45,6 @@ from featherweight.tasks.heal.training import Healer
 from featherweight.tasks.heal.writing import write_healed, write_record
 from featherweight.version import __version__
 
-CPU = torch.device("cpu")
 QUIET = {"embedded", "gathered", "advanced"}
 """What a walk over the network tells of every batch."""
 
@@ -58,6 +58,7 @@ def heal(
     text: Any = None,
     score_text: str | Path | None = None,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     observer: Observer | None = None,
@@ -86,6 +87,10 @@ def heal(
         Held-out text on which the model is measured before and after; default: the bundled one.
     threads : int, optional
         Of native kernels and PyTorch.
+    device : str or torch.device
+        Where the networks run and values are trained: "cpu", "cuda", "cuda:1", "mps", or "auto", an accelerator where
+        there is one. Streams and codes stay in main memory; batches that do not fit there are halved. Another device
+        changes the order of floating-point sums, as another processor does.
     overwrite : bool
         Replace an existing output of featherweight's.
     trust_remote_code : bool
@@ -106,13 +111,14 @@ def heal(
     OutputError
         OUT exists already, or cannot be written.
     FeatherError
-        Any setting is wrong, or memory does not suffice.
+        Any setting is wrong, there is no such device, or memory does not suffice.
     """
     begun = time.monotonic()
     reset_peak_memory()
     resident = resident_bytes()
     settings, observer = settings or HealSettings(minutes=15), observer or progress_here("healing") or silent
     settings.check()
+    runs_on = device_named(device)
     out = Path(out).expanduser().absolute()
     mixture = chosen_text(text, CalibrationSettings())
     mixture.check()
@@ -125,7 +131,7 @@ def heal(
         check_place(out, original, against)
         anatomy, _, _ = accounted_anatomy(original)
         student = Student.of(compressed, small, original, anatomy).checked(settings.training)
-        windows = _windows(original, mixture, settings, out, observer)
+        windows = _windows(original, mixture, settings, out, runs_on, observer)
         run_settings = _calibration(settings, len(windows))
         identity = {
             "recipe": dict(student.small.recipe),
@@ -137,11 +143,11 @@ def heal(
             "featherweight": __version__,
         }
         beside = tuple(path.name for path in compressed.other_files())
-        plan = planned_bytes(anatomy, original, settings, len(windows))
-        scoring = {"threads": threads, "trust_remote_code": trust_remote_code}
+        need = planned(anatomy, original, settings, len(windows), runs_on)
+        scoring = {"threads": threads, "trust_remote_code": trust_remote_code, "device": runs_on}
         done = finished_output(out, identity, overwrite, beside) is not None
         if not done:
-            check_room(plan, settings)
+            check_room(need, settings, runs_on)
         scored = time.monotonic()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FeatherWarning)  # that it is of little use is why it is healed
@@ -149,7 +155,8 @@ def heal(
         scored = time.monotonic() - scored
         reset_peak_memory()
         if not done:
-            with RunFolder.opened(out, identity, overwrite, beside) as run, Events(out, observer) as events:
+            opened = RunFolder.opened(out, identity, overwrite, beside, device=str(runs_on))
+            with opened as run, Events(out, observer) as events:
                 work = _Work(original, anatomy, student, settings, windows, run_settings, run, events, begun, scored)
                 work.make(identity, {"threads": count, "resident_at_start_bytes": resident})
         peak = peak_memory_bytes()
@@ -170,7 +177,7 @@ def heal(
         curve=tuple(read_record(out)["compression"].get("curve", ())),
         seconds=time.monotonic() - begun,
         peak_memory_bytes=peak,
-        planned_memory_bytes=plan + resident,
+        planned_memory_bytes=need.main + resident,
         before=_score(before),
         after=_score(after),
         original_perplexity=None if after is None else after.perplexity_against,
@@ -187,10 +194,12 @@ def _measured(
     return evaluate(model, against, text, limit=settings.score, **options) if settings.score else None
 
 
-def _windows(original: Checkpoint, mixture: Mixture, settings: HealSettings, out: Path, notify: Observer) -> Tensor:
+def _windows(
+    original: Checkpoint, mixture: Mixture, settings: HealSettings, out: Path, device: torch.device, notify: Observer
+) -> Tensor:
     """Token ids int64 [windows, length]: as many as the text has, at most so many as are wanted."""
     wanted = CalibrationSettings(sequences=settings.windows, length=settings.length, seed=settings.seed)
-    return text_windows(original, mixture, wanted, out, CPU, notify)
+    return text_windows(original, mixture, wanted, out, device, notify)
 
 
 def _calibration(settings: HealSettings, windows: int) -> CalibrationSettings:
@@ -226,13 +235,16 @@ class _Work:
         first = self.run.remembered("first_begun", now_text())
         blocks = self.settings.level == "blocks"
         needs = ("held_out_gram", "targets") if blocks else ("held_out_gram",)
-        precision = choose_precision("auto", self.notify, CPU)
+        if (moved := self.run.moved_note) is not None:
+            self.notify({"event": "note", "text": moved})
+        precision = choose_precision("auto", self.notify, self.run.device)
         left = None if self.settings.minutes is None else self._time_left()
         healer = Healer(self.student, self.settings, self.run, self.notify, precision, left)
         outside = [layer.name for layer in self.anatomy.outside]
         opened = Calibration.open(
-            self.original, self.anatomy, self.windows, self.calibration, needs, outside=outside, notify=self._told
-        )
+            self.original, self.anatomy, self.windows, self.calibration, needs,
+            outside=outside, device=self.run.device, notify=self._told,
+        )  # fmt: skip
         with opened as calibration:
             made = healer.blocks(calibration) if blocks else healer.whole(calibration)
         layers = {layer.name: layer for layer in self.anatomy.layers}
@@ -249,10 +261,11 @@ class _Work:
         write_healed(self.run, self.student.small.coded, made, weights, identity, facts)
         recipe = f"{self.student.small.recipe.get('name', 'unknown')}, healed"
         took: dict[str, Any] = {"recipe": recipe, "first_begun": first, "curve": healer.curve}
-        took |= {"finished": now_text(), "seconds": round(time.monotonic() - self.begun, 3), "device": "cpu", **told}
+        took |= {"finished": now_text(), "seconds": round(time.monotonic() - self.begun, 3), **told}
         took |= {
+            "device": self.run.device,
             "peak_memory_bytes": peak_memory_bytes(),
-            "machine": machine_facts("cpu"),
+            "machine": machine_facts(self.run.device),
             "featherweight": __version__,
         }
         write_record(self.run.assembled, took)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from featherweight.errors import FeatherError
 from featherweight.methods.learn.objectives import CACHE_BYTES, CHUNK_ELEMENTS
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
-from featherweight.system.memory import available_bytes, resident_bytes
+from featherweight.system.devices import free_bytes
+from featherweight.system.memory import available_bytes
 from featherweight.system.units import size_text
 from featherweight.tasks.heal.settings import HealSettings
 
@@ -21,8 +26,24 @@ SCORES = 3
 LOGITS = 4 * 4 * CHUNK_ELEMENTS
 
 
-def planned_bytes(anatomy: Anatomy, original: Checkpoint, settings: HealSettings, windows: int) -> int:
-    """Most bytes of resident memory, beside what the process has when it begins."""
+STORED = 6
+"""Bytes a weight in main memory where values are trained on a device: the code, its digits, and as it decodes for a
+check."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Most bytes that a healing takes beside what the process has when it begins.
+
+    main : of main memory; on_device : of the memory of the device where values are trained, 0 on the CPU
+    """
+
+    main: int
+    on_device: int = 0
+
+
+def planned(anatomy: Anatomy, original: Checkpoint, settings: HealSettings, windows: int, device: torch.device) -> Need:
+    """What a healing takes where the networks run on `device`."""
     layers = anatomy.layers
     per_block: dict[int | None, int] = {}
     for layer in layers:
@@ -30,34 +51,37 @@ def planned_bytes(anatomy: Anatomy, original: Checkpoint, settings: HealSettings
     inside = sum(per_block.values())
     hidden = min((min(layer.shape) for layer in layers), default=1)
     tokens = settings.batch * settings.length
+    touched = sum(sum(layer.shape) for layer in layers)
     if settings.level == "blocks":
         together = min(settings.window, len(per_block))
         trained = together * max(per_block.values(), default=0)
-        touched = sum(sum(layer.shape) for layer in layers) * together / max(1, len(per_block))
+        touched = int(touched * together / max(1, len(per_block)))
         streams = 3 * 4 * windows * settings.length * hidden
-        held = 4 * (original.parameters - inside) + 4 * trained + streams
-        return int(held + TRAINED * trained + tokens * A_TOKEN * touched)
-    each = TUNED if settings.level == "scales" else TRAINED
-    states = min(CACHE_BYTES, 4 * windows * settings.length * hidden)
-    touched = sum(sum(layer.shape) for layer in layers)
-    ends = 4 * (original.parameters - inside)  # as the original has them, and as they are decoded
-    return int(4 * original.parameters + ends + each * inside + states + LOGITS + tokens * A_TOKEN * touched)
+        held = 4 * (original.parameters - inside) + 4 * trained
+        work = held + TRAINED * trained + tokens * A_TOKEN * touched
+        beside = STORED * trained
+    else:
+        each = TUNED if settings.level == "scales" else TRAINED
+        streams = 0
+        states = min(CACHE_BYTES, 4 * windows * settings.length * hidden)
+        ends = 4 * (original.parameters - inside)  # as the original has them, and as they are decoded
+        work = 4 * original.parameters + ends + each * inside + states + LOGITS + tokens * A_TOKEN * touched
+        beside = STORED * inside + ends
+    return Need(work + streams) if device.type == "cpu" else Need(beside + streams, work)
 
 
-def check_room(need: int, settings: HealSettings) -> None:
-    """FeatherError where that is not free now."""
-    free = available_bytes()
-    if free and need > free:
-        less = (
-            "a smaller --window, or fewer windows of text"
-            if settings.level == "blocks"
-            else "--level blocks, which holds a few blocks at a time"
-        )
-        raise FeatherError(
-            f"this healing needs about {size_text(need)} of memory, and {size_text(free)} are free: try {less}"
-        )
-
-
-def beside_bytes() -> int:
-    """What the process has when it begins."""
-    return resident_bytes()
+def check_room(need: Need, settings: HealSettings, device: torch.device) -> None:
+    """FeatherError where that is not free now; on a device, no batch would be small enough."""
+    less = (
+        "a smaller --window, or fewer windows of text"
+        if settings.level == "blocks"
+        else "--level blocks, which holds a few blocks at a time"
+    )
+    for wanted, free, where in (
+        (need.main, available_bytes(), "memory"),
+        (need.on_device, free_bytes(device), f"memory on {device}"),
+    ):
+        if free and wanted > free:
+            raise FeatherError(
+                f"this healing needs about {size_text(wanted)} of {where}, and {size_text(free)} are free: try {less}"
+            )
