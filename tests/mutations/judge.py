@@ -168,8 +168,10 @@ def _alone(verdict: Verdict, text: str) -> None:
 
 
 def _about_generation(verdict: Verdict, text: str) -> bool:
-    """A file about generation that cannot be read: whoever generates is told so, with either engine."""
+    """Settings of generation that cannot be read: whoever generates is told so, with either engine."""
     theirs = verdict.outcomes.get("open by transformers")
+    if theirs is not None and theirs.refused and theirs.text == text:
+        return True
     return "generation" in text and (theirs is None or theirs.refused)
 
 

@@ -24,7 +24,7 @@ Change = Callable[[Files], object]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head", "mistral", "gpt2")
+    names = ("llama-untied", "qwen2-tied", "llama-rtn-8", "qwen3-rtn-4-head", "mistral", "gpt2", "qwen3-moe-rtn-4")
     return {base.name: files for base, files in bases_in(tmp_path_factory.mktemp("bases"), names)}
 
 
@@ -321,3 +321,39 @@ def test_windows_that_no_class_can_compute_end_calibration_in_a_sentence(
     changes = ("grid.bits=8", "calibration.sequences=3", "calibration.length=24")
     with pytest.raises(CalibrationError, match="cannot run the network on the calibration text: .*sliding_window"):
         featherweight.compress(tmp_path / "case", "gptq", out, changes=changes, calibration=text, threads=1)
+
+
+def test_codes_of_one_expert_that_nobody_claims(bases: dict[str, Files], tmp_path: Path) -> None:
+    """They stand in the file, and the matrix is missing all the same."""
+    from featherweight.tasks.analyse.verify import verify
+
+    expert = "model.layers.0.mlp.experts.3.down_proj"
+    files = bases["qwen3-moe-rtn-4"].copy()
+    settings = files.config()
+    claims = [group["modules"] for group in settings["quantization_config"]["codes"]]
+    assert sum(expert in modules for modules in claims) == 1
+    for modules in claims:
+        if expert in modules:
+            modules.pop(expert) if isinstance(modules, dict) else modules.remove(expert)
+    files.put_json("config.json", settings)
+    files.write(tmp_path / "case")
+    assert [
+        f"lacks {expert}.weight, which config.json asks for" in text for text in verify(tmp_path / "case").problems
+    ] == [True]
+
+
+def test_a_template_without_the_text_is_found_without_transformers(bases: dict[str, Files], tmp_path: Path) -> None:
+    from featherweight.errors import CheckpointError
+    from featherweight.model.text.tokenizer import Tokenizer
+
+    files = bases["llama-untied"].copy()
+    content = files.object("tokenizer.json")
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": [first], "pair": [first],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    files.put_json("tokenizer.json", content)
+    files.write(tmp_path / "case")
+    with pytest.raises(CheckpointError, match="turns text into nothing"):
+        Tokenizer.open(tmp_path / "case")

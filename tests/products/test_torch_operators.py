@@ -57,7 +57,9 @@ def test_every_operator_is_sound(name: str) -> None:
     found, expected = getattr(OPS, name)(*given), expected_of(name, given)
     for a, b in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
         assert a.dtype == b.dtype
-        assert torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-4 if a.is_floating_point() else 1.0)
+        # sums in another order differ by some last bits of what is summed, however small what comes of them
+        near = max(1e-4, 1e-6 * float(b.float().abs().max())) if a.is_floating_point() else 1.0
+        assert torch.allclose(a.float(), b.float(), rtol=1e-5, atol=near)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

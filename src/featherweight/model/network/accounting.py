@@ -106,9 +106,10 @@ def check_compressed(checkpoint: Checkpoint) -> tuple[str, ...]:
     account = account_of(view)
     if account.unknown:
         return (*checkpoint.notes, f"{account.unknown}, so nobody checked whether tensors are missing")
+    gaps = [name for name in expert_gaps(view) if name.endswith((".weight", ".bias"))]  # else parts of unlisted codes
     # a code's shape is that of the matrix, which the class may store the other way round; verify compares it
-    wrong = tuple(m for m in account.mismatched if checkpoint.has(m[0]))
-    judge(view, replace(account, mismatched=wrong), expert_gaps(view))
+    wrong = tuple(m for m in account.mismatched if checkpoint.has(m[0]) or _is_gap(m[0], gaps))
+    judge(view, replace(account, mismatched=wrong), gaps)
     return checkpoint.notes
 
 

@@ -28,6 +28,8 @@ HARMLESS = {
 OFF = {"clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space"}
 """Settings that change nothing while they are false."""
 OTHER_FILES = ("added_tokens.json", "tekken.json", "tokenizer.model", "additional_chat_templates")
+SOME_TEXT = "The quick brown fox, 12 é"
+"""What every tokenizer makes some tokens of."""
 FLAGS = ("lstrip", "rstrip", "single_word")
 
 
@@ -55,7 +57,8 @@ def plain_tokenizer(folder: Path) -> tuple[Any, dict[str, Any]] | None:
 
     with asking_transformers(f"make a tokenizer of {path}", "restore the file"):
         core = Tokenizer.from_str(json.dumps(content))
-    return core, settings
+        useful = bool(core.encode(SOME_TEXT, add_special_tokens=False).ids)
+    return (core, settings) if useful else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -17,13 +17,12 @@ from typing import Any, Protocol
 
 from featherweight.errors import CheckpointError, FeatherError
 from featherweight.model.text.chat_template import ChatTemplate
-from featherweight.model.text.plain import EXTRA_TOKENS, plain_tokenizer
+from featherweight.model.text.plain import EXTRA_TOKENS, SOME_TEXT, plain_tokenizer
 from featherweight.system.transformers_calls import asking_transformers
 
 FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.bpe", "*.spm")
 """Names of which a folder with a tokenizer has at least one."""
 DAMAGED = "the tokenizer's files may be damaged"
-SOME_TEXT = "The quick brown fox, 12 é"
 
 
 class Template(Protocol):

@@ -92,8 +92,8 @@ class Measure(abc.ABC):
 
 
 def per_error(found: Mapping[str, Mapping[str, Any]], value: str) -> dict[str, float]:
-    """Values over errors, by layer; 0 for a layer without error."""
-    return {n: float(r[value]) / float(r["error"]) if r["error"] > 0 else 0.0 for n, r in found.items()}
+    """Values over errors, by layer; 0 for a layer without error, and where rounding leaves a value just below 0."""
+    return {n: max(0.0, float(r[value])) / float(r["error"]) if r["error"] > 0 else 0.0 for n, r in found.items()}
 
 
 def gradients(asked: Asked, squared: bool = False) -> dict[str, Tensor]:
