@@ -23,6 +23,7 @@ from featherweight.tasks.compress import block_steps, memory
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.memory import quantize
+from models import make_tiny
 from outputs import contents
 from second_device import DEVICE, OnDevice, comparable_cpu, second_device
 
@@ -54,6 +55,13 @@ TRAINED = ("flexround-3", "discquant", "trit-1-blockwise", "trit-1")
 LONG = pytest.mark.skipif("FEATHERWEIGHT_LONG_TESTS" not in os.environ, reason="set FEATHERWEIGHT_LONG_TESTS=1")
 PRESETS = [pytest.param(name, marks=LONG) if name == "trit-1" else name for name in RECIPES]
 """A descent in PyTorch's form takes minutes: of the two presets with one, this file always runs the other."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two narrow blocks: what goes column by column here takes a hundred times as long as natively."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    return make_tiny("llama", folder, tokenizer=True, hidden_size=32, head_dim=8, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")

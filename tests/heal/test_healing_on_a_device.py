@@ -24,7 +24,8 @@ RECIPE = {"name": "plane", "grid": {"kind": "trit-planes", "planes": 1, "group_s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its small one, and text."""
     folder, draw = tmp_path_factory.mktemp("heal"), random.Random(0)
-    make_tiny("llama", folder / "model", tokenizer=True, initializer_range=0.2)
+    narrow = {"hidden_size": 32, "head_dim": 8, "intermediate_size": 64}
+    make_tiny("llama", folder / "model", tokenizer=True, initializer_range=0.2, **narrow)
     featherweight.compress(folder / "model", RECIPE, folder / "small")
     words = ["once", "upon", "a", "time", "there", "was", "rain"]
     (folder / "text.txt").write_text(" ".join(draw.choice(words) for _ in range(1500)))
