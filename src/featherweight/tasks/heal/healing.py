@@ -133,15 +133,7 @@ def heal(
         student = Student.of(compressed, small, original, anatomy).checked(settings.training)
         windows = _windows(original, mixture, settings, out, runs_on, observer)
         run_settings = _calibration(settings, len(windows))
-        identity = {
-            "recipe": dict(student.small.recipe),
-            "healed": settings.identity(),
-            "source": student.small.coded.identity(),
-            "codes": sample_digest(student.small.coded),
-            "against": sample_digest(original),
-            "calibration": windows_digest(windows),
-            "featherweight": __version__,
-        }
+        identity = _identity(student, original, settings, windows)
         beside = tuple(path.name for path in compressed.other_files())
         need = planned(anatomy, original, settings, len(windows), runs_on)
         scoring = {"threads": threads, "trust_remote_code": trust_remote_code, "device": runs_on}
@@ -182,6 +174,19 @@ def heal(
         after=_score(after),
         original_perplexity=None if after is None else after.perplexity_against,
     )
+
+
+def _identity(student: Student, original: Checkpoint, settings: HealSettings, windows: Tensor) -> dict[str, Any]:
+    """All that the result depends on."""
+    return {
+        "recipe": dict(student.small.recipe),
+        "healed": settings.identity(),
+        "source": student.small.coded.identity(),
+        "codes": sample_digest(student.small.coded),
+        "against": sample_digest(original),
+        "calibration": windows_digest(windows),
+        "featherweight": __version__,
+    }
 
 
 def _measured(
