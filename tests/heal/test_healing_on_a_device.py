@@ -11,10 +11,11 @@ import torch
 import featherweight
 from featherweight.errors import FeatherError
 from featherweight.methods.learn import loop
+from featherweight.tasks.heal.memory import Need
 from featherweight.tasks.heal.settings import HealSettings
 from models import make_tiny
 from outputs import contents
-from second_device import DEVICE, comparable_cpu, second_device
+from second_device import DEVICE, comparable_cpu, metered, second_device
 
 QUICK = HealSettings(steps=3, batch=2, length=16, windows=12, held_out=3, score=0, learning_rate=0.02)
 RECIPE = {"name": "plane", "grid": {"kind": "trit-planes", "planes": 1, "group_size": 32}, "embedding": "4bit"}
@@ -53,7 +54,7 @@ def test_the_same_bytes(
     settings: dict[str, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = HealSettings(**{**vars(QUICK), **settings})  # type: ignore[arg-type]
-    devices, before = list[torch.device](), loop._Trainer.__init__
+    devices, needs, before = list[torch.device](), list[Need](), loop._Trainer.__init__
 
     def begin(self: loop._Trainer, theta: list[torch.Tensor], *rest: object) -> None:
         devices.extend(value.device for value in theta if value.numel() > 1)  # a counter of steps is no value
@@ -62,9 +63,11 @@ def test_the_same_bytes(
     with comparable_cpu(monkeypatch):
         heal(folder, tmp_path / "cpu", chosen)
         monkeypatch.setattr(loop._Trainer, "__init__", begin)
-        with second_device() as device:
+        monkeypatch.setattr("featherweight.tasks.heal.healing.check_room", lambda need, *_: needs.append(need))
+        with second_device() as device, metered() as meter:
             heal(folder, tmp_path / "there", chosen, device)
     assert set(devices) == {DEVICE}
+    assert 0 < meter.most <= needs[0].on_device
     assert contents(tmp_path / "there") == contents(tmp_path / "cpu")
 
 

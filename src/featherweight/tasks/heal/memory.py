@@ -8,6 +8,7 @@ import torch
 
 from featherweight.errors import FeatherError
 from featherweight.methods.learn.objectives import CACHE_BYTES, CHUNK_ELEMENTS
+from featherweight.methods.quantize.corrections.cat_q import CatQ
 from featherweight.storage.checkpoint.anatomy import Anatomy
 from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.system.devices import free_bytes
@@ -15,6 +16,7 @@ from featherweight.system.memory import available_bytes
 from featherweight.system.units import size_text
 from featherweight.tasks.heal.settings import HealSettings
 
+RANK = CatQ.model_fields["rank"].default
 TRAINED = 44
 """Bytes a weight whose digits are trained: its start, its change with gradient, two moments and the best so far, the
 value with its gradients, digits."""
@@ -22,10 +24,9 @@ TUNED = 20
 """The same where digits stay: value, gradient, digits, a temporary matrix in turn."""
 A_TOKEN = 12
 """Bytes a token, of a layer's inputs and outputs, that a pass forwards keeps for the one back."""
-SCORES = 3
 LOGITS = 4 * 4 * CHUNK_ELEMENTS
-
-
+A_FACTOR = 24
+"""Bytes a value of the low-rank change that cat-q learns: its start, its change with gradient, moments, the best."""
 STORED = 6
 """Bytes a weight in main memory where values are trained on a device: the code, its digits, and as it decodes for a
 check."""
@@ -43,35 +44,42 @@ class Need:
 
 
 def planned(anatomy: Anatomy, original: Checkpoint, settings: HealSettings, windows: int, device: torch.device) -> Need:
-    """What a healing takes where the networks run on `device`."""
+    """What a healing takes where the networks run on `device`.
+
+    On a device batches are halved, down to one window, and what is kept of the original's states is given up, before
+    its memory is short.
+    """
     layers = anatomy.layers
     per_block: dict[int | None, int] = {}
     for layer in layers:
         per_block[layer.block] = per_block.get(layer.block, 0) + layer.parameters
     inside = sum(per_block.values())
     hidden = min((min(layer.shape) for layer in layers), default=1)
-    tokens = settings.batch * settings.length
+    here = device.type == "cpu"
+    tokens = settings.length * (settings.batch if here else 1)
     touched = sum(sum(layer.shape) for layer in layers)
+    factors = sum(min(RANK, *layer.shape) * sum(layer.shape) for layer in layers) if settings.training == "cat-q" else 0
     if settings.level == "blocks":
         together = min(settings.window, len(per_block))
         trained = together * max(per_block.values(), default=0)
-        touched = int(touched * together / max(1, len(per_block)))
+        touched, factors = (total * together // max(1, len(per_block)) for total in (touched, factors))
         streams = 3 * 4 * windows * settings.length * hidden
         held = 4 * (original.parameters - inside) + 4 * trained
-        work = held + TRAINED * trained + tokens * A_TOKEN * touched
+        work = held + TRAINED * trained + A_FACTOR * factors + tokens * A_TOKEN * touched
         beside = STORED * trained
     else:
         each = TUNED if settings.level == "scales" else TRAINED
         streams = 0
-        states = min(CACHE_BYTES, 4 * windows * settings.length * hidden)
+        states = min(CACHE_BYTES, 4 * windows * settings.length * hidden) if here else 0
         ends = 4 * (original.parameters - inside)  # as the original has them, and as they are decoded
-        work = 4 * original.parameters + ends + each * inside + states + LOGITS + tokens * A_TOKEN * touched
+        held = 4 * original.parameters + ends + states + LOGITS
+        work = held + each * inside + A_FACTOR * factors + tokens * A_TOKEN * touched
         beside = STORED * inside + ends
-    return Need(work + streams) if device.type == "cpu" else Need(beside + streams, work)
+    return Need(work + streams) if here else Need(beside + streams, work)
 
 
 def check_room(need: Need, settings: HealSettings, device: torch.device) -> None:
-    """FeatherError where that is not free now; on a device, no batch would be small enough."""
+    """FeatherError where that is not free now."""
     less = (
         "a smaller --window, or fewer windows of text"
         if settings.level == "blocks"
