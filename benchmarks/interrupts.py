@@ -92,9 +92,20 @@ def make_model(folder: Path) -> Path:
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(reference / name, folder)
-    settings = folder / "generation_config.json"
-    settings.write_text(json.dumps({"eos_token_id": None}))
+    return endless(folder)
+
+
+def endless(folder: Path) -> Path:
+    """No token ends an answer."""
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
     return folder
+
+
+def copied(model: Path, folder: Path) -> Path:
+    """A model of somebody's, whose files stay as they are."""
+    import shutil
+
+    return endless(Path(shutil.copytree(model, folder, dirs_exist_ok=True)))
 
 
 def command_line(kind: str, folder: Path, threads: int) -> list[str]:
@@ -157,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="half of them scripts, half the command")
     parser.add_argument("--longest", type=float, default=2.0, help="seconds until the signal, at most")
+    parser.add_argument("--model", type=Path, help="a folder that the native decoder reads, in place of random weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json")
@@ -168,7 +180,7 @@ def main() -> None:
     ]
     runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder))
+        model = make_model(Path(folder)) if options.model is None else copied(options.model, Path(folder))
         for number in range(options.runs // 2 // EACH):
             waits = [draw.uniform(0.0, options.longest) for _ in range(EACH)]
             runs += interrupt_script(scripts[number % len(scripts)], model, options.threads, waits)
