@@ -46,7 +46,7 @@ check: lint
 	FEATHERWEIGHT_TEST_SECONDS=45 $(BIN)/python -m pytest -q -x -m 'not slow' $$($(BIN)/python scripts/changed_tests.py)
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, log_events, stopping
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan, make_plan
 from featherweight.tasks.compress.solve import output_error
 from models import make_tiny
+from outputs import Stop, assert_only_output, contents, log_events, stopping
 
 GRID = {"kind": "uniform", "bits": 3, "group_size": 32}
 MIXED = {"kind": "mixed-precision", "bits": 4.0, "grids": [{"bits": 2}, {"bits": 3}, {"bits": 5}]}

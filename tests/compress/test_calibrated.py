@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 from featherweight import load
 from featherweight.errors import FeatherError
@@ -19,6 +18,7 @@ from featherweight.storage.checkpoint.checkpoint import Checkpoint
 from featherweight.tasks.analyse.inspect import inspect_folder
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.plan import Plan, make_plan
+from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 TEXT = "".join(f"{number * 7919 % 1000} green bottles hang on the wall, and {number} more. " for number in range(400))
 SMALL = ("calibration.sequences=8", "calibration.length=64", "calibration.held_out=0.25")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from outputs import contents
 from torch import Tensor
 
 import featherweight
@@ -28,6 +27,7 @@ from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress import plan as plan_module
 from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.plan import make_plan
+from outputs import contents
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tokenizer": True}),

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import die, start
 
 from featherweight.errors import OutputError
 from featherweight.storage.run.executor import Local, Shared, Task, take_part
 from featherweight.storage.run.store import Store
 from featherweight.system.locks import FileLock
+from outputs import die, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs locks and processes that can be killed")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, stopping
 
 import featherweight
 from featherweight.errors import RecipeError
@@ -20,6 +19,7 @@ from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import make_plan
 from featherweight.tasks.fit.settings import FitSettings
 from models import make_tiny
+from outputs import Stop, assert_only_output, contents, stopping
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 from featherweight.errors import OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.tasks.compress import compression
 from featherweight.tasks.compress.compression import compress
+from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, stopping
 
 Mount = Callable[[str, int], Path]
 MODEL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}

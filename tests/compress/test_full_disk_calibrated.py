@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import assert_only_output, contents, log_events
 
 from featherweight.errors import OutputError
 from featherweight.storage.run import training_state as training_file
 from featherweight.tasks.compress import compression
 from featherweight.tasks.compress.compression import compress
 from models import make_tiny
+from outputs import assert_only_output, contents, log_events
 
 FEW = ("calibration.sequences=6", "calibration.length=32")
 RUNS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, log_events, stopping
 from safetensors.torch import load_file
 
 from featherweight.methods.calibrate.settings import CalibrationSettings
@@ -23,6 +22,7 @@ from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.data import calibration_needs
 from featherweight.tasks.compress.guard import compared
 from models import make_tiny
+from outputs import Stop, assert_only_output, contents, log_events, stopping
 
 LENGTH, COUNT, HELD_OUT = 48, 16, 4
 CHANGES = [

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, stopping
 from test_calibrated import SMALL, TEXT
 
 from featherweight import load
@@ -19,6 +18,7 @@ from featherweight.storage.codes.trit_planes import TritPlanes
 from featherweight.storage.codes.uniform import Uniform
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.gather import gather_statistics
+from outputs import Stop, assert_only_output, contents, stopping
 
 GUIDED = (
     *SMALL,

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outputs import Stop, assert_only_output, contents, stopping
 
 from featherweight.errors import OutputError
 from featherweight.methods.quantize.grids.uniform import UniformGrid
 from featherweight.methods.recipe import load_recipe
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.tasks.compress.compression import compress
+from outputs import Stop, assert_only_output, contents, stopping
 
 
 @pytest.fixture(scope="module")

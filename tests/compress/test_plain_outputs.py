@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from outputs import Stop, assert_only_output, contents, stopping
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.plain import with_true_dtype
 from featherweight.tasks.compress.plan import make_plan
 from featherweight.tasks.evaluate.evaluation import evaluate
+from outputs import Stop, assert_only_output, contents, stopping
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

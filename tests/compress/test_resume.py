@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, start, stopping
 
 from featherweight.errors import OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.tasks.analyse.verify import verify
 from featherweight.tasks.compress.compression import compress
+from outputs import Stop, assert_only_output, compress_and_die, contents, in_process, log_events, start, stopping
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, die, in_process, log_events, stopping
 
 from featherweight.errors import OutputError
 from featherweight.storage.run import training_state as training_file
@@ -18,6 +17,7 @@ from featherweight.storage.run.store import Store
 from featherweight.storage.run.training_state import TrainingFile
 from featherweight.storage.run.training_store import TrainingState
 from featherweight.tasks.compress.compression import compress
+from outputs import Stop, assert_only_output, contents, die, in_process, log_events, stopping
 
 CHANGES = ("calibration.sequences=16", "calibration.length=48", "grid.group_size=32")
 TRAININGS: dict[str, dict[str, Any]] = {

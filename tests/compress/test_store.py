@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, stopping
 from torch import Tensor
 
 from featherweight.errors import CheckpointError, OutputError
@@ -17,6 +16,7 @@ from featherweight.storage.run.folder import RUN_SUFFIX
 from featherweight.storage.run.store import Store
 from featherweight.system.files import read_object, to_json
 from featherweight.tasks.compress.compression import compress
+from outputs import Stop, assert_only_output, contents, stopping
 
 RECORD: dict[str, Any] = {"name": "a", "error": 0.1, "b": [1, None, "ü"], "a": {"z": 1, "y": True}}
 TENSORS = {

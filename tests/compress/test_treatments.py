@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import Stop, assert_only_output, contents, stopping
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from featherweight.tasks.compress.compression import Compression, compress
 from featherweight.tasks.compress.gather import gather_statistics
 from featherweight.tasks.compress.plan import Plan, make_plan
 from models import make_tiny
+from outputs import Stop, assert_only_output, contents, stopping
 
 GRID = {"kind": "uniform", "bits": 3, "group_size": 32}
 CALIBRATION = {"sequences": 16, "length": 48, "held_out": 0.25}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outputs import Stop, assert_only_output, contents, die, in_process, log_events
 
 from featherweight.errors import FeatherError, OutputError
 from featherweight.storage.run.folder import RUN_SUFFIX
@@ -18,6 +17,7 @@ from featherweight.system.locks import FileLock
 from featherweight.tasks.compress import compression
 from featherweight.tasks.compress.compression import compress
 from featherweight.tasks.compress.workers import Order, share_of
+from outputs import Stop, assert_only_output, contents, die, in_process, log_events
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 
