@@ -8,6 +8,10 @@ THREADS ?= 2
 COUNT ?= 40
 WORKERS ?= 2
 
+# Tests and the demo start many processes. Where modules may leave no bytecode on disk, which images of containers often say,
+# each of them compiles PyTorch's and transformers' for seven seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check lint bench sanitize sanitize-slice test-aarch64 docs docs-site lock clean
 
 # Set-up: a virtual environment with the locked versions, then the package itself, editable, kernels compiled.

@@ -106,14 +106,16 @@ def test_preset(
     assert 0 < missed < 1, f"the compressed model's logits are {missed:.2f} of their norm away"
 
 
-@pytest.mark.parametrize("preset", ["trit-2", "pvq-data-free", "sherry-rtn"])
-def test_loading_is_the_first_thing_a_process_does(preset: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Modules of codes are then imported while transformers builds the model on the meta device."""
-    compress(model, preset, tmp_path / "out", changes=quick(load_recipe(preset)), calibration=text, threads=1)
+def test_loading_is_the_first_thing_a_process_does(model: Path, text: Path, tmp_path: Path) -> None:
+    """Modules of codes are then imported while transformers builds the model on the meta device: three kinds."""
+    folders = [tmp_path / preset for preset in ("trit-2", "pvq-data-free", "sherry-rtn")]
+    for out in folders:
+        compress(model, out.name, out, changes=quick(load_recipe(out.name)), calibration=text, threads=1)
     script = (
-        "import sys, featherweight, torch, transformers;"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
-        "assert torch.isfinite(model(torch.arange(16)[None]).logits).all()"
+        "import sys, featherweight, torch, transformers\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = transformers.AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    assert torch.isfinite(model(torch.arange(16)[None]).logits).all(), folder\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from featherweight.tasks.fit.choosing import Pool, pools_of
 from featherweight.tasks.fit.fitting import RESULT
 from featherweight.tasks.fit.settings import FitSettings
 from models import make_tiny
+from outputs import in_process, start
 
 QUICK = FitSettings(ways=("1 plane", "3 bits", "5 bits"), windows=8, length=64, tokens=128, score=256)
 
@@ -129,25 +127,22 @@ def test_a_second_fit_measures_nothing_again(fit, made, work: Path) -> None:  # 
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_killed_it_goes_on_to_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
-    def command(out: str, work: str) -> list[str]:
-        code = (
-            "import sys, featherweight\n"
-            "if __name__ == '__main__':\n"
-            f"    featherweight.fit({str(model)!r}, {str(tmp_path / out)!r}, 54_000, calibration={str(text)!r}, "
-            f"text={str(text)!r}, work={str(tmp_path / work)!r}, threads=1, settings=featherweight.FitSettings("
-            "ways=('1 plane', '3 bits', '5 bits'), windows=8, length=64, tokens=128, score=256))\n"
-        )
-        return [sys.executable, "-c", code]
+def fit_quickly(model: Path, text: Path, out: Path, work: Path) -> None:
+    featherweight.fit(model, out, 54_000, calibration=text, text=text, work=work, threads=1, settings=QUICK)
 
-    subprocess.run(command("whole", "work-0"), check=True, capture_output=True)
+
+def test_killed_it_goes_on_to_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    assert in_process(fit_quickly, model, text, tmp_path / "whole", tmp_path / "work-0") == 0
+    took = time.monotonic() - begun
+    cut = (model, text, tmp_path / "cut", tmp_path / "work-1")
     draw = random.Random(0)
     for _ in range(2):
-        process = subprocess.Popen(command("cut", "work-1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(4 + 6 * draw.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command("cut", "work-1"), check=True, capture_output=True)
+        process = start(fit_quickly, *cut)
+        process.join((0.2 + 0.4 * draw.random()) * took)
+        process.kill()
+        process.join()
+    assert in_process(fit_quickly, *cut) == 0
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 

@@ -21,7 +21,7 @@ from featherweight.tasks.evaluate.result import Evaluation
 
 pytestmark = pytest.mark.slow
 RECIPES = ("rtn-4", "rtn-3", "ptqtp", "ptqtp-tied", "ptqtp-3", "ptqtp-1")
-TOKENS = 12288
+TOKENS = 8192
 
 
 @pytest.fixture(scope="module")

@@ -4,76 +4,73 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from featherweight.integrations.load import load
-from models import make_tiny
-
-PROCESS = """
-import os, sys
-import torch
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+
 import featherweight.train
 from featherweight.integrations.load import load
+from models import make_tiny
+from outputs import start
 
-folder, kept, out = sys.argv[1:]
-torch.set_num_threads(1)
-count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-model, _ = load(folder, dtype=torch.float32)
-featherweight.train.prepare(model, "bitnet-b158")
-if count > 1:
-    distributed.init_process_group("gloo")
+
+def train(folder: Path, out: Path, rank: int, count: int, port: int) -> None:
+    """Three steps of one process of `count`; the first keeps what was reached beside `out` and exports it."""
+    model, _ = load(folder, dtype=torch.float32)
+    featherweight.train.prepare(model, "bitnet-b158")
+    if count > 1:
+        shard(model, rank, count, port)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    draw, losses = torch.Generator().manual_seed(0), list[float]()
+    for _ in range(3):
+        ids = torch.randint(4, 200, (2, 24), generator=draw)[rank::count]
+        loss = model(input_ids=ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        both = loss.detach().clone()
+        if count > 1:
+            distributed.all_reduce(both)
+        losses.append(float(both) / count)
+    whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in model.state_dict().items()}
+    if rank == 0:
+        keep(folder, whole, losses, out)
+    if count > 1:
+        distributed.destroy_process_group()
+
+
+def shard(model: Any, rank: int, count: int, port: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_process_group("gloo", rank=rank, world_size=count)
     for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
-optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-draw, losses = torch.Generator().manual_seed(0), []
-for _ in range(3):
-    ids = torch.randint(4, 200, (2, 24), generator=draw)
-    ids = ids[rank :: count]
-    loss = model(input_ids=ids, labels=ids).loss
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    both = loss.detach().clone()
-    if count > 1:
-        distributed.all_reduce(both)
-    losses.append(float(both) / count)
-whole = {n: v.full_tensor() if hasattr(v, "full_tensor") else v for n, v in model.state_dict().items()}
-if rank == 0:
+
+
+def keep(folder: Path, weights: dict[str, Any], losses: list[float], out: Path) -> None:
     plain, _ = load(folder, dtype=torch.float32)
     featherweight.train.prepare(plain, "bitnet-b158")
-    plain.load_state_dict(whole)
+    plain.load_state_dict(weights)
     with torch.no_grad():
         logits = plain.eval()(torch.arange(4, 20)[None]).logits
-    torch.save({"losses": losses, "weights": whole, "logits": logits}, kept)
+    torch.save({"losses": losses, "weights": weights, "logits": logits}, out.with_suffix(".pt"))
     featherweight.train.export(plain, out, recipe="bitnet-b158", tokenizer=folder)
-if count > 1:
-    distributed.destroy_process_group()
-"""
 
 
-def run(model: Path, place: Path, processes: int) -> dict[str, Any]:
+def run(model: Path, out: Path, processes: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-c", PROCESS, str(model), str(place.with_suffix(".pt")), str(place)]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    started = [
-        subprocess.Popen(words, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-        for r in range(processes)
-    ]
+    started = [start(train, model, out, rank, processes, port) for rank in range(processes)]
     for process in started:
-        _, said = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-    found: dict[str, Any] = torch.load(place.with_suffix(".pt"))
+        process.join(240)
+        assert process.exitcode == 0
+    found: dict[str, Any] = torch.load(out.with_suffix(".pt"))
     return found
 
 
